@@ -1,0 +1,426 @@
+"""The experiment config: YAML and dotted overrides in, one frozen and fully resolved object out."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moi_jax.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+FloatType = Literal["float32", "bfloat16", "float64"]
+
+
+class Model(Section):
+    """What is trained. With `init_from` the architecture is the checkpoint's own."""
+
+    preset: str | None = None  # null: init_from's architecture; qwen-7b without init_from
+    init_from: Path | None = None  # a checkpoint of ours; null: random weights
+    allow_longer: bool = False  # rows longer than the model's seq_length (see docs/method.md)
+    remat: Literal["full", "dots", "none"] = "full"
+    param_dtype: FloatType = "float32"
+    compute_dtype: FloatType | Literal["auto"] = "auto"  # auto: bfloat16, float32 on CPU
+    attention: Literal["auto", "xla", "splash", "gpu"] = "auto"
+
+
+class TokenizerConfig(Section):
+    path: Path | None = None  # a directory; null: the tokenizer saved with init_from
+    chat_template: Literal["from_checkpoint", "chatml", "llama3"] = "from_checkpoint"
+
+
+class Source(Section):
+    """Files of one domain. `path` is a glob below data.root."""
+
+    path: str
+    format: str = "auto"
+    weight: float = 1.0
+    max_rows: Positive | None = None
+
+
+class Domain(Section):
+    """A task: its name, its system prompt (null: the default one) and where its rows are."""
+
+    name: Name
+    prompt: str | None = None
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+
+class HeldOut(Section):
+    """Share of each domain kept for evaluation: max(fraction, min rows), at most 10 %."""
+
+    fraction: float = Field(0.02, ge=0, le=0.1)
+    min: Count = 16
+
+
+Strategy = Literal["sequence", "packing", "balance", "moi"]
+
+# The presets of docs/method.md. Anything set beside `strategy` wins over it.
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "sequence": {
+        "system_prompts": "per_domain",
+        "sampling": "proportional",
+        "order": "config",
+        "mask": "instruction",
+        "packing": "none",
+    },
+    "packing": {
+        "system_prompts": "per_domain",
+        "sampling": "proportional",
+        "order": "shuffled",
+        "mask": "row",
+        "packing": "sequential",
+    },
+    "balance": {
+        "system_prompts": "per_domain",
+        "sampling": "balanced",
+        "order": "default_first",
+        "mask": "row",
+        "packing": "best_fit",
+    },
+    "moi": {
+        "system_prompts": "per_domain",
+        "sampling": "balanced",
+        "order": "default_first",
+        "mask": "chunk",
+        "packing": "best_fit",
+    },
+}
+
+
+class Data(Section):
+    """The mixture. The switches left unset take the value of `strategy`."""
+
+    root: Path = Path(".")
+    cache_dir: Path = Path("~/.cache/moi_jax")
+    strategy: Strategy = "moi"
+    default_domain: str = "chat"
+    default_system_prompt: str | None = None  # null: the model preset's
+    sequence_length: Positive = 4096
+    max_instruction_tokens: Positive | None = None  # null: sequence_length
+    too_long: Literal["truncate_turns", "drop", "error"] = "truncate_turns"
+    row_system: Literal["append", "replace", "keep", "drop_row"] = "append"
+    on_bad_row: Literal["drop", "error"] = "drop"
+    max_repeats: Positive = 4
+    held_out: HeldOut = HeldOut()
+    system_prompts: Literal["per_domain", "default", "none"] | None = None
+    sampling: Literal["balanced", "proportional", "weights", "temperature"] | None = None
+    order: Literal["default_first", "config", "shuffled"] | None = None
+    mask: Literal["chunk", "row", "instruction"] | None = None
+    packing: Literal["best_fit", "sequential", "none"] | None = None
+    chunk_size: Positive | None = None
+    epoch_end: Literal["longest", "shortest"] | None = None
+    domains: tuple[Domain, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_strategy(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # An unknown strategy is reported by its own field.
+        preset = STRATEGIES.get(str(values.get("strategy")), STRATEGIES["moi"])
+        filled = {k: values[k] if values.get(k) is not None else v for k, v in preset.items()}
+        filled["epoch_end"] = values.get("epoch_end") or "longest"
+        if values.get("chunk_size") is None:
+            domains = values.get("domains")
+            count = len(domains) if isinstance(domains, list | tuple) else 1
+            filled["chunk_size"] = max(count, 1) if filled["sampling"] == "balanced" else 1
+        return {**values, **filled}
+
+    @model_validator(mode="after")
+    def check(self) -> "Data":
+        names = [domain.name for domain in self.domains]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two domains are named {doubled[0]}; give each its own name")
+        if "mean" in names:
+            raise ValueError("no domain may be named 'mean', as eval/mean/loss is taken")
+        if self.sampling == "balanced" and self.chunk_size != max(len(names), 1):
+            raise ValueError(
+                f"chunk_size {self.chunk_size} is refused with sampling: balanced, where a chunk "
+                f"holds one instruction of each domain; leave it unset"
+            )
+        if self.order == "default_first" and names and self.default_domain not in names:
+            raise ValueError(
+                f"default_domain {self.default_domain!r} is not among the domains "
+                f"({', '.join(names)}), which order: default_first needs; name one of them"
+            )
+        limit = self.max_instruction_tokens
+        if limit is not None and limit > self.sequence_length:
+            raise ValueError(
+                f"max_instruction_tokens {limit} is over sequence_length {self.sequence_length}"
+            )
+        return self
+
+
+class Loss(Section):
+    normalization: Literal["token", "instruction", "domain"] = "token"
+    targets: Literal["assistant", "qwen_official"] = "assistant"
+
+
+class Optimizer(Section):
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(1.0e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.01, ge=0, le=1)
+    weight_decay: float = Field(0.1, ge=0)
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1.0e-8, gt=0)
+    clip_norm: float | None = Field(1.0, gt=0)  # null: no clipping
+    moment_dtype: FloatType = "float32"  # of the first moment
+
+
+class Mesh(Section):
+    """Devices along each axis; one of them may be -1, "all the rest"."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+    @model_validator(mode="after")
+    def check(self) -> "Mesh":
+        sizes = (self.data, self.fsdp, self.tensor, self.context)
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError("each axis is a positive number of devices, and at most one is -1")
+        return self
+
+
+class SamplePrompt(Section):
+    """A user message answered during training, under its domain's and the default prompt."""
+
+    domain: str
+    prompt: str
+
+
+class Train(Section):
+    """Length (exactly one of steps, epochs, loss_tokens), batch, seed, sample answers."""
+
+    steps: Positive | None = None
+    epochs: Positive | None = None  # 3 when no length is set
+    loss_tokens: Positive | None = None
+    global_batch_rows: Positive = 64
+    microbatch_rows: Positive | None = None  # null: global_batch_rows, no accumulation
+    seed: Count = 0
+    deterministic: bool = False  # asks the GPU compiler for run-to-run identical results
+    sample_prompts: tuple[SamplePrompt, ...] = ()
+    sample_every: Count = 0  # 0: before and after training only
+    sample_max_new_tokens: Positive = 64
+    early_stopping_patience: Positive | None = None
+    profile_steps: tuple[int, int] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_length(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        lengths = ("steps", "epochs", "loss_tokens")
+        named = [key for key in lengths if values.get(key) is not None]
+        if len(named) > 1:
+            raise ValueError(
+                f"{' and '.join(named)} are both set; the length of a run is exactly one of "
+                f"steps, epochs, loss_tokens: set the others to null"
+            )
+        return values if named else {**values, "epochs": 3}
+
+    @model_validator(mode="after")
+    def check(self) -> "Train":
+        if self.microbatch_rows and self.global_batch_rows % self.microbatch_rows:
+            raise ValueError(
+                f"global_batch_rows {self.global_batch_rows} is no multiple of microbatch_rows "
+                f"{self.microbatch_rows}"
+            )
+        return self
+
+
+class Eval(Section):
+    every: Count = 200  # 0: before and after training only
+
+
+class Checkpoint(Section):
+    every: Positive = 500
+    keep_last: Positive = 2
+    keep_best: Count = 1
+    best_metric: str = "eval/mean/loss"  # lower is better
+    grace_seconds: Positive = 120
+
+
+class Logging(Section):
+    run_dir: Path = Path("runs/moi")
+    every: Positive = 10
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+
+class Config(Section):
+    """The whole experiment; `load_config` makes it, `to_yaml` prints it resolved."""
+
+    model: Model = Model()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: Data = Data()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_sections(cls, values: Any) -> Any:
+        """Sections left out or empty are read as {}, so that their own defaults resolve."""
+        if not isinstance(values, dict):
+            return values
+        filled = {name: values.get(name) or {} for name in cls.model_fields}
+        model = filled["model"]
+        if isinstance(model, dict) and not model.get("init_from") and not model.get("preset"):
+            filled["model"] = {**model, "preset": "qwen-7b"}
+        return {**values, **filled}
+
+    @model_validator(mode="after")
+    def check_sample_prompts(self) -> "Config":
+        names = [domain.name for domain in self.data.domains]
+        for sample in self.train.sample_prompts:
+            if sample.domain not in names:
+                raise ValueError(
+                    f"train.sample_prompts names the domain {sample.domain!r}, which is not "
+                    f"among data.domains ({', '.join(names)})"
+                )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+        )
+
+
+# Keys of the design that exist, with the values that are built so far.
+BUILT: dict[str, tuple[Any, ...]] = {
+    "model.attention": ("auto", "xla"),
+    "tokenizer.chat_template": ("from_checkpoint", "chatml"),
+    "data.sampling": ("balanced", "proportional"),
+    "mesh.context": (1,),
+    "train.early_stopping_patience": (None,),
+    "train.profile_steps": (None,),
+}
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML config, applies `section.key=value` overrides, and resolves every default.
+
+    Raises:
+      UserError: the file cannot be read, or a key or value is wrong; names key and way out.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold sections such as 'data:', found {type(values).__name__}")
+    for override in overrides:
+        apply_override(values, override)
+    return make_config(values, where=str(path))
+
+
+def make_config(values: dict[str, Any], where: str = "config") -> Config:
+    """Validates a nested dict as a Config; `where` names its origin in errors."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {describe(error)}") from None
+    for key, built in BUILT.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value not in built:
+            raise UserError(
+                f"{where}: {key}={value} is not built yet; use {' or '.join(map(str, built))}"
+            )
+    for domain in config.data.domains:
+        if any(source.weight != 1.0 for source in domain.sources):
+            raise UserError(
+                f"{where}: the weight of a source of domain {domain.name} is not built yet; use 1.0"
+            )
+    return config
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML keeps the last in silence."""
+
+
+def _unique_mapping(loader: UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for index, key in enumerate(keys):
+        if key in keys[:index]:
+            raise yaml.YAMLError(f"the key {key!r} stands twice, {node.value[index][0].start_mark}")
+    return loader.construct_mapping(node, deep=True)
+
+
+UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets `section.key=value` (value in YAML, a number names a list element) in place."""
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2:
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, Loader=UniqueKeyLoader)
+    except yaml.YAMLError:
+        raise UserError(f"the value of override {override!r} is not valid YAML") from None
+    node: Any = values
+    try:
+        for part in parts[:-1]:
+            if isinstance(node, list):
+                node = node[int(part)]
+            else:
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+        last = parts[-1]
+        node[int(last) if isinstance(node, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise UserError(f"override {override!r} names no place in the config") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem pydantic found, as one line with the nearest valid key or the value."""
+    # A misspelt key also shows as a missing one: the misspelling is what helps.
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *section, key = (str(part) for part in first["loc"])
+        valid = list(_valid_keys(first["loc"][:-1]))
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key {key!r} in {'.'.join(section) or 'the top level'}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    more = "" if first["type"] == "missing" else f" (got {first['input']!r})"
+    return f"{place}: {message}{more}"
+
+
+def _valid_keys(location: tuple[int | str, ...]) -> Iterator[str]:
+    """The keys of the section at a pydantic location, e.g. ('data', 'domains', 0)."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str):
+            annotation: Any = section.model_fields[part].annotation
+            # tuple[Domain, ...] -> Domain
+            section = annotation if isinstance(annotation, type) else annotation.__args__[0]
+    return iter(section.model_fields)

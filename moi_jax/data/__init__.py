@@ -1,0 +1,1 @@
+"""Data: conversations from files, rendered, tokenised, cached, mixed, packed and loaded."""

@@ -1,0 +1,232 @@
+"""Batches: rows of the plan as arrays, in numpy, read at random from the tokenised cache."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Literal, NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from moi_jax.config import Loss
+from moi_jax.data.chatml import Instruction, label_mask
+from moi_jax.data.plan import EpochPlan, RunPlan
+
+
+class Batch(NamedTuple):
+    """Rows as arrays [B, S]; nothing in it has two meanings.
+
+    A row of 10 tokens with two groups, mask chunk: a chat instruction (domain 0) of tokens 11 to
+    14 whose labels are 13 and 14, then two code instructions (domain 1) of tokens 21, 22 and 31,
+    32 whose labels are 22 and 32; the padding is 9:
+
+        groups        [[11 12 13 14]] [[21 22] [31 32]]
+
+        tokens         11 12 13 14 21 22 31 32  9  9
+        targets        12 13 14  9 22  9 32  9  9  9    the next token of the same instruction
+        segment_ids     1  1  1  1  2  2  2  2  0  0    attention stays inside one id
+        positions       0  1  2  3  0  1  2  3  0  0
+        domain_ids      0  0  0  0  1  1  1  1 -1 -1    of the token in `tokens`
+        loss_weights    0  1  1  0  1  0  1  0  0  0    of the target, 0: not a label
+
+    With mask row: segment_ids 1 1 1 1 1 1 1 1 0 0, positions 0 1 2 3 4 5 6 7 0 0.
+    With mask instruction: segment_ids 1 1 1 1 2 2 3 3 0 0, positions 0 1 2 3 0 1 0 1 0 0.
+    """
+
+    tokens: np.ndarray  # int32
+    targets: np.ndarray  # int32
+    segment_ids: np.ndarray  # int32, from 1 in every row; padding 0
+    positions: np.ndarray  # int32, from 0 in every segment; padding 0
+    domain_ids: np.ndarray  # int32, place of the domain in the config; padding -1
+    loss_weights: np.ndarray  # float32
+
+
+class Placed(NamedTuple):
+    """An instruction in a row, the id of its domain, and the weight of each of its labels."""
+
+    instruction: Instruction
+    domain_id: int
+    weight: float
+
+
+Mask = Literal["chunk", "row", "instruction"]
+
+
+def assemble(
+    rows: Sequence[Sequence[Sequence[Placed]]],
+    sequence_length: int,
+    pad_id: int,
+    mask: Mask,
+    targets: str,
+) -> Batch:
+    """Lays rows of groups of instructions out as arrays; see `Batch` for an example.
+
+    Args:
+      rows: B rows, each of whole groups with at most sequence_length tokens; [] is an empty row.
+      pad_id: token of the padding, and target where there is none (Qwen: <|endoftext|>).
+      mask: what one segment is: a group, the whole row, or an instruction.
+      targets: loss.targets, which tokens are labels.
+
+    Returns:
+      Arrays of shape [B, sequence_length].
+    """
+    groups = list(chain.from_iterable(rows))
+    placed = list(chain.from_iterable(groups))
+    if not placed:
+        return _batch(np.zeros((len(rows), sequence_length), bool), pad_id)
+    lengths = np.array([len(p.instruction.tokens) for p in placed])
+    # Row and segment (counted over the batch) of every instruction.
+    group_of = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])[group_of]
+    segment_of = {"chunk": group_of, "row": row_of, "instruction": np.arange(len(placed))}[mask]
+
+    # Everything below is one entry a token, over all rows in one line.
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    tokens = np.concatenate([p.instruction.tokens for p in placed])
+    labels = np.concatenate([label_mask(p.instruction, targets) for p in placed])
+    weights = labels * np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
+    following, following_weights = np.roll(tokens, -1), np.roll(weights, -1)
+    following[ends - 1] = pad_id
+    following_weights[ends - 1] = 0
+    # The first instruction of each segment, and of each row, by the instruction.
+    first_of_segment = np.searchsorted(segment_of, segment_of)
+    first_of_row = np.searchsorted(row_of, row_of)
+    distinct = np.cumsum(np.diff(segment_of, prepend=-1) > 0)
+    segment_ids = distinct - distinct[first_of_row] + 1
+    positions = np.arange(len(tokens)) - np.repeat(starts[first_of_segment], lengths)
+
+    row_tokens = np.bincount(row_of, weights=lengths, minlength=len(rows))
+    real = np.arange(sequence_length) < row_tokens[:, None]
+    batch = _batch(real, pad_id)
+    batch.tokens[real] = tokens
+    batch.targets[real] = following
+    batch.segment_ids[real] = np.repeat(segment_ids, lengths)
+    batch.positions[real] = positions
+    batch.domain_ids[real] = np.repeat([p.domain_id for p in placed], lengths)
+    batch.loss_weights[real] = following_weights
+    return batch
+
+
+def _batch(real: np.ndarray, pad_id: int) -> Batch:
+    """A batch of padding only, of the shape of real."""
+    return Batch(
+        tokens=np.full(real.shape, pad_id, np.int32),
+        targets=np.full(real.shape, pad_id, np.int32),
+        segment_ids=np.zeros(real.shape, np.int32),
+        positions=np.zeros(real.shape, np.int32),
+        domain_ids=np.full(real.shape, -1, np.int32),
+        loss_weights=np.zeros(real.shape, np.float32),
+    )
+
+
+class Reader(Protocol):
+    """What a domain's cache offers here."""
+
+    def read(self, indices: Sequence[int]) -> list[Instruction]: ...
+
+
+class RowSource:
+    """Any rows of a run as a Batch; safe to call from several threads."""
+
+    def __init__(
+        self,
+        run: RunPlan,
+        caches: Sequence[Reader],
+        train: Sequence[np.ndarray],
+        loss: Loss,
+        pad_id: int,
+    ):
+        """
+        Args:
+          caches: of each domain, in config order.
+          train: int64[n_d] of each domain: training instruction i of domain d is record
+            train[d][i] of its cache.
+          pad_id: token of the padding.
+        """
+        self.run, self.loss, self.pad_id = run, loss, pad_id
+        self._caches, self._train = caches, train
+
+    def rows(self, global_rows: Sequence[int] | np.ndarray) -> Batch:
+        """Rows of the endless sequence by their numbers, with one cache read a domain.
+
+        Rows past the end of the run are empty.
+        """
+        planned = [self._planned(int(row)) for row in global_rows]
+        numbers = [i for row in planned for group, _ in row for i in group.tolist()]
+        instructions = self._read(np.unique(np.array(numbers, np.int64)))
+        rows = [
+            [
+                [Placed(*instructions[i], w) for i, w in zip(group.tolist(), weights, strict=True)]
+                for group, weights in row
+            ]
+            for row in planned
+        ]
+        data = self.run.data
+        assert data.mask is not None  # resolved by the config
+        return assemble(rows, data.sequence_length, self.pad_id, data.mask, self.loss.targets)
+
+    def _planned(self, global_row: int) -> list[tuple[np.ndarray, list[float]]]:
+        """The groups of a row, each as instruction numbers and the weights of their labels."""
+        if global_row >= self.run.total_rows:
+            return []
+        epoch, row = self.run.locate(global_row)
+        plan = self.run.epoch_plan(epoch)
+        normalization = self.loss.normalization
+        return [
+            (group, label_weights(plan, group, normalization).tolist()) for group in plan.row(row)
+        ]
+
+    def _read(self, numbers: np.ndarray) -> dict[int, tuple[Instruction, int]]:
+        """The instructions of global numbers int64[m], with their domain ids."""
+        corpus = self.run.corpus
+        domain_of = corpus.domain_of(numbers)
+        found: dict[int, tuple[Instruction, int]] = {}
+        for domain in np.unique(domain_of).tolist():
+            mine = numbers[domain_of == domain]
+            records = self._train[domain][mine - corpus.offsets[domain]]
+            for number, instruction in zip(
+                mine.tolist(), self._caches[domain].read(records), strict=True
+            ):
+                found[number] = instruction, domain
+        return found
+
+
+def label_weights(plan: EpochPlan, instructions: np.ndarray, normalization: str) -> np.ndarray:
+    """float64[m]: the weight of each label of instructions int64[m] (docs: loss_weights).
+
+    token: 1. instruction: 1 / the instruction's labels, so each sums to 1. domain: T / (K T_d),
+    so that the K domains have equal sums over an epoch.
+    """
+    if normalization == "token":
+        return np.ones(len(instructions))
+    if normalization == "instruction":
+        return 1 / plan.corpus.loss_lengths[instructions]
+    per_domain = plan.domain_loss_tokens
+    share = plan.loss_tokens / np.count_nonzero(per_domain)
+    return share / per_domain[plan.corpus.domain_of(instructions)]
+
+
+def batch_dataset(
+    source: RowSource,
+    start_row: int = 0,
+    local_rows: np.ndarray | None = None,
+    threads: int = 4,
+    prefetch: int = 4,
+) -> grain.IterDataset:
+    """The batches of a run from any row on: batch k is rows [start_row + k B, ... + B).
+
+    The position in the stream is the row alone: a new dataset from the first row of the next
+    batch goes on exactly, also where B has changed.
+
+    Args:
+      local_rows: the rows of each global batch to read, as numbers below B; None for all.
+      threads: batches read at the same time.
+      prefetch: batches held ready.
+    """
+    run = source.run
+    wanted = np.arange(run.batch_rows) if local_rows is None else local_rows
+    return (
+        grain.MapDataset.range(start_row, run.total_rows, run.batch_rows)
+        .map(lambda row: source.rows(row + wanted))
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    )

@@ -1,0 +1,191 @@
+"""Which groups share a row: best fit, sequential, or one group a row.
+
+A group is never cut, and the same instruction never stands twice in a row.
+"""
+
+from array import array
+from typing import Literal
+
+import numpy as np
+
+
+def pack(
+    members: np.ndarray,
+    sizes: np.ndarray,
+    sequence_length: int,
+    packing: Literal["best_fit", "sequential", "none"],
+) -> np.ndarray:
+    """Places every group in a row of sequence_length tokens.
+
+    Args:
+      members: int64[G, W] global instruction numbers of each group, -1 for none.
+      sizes: int64[G] tokens of each group, 1 <= size <= sequence_length, in draw order.
+
+    Returns:
+      int64[G], the row of each group; rows are numbered from 0 in the order they were opened.
+    """
+    if packing == "best_fit":
+        return best_fit(members, sizes, sequence_length)
+    if packing == "sequential":
+        return sequential(members, sizes, sequence_length)
+    return np.arange(len(sizes))
+
+
+def repeated_members(members: np.ndarray) -> np.ndarray:
+    """bool[G, W]: members whose instruction occurs more than once among all groups."""
+    present = members >= 0
+    occurrences = np.bincount(members[present])
+    return present & (occurrences[members] > 1)
+
+
+# Rows looked at for a group whose instructions already stand in the tightest one.
+ROWS_TRIED = 16
+
+
+class OpenRows:
+    """Rows with tokens left, as a stack per number of free tokens.
+
+    `mask` has bit f set where the stack of rows with f free tokens is not empty: the tightest row
+    for a group is found by one shift and one lowest bit, not by a search.
+    """
+
+    def __init__(self, sequence_length: int):
+        self.stacks: list[list[int]] = [[] for _ in range(sequence_length + 1)]
+        self.mask = 0
+
+    def push(self, row: int, free: int) -> None:
+        stack = self.stacks[free]
+        if not stack:
+            self.mask |= 1 << free
+        stack.append(row)
+
+    def tightest(self, size: int) -> int:
+        """The smallest number of free tokens >= size that some row has; -1 if none has."""
+        fitting = self.mask >> size
+        return size + (fitting & -fitting).bit_length() - 1 if fitting else -1
+
+    def pop(self, free: int, index: int = -1) -> int:
+        stack = self.stacks[free]
+        row = stack.pop(index)
+        if not stack:
+            self.mask ^= 1 << free
+        return row
+
+
+class Copies:
+    """Tells whether a row already holds an instruction of a group.
+
+    Knows only the instructions that occur more than once: usually few, often none.
+    """
+
+    def __init__(self, members: np.ndarray):
+        repeated = repeated_members(members)
+        self.any = bool(repeated.any())
+        self._ids = members[repeated].data
+        self._starts = np.append(0, np.cumsum(repeated.sum(axis=1))).data
+        # A signature has the bit (number mod 61) of every instruction: where those of a group and
+        # a row share no bit, they share no instruction, and the chain need not be walked.
+        bits = np.where(repeated, 1 << members % 61, 0)
+        self._signatures = np.bitwise_or.reduce(bits, axis=1).data
+        self._row_signatures = np.zeros(len(members), np.int64).data
+        # The groups of a row as a chain: the last one placed, and from each the one before.
+        self._last = np.full(len(members), -1).data
+        self._previous = np.full(len(members), -1).data
+
+    def stand_in(self, row: int, group: int) -> bool:
+        if not self._signatures[group] & self._row_signatures[row]:
+            return False
+        ids = set(self._of(group))
+        other = self._last[row]
+        while other >= 0:
+            if not ids.isdisjoint(self._of(other)):
+                return True
+            other = self._previous[other]
+        return False
+
+    def add(self, row: int, group: int) -> None:
+        self._row_signatures[row] |= self._signatures[group]
+        self._previous[group] = self._last[row]
+        self._last[row] = group
+
+    def _of(self, group: int) -> memoryview:
+        return self._ids[self._starts[group] : self._starts[group + 1]]
+
+
+def best_fit(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Best-fit decreasing: the largest group first, each into the open row with the least room.
+
+    Equal sizes keep draw order; of equally tight rows the one used last is taken. A row that holds
+    one of the group's instructions already is passed over for the next tightest; after ROWS_TRIED
+    rows a new one is opened.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    copies = Copies(members)
+    open_rows = OpenRows(sequence_length)
+    placed = array("q")
+    rows = 0
+    for group, size in zip(order.data, sizes[order].data, strict=True):
+        free, index = open_rows.tightest(size), -1
+        if free >= 0 and copies.any:
+            free, index = without_copies(open_rows, copies, group, free)
+        if free >= 0:
+            row = open_rows.pop(free, index)
+        else:
+            row, free, rows = rows, sequence_length, rows + 1
+        if free > size:
+            open_rows.push(row, free - size)
+        if copies.any:
+            copies.add(row, group)
+        placed.append(row)
+    row_of = np.empty(len(sizes), np.int64)
+    row_of[order] = np.frombuffer(placed, np.int64)
+    return row_of
+
+
+def without_copies(open_rows: OpenRows, copies: Copies, group: int, free: int) -> tuple[int, int]:
+    """(free, index) of the first row, from `free` on, that holds none of the group's instructions.
+
+    (-1, -1) if there is none among the ROWS_TRIED first ones.
+    """
+    tried = 0
+    while free >= 0:
+        stack = open_rows.stacks[free]
+        for index in range(len(stack) - 1, -1, -1):
+            if not copies.stand_in(stack[index], group):
+                return free, index
+            tried += 1
+            if tried == ROWS_TRIED:
+                return -1, -1
+        free = open_rows.tightest(free + 1)
+    return -1, -1
+
+
+def sequential(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Next fit in draw order: a row ends before the group that is too long or repeats a member."""
+    groups = len(sizes)
+    ends = np.cumsum(sizes)
+    # For a row that began at each group: the first group that does not fit any more ...
+    stop = np.searchsorted(ends, ends - sizes + sequence_length, side="right")
+    # ... or that repeats an instruction of the row.
+    stop = np.minimum(stop, np.minimum.accumulate(next_copy(members)[::-1])[::-1])
+    starts = array("q")
+    group, stops = 0, stop.data
+    while group < groups:
+        starts.append(group)
+        group = stops[group]
+    opens = np.zeros(groups, np.int64)
+    opens[np.frombuffer(starts, np.int64)] = 1
+    return np.cumsum(opens) - 1
+
+
+def next_copy(members: np.ndarray) -> np.ndarray:
+    """int64[G]: the next later group with an instruction of this group; G where there is none."""
+    groups = len(members)
+    group, column = np.nonzero(repeated_members(members))
+    ids = members[group, column]
+    order = np.argsort(ids, kind="stable")
+    group, ids = group[order], ids[order]
+    copy = ids[1:] == ids[:-1]
+    following = np.full(groups, groups)
+    np.minimum.at(following, group[:-1][copy], group[1:][copy])
+    return following

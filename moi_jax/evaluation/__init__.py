@@ -1,0 +1,1 @@
+"""The evaluation room: what a model is judged by."""

@@ -1,0 +1,121 @@
+"""Held-out losses: every held-out conversation once, alone in its row, per domain and prompt."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from rich.console import Console
+
+from moi_jax import config
+from moi_jax.data.cache import DomainCache, Selection, resolve_prompt
+from moi_jax.data.chatml import Instruction, with_system_prompt
+from moi_jax.data.loader import Batch, Placed, assemble
+from moi_jax.data.tokenizer import Tokenizer
+
+# Rows are cut to the shortest of these widths, times two and so on, that holds them.
+_SHORTEST_ROW = 128
+
+Sums = Callable[[Batch], dict[str, np.ndarray]]
+
+
+class HeldOut:
+    """The held-out conversations as batches under their own and under the default prompt.
+
+    Attributes:
+      own, default: numpy batches. A domain whose prompt is the default one is in `own` alone.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[DomainCache],
+        selections: Sequence[Selection],
+        data: config.Data,
+        targets: str,
+        tokenizer: Tokenizer,
+        rows: int,
+        row_multiple: int,
+        console: Console,
+    ):
+        """
+        Args:
+          targets: loss.targets.
+          rows: rows of a batch at full width; shorter rows come in larger batches.
+          row_multiple: rows of a batch divide by this (the batch shards of the mesh).
+        """
+        self.domains = [cache.name for cache in caches]
+        self._data, self._targets, self._pad_id = data, targets, tokenizer.endoftext
+        self._rows, self._row_multiple = rows, row_multiple
+        own: list[Placed] = []
+        default: list[Placed] = []
+        self._same_prompt = []
+        for index, (cache, selection) in enumerate(zip(caches, selections, strict=True)):
+            instructions = cache.read(selection.held_out)
+            own += [Placed(instruction, index, 1.0) for instruction in instructions]
+            prompt = resolve_prompt(data, data.domains[index])
+            self._same_prompt.append(prompt == data.default_system_prompt)
+            if self._same_prompt[-1]:
+                continue
+            for instruction in instructions:
+                other = with_system_prompt(
+                    instruction, tokenizer, data.default_system_prompt, data.row_system
+                )
+                default.append(Placed(other, index, 1.0))
+        fitting = [p for p in default if len(p.instruction.tokens) <= data.sequence_length]
+        if len(fitting) < len(default):
+            console.print(
+                f"{len(default) - len(fitting)} held-out conversations are too long under the "
+                f"default prompt and left out there"
+            )
+        self.own, self.default = self._batches(own), self._batches(fitting)
+
+    def losses(self, sums: Sums) -> dict[str, float]:
+        """Token means in nats: eval/<domain>/loss, .../default_prompt/loss, and their means.
+
+        Args:
+          sums: the model's domain_nll and domain_loss_tokens of a batch.
+        """
+        own = self._token_means(self.own, sums)
+        default = self._token_means(self.default, sums)
+        losses: dict[str, float] = {}
+        for index, name in enumerate(self.domains):
+            losses[f"eval/{name}/loss"] = own[index]
+            same = self._same_prompt[index]
+            losses[f"eval/{name}/default_prompt/loss"] = own[index] if same else default[index]
+        for kind in ("loss", "default_prompt/loss"):
+            values = [losses[f"eval/{name}/{kind}"] for name in self.domains]
+            known = [value for value in values if not math.isnan(value)]
+            losses[f"eval/mean/{kind}"] = sum(known) / len(known) if known else math.nan
+        return losses
+
+    def _token_means(self, batches: list[Batch], sums: Sums) -> list[float]:
+        nll, tokens = np.zeros((2, len(self.domains)), np.float64)
+        for batch in batches:
+            result = sums(batch)
+            nll += result["domain_nll"]
+            tokens += result["domain_loss_tokens"]
+        return [n / t if t else math.nan for n, t in zip(nll.tolist(), tokens.tolist(), strict=True)]
+
+    def _batches(self, placed: list[Placed]) -> list[Batch]:
+        """One conversation a row, rows of like length together, the last batch filled up."""
+        by_width: dict[int, list[Placed]] = {}
+        for item in placed:
+            by_width.setdefault(self._width(item.instruction), []).append(item)
+        batches = []
+        for width in sorted(by_width):
+            items = by_width[width]
+            rows = self._rows * self._data.sequence_length // width
+            rows = min(rows, len(items))
+            rows = -(-rows // self._row_multiple) * self._row_multiple
+            for first in range(0, len(items), rows):
+                filled = [[[item]] for item in items[first : first + rows]]
+                filled += [[]] * (rows - len(filled))
+                batches.append(
+                    assemble(filled, width, self._pad_id, "instruction", self._targets)
+                )
+        return batches
+
+    def _width(self, instruction: Instruction) -> int:
+        width = _SHORTEST_ROW
+        while width < len(instruction.tokens):
+            width *= 2
+        return min(width, self._data.sequence_length)

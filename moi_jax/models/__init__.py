@@ -1,0 +1,1 @@
+"""The models room: architecture, parameters, attention and the vocabulary loss."""

@@ -1,0 +1,143 @@
+"""The architecture of a decoder: `ModelConfig`, the presets, and how it is read from JSON."""
+
+import dataclasses
+import json
+from typing import Any
+
+from moi_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder-only transformer; families differ in these fields alone.
+
+    Letters used for the sizes everywhere: D hidden_size, H num_heads, K num_kv_heads,
+    N head_dim, F mlp_width, V vocab_size, L num_layers.
+    """
+
+    family: str
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    seq_length: int  # trained length: beyond it, dynamic NTK and log-n act at inference
+    qkv_bias: bool
+    rope_base: float
+    norm_eps: float
+    dynamic_ntk: bool
+    logn_attention: bool
+    initializer_range: float
+    default_system_prompt: str
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
+        return cls(**values)
+
+
+def _qwen_v1(**sizes: Any) -> ModelConfig:
+    """Qwen (2023), whose published sizes share everything but these."""
+    fields = {
+        "family": "qwen_v1",
+        "head_dim": 128,
+        "seq_length": 8192,
+        "qkv_bias": True,
+        "rope_base": 1e4,
+        "norm_eps": 1e-6,
+        "dynamic_ntk": True,
+        "logn_attention": True,
+        "initializer_range": 0.02,
+        "default_system_prompt": "You are a helpful assistant.",
+        "num_kv_heads": sizes["num_heads"],
+    }
+    return ModelConfig(**{**fields, **sizes})
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "qwen-7b": _qwen_v1(
+        vocab_size=151936, num_layers=32, hidden_size=4096, num_heads=32, mlp_width=11008
+    ),
+    "qwen-1.8b": _qwen_v1(
+        vocab_size=151936, num_layers=24, hidden_size=2048, num_heads=16, mlp_width=5504
+    ),
+    "qwen-72b": _qwen_v1(
+        vocab_size=152064,
+        num_layers=80,
+        hidden_size=8192,
+        num_heads=64,
+        mlp_width=24576,
+        seq_length=32768,
+        rope_base=1e6,
+        dynamic_ntk=False,
+        logn_attention=False,
+    ),
+    # For laptops and tests, with the vocabulary of the tokenizer in moi_jax/data/samples.
+    "tiny": _qwen_v1(
+        vocab_size=2048, num_layers=4, hidden_size=128, num_heads=4, head_dim=32, mlp_width=352
+    ),
+    "small": _qwen_v1(
+        vocab_size=2048, num_layers=6, hidden_size=256, num_heads=8, head_dim=32, mlp_width=704
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """Raises UserError, listing the presets, when `name` is none of them."""
+    if name not in PRESETS:
+        raise UserError(f"model.preset {name!r} is unknown; presets: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# Our field: the keys of a published Qwen v1 config.json, the August 2023 release's second.
+_QWEN_V1_KEYS = {
+    "vocab_size": ("vocab_size", "padded_vocab_size"),
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_heads": ("num_attention_heads", "n_head"),
+    "head_dim": ("kv_channels",),
+    "seq_length": ("seq_length",),
+    "rope_base": ("rotary_emb_base",),
+    "norm_eps": ("layer_norm_epsilon",),
+    "dynamic_ntk": ("use_dynamic_ntk",),
+    "logn_attention": ("use_logn_attn",),
+    "initializer_range": ("initializer_range",),
+}
+
+
+def read_hf_config(text: str, where: str) -> ModelConfig:
+    """The architecture a published Qwen v1 `config.json` describes; `where` names the file.
+
+    Raises:
+      UserError: no JSON, another architecture, a missing key, or a setting we do not build.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"{where} has no model_type; is it the config.json of a model?")
+    if values["model_type"] != "qwen":
+        raise UserError(
+            f"{where}: model_type {values['model_type']!r} is not built yet; "
+            f"only 'qwen' (Qwen v1) can be imported"
+        )
+    if values.get("quantization_config"):
+        raise UserError(f"{where}: quantised weights are not supported; import the full ones")
+    if values.get("rotary_pct", 1.0) != 1.0 or not values.get("no_bias", True):
+        raise UserError(f"{where}: rotary_pct other than 1 and no_bias: false are not supported")
+    fields: dict[str, Any] = {}
+    for field, keys in _QWEN_V1_KEYS.items():
+        found = [values[key] for key in keys if key in values]
+        if not found:
+            raise UserError(f"{where} lacks {keys[0]}")
+        fields[field] = found[0]
+    width = values.get("intermediate_size", values.get("ffn_hidden_size"))
+    if width is None:
+        raise UserError(f"{where} lacks intermediate_size")
+    # The published figure counts both halves of the gated MLP.
+    return _qwen_v1(**fields, mlp_width=width // 2)

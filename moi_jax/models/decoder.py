@@ -1,0 +1,156 @@
+"""The one decoder: embedding, a scan over stacked layers, final norm, untied head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moi_jax.models import rotary
+from moi_jax.models.attention import attention
+from moi_jax.models.axes import constrain
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.parameters import Tree
+
+
+class Block(nnx.Module):
+    """A layer. `Decoder.layers` holds all of them, each parameter with a leading L axis."""
+
+    def __init__(self, config: ModelConfig, parameters: Tree):
+        self.config = config
+        for name, value in parameters.items():
+            setattr(self, name, nnx.Param(value))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        query_scale: jax.Array | None,
+        segment_ids: jax.Array,
+    ) -> jax.Array:
+        """[B, S, D] -> [B, S, D]; query_scale [B, S] is log-n attention, None for 1."""
+        y = rms_norm(x, self.attention_norm[...], self.config.norm_eps)
+        query = self.project(y, "query")
+        key = rotary.apply_rotary(self.project(y, "key"), cos, sin)
+        query = rotary.apply_rotary(query, cos, sin)
+        if query_scale is not None:
+            query = query * query_scale[..., None, None].astype(query.dtype)
+        mixed = attention(query, key, self.project(y, "value"), segment_ids)
+        x = x + jnp.einsum("bshn,hnd->bsd", mixed, self.out[...].astype(x.dtype))
+
+        y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
+        gate = jnp.einsum("bsd,df->bsf", y, self.gate[...].astype(x.dtype))
+        up = jnp.einsum("bsd,df->bsf", y, self.up[...].astype(x.dtype))
+        down = self.down[...].astype(x.dtype)
+        return x + jnp.einsum("bsf,fd->bsd", up * jax.nn.silu(gate), down)
+
+    def project(self, y: jax.Array, name: str) -> jax.Array:
+        """[B, S, D] -> [B, S, heads, N], with the bias where the family has one."""
+        heads = jnp.einsum("bsd,dhn->bshn", y, getattr(self, name)[...].astype(y.dtype))
+        if self.config.qkv_bias:
+            heads = heads + getattr(self, f"{name}_bias")[...].astype(y.dtype)
+        return heads
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model over a tree of parameters (see parameters.py)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Tree,
+        *,
+        compute_dtype: jax.typing.DTypeLike = jnp.float32,
+        remat: str = "none",
+    ):
+        """`remat`: none, full (recompute each layer backward), dots (keep the projections)."""
+        self.config = config
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.remat = remat
+        self.embedding = nnx.Param(parameters["embedding"])
+        self.layers = Block(config, parameters["layers"])
+        self.final_norm = nnx.Param(parameters["final_norm"])
+        self.head = nnx.Param(parameters["head"])
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Inference: float32 logits [B, S, V] for int32 tokens [B, S].
+
+        segment_ids None is one segment a row; positions None restart with each segment. Past
+        the model's seq_length a segment has Qwen's dynamic NTK and log-n attention.
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        if positions is None:
+            positions = rotary.segment_positions(segment_ids)
+        hidden = self.hidden_states(tokens, positions, segment_ids, training=False)
+        return self.logits(hidden).astype(jnp.float32)
+
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        training: bool,
+        rope_alpha: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normed final states [B, S, D] in the compute dtype.
+
+        Args:
+          training: dynamic NTK and log-n attention are off, as in the reference.
+          rope_alpha: NTK factor per token [B, S]. None: from the length of its segment. A
+            sampler hands in the prompt's, which a generation keeps to its end.
+        """
+        config = self.config
+        statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
+        # A row within seq_length needs no scaling, and the shape says so at trace time.
+        longer = not training and tokens.shape[1] > config.seq_length
+        if longer and config.dynamic_ntk and rope_alpha is None:
+            lengths = rotary.segment_lengths(segment_ids)
+            rope_alpha = rotary.ntk_alpha(lengths, config.seq_length)
+        cos, sin = rotary.rotary_angles(
+            positions, config.head_dim, config.rope_base, rope_alpha, statistics
+        )
+        query_scale = None
+        if longer and config.logn_attention:
+            query_scale = rotary.logn_scale(positions, config.seq_length, statistics)
+
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.compute_dtype)
+        x = constrain(x, "batch", None, None)
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(x: jax.Array, parameters: Any) -> tuple[jax.Array, None]:
+            x = nnx.merge(graph, parameters)(x, cos, sin, query_scale, segment_ids)
+            return constrain(x, "batch", None, None), None
+
+        x, _ = jax.lax.scan(_with_remat(layer, self.remat), x, stacked)
+        return rms_norm(x, self.final_norm[...], config.norm_eps)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, V] in the compute dtype or float32, the wider."""
+        statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
+        head = self.head[...].astype(hidden.dtype)
+        return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=statistics)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis: statistics in float32 or wider, cast back, then weighted."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def _with_remat(layer: Any, remat: str) -> Any:
+    if remat == "none":
+        return layer
+    policy = None
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -1,0 +1,48 @@
+"""The vocabulary loss, in chunks of tokens: logits [B, S, V] are never whole."""
+
+import jax
+import jax.numpy as jnp
+
+from moi_jax.models.axes import constrain
+
+# Tokens whose logits exist at a time: 1.2 GiB of float32 at Qwen's vocabulary, over all devices.
+CHUNK_TOKENS = 2048
+
+
+def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    """Negative log-likelihood in nats of each target, [B, S], float32 or wider.
+
+    Args:
+      hidden: [B, S, D] final states, in the compute dtype.
+      head: [D, V].
+      targets: int32[B, S]; positions without a target get a value all the same: weigh it 0.
+
+    The backward pass recomputes each chunk's logits instead of keeping them.
+    """
+    b, s, d = hidden.shape
+    head = head.astype(hidden.dtype)
+    width = _chunk_width(b, s)
+
+    def chunk(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return None, _chunk_nll(inputs[0], head, inputs[1])
+
+    hidden = hidden.reshape(b, s // width, width, d).swapaxes(0, 1)
+    targets = targets.reshape(b, s // width, width).swapaxes(0, 1)
+    _, nll = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, (hidden, targets))
+    return nll.swapaxes(0, 1).reshape(b, s)
+
+
+def _chunk_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    statistics = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=statistics)
+    logits = constrain(logits, "logits_batch", None, "head_vocab")
+    # A masked sum instead of a gather: it stays local where the vocabulary is split.
+    is_target = jnp.arange(head.shape[1]) == targets[..., None]
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - target_logit
+
+
+def _chunk_width(b: int, s: int) -> int:
+    """The widest divisor of S with at most CHUNK_TOKENS tokens in [B, width]."""
+    limit = max(CHUNK_TOKENS // b, 1)
+    return max(width for width in range(1, s + 1) if s % width == 0 and width <= limit)

@@ -1,0 +1,1 @@
+"""The sampling room: text out of a model."""

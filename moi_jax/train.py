@@ -1,0 +1,139 @@
+"""python -m moi_jax.train --config FILE [section.key=value ...]: fine-tune with MoI."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moi_jax.config import Config, load_config
+from moi_jax.errors import run_command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moi_jax.models.parameters import Tree
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m moi_jax.train",
+        description="Fine-tunes a model on a mixture of chat data, as the config says.",
+        epilog="A run that was stopped goes on where it was: give the same command again. Exit "
+        "status: 0 done, 2 your mistake (one line says which), 1 a fault of ours, 128 + the "
+        "signal's number after saving on SIGTERM or SIGINT.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the resolved config and stop"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="begin anew; an old run is moved aside, not deleted"
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="store_true",
+        help="go on with another optimizer, batch size or length of the run",
+    )
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(config.to_yaml(), end="")
+        return 0
+    return train(config, fresh=args.fresh, allow_change=args.allow_change)
+
+
+def train(config: Config, *, fresh: bool = False, allow_change: bool = False) -> int:
+    """Runs, or goes on with, the training a config describes; returns the exit status.
+
+    Raises:
+      UserError: config, data, checkpoint or run directory do not allow it.
+    """
+    if config.train.deterministic:  # read by XLA when jax starts
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    import jax
+    from rich.console import Console
+
+    from moi_jax.evaluation.held_out import HeldOut
+    from moi_jax.sampling.answers import make_sampler
+    from moi_jax.training.inputs import open_inputs
+    from moi_jax.training.loop import fit
+    from moi_jax.training.report import write_report
+    from moi_jax.training.runtime import run_directory
+    from moi_jax.training.setup import build_machine, start_run
+
+    console = Console()
+    with run_directory(config.logging.run_dir, fresh) as directory:
+        inputs = open_inputs(config, console)
+        machine = build_machine(inputs)
+        held_out = HeldOut(
+            inputs.caches,
+            inputs.selections,
+            inputs.config.data,
+            config.loss.targets,
+            inputs.tokenizer,
+            machine.microbatch_rows,
+            machine.row_multiple,
+            console,
+        )
+        sample = None
+        if config.train.sample_prompts:
+            sample = make_sampler(
+                config.train.sample_prompts,
+                config.train.sample_max_new_tokens,
+                inputs.config.data,
+                inputs.tokenizer,
+                machine.make_model,
+            )
+
+        def evaluate(parameters: "Tree") -> dict[str, float]:
+            return held_out.losses(lambda batch: machine.sums(parameters, batch))
+
+        jax.set_mesh(machine.mesh)
+        run = start_run(inputs, machine, directory, allow_change, evaluate, sample, console)
+        if run.step == run.steps:
+            console.print(f"the run in {directory} is complete; --fresh begins anew")
+            return 0
+        finished = fit(run)
+        report = write_report(directory)
+    if not finished:
+        console.print(f"saved step {run.step} to {directory}; the same command goes on from there")
+        return run.stop.exit_status
+    _print_answers(directory, console)
+    console.print(f"checkpoint {directory / 'checkpoints' / str(run.step)}")
+    console.print(f"report     {report}")
+    return 0
+
+
+def _print_answers(directory: Path, console: "Console") -> None:
+    """The sample answers before and after training, side by side under each prompt."""
+    import json
+
+    path = directory / "samples.jsonl"
+    if not path.exists():
+        return
+    answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first, last = answers[0]["step"], answers[-1]["step"]
+    for answer in answers:
+        if answer["step"] == last:
+            before = next(
+                a["answer"]
+                for a in answers
+                if a["step"] == first
+                and all(a[key] == answer[key] for key in ("domain", "prompt", "system"))
+            )
+            console.rule(f"{answer['domain']}, {answer['system']} system prompt", align="left")
+            for title, text in (
+                ("user", answer["prompt"]),
+                (f"step {first}", before),
+                (f"step {last}", answer["answer"]),
+            ):
+                console.print(f"[bold]{title}:[/bold]", end=" ")
+                console.print(text, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

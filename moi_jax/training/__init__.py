@@ -1,0 +1,1 @@
+"""The training room: mesh, state, step, loop, checkpoints, metrics and report."""

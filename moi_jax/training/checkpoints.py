@@ -1,0 +1,229 @@
+"""Checkpoints: one orbax step holds all a model needs, so that its folder can be moved alone.
+
+Items of a step: `parameters`, `model` (architecture), `tokenizer` (its files), `prompts`
+(default and domain prompts, chat template); from training also `optimizer`, `position` (data
+position, seed) and `config`.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from moi_jax import config as config_lib
+from moi_jax.data.tokenizer import Tokenizer
+from moi_jax.errors import UserError
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.parameters import Tree, abstract_parameters
+from moi_jax.training.sharding import parameter_shardings
+from moi_jax.training.state import TrainState
+
+# Its own lines on every save would bury the run's.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelItems:
+    """What makes parameters usable: architecture, tokenizer files, prompts and template."""
+
+    model: ModelConfig
+    tokenizer: dict[str, str]
+    prompts: Json
+
+    def to_args(self) -> dict[str, ocp.args.JsonSave]:
+        return {
+            "model": ocp.args.JsonSave(self.model.to_json()),
+            "tokenizer": ocp.args.JsonSave({"files": self.tokenizer}),
+            "prompts": ocp.args.JsonSave(self.prompts),
+        }
+
+
+def save_model(path: Path, parameters: Tree, items: ModelItems) -> None:
+    """Writes a checkpoint without training state; it appears under `path` only when whole.
+
+    Raises:
+      UserError: `path` exists.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; name a new directory, nothing is overwritten")
+    args = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters), **items.to_args())
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), args)
+
+
+class RunCheckpoints:
+    """The checkpoints of a run, saved in the background, the newest never lost."""
+
+    def __init__(self, directory: Path, config: config_lib.Checkpoint, items: ModelItems):
+        policies: list[preservation_policy.PreservationPolicy] = [
+            preservation_policy.LatestN(config.keep_last)
+        ]
+        if config.keep_best:
+            best = preservation_policy.BestN(
+                # The policy keeps the greatest; a loss is best when least.
+                get_metric_fn=lambda metrics: -metrics[config.best_metric],
+                n=config.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
+        self._items = items
+        self._best_metric = config.best_metric
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: Json,
+        config: Json,
+        evaluation: dict[str, float] | None,
+    ) -> None:
+        """Starts saving; returns once the device values are copied.
+
+        `evaluation` is that of this very step: only such checkpoints compete for keep_best.
+        """
+        scores = None
+        if evaluation and self._best_metric in evaluation:
+            scores = {self._best_metric: evaluation[self._best_metric]}
+        items = ocp.args.Composite(
+            parameters=ocp.args.StandardSave(state.parameters),
+            optimizer=ocp.args.StandardSave({"step": state.step, "state": state.optimizer}),
+            position=ocp.args.JsonSave(position),
+            config=ocp.args.JsonSave(config),
+            **self._items.to_args(),
+        )
+        self._manager.save(step, args=items, metrics=scores, force=True)
+
+    def latest(self) -> int | None:
+        """The newest whole step, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of a step, on the mesh and in the dtypes of `abstract`."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                parameters=ocp.args.StandardRestore(abstract.parameters),
+                optimizer=ocp.args.StandardRestore(
+                    {"step": abstract.step, "state": abstract.optimizer}
+                ),
+            ),
+        )
+        optimizer = restored["optimizer"]
+        return TrainState(optimizer["step"], restored["parameters"], optimizer["state"])
+
+    def read_json(self, step: int, item: str) -> Json:
+        args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+        return self._manager.restore(step, args=args)[item]
+
+    def close(self) -> None:
+        """Waits until the last save is whole on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def find_step(path: Path) -> Path:
+    """The directory of one step: `path` itself, or the newest step of a run.
+
+    Raises:
+      UserError: nothing there is a checkpoint.
+    """
+    path = path.expanduser()
+    if (path / "parameters").is_dir():
+        return path
+    for folder in (path, path / "checkpoints"):
+        steps = [
+            int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()
+        ]
+        if steps:
+            return folder / str(max(steps))
+    raise UserError(
+        f"{path} is no checkpoint (no 'parameters' inside); name one written by training or by "
+        f"python -m moi_jax.convert import"
+    )
+
+
+def read_items(path: Path) -> ModelItems:
+    """Architecture, tokenizer files and prompts of a checkpoint."""
+    step = find_step(path)
+    names = ("model", "tokenizer", "prompts")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names})
+        items = checkpointer.restore(step.absolute(), args)
+    return ModelItems(
+        ModelConfig.from_json(items["model"]), items["tokenizer"]["files"], items["prompts"]
+    )
+
+
+def read_parameters(
+    path: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None
+) -> Tree:
+    """Parameters of a checkpoint, cast to `dtype`, laid out on `mesh` (None: one device).
+
+    Raises:
+      UserError: the stored shapes are not those of `config`.
+    """
+    step = find_step(path).absolute()
+    abstract = abstract_parameters(config, dtype)
+    if mesh is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: sharding, abstract)
+    else:
+        shardings = parameter_shardings(config, mesh)
+    wanted = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        stored = checkpointer.item_metadata(step)["parameters"]
+        _check_shapes(step, stored.tree if hasattr(stored, "tree") else stored, abstract)
+        args = ocp.args.Composite(parameters=ocp.args.StandardRestore(wanted))
+        return checkpointer.restore(step, args)["parameters"]
+
+
+def _check_shapes(step: Path, stored: Any, expected: Tree) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    found, wanted = shapes(stored), shapes(expected)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{step}: parameter {name} has shape {found.get(name)}, the model needs "
+                f"{wanted.get(name)}; is this the checkpoint of another architecture?"
+            )
+
+
+def load(
+    path: str | Path, dtype: jax.typing.DTypeLike = "float32", mesh: Mesh | None = None
+) -> tuple[Decoder, Tokenizer]:
+    """A model in inference mode and its tokenizer, from any checkpoint of ours.
+
+    Args:
+      path: a step directory, or a run (its newest step).
+      dtype: of the parameters and the computation.
+      mesh: where the parameters are laid out; None is one device.
+
+    Raises:
+      UserError: `path` holds no checkpoint.
+    """
+    items = read_items(Path(path))
+    parameters = read_parameters(Path(path), items.model, dtype, mesh)
+    model = Decoder(items.model, parameters, compute_dtype=dtype)
+    return model, Tokenizer.from_files(items.tokenizer)

@@ -1,0 +1,149 @@
+"""From a config to what a run works on: architecture, tokenizer, prompts and planned data."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from moi_jax.config import Config, load_config
+from moi_jax.data.cache import DomainCache, Selection, prepare, select
+from moi_jax.data.loader import Batch, RowSource, batch_dataset
+from moi_jax.data.plan import Corpus, RunPlan
+from moi_jax.data.prompts import fingerprint, prompts_item
+from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moi_jax.errors import UserError
+from moi_jax.models.config import ModelConfig, preset
+from moi_jax.training.checkpoints import ModelItems, read_items
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """All that is known before any parameter exists. `config` has nothing left open."""
+
+    config: Config
+    model: ModelConfig
+    tokenizer: Tokenizer
+    caches: list[DomainCache]
+    selections: list[Selection]
+    corpus: Corpus
+
+    @property
+    def items(self) -> ModelItems:
+        """What every checkpoint of the run carries beside its parameters."""
+        assert self.config.data.default_system_prompt is not None
+        prompts = prompts_item(self.config.data.default_system_prompt, self.config.data)
+        return ModelItems(self.model, self.tokenizer.files, prompts)
+
+    def row_source(self, plan: RunPlan) -> RowSource:
+        """The rows of a plan of this corpus, read from the caches."""
+        train = [selection.train for selection in self.selections]
+        return RowSource(plan, self.caches, train, self.config.loss, self.tokenizer.endoftext)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of what must not change while a run goes on, though its path may."""
+        prompts = self.items.prompts
+        held_out = self.config.data.held_out.model_dump()
+        return {
+            "model": fingerprint(self.model.to_json()),
+            "tokenizer": self.tokenizer.fingerprint,
+            "template": prompts["template_hash"],
+            "prompts": fingerprint([prompts["default_system_prompt"], prompts["domains"]]),
+            "data": fingerprint([held_out, [cache.key for cache in self.caches]]),
+        }
+
+
+def resolve(config: Config) -> tuple[Config, ModelConfig, Tokenizer]:
+    """The config with what depends on checkpoint and platform filled in.
+
+    Raises:
+      UserError: preset and checkpoint disagree, there is no tokenizer, its ids do not fit the
+        embedding, or rows are longer than the model was made for.
+    """
+    items = read_items(config.model.init_from) if config.model.init_from else None
+    if items is None:
+        model = preset(config.model.preset or "")
+        default_prompt = model.default_system_prompt
+    else:
+        model, default_prompt = items.model, items.prompts["default_system_prompt"]
+        if config.model.preset and preset(config.model.preset) != model:
+            raise UserError(
+                f"model.preset {config.model.preset} is not the architecture of "
+                f"{config.model.init_from}; leave preset out and it is the checkpoint's"
+            )
+    if config.tokenizer.path:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+    elif items:
+        tokenizer = Tokenizer.from_files(items.tokenizer)
+    else:
+        raise UserError(
+            "there is no tokenizer: set tokenizer.path to a directory with tokenizer.json or "
+            "qwen.tiktoken (or model.init_from to a checkpoint, which holds one)"
+        )
+    _check_fit(config, model, tokenizer)
+    dtype = config.model.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    prompt = config.data.default_system_prompt
+    resolved = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"compute_dtype": dtype}),
+            "data": config.data.model_copy(
+                update={"default_system_prompt": default_prompt if prompt is None else prompt}
+            ),
+        }
+    )
+    return resolved, model, tokenizer
+
+
+def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding only "
+            f"{model.vocab_size} rows; choose the tokenizer or the preset that belongs to the other"
+        )
+    length = config.data.sequence_length
+    if length > model.seq_length and not config.model.allow_longer:
+        raise UserError(
+            f"data.sequence_length {length} is over the model's seq_length {model.seq_length}: "
+            f"training has dynamic NTK and log-n attention off, inference would turn them on. "
+            f"Shorten the rows or set model.allow_longer: true"
+        )
+    if not config.data.domains:
+        raise UserError("data.domains is empty; list at least one domain with its sources")
+
+
+def open_inputs(config: Config, console: Console) -> Inputs:
+    """Resolves the config, brings the data into the cache where it is missing, and plans.
+
+    Raises:
+      UserError: see `resolve`, `prepare` and `select`.
+    """
+    config, model, tokenizer = resolve(config)
+    caches = prepare(config.data, tokenizer, console)
+    selections = select(caches, config.data.held_out, config.loss.targets)
+    column = {"assistant": 1, "qwen_official": 2}[config.loss.targets]
+    corpus = Corpus.of(
+        [cache.name for cache in caches],
+        [c.lengths[s.train, 0] for c, s in zip(caches, selections, strict=True)],
+        [c.lengths[s.train, column] for c, s in zip(caches, selections, strict=True)],
+    )
+    return Inputs(config, model, tokenizer, caches, selections, corpus)
+
+
+def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:
+    """The numpy batches of a run, from any global row on: rows [start_row, start_row + B), ...
+
+    Args:
+      config: a Config, or the path of one.
+
+    Raises:
+      UserError: as the training command would.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config)
+    inputs = open_inputs(config, Console(stderr=True))
+    plan = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
+    yield from batch_dataset(inputs.row_source(plan), start_row)

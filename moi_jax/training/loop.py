@@ -1,0 +1,207 @@
+"""The training loop, read top to bottom."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from moi_jax.config import Config
+from moi_jax.data.loader import Batch
+from moi_jax.errors import UserError
+from moi_jax.models.parameters import Tree
+from moi_jax.training.checkpoints import RunCheckpoints
+from moi_jax.training.metrics import MetricsLog, StepWindow, print_step
+from moi_jax.training.runtime import StopSignal
+from moi_jax.training.state import TrainState
+from moi_jax.training.step import Metrics
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclasses.dataclass
+class Run:
+    """A run ready to go on from (state, step, row): the loop needs nothing else.
+
+    `step` batches have been seen, and the next one is rows [row, row + batch). The evaluation
+    and the sampler are handed in by the command; None leaves them out.
+    """
+
+    config: Config
+    directory: Path
+    domains: tuple[str, ...]
+    steps: int
+    total_rows: int
+    state: TrainState
+    step: int
+    row: int
+    skipped_in_a_row: int
+    batches: Iterator[Batch]  # on the mesh, from `row` on
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    position: Callable[[int], dict[str, Any]]  # row -> what a checkpoint keeps of the data
+    epoch_of: Callable[[int], int]  # row -> epoch
+    evaluate: Callable[[Tree], dict[str, float]] | None
+    sample: Callable[[Tree], list[dict[str, str]]] | None
+    checkpoints: RunCheckpoints
+    log: MetricsLog
+    stop: StopSignal
+    console: Console
+
+
+def fit(run: Run) -> bool:
+    """Trains to the end of the run, or to the step a signal arrives in.
+
+    Returns True when the run is finished. `run` is changed in place.
+
+    The order of the body matters. The next step is dispatched before the metrics of the last
+    one are read, so the device never waits for the host; and whatever keeps the parameters (an
+    evaluation, a checkpoint) comes after the flag of the step that made them has been read.
+    """
+    reader = StepReader(run)
+    if run.step == 0:
+        reader.pause(lambda: _look(run, evaluate=True, sample=True))
+    while run.step < run.steps:
+        batch = next(run.batches)
+        first_row = run.row
+        run.state, metrics = run.train_step(run.state, batch)
+        run.step += 1
+        run.row = min(first_row + run.config.train.global_batch_rows, run.total_rows)
+        reader.read_previous()
+        reader.hold(run.step, first_row, run.row, metrics)
+
+        last = run.step == run.steps
+        stopping = run.stop.received is not None
+        look_due = last or _due(run.step, run.config.eval.every)
+        sample_due = last or _due(run.step, run.config.train.sample_every)
+        save_due = last or stopping or _due(run.step, run.config.checkpoint.every)
+        if look_due or sample_due or save_due:
+            reader.read_previous()
+            evaluation = reader.pause(
+                lambda: _look(run, evaluate=look_due, sample=sample_due)  # noqa: B023
+            )
+        if save_due:
+            reader.pause(lambda: _save(run, evaluation))  # noqa: B023
+        if stopping:
+            break
+    run.checkpoints.close()
+    return run.step == run.steps
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _look(run: Run, *, evaluate: bool, sample: bool) -> dict[str, float]:
+    """Held-out losses and sample answers of the parameters as they stand."""
+    losses: dict[str, float] = {}
+    if evaluate and run.evaluate:
+        losses = run.evaluate(run.state.parameters)
+        run.log.write({"step": run.step, **losses})
+        shown = "  ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in losses.items())
+        run.console.print(f"step {run.step}/{run.steps}  held-out {shown}", highlight=False)
+    if sample and run.sample:
+        answers = [{"step": run.step, **answer} for answer in run.sample(run.state.parameters)]
+        with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(answer) + "\n" for answer in answers)
+    return losses
+
+
+def _save(run: Run, evaluation: dict[str, float]) -> None:
+    position = {
+        "step": run.step,
+        "skipped_in_a_row": run.skipped_in_a_row,
+        **run.position(run.row),
+    }
+    config = run.config.model_dump(mode="json")
+    run.checkpoints.save(run.step, run.state, position, config, evaluation)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+    step: int
+    first_row: int
+    next_row: int
+    metrics: Metrics
+
+
+class StepReader:
+    """Reads the metrics of each step once the one after it was dispatched."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._held: _Dispatched | None = None
+        self._window = StepWindow(run.domains, run.config.data.sequence_length)
+        self._window_step = run.step
+
+    def hold(self, step: int, first_row: int, next_row: int, metrics: Metrics) -> None:
+        self._held = _Dispatched(step, first_row, next_row, metrics)
+
+    def pause(self, work: Callable[[], Any]) -> Any:
+        """Does work whose time is none of the throughput."""
+        started = time.monotonic()
+        result = work()
+        self._window.pause(time.monotonic() - started)
+        return result
+
+    def read_previous(self) -> None:
+        """Waits for the held step, logs it when due, and stops a run that only skips.
+
+        Raises:
+          UserError: the third step in a row whose loss or gradient was not finite.
+        """
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        metrics = jax.device_get(held.metrics)
+        run = self._run
+        if metrics["applied"] or metrics["weights"] == 0:
+            run.skipped_in_a_row = 0
+            self._window.add(metrics, held.next_row - held.first_row)
+        if not metrics["applied"]:
+            self._report_skip(held, metrics)
+        due = held.step == run.steps or _due(held.step, run.config.logging.every)
+        if due and not self._window.empty:
+            self._write(held, metrics)
+
+    def _report_skip(self, held: _Dispatched, metrics: dict[str, Any]) -> None:
+        run = self._run
+        rows = f"rows {held.first_row} to {held.next_row - 1}"
+        record = {"step": held.step, "row": held.first_row, "skipped": True}
+        if metrics["weights"] == 0:
+            run.log.write(record | {"reason": "no loss tokens"})
+            run.console.print(f"step {held.step}: {rows} have no loss tokens, step skipped")
+            return
+        run.skipped_in_a_row += 1
+        run.log.write(
+            record
+            | {"reason": "not finite", "loss": math.nan, "grad_norm": float(metrics["grad_norm"])}
+        )
+        what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        run.console.print(f"step {held.step}: {what} over {rows}; update skipped")
+        if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last over {rows} "
+                f"(step {held.step}); lower optimizer.learning_rate or look at those rows. The "
+                f"last checkpoint in {run.directory} is sound"
+            )
+
+    def _write(self, held: _Dispatched, metrics: dict[str, Any]) -> None:
+        run = self._run
+        seconds = self._window.seconds / (held.step - self._window_step)
+        record = {
+            "step": held.step,
+            "epoch": run.epoch_of(held.first_row),
+            "row": held.next_row,
+            "learning_rate": float(metrics["learning_rate"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            **self._window.record(),
+        }
+        run.log.write(record)
+        print_step(run.console, record, run.steps, seconds)
+        self._window.restart()
+        self._window_step = held.step

@@ -1,0 +1,171 @@
+"""What a run tells while it trains: metrics.jsonl, trackers, and lines on the console."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from moi_jax.errors import UserError
+
+Record = dict[str, Any]
+Tracker = Callable[[Record], None]
+
+
+class MetricsLog:
+    """Writes each record to metrics.jsonl and to the trackers."""
+
+    def __init__(self, run_dir: Path, trackers: Sequence[str], step: int):
+        """Goes on after `step`: what an earlier, killed run wrote past it is dropped."""
+        truncate_after(run_dir / "metrics.jsonl", step)
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
+
+    def write(self, record: Record) -> None:
+        """`record` holds "step" and numbers; one that is not finite is written as null."""
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for track in self._trackers:
+            track(clean)
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Keeps the whole lines of a JSONL file whose "step" is at most `step`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break  # the line a kill cut short is the last
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {k: float(v) for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+
+
+def _tensorboard(run_dir: Path, step: int) -> Tracker:
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=30)
+
+    def track(record: Record) -> None:
+        for name, value in _numbers(record).items():
+            writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return track
+
+
+def _wandb(run_dir: Path, step: int) -> Tracker:
+    try:
+        import wandb
+    except ImportError:
+        raise _missing("wandb") from None
+    run = wandb.init(project="moi_jax", name=run_dir.name, dir=str(run_dir), resume="allow")
+    return lambda record: run.log(_numbers(record), step=record["step"])
+
+
+def _trackio(run_dir: Path, step: int) -> Tracker:
+    try:
+        import trackio
+    except ImportError:
+        raise _missing("trackio") from None
+    trackio.init(project="moi_jax", name=run_dir.name, resume="allow")
+    return lambda record: trackio.log(_numbers(record), step=record["step"])
+
+
+def _missing(package: str) -> UserError:
+    return UserError(
+        f"logging.trackers names {package}, which is not installed; pip install {package} or "
+        f"remove it from the list"
+    )
+
+
+TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}
+
+
+class StepWindow:
+    """Adds up the metrics of the steps since the last logged one."""
+
+    def __init__(self, domains: Sequence[str], sequence_length: int):
+        self._domains = domains
+        self._sequence_length = sequence_length
+        self.restart()
+
+    def restart(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._rows = 0
+        self._started = time.monotonic()
+        self._paused = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Time spent on evaluation, samples and checkpoints is none of the throughput."""
+        self._paused += seconds
+
+    def add(self, metrics: dict[str, np.ndarray], rows: int) -> None:
+        """`metrics` are one step's on the host; `rows` those with tokens in its batch."""
+        weighted = {"weighted": metrics["loss"] * metrics["weights"], **metrics}
+        for key in ("weighted", *SUMMED):
+            self._sums[key] = self._sums.get(key, 0) + np.asarray(weighted[key], np.float64)
+        self._rows += rows
+
+    @property
+    def empty(self) -> bool:
+        return not self._sums
+
+    @property
+    def seconds(self) -> float:
+        """Time since the window began, pauses left out."""
+        return max(time.monotonic() - self._started - self._paused, 1e-9)
+
+    def record(self) -> Record:
+        """Losses as sums over sums, throughput and fill of the window."""
+        sums, seconds = self._sums, self.seconds
+        record: Record = {
+            "loss": _ratio(sums["weighted"], sums["weights"]),
+            "token_loss": _ratio(sums["nll"], sums["loss_tokens"]),
+            "tokens_per_second": float(sums["tokens"]) / seconds,
+            "loss_tokens_per_second": float(sums["loss_tokens"]) / seconds,
+            "fill": _ratio(sums["tokens"], np.asarray(self._rows * self._sequence_length)),
+        }
+        for index, name in enumerate(self._domains):
+            record[f"domain/{name}/loss"] = _ratio(
+                sums["domain_nll"][index], sums["domain_loss_tokens"][index]
+            )
+        return record
+
+
+SUMMED = ("weights", "nll", "loss_tokens", "tokens", "domain_nll", "domain_loss_tokens")
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
+    return float(numerator / denominator) if denominator > 0 else math.nan
+
+
+def print_step(console: Console, record: Record, steps: int, seconds_a_step: float) -> None:
+    """One line for people: step, loss, rates, fill, time left."""
+    left = timedelta(seconds=round((steps - record["step"]) * seconds_a_step))
+    console.print(
+        f"step {record['step']}/{steps}  loss {record['loss']:.4f}  "
+        f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
+        f"{record['loss_tokens_per_second']:,.0f} loss tokens/s  fill {record['fill']:.1%}  "
+        f"left {left}",
+        highlight=False,
+    )

@@ -1,0 +1,315 @@
+"""report.html of a run directory: one self-contained page of charts, mixture and sample answers."""
+
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import jinja2
+import matplotlib
+import yaml
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moi_jax.errors import UserError
+
+Point = tuple[int, float]
+
+# Okabe and Ito's palette without black and yellow: seen on white and on near-black, and told
+# apart by colour-blind readers. The marker is the second cue; it also tells a seventh domain
+# from the first.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vP*X"
+# Stand for the page's own text and rule colours, so that charts follow the light or dark theme.
+INK, RULE = "#0a0b0c", "#0a0b0d"
+# Longer curves are drawn through this many means, so that the page of a long run stays small.
+CHART_POINTS = 300
+LOSS = "loss (nats/token)"
+NOTES = {
+    "Training loss": "Mean over the tokens that carry loss, each counted once.",
+    "Held-out loss": "Solid: the domain's own system prompt. Dashed: the default system prompt.",
+    "Learning rate and gradient norm": "The norm of the whole gradient, before clipping.",
+    "Throughput and fill": "Fill is the share of row positions that hold tokens.",
+}
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), RULE),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    "text.color": INK,
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moi_jax",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds; an absent file is an empty value."""
+
+    name: str
+    config_text: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]  # one record a step, in the order of steps
+    mixture: dict[str, Any]
+    samples: list[dict[str, Any]]
+    unreadable: int  # lines of the JSON lines files that hold no record
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart; `label` None keeps it out of the legend."""
+
+    points: Sequence[Point]
+    label: str | None = None
+    color: str = INK
+    marker: str = "."
+    style: str = "-"
+
+
+def read_run(run_dir: Path) -> Run:
+    """Reads a run directory; raises UserError where its config.yaml or mixture.json cannot be."""
+    config_text = _read(run_dir / "config.yaml")
+    if not config_text:
+        raise UserError(f"{run_dir} has no config.yaml; name the directory of a training run")
+    lines, torn = _json_lines(run_dir / "metrics.jsonl")
+    samples, torn_samples = _json_lines(run_dir / "samples.jsonl")
+    try:
+        config = yaml.safe_load(config_text)
+        mixture = json.loads(_read(run_dir / "mixture.json") or "{}")
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{run_dir}: config.yaml or mixture.json is damaged ({' '.join(str(error).split())}); "
+            f"restore it, or resume the run, which writes both"
+        ) from error
+    name, metrics = run_dir.resolve().name, _records(lines)
+    return Run(name, config_text, config, metrics, mixture, samples, torn + torn_samples)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a JSON lines file, and how many lines hold none: a kill tears a line."""
+    records, torn = [], 0
+    for line in filter(str.strip, _read(path).split("\n")):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            torn += 1
+    return records, torn
+
+
+def _records(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record a step from the lines of metrics.jsonl: training's and evaluation's are joined.
+
+    A training step not after the one before it is where a resumed run took over from its
+    checkpoint: what the interrupted run logged from there on is void.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    trained = -1
+    for line in lines:
+        if "token_loss" in line:
+            if line["step"] <= trained:
+                steps = {step: record for step, record in steps.items() if step < line["step"]}
+            trained = line["step"]
+        steps.setdefault(line["step"], {}).update(line)
+    return [steps[step] for step in sorted(steps)]
+
+
+def points(run: Run, key: str) -> list[Point]:
+    """(step, value) wherever a metric is defined: not missing, not null, finite."""
+    found = [(record["step"], record.get(key)) for record in run.metrics]
+    return [(step, value) for step, value in found if value is not None and math.isfinite(value)]
+
+
+def thin(curve: Sequence[Point], reduce: Callable[[list[float]], float] = fmean) -> list[Point]:
+    """At most CHART_POINTS points: (last step, reduced value) of stretches of equal length."""
+    width = math.ceil(len(curve) / CHART_POINTS) or 1
+    stretches = [curve[start : start + width] for start in range(0, len(curve), width)]
+    return [(part[-1][0], reduce([value for _, value in part])) for part in stretches]
+
+
+def headline(run: Run) -> list[tuple[str, str]]:
+    """The figures at the head of the page, as (what, value)."""
+    figures = []
+    if run.metrics:
+        figures.append(("steps", number(run.metrics[-1]["step"])))
+    for what, key in (("training loss", "token_loss"), ("mean held-out loss", "eval/mean/loss")):
+        if loss := points(run, key):
+            figures.append((what, f"{loss[0][1]:.3f} → {loss[-1][1]:.3f}"))
+    if speed := points(run, "tokens_per_second"):
+        figures.append(("median tokens/s", number(median(value for _, value in speed))))
+    if run.mixture:
+        figures.append(("fill of rows", percent(run.mixture["fill"])))
+    if run.metrics:
+        skipped = sum(record.get("skipped", False) for record in run.metrics)
+        figures.append(("skipped steps", number(skipped)))
+    return figures
+
+
+def held_out(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Per name: the first and the last held-out loss under its own and the default prompt."""
+    rows = []
+    for name in names:
+        curves = [points(run, f"eval/{name}{kind}/loss") for kind in ("", "/default_prompt")]
+        if any(curves):
+            ends = [curve[end][1] if curve else None for curve in curves for end in (0, -1)]
+            rows.append({"name": name, "losses": ends})
+    return rows
+
+
+def sample_answers(run: Run) -> list[dict[str, Any]]:
+    """Per prompt: its first and last step, and the answers then under either system prompt."""
+    prompts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for sample in run.samples:
+        prompts.setdefault((sample["domain"], sample["prompt"]), []).append(sample)
+    groups = []
+    for (domain, prompt), samples in prompts.items():
+        numbers = sorted(sample["step"] for sample in samples)
+        steps = sorted({numbers[0], numbers[-1]})
+        answers = {(sample["system"], sample["step"]): sample["answer"] for sample in samples}
+        system = {sample["system"]: sample["system_prompt"] for sample in samples}
+        rows = [
+            (kind, system[kind], [answers.get((kind, step)) for step in steps])
+            for kind in ("own", "default")
+            if kind in system
+        ]
+        groups.append({"domain": domain, "prompt": prompt, "steps": steps, "rows": rows})
+    return groups
+
+
+def charts(run: Run, looks: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """The page's charts as {title, note, svg}; `looks` holds each domain's (colour, marker)."""
+
+    def one(key: str, label: str | None = None, *look: str) -> Line:
+        return Line(thin(points(run, key)), label, *look)
+
+    training = [one(f"domain/{name}/loss", name, *look) for name, look in looks.items()]
+    held = {**looks, "mean": (INK, ".")}
+    own = [one(f"eval/{name}/loss", name, *look) for name, look in held.items()]
+    other = [
+        one(f"eval/{name}/default_prompt/loss", None, *look, "--") for name, look in held.items()
+    ]
+    speed = one("tokens_per_second", "all tokens", INK, "o")
+    loss_speed = one("loss_tokens_per_second", "tokens with loss", INK, "s", "--")
+    fill = Line([(step, 100 * value) for step, value in thin(points(run, "fill"))])
+    panels = {
+        "Training loss": {LOSS: [*training, one("token_loss", "all domains")]},
+        "Held-out loss": {LOSS: own + other},
+        "Learning rate and gradient norm": {
+            "learning rate": [one("learning_rate")],
+            "gradient norm (L2)": [Line(thin(points(run, "grad_norm"), max))],
+        },
+        "Throughput and fill": {"tokens/s": [speed, loss_speed], "fill (%)": [fill]},
+    }
+    drawn = [
+        {"title": title, "note": NOTES[title], "svg": draw(title, axes)}
+        for title, axes in panels.items()
+    ]
+    return [chart for chart in drawn if chart["svg"]]
+
+
+def draw(title: str, panels: dict[str, list[Line]]) -> Markup:
+    """Panels (axis label: lines) over one axis of steps, as inline SVG; empty without points."""
+    filled = {label: [line for line in lines if line.points] for label, lines in panels.items()}
+    panels = {label: lines for label, lines in filled.items() if lines}
+    if not panels:
+        return Markup()
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        legend = {}
+        for axes, (label, lines) in zip(grid, panels.items(), strict=True):
+            for line in lines:
+                look = {"color": line.color, "marker": line.marker, "linestyle": line.style}
+                every = max(1, len(line.points) // 8)
+                [handle] = axes.plot(*zip(*line.points, strict=True), markevery=every, **look)
+                if line.label:
+                    legend[line.label] = handle
+            axes.set_ylabel(label)
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_formatter("{x:,.10g}")
+        grid[-1].set_xlabel("step")
+        grid[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        grid[-1].xaxis.set_major_formatter("{x:,.10g}")
+        if legend:
+            ncols = max(1, 370 // (50 + 6 * max(map(len, legend))))
+            figure.set_figheight(3.3 + 0.2 * math.ceil(len(legend) / ncols))
+            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=ncols)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True)
+    return _inline(out.getvalue(), title)
+
+
+def _inline(svg: str, title: str) -> Markup:
+    """matplotlib's SVG document as an element of an HTML page that holds several of them."""
+    box = re.findall(r'viewBox="[^"]*"', svg)[0]
+    body = svg[svg.index("<defs>") :]
+    prefix = title.split()[0].lower() + "-"
+    # Names are unique within a figure only.
+    body = re.sub(r'(<\w+ id=")', rf"\1{prefix}", body)
+    body = body.replace("url(#", f"url(#{prefix}").replace('href="#', f'href="#{prefix}')
+    body = body.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+    return Markup(f'<svg {box} role="img" aria-label="{title} by step">{body}')
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f} %"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes run_dir/report.html from the files of the run directory and returns its path.
+
+    Reads config.yaml and, where present, metrics.jsonl, mixture.json and samples.jsonl; sections
+    without data are left out. The same files give the same bytes. Raises UserError when run_dir
+    is not a run directory or config.yaml or mixture.json is damaged.
+    """
+    run = read_run(run_dir)
+    names = [domain["name"] for domain in run.config["data"]["domains"]]
+    looks = {
+        name: (PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
+        for index, name in enumerate(names)
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, percent=percent)
+    page = environment.get_template("report.html.jinja").render(
+        run=run,
+        colors={name: color for name, (color, _) in looks.items()},
+        headline=headline(run),
+        held_out=held_out(run, [*names, "mean"]),
+        samples=sample_answers(run),
+        charts=charts(run, looks),
+        chart_points=CHART_POINTS,
+    )
+    report = run_dir / "report.html"
+    partial = run_dir / ".report.html.partial"
+    # A sampled answer may hold half a surrogate pair, which UTF-8 cannot.
+    partial.write_bytes(page.encode("utf-8", errors="replace"))
+    os.replace(partial, report)
+    return report

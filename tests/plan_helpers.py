@@ -1,0 +1,61 @@
+"""Corpora and data sections for the tests of planner and loader."""
+
+from typing import Any
+
+import numpy as np
+from hypothesis import reject
+from hypothesis import strategies as st
+
+from moi_jax.config import Data, make_config
+from moi_jax.data.plan import Corpus, EpochPlan, plan_epoch
+from moi_jax.errors import UserError
+
+NAMES = ("chat", "code", "maths", "tools", "law")
+
+
+def data_section(domains: int, sequence_length: int = 64, **switches: Any) -> Data:
+    """The resolved data section of so many domains, the default domain second where it can be."""
+    names = NAMES[:domains]
+    section = {
+        "default_domain": names[min(1, domains - 1)],
+        "sequence_length": sequence_length,
+        "domains": [{"name": name, "sources": [{"path": name}]} for name in names],
+        **switches,
+    }
+    return make_config({"data": section}).data
+
+
+def corpus_of(lengths: list[list[int]]) -> Corpus:
+    """A corpus of instructions of these lengths, about half of whose tokens carry loss."""
+    arrays = [np.array(domain, np.int32) for domain in lengths]
+    return Corpus.of(NAMES[: len(lengths)], arrays, [(domain + 1) // 2 for domain in arrays])
+
+
+@st.composite
+def corpora(draw: st.DrawFn, longest: int = 40) -> Corpus:
+    """One to four domains of 1 to 25 instructions of 2 to `longest` tokens, more of them short."""
+    length = st.integers(2, min(longest, 16)) | st.integers(2, longest)
+    domain = st.lists(length, min_size=1, max_size=25)
+    return corpus_of(draw(st.lists(domain, min_size=1, max_size=4)))
+
+
+def plan_or_reject(corpus: Corpus, data: Data, seed: int = 0, epoch: int = 0) -> EpochPlan:
+    """The plan, where some group fits a row; else the example is none for the test."""
+    try:
+        return plan_epoch(corpus, data, seed, epoch)
+    except UserError:
+        reject()
+
+
+@st.composite
+def switches(draw: st.DrawFn) -> dict[str, Any]:
+    """Any value of every switch that planning reads."""
+    sampling = draw(st.sampled_from(["balanced", "proportional"]))
+    chunk = {} if sampling == "balanced" else {"chunk_size": draw(st.integers(1, 4))}
+    return {
+        "sampling": sampling,
+        "order": draw(st.sampled_from(["default_first", "config", "shuffled"])),
+        "packing": draw(st.sampled_from(["best_fit", "sequential", "none"])),
+        "epoch_end": draw(st.sampled_from(["longest", "shortest"])),
+        **chunk,
+    }

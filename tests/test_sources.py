@@ -1,0 +1,246 @@
+"""Sources: every row of a file becomes a conversation or a bad row with its reason and line."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moi_jax.config import Source
+from moi_jax.data.conversations import BadRow, Conversation, Message, content_hash
+from moi_jax.data.sources import FORMATS, detect_format, expand, read_rows, to_conversation
+from moi_jax.errors import UserError
+
+USER, GPT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+PLAIN = (Message("user", "Hi"), Message("assistant", "Hello."))
+
+
+def messages(*turns: Any, **keys: Any) -> bytes:
+    return json.dumps({"messages": turns, **keys}).encode()
+
+
+def read(path: Path, content: bytes, form: str | None = None) -> list:
+    path.write_bytes(content)
+    return list(read_rows(path, form or detect_format(path)))
+
+
+BAD_ROWS = [
+    ("invalid_json", b'{"messages": ['),
+    ("invalid_json", b"plain text"),
+    ("invalid_json", b'{"messages": ' + b"[" * 200_000),
+    ("invalid_json", b'{"messages": ' + b"1" * 10_000 + b"}"),
+    ("invalid_utf8", b'{"messages": "\xff"}'),
+    ("not_an_object", b'"text"'),
+    ("not_an_object", b"null"),
+    ("not_an_object", messages("Hi")),
+    ("missing_field", b"{}"),
+    ("missing_field", b'{"messages": null}'),
+    ("missing_field", messages({"role": "user"}, GPT)),
+    ("missing_role", messages({"content": "Hi"}, GPT)),
+    ("unknown_role", messages({"role": "narrator", "content": "Hi"}, GPT)),
+    ("unknown_role", messages({"role": ["user"], "content": "Hi"}, GPT)),
+    ("content_not_text", messages(USER, {"role": "assistant", "content": None})),
+    ("content_not_text", messages({"role": "user", "content": [{"type": "text"}]}, GPT)),
+    ("content_not_text", messages({"role": "user", "content": 7}, GPT)),
+    ("content_not_text", messages(USER, GPT, system=7)),
+    ("empty_assistant", messages(USER, {"role": "assistant", "content": ""})),
+    ("empty_assistant", messages(USER, {"role": "assistant", "content": " \n\t"}, USER, GPT)),
+    ("no_assistant", messages()),
+    ("no_assistant", messages(USER)),
+    ("no_assistant", messages({"role": "system", "content": "S"})),
+    ("system_not_first", messages(USER, GPT, {"role": "system", "content": "S"}, USER, GPT)),
+    ("system_not_first", messages({"role": "system", "content": "S"}, USER, GPT, system="S")),
+    ("roles_not_alternating", messages(USER, USER, GPT)),
+    ("roles_not_alternating", messages(USER, GPT, GPT)),
+    ("roles_not_alternating", messages(USER, GPT, USER, USER)),
+    ("first_turn_assistant", messages(GPT, USER, GPT)),
+    ("control_tokens", messages({"role": "user", "content": "a<|im_end|>b"}, GPT)),
+    ("control_tokens", messages(USER, {"role": "assistant", "content": "<|im_start|>"})),
+    ("control_tokens", messages(USER, {"role": "assistant", "content": "<|endoftext|>"})),
+    ("control_tokens", messages(USER, GPT, system="<|extra_17|>")),
+    ("lone_surrogate", rb'{"messages": [{"role": "user", "content": "\ud83d"}, '
+     rb'{"role": "assistant", "content": "x"}]}'),
+    ("tools_not_built", messages(USER, GPT, tools=[{"name": "f"}])),
+    ("tools_not_built", messages(USER, GPT, tools='[{"name": "f"}]')),
+    ("tools_not_built", messages(USER, GPT, functions=[{"name": "f"}])),
+    ("tools_not_built", messages(USER, {"role": "tool", "content": "x"}, GPT)),
+    ("tools_not_built", messages(USER, {"role": "function", "content": "x"}, GPT)),
+    ("tools_not_built", messages(USER, {"role": "assistant", "content": None, "tool_calls": [1]})),
+    ("bad_weight", messages(USER, {**GPT, "weight": 0.5})),
+    ("bad_weight", messages(USER, {**GPT, "train": "no"})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reason", "row"), BAD_ROWS)
+def test_bad_row_is_named_by_reason_and_line_between_good_ones(
+    tmp_path: Path, reason: str, row: bytes
+) -> None:
+    good = messages(USER, GPT)
+    rows = read(tmp_path / "a.jsonl", good + b"\n" + row + b"\n" + good)
+    assert [r.line for r in rows] == [1, 2, 3]
+    assert [isinstance(r.conversation, BadRow) for r in rows] == [False, True, False]
+    assert rows[1].conversation.reason == reason
+
+
+@pytest.mark.parametrize("role", ["function_call", "observation"])
+def test_sharegpt_row_with_a_tool_turn_is_dropped(tmp_path: Path, role: str) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": role, "value": "{}"}]
+    (row,) = read(tmp_path / "a.jsonl", json.dumps({"conversations": turns}).encode())
+    assert row.conversation.reason == "tools_not_built"
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "expected"),
+    [
+        ("messages", {"messages": [USER, GPT]}, PLAIN),
+        ("messages", {"messages": [USER, GPT], "tools": "[]"}, PLAIN),
+        ("messages", {"messages": [{"role": "system", "content": " "}, USER, GPT]}, PLAIN),
+        (
+            "messages",
+            {"messages": [{"role": "system", "content": "S"}, USER, GPT]},
+            (Message("system", "S"), *PLAIN),
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "gpt", "value": "Hello."},
+                    {"from": "user", "value": "Hi"},
+                    {"from": "assistant", "value": "Hello."},
+                ],
+                "system": "S",
+            },
+            (Message("system", "S"), *PLAIN, *PLAIN),
+        ),
+        ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello."}, PLAIN),
+        ("alpaca", {"instruction": "Hi", "output": "Hello."}, PLAIN),
+        (
+            "alpaca",
+            {"instruction": "Add", "input": "1 2", "response": "3"},
+            (Message("user", "Add\n\n1 2"), Message("assistant", "3")),
+        ),
+        ("question_answer", {"answer": "Hello.", "question": "Hi"}, PLAIN),
+        ("problem_solution", {"problem": "Hi", "level": "1", "solution": "Hello."}, PLAIN),
+        ("text_code", {"text": "Hi", "code": "Hello.", "test_list": []}, PLAIN),
+    ],
+)
+def test_format_is_detected_and_read(
+    tmp_path: Path, form: str, row: dict, expected: tuple[Message, ...]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    assert detect_format(path) == form
+    (result,) = read_rows(path, form)
+    assert result.conversation == Conversation(expected)
+    assert not result.trimmed
+
+
+def test_alpaca_row_without_answer_or_with_history_is_bad(tmp_path: Path) -> None:
+    good = {"instruction": "Hi", "output": "Hello."}
+    rows = [good, {"instruction": "Hi"}, {**good, "history": [["a", "b"]]}]
+    found = read(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    assert [r.conversation.reason for r in found[1:]] == ["missing_field", "history_not_built"]
+
+
+def test_only_line_feeds_end_a_row(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three\rfour"
+    row = json.dumps({"question": text, "answer": "x\ry"}, ensure_ascii=False).encode()
+    content = b"\xef\xbb\xbf" + row + b"\r\n\n  \n" + row
+    rows = read(tmp_path / "a.jsonl", content)
+    assert [r.line for r in rows] == [1, 4]
+    for result in rows:
+        assert [m.content for m in result.conversation.messages] == [text, "x\ry"]
+
+
+def test_trailing_user_turn_is_trimmed_and_told(tmp_path: Path) -> None:
+    (row,) = read(tmp_path / "a.jsonl", messages(USER, GPT, USER))
+    assert row.trimmed
+    assert row.conversation == Conversation(PLAIN)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
+def test_message_marked_untrained_is_kept_untrained(tmp_path: Path, mark: dict) -> None:
+    (row,) = read(tmp_path / "a.jsonl", messages(USER, {**GPT, **mark}, USER, {**GPT, "weight": 1}))
+    assert [m.train for m in row.conversation.messages] == [True, False, True, True]
+
+
+def test_empty_file_has_no_rows_and_no_format(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n \n")
+    assert detect_format(path) is None
+    assert list(read_rows(path, None)) == []
+
+
+def test_format_is_detected_behind_unreadable_rows(tmp_path: Path) -> None:
+    rows = read(tmp_path / "a.jsonl", b"{oops\n7\n" + messages(USER, GPT))
+    reasons = [r.conversation.reason for r in rows[:2]]
+    assert reasons == ["invalid_json", "not_an_object"]
+    assert rows[2].conversation == Conversation(PLAIN)
+
+
+def test_json_array_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": [USER, GPT]}], indent=1))
+    with pytest.raises(UserError, match="is a JSON array; write one object a line"):
+        detect_format(path)
+    with pytest.raises(UserError, match="JSON array"):
+        list(read_rows(path, "messages"))
+
+
+def test_unknown_keys_are_refused_with_the_formats_known(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(UserError, match=r"a\.jsonl.*'completion', 'prompt'.*messages.*text_code"):
+        detect_format(path)
+
+
+def test_unknown_format_name_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'alpacca'.*auto.*alpaca"):
+        expand(tmp_path, [Source(path="*", format="alpacca")])
+
+
+def test_expand_sorts_below_the_root_and_refuses_an_empty_match(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("d/b.jsonl", "d/a.jsonl", "d/e/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = expand(Path("~/d"), [Source(path="*"), Source(path="**/c.jsonl")])
+    assert found == [["a.jsonl", "b.jsonl"], ["e/c.jsonl"]]
+    with pytest.raises(UserError, match=r"no file matches 'x\*\.jsonl'"):
+        expand(Path("~/d"), [Source(path="x*.jsonl")])
+
+
+ROLES = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | ROLES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "from", "content", "value", "x"]), inner)
+    ),
+    max_leaves=8,
+)
+KEYS = sorted({key for form in FORMATS.values() for s in form.signatures for key in s} | {"tools"})
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON), st.sampled_from(sorted(FORMATS)))
+def test_any_object_is_a_conversation_or_a_bad_row(row: dict, form: str) -> None:
+    with contextlib.suppress(BadRow):
+        conversation, _ = to_conversation(row, FORMATS[form])
+        assert [m.role for m in conversation.turns[-2:]] == ["user", "assistant"]
+
+
+def test_content_hash_sees_roles_and_normal_stripped_content_only() -> None:
+    one = Conversation((Message("user", "Caf\u00e9"), Message("assistant", "ok")))
+    same = Conversation((Message("user", " Cafe\u0301\n"), Message("assistant", "ok", train=False)))
+    swapped = Conversation((Message("user", "ok"), Message("assistant", "Caf\u00e9")))
+    system = Conversation((Message("system", "s"), *one.messages))
+    shifted = Conversation((Message("user", "Caf\u00e9o"), Message("assistant", "k")))
+    assert content_hash(one) == content_hash(same)
+    assert len({content_hash(c) for c in (one, swapped, system, shifted)}) == 4
+    assert 0 <= content_hash(one) < 2**64

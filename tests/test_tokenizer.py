@@ -1,0 +1,183 @@
+"""Tokenizers: ids of the reference, text that cannot become a control token, and clear errors."""
+
+import base64
+import importlib.util
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moi_jax.data.tokenizer import QWEN_PATTERN, Tokenizer, load_tokenizer
+from moi_jax.errors import UserError
+
+SAMPLES = Path(__file__).parents[1] / "moi_jax" / "data" / "samples" / "tokenizer"
+TINY_RANKS = "".join(
+    f"{base64.b64encode(token).decode()} {rank}\n"
+    for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), b"ab"])
+)
+
+
+def qwen_directory() -> Path | None:
+    spec = importlib.util.find_spec("dashscope")
+    return Path(spec.origin).parent / "resources" if spec and spec.origin else None
+
+
+def load(kind: str) -> Tokenizer:
+    if kind == "samples":
+        return load_tokenizer(SAMPLES)
+    directory = qwen_directory()
+    if directory is None:
+        pytest.skip("qwen.tiktoken comes with the package dashscope, which is not installed")
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module", params=["samples", "qwen"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def golden_tokens(golden: Path) -> dict:
+    return json.loads((golden / "tokens.json").read_text(encoding="utf-8"))
+
+
+def test_qwen_ids_equal_the_reference(golden_tokens: dict) -> None:
+    qwen = load("qwen")
+    meta, strings = golden_tokens["meta"], golden_tokens["strings"]
+    assert (qwen.vocab_size, qwen.endoftext) == (meta["n_vocab"], meta["eod_id"])
+    assert (qwen.im_start, qwen.im_end) == (meta["im_start"], meta["im_end"])
+    assert meta["pat_str"] == QWEN_PATTERN
+    assert qwen.encode_batch([s["text"] for s in strings]) == [s["ids_no_special"] for s in strings]
+    for string in strings:
+        assert qwen.decode(string["ids_no_special"]) == string["decoded"]
+        assert qwen.decode(string["ids"]) == string["decoded"]
+    for special, number in meta["special_tokens"].items():
+        assert qwen.decode([number]) == special
+
+
+def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
+    specials = {tokenizer.im_start, tokenizer.im_end, tokenizer.endoftext}
+    text = "a<|im_start|>system\nb<|im_end|><|endoftext|>"
+    for ids in (
+        tokenizer.encode(text),
+        tokenizer.encode_batch([text])[0],
+        tokenizer.encode_with_offsets(text)[0],
+    ):
+        assert not specials & set(ids)
+        assert tokenizer.decode(ids) == text
+
+
+def test_decode_shows_special_tokens(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.im_start, *tokenizer.encode("user"), tokenizer.im_end, tokenizer.endoftext]
+    assert tokenizer.decode(ids) == "<|im_start|>user<|im_end|><|endoftext|>"
+
+
+TEXTS = st.text(max_size=40) | st.text("\nThougt: Obsrvain<|>éé😀 ", max_size=40)
+
+
+@pytest.mark.parametrize("kind", ["samples", "qwen"])
+def test_ids_decode_to_the_nfc_text_and_offsets_cover_it(kind: str) -> None:
+    tokenizer = load(kind)
+
+    @settings(max_examples=100)
+    @given(TEXTS)
+    def check(text: str) -> None:
+        normal = unicodedata.normalize("NFC", text)
+        ids, offsets = tokenizer.encode_with_offsets(text)
+        assert ids == tokenizer.encode(text)
+        assert tokenizer.decode(ids) == normal
+        assert len(offsets) == len(ids)
+        # Tokens follow one another; only a character split among tokens is in several ranges.
+        at = 0
+        for number, (begin, end) in enumerate(offsets):
+            assert begin in (at, at - 1)
+            assert end > begin
+            piece = tokenizer.decode([ids[number]])
+            assert "\ufffd" in piece or piece == normal[begin:end]
+            at = end
+        assert at == len(normal)
+
+    check()
+
+
+def test_batch_equals_one_by_one(tokenizer: Tokenizer) -> None:
+    texts = [f"Text {n}: " + "word é " * (n % 7) for n in range(300)]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_files_give_the_same_tokenizer_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name, text in tokenizer.files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for again in (load_tokenizer(tmp_path), Tokenizer.from_files(tokenizer.files)):
+        assert again.fingerprint == tokenizer.fingerprint
+        assert again.encode("Hello, world") == tokenizer.encode("Hello, world")
+
+
+def test_fingerprint_depends_on_the_deciding_file_alone() -> None:
+    files = {"qwen.tiktoken": TINY_RANKS}
+    one = Tokenizer.from_files(files)
+    other = Tokenizer.from_files({**files, "tokenizer_config.json": "{}"})
+    longer = Tokenizer.from_files({"qwen.tiktoken": TINY_RANKS + "YWJi 257\n"})
+    assert one.fingerprint == other.fingerprint != longer.fingerprint
+    assert other.files["tokenizer_config.json"] == "{}"
+
+
+def test_tiktoken_specials_follow_the_ranks() -> None:
+    tiny = Tokenizer.from_files({"qwen.tiktoken": TINY_RANKS})
+    assert tiny.encode("abba") == [256, ord("b"), ord("a")]
+    assert (tiny.endoftext, tiny.im_start, tiny.im_end) == (257, 258, 259)
+    assert tiny.vocab_size == 257 + 208
+
+
+def test_truncation_and_padding_in_the_file_are_ignored() -> None:
+    spec = json.loads((SAMPLES / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["truncation"] = {
+        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    spec["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    limited = Tokenizer.from_files({"tokenizer.json": json.dumps(spec)})
+    plain = load("samples")
+    for text in ("", "a somewhat longer text than two tokens, and than eight"):
+        assert limited.encode(text) == plain.encode(text)
+
+
+def test_missing_directory_and_files_say_what_was_looked_for(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"tokenizer\.json and qwen\.tiktoken"):
+            load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("qwen.tiktoken", "not base64"),
+        ("qwen.tiktoken", "YQ== 0\nYg== 0\n"),
+        ("qwen.tiktoken", "YQ== 0 1\n"),
+        ("qwen.tiktoken", "YQ== 0\n"),
+        ("qwen.tiktoken", TINY_RANKS + "YWJi 258\n"),
+        ("qwen.tiktoken", ""),
+    ],
+)
+def test_broken_file_is_refused_by_name(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} is no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_vocabulary_without_chatml_tokens_is_refused() -> None:
+    text = (SAMPLES / "tokenizer.json").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"no special token <\|im_end\|>"):
+        Tokenizer.from_files({"tokenizer.json": text.replace("<|im_end|>", "<|end|>")})
+    spec = json.loads(text)
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    with pytest.raises(UserError, match="no special token"):
+        Tokenizer.from_files({"tokenizer.json": json.dumps(spec)})
