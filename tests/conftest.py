@@ -1,11 +1,17 @@
-"""What the tests share: eight simulated CPU devices, and where the golden files are."""
+"""What the tests share: eight simulated CPU devices, compiled programs, the golden files."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+# The same program compiled once, also by the commands that tests start.
+_programs = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 from pathlib import Path
 

@@ -3,12 +3,16 @@
 from typing import Any
 
 import numpy as np
-from hypothesis import reject
+from hypothesis import reject, settings
 from hypothesis import strategies as st
 
 from moi_jax.config import Data, make_config
 from moi_jax.data.plan import Corpus, EpochPlan, plan_epoch
 from moi_jax.errors import UserError
+
+# Tests measure no time: a busy machine is no failure.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 NAMES = ("chat", "code", "maths", "tools", "law")
 
@@ -59,3 +63,19 @@ def switches(draw: st.DrawFn) -> dict[str, Any]:
         "epoch_end": draw(st.sampled_from(["longest", "shortest"])),
         **chunk,
     }
+
+
+@st.composite
+def groups(draw: st.DrawFn, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Members int64[G, W] out of few instructions, so that many occur twice, and sizes."""
+    width = draw(st.integers(1, 3))
+    instructions = draw(st.sampled_from([3, 12, 1000]))
+    count = draw(st.integers(1, 40))
+    member = st.integers(0, instructions - 1)
+    group = st.lists(member, min_size=width, max_size=width, unique=True)
+    members = draw(st.lists(group, min_size=count, max_size=count))
+    sizes = draw(st.lists(st.integers(1, capacity), min_size=count, max_size=count))
+    members = np.array(members)
+    if draw(st.booleans()):
+        members[-1, 1:] = -1
+    return members, np.array(sizes)

@@ -4,13 +4,13 @@ import io
 import json
 import multiprocessing
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rich.console import Console
@@ -24,6 +24,8 @@ from moi_jax.data.conversations import Conversation, Message, content_hash
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 
+# A slow machine is no failure.
+STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SAMPLES = Path(__file__).parents[1] / "moi_jax" / "data" / "samples"
 TOKENIZER = load_tokenizer(SAMPLES / "tokenizer")
 
@@ -185,6 +187,11 @@ def test_domain_without_usable_rows_is_refused_with_counts(root: Path) -> None:
     assert list((root.parent / "cache").iterdir()) == []
 
 
+def test_mixture_without_domains_is_refused(root: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.domains is empty"):
+        run(config.Data(root=root))
+
+
 def test_file_in_two_domains_is_refused(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
     (root / "b").mkdir()
@@ -307,10 +314,11 @@ def test_interrupted_prepare_leaves_nothing(root: Path, monkeypatch: pytest.Monk
     def interrupt(writer: DomainWriter) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DomainWriter, "close", interrupt)
+    monkeypatch.setattr(DomainWriter, "close", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         run(section(root, "a"))
     assert list((root.parent / "cache").iterdir()) == []
+    monkeypatch.undo()
     assert len(run(section(root, "a"))[0].lengths) == 1
 
 
@@ -332,11 +340,7 @@ def test_prepare_that_comes_second_takes_the_first_ones_cache(
     assert list((root.parent / "cache").iterdir()) == [cache.directory]
 
 
-def read_in_child(cache: DomainCache) -> list[str]:
-    return texts(cache)
-
-
-def test_cache_is_read_from_threads_and_processes(root: Path) -> None:
+def test_cache_is_read_from_threads_and_a_spawned_process(root: Path) -> None:
     write(root / "a" / "1.jsonl", *(chat(f"Question {n}", f"Answer {n}") for n in range(200)))
     (cache,) = run(section(root, "a"))
     expected = texts(cache)
@@ -346,11 +350,12 @@ def test_cache_is_read_from_threads_and_processes(root: Path) -> None:
             orders, threads.map(lambda order: texts(cache, order), orders), strict=True
         ):
             assert found == [expected[n] for n in order]
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply(read_in_child, (cache,)) == expected
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        assert child.submit(texts, cache).result() == expected
     assert cache.read([]) == []
 
 
+@STEADY
 @given(
     hnp.arrays(np.int32, st.integers(0, 20)),
     st.integers(0, 1000),
@@ -403,6 +408,7 @@ def memory_cache(name: str, hashes: Any, losses: tuple[int, int] = (4, 6)) -> Do
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=60)
 
 
+@STEADY
 @given(HASHES, HASHES, st.randoms())
 def test_selection_depends_on_content_and_shares_nothing(
     first: list[int], second: list[int], random: Any

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moi_jax.data.chatml import (
@@ -22,6 +22,8 @@ from moi_jax.data.chatml import (
 from moi_jax.data.conversations import Conversation, Message
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
+# A slow machine is no failure.
+STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "moi_jax" / "data" / "samples" / "tokenizer")
 MODES = ["append", "replace", "keep", "drop_row"]
 REACT = (
@@ -227,6 +229,7 @@ def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list
     return tokens, assistant, official
 
 
+@STEADY
 @given(st.lists(conversations(), min_size=1, max_size=3), PROMPTS, st.sampled_from(MODES))
 def test_rows_and_masks_equal_the_slow_oracle(
     chats: list[Conversation], prompt: str | None, mode: str
@@ -243,6 +246,7 @@ def test_rows_and_masks_equal_the_slow_oracle(
         assert (ends[:-1] <= starts[1:]).all()
 
 
+@STEADY
 @given(conversations(), PROMPTS, PROMPTS, st.sampled_from(MODES))
 def test_other_system_prompt_gives_what_rendering_under_it_gives(
     chat: Conversation, prompt: str | None, other: str | None, mode: str
@@ -251,6 +255,7 @@ def test_other_system_prompt_gives_what_rendering_under_it_gives(
     assert_same(changed, one(chat, other, mode))
 
 
+@STEADY
 @given(conversations(), PROMPTS, st.integers(0, 150))
 def test_first_exchanges_render_the_longest_fitting_conversation(
     chat: Conversation, prompt: str | None, limit: int

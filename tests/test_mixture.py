@@ -35,6 +35,9 @@ def test_permutations_differ_between_cycles_domains_and_seeds():
     cycles = mixture.draws(0, 0, 100, 0, 300).reshape(3, 100)
     others = [mixture.draws(0, 1, 100, 0, 100), mixture.draws(1, 0, 100, 0, 100)]
     assert len({tuple(order) for order in [*cycles, *others]}) == 5
+    # Also where every permutation is a block of its own.
+    large = mixture.draws(0, 0, 70_000, 0, 140_000).reshape(2, -1)
+    assert np.count_nonzero(large[0] == large[1]) < 10
 
 
 def test_balanced_chunks_hold_the_next_draw_of_every_domain():
@@ -114,6 +117,22 @@ def test_repair_takes_several_swaps_where_one_is_not_enough():
     assert fixed.unplaced_groups == 0
 
 
+def test_repair_without_columns_swaps_any_two_members():
+    # Only 60 against 48 makes both groups fit.
+    lengths = np.array([60, 50, 40, 48], np.int32)
+    fixed = mixture.repair(np.array([[0, 1], [2, 3]]), lengths, 100, False, rng())
+    assert sorted(map(sorted, fixed.members.tolist())) == [[0, 2], [1, 3]]
+
+
+def test_repair_takes_any_partner_that_serves_not_always_the_shortest():
+    lengths = np.array([90, 10, 11, 12, 13, 30, 5, 6, 7, 8], np.int32)
+    members = np.arange(10).reshape(2, 5).T
+    found = {
+        mixture.repair(members, lengths, 100, True, rng(s)).members.tobytes() for s in range(9)
+    }
+    assert len(found) > 2
+
+
 def test_repair_counts_what_fits_nowhere_and_leaves_it_out():
     lengths = np.array([100, 30, 8, 9], np.int32)
     fixed = mixture.repair(np.array([[0, 2], [1, 3]]), lengths, 100, True, rng())
@@ -137,6 +156,7 @@ def test_repaired_groups_fit_and_nothing_is_lost(corpus, seed, balanced, chunk_s
     fixed = mixture.repair(drawn, corpus.lengths, 64, balanced, rng(seed))
     assert (mixture.group_sizes(fixed.members, corpus.lengths) <= 64).all()
     kept = fixed.members[fixed.members >= 0]
+    assert np.count_nonzero((fixed.members < 0).any(axis=1)) <= 1  # at most one short group
     assert len(kept) + fixed.unplaced_instructions == np.count_nonzero(drawn >= 0)
     assert len(fixed.members) + fixed.unplaced_groups == len(drawn)
     missing = np.bincount(drawn[drawn >= 0], minlength=sum(counts))

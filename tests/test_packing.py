@@ -4,26 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_helpers import groups
 
 from moi_jax.data import packing
 
 CAPACITY = 50
-
-
-@st.composite
-def groups(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Members int64[G, W] out of few instructions, so that many occur twice, and sizes."""
-    width = draw(st.integers(1, 3))
-    instructions = draw(st.sampled_from([3, 12, 1000]))
-    count = draw(st.integers(1, 40))
-    member = st.integers(0, instructions - 1)
-    group = st.lists(member, min_size=width, max_size=width, unique=True)
-    members = draw(st.lists(group, min_size=count, max_size=count))
-    sizes = draw(st.lists(st.integers(1, CAPACITY), min_size=count, max_size=count))
-    members = np.array(members)
-    if draw(st.booleans()):
-        members[-1, 1:] = -1
-    return members, np.array(sizes)
 
 
 def present(group: np.ndarray) -> set[int]:
@@ -60,21 +45,21 @@ def plain_sequential(members: np.ndarray, sizes: np.ndarray) -> list[int]:
     return row_of
 
 
-@given(groups())
+@given(groups(CAPACITY))
 def test_best_fit_places_like_a_plain_search(case):
     members, sizes = case
     placed = packing.pack(members, sizes, CAPACITY, "best_fit")
     assert placed.tolist() == plain_best_fit(members, sizes)
 
 
-@given(groups())
+@given(groups(CAPACITY))
 def test_sequential_places_like_a_plain_loop(case):
     members, sizes = case
     placed = packing.pack(members, sizes, CAPACITY, "sequential")
     assert placed.tolist() == plain_sequential(members, sizes)
 
 
-@given(groups(), st.sampled_from(["best_fit", "sequential", "none"]))
+@given(groups(CAPACITY), st.sampled_from(["best_fit", "sequential", "none"]))
 def test_rows_hold_at_most_their_length_and_no_instruction_twice(case, how):
     members, sizes = case
     row_of = packing.pack(members, sizes, CAPACITY, how)
@@ -94,6 +79,14 @@ def test_none_gives_every_group_its_own_row():
 def test_copies_are_kept_apart_at_the_price_of_rows(how):
     members = np.zeros((5, 1), int)
     assert sorted(packing.pack(members, np.ones(5, int), CAPACITY, how)) == [0, 1, 2, 3, 4]
+
+
+def test_best_fit_opens_a_row_after_trying_so_many_with_copies():
+    # Twenty rows hold instruction 0 and fit most tightly; a 21st without it has more room.
+    members = np.array([[0]] * 20 + [[1], [0]])
+    sizes = np.array([30] * 20 + [25, 20])
+    placed = packing.pack(members, sizes, CAPACITY, "best_fit")
+    assert placed.tolist() == plain_best_fit(members, sizes) == list(range(22))
 
 
 def test_instructions_whose_signatures_collide_may_share_a_row():

@@ -1,5 +1,6 @@
 """Epoch plans and the run over epochs: the invariants of docs/method.md."""
 
+import io
 from itertools import pairwise
 
 import numpy as np
@@ -284,7 +285,7 @@ def test_the_mixture_table_shows_shares_and_warns_of_repeats():
     assert stats["fill"] == 1
     assert stats["steps_per_epoch"] == 8
     assert stats["domains"]["code"]["mean_repeats"] == 6
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=160, record=True, file=io.StringIO())
     print_mixture(stats, console, max_repeats=5)
     text = console.export_text()
     assert "600 (66.7%)" in text

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moi_jax.config import Source
@@ -14,6 +14,8 @@ from moi_jax.data.conversations import BadRow, Conversation, Message, content_ha
 from moi_jax.data.sources import FORMATS, detect_format, expand, read_rows, to_conversation
 from moi_jax.errors import UserError
 
+# A slow machine is no failure.
+STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 USER, GPT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 PLAIN = (Message("user", "Hi"), Message("assistant", "Hello."))
 
@@ -228,6 +230,7 @@ JSON = st.recursive(
 KEYS = sorted({key for form in FORMATS.values() for s in form.signatures for key in s} | {"tools"})
 
 
+@STEADY
 @given(st.dictionaries(st.sampled_from(KEYS), JSON), st.sampled_from(sorted(FORMATS)))
 def test_any_object_is_a_conversation_or_a_bad_row(row: dict, form: str) -> None:
     with contextlib.suppress(BadRow):
@@ -240,7 +243,10 @@ def test_content_hash_sees_roles_and_normal_stripped_content_only() -> None:
     same = Conversation((Message("user", " Cafe\u0301\n"), Message("assistant", "ok", train=False)))
     swapped = Conversation((Message("user", "ok"), Message("assistant", "Caf\u00e9")))
     system = Conversation((Message("system", "s"), *one.messages))
-    shifted = Conversation((Message("user", "Caf\u00e9o"), Message("assistant", "k")))
+    shifted = [
+        Conversation((Message("user", "a"), Message("assistant", "b" + "assistant c"))),
+        Conversation((Message("user", "a" + "assistant b"), Message("assistant", "c"))),
+    ]
     assert content_hash(one) == content_hash(same)
-    assert len({content_hash(c) for c in (one, swapped, system, shifted)}) == 4
+    assert len({content_hash(c) for c in (one, swapped, system, *shifted)}) == 5
     assert 0 <= content_hash(one) < 2**64

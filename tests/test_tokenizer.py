@@ -7,12 +7,14 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moi_jax.data.tokenizer import QWEN_PATTERN, Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 
+# A slow machine is no failure.
+STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SAMPLES = Path(__file__).parents[1] / "moi_jax" / "data" / "samples" / "tokenizer"
 TINY_RANKS = "".join(
     f"{base64.b64encode(token).decode()} {rank}\n"
@@ -82,7 +84,7 @@ TEXTS = st.text(max_size=40) | st.text("\nThougt: Obsrvain<|>éé😀 ", max_siz
 def test_ids_decode_to_the_nfc_text_and_offsets_cover_it(kind: str) -> None:
     tokenizer = load(kind)
 
-    @settings(max_examples=100)
+    @STEADY
     @given(TEXTS)
     def check(text: str) -> None:
         normal = unicodedata.normalize("NFC", text)
@@ -133,7 +135,7 @@ def test_tiktoken_specials_follow_the_ranks() -> None:
     assert tiny.vocab_size == 257 + 208
 
 
-def test_truncation_and_padding_in_the_file_are_ignored() -> None:
+def test_truncation_padding_and_trimmed_offsets_in_the_file_are_ignored() -> None:
     spec = json.loads((SAMPLES / "tokenizer.json").read_text(encoding="utf-8"))
     spec["truncation"] = {
         "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0
@@ -142,10 +144,14 @@ def test_truncation_and_padding_in_the_file_are_ignored() -> None:
         "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None,
         "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
     }  # fmt: skip
+    spec["post_processor"] = {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True
+    }  # fmt: skip
     limited = Tokenizer.from_files({"tokenizer.json": json.dumps(spec)})
     plain = load("samples")
     for text in ("", "a somewhat longer text than two tokens, and than eight"):
         assert limited.encode(text) == plain.encode(text)
+        assert limited.encode_with_offsets(text) == plain.encode_with_offsets(text)
 
 
 def test_missing_directory_and_files_say_what_was_looked_for(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -55,15 +54,18 @@ class DomainCache:
     manifest: dict[str, Any]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Instruction]:
-        """The instructions at `indices`, in one read; safe in threads and forked processes."""
-        reader = _reader(self.directory / "instructions.array_record", os.getpid())
+        """The instructions at `indices`, in one read; for any thread, and spawned processes.
+
+        A forked process may hang: the locks of ArrayRecord's reader do not survive a fork.
+        """
+        reader = _reader(self.directory / "instructions.array_record")
         return [from_record(record) for record in reader.read([int(i) for i in indices])]
 
 
 @functools.lru_cache(maxsize=64)
-def _reader(path: Path, process: int) -> array_record_module.ArrayRecordReader:
-    """The open reader of a file in a process: a forked process must not use its parent's."""
-    options = "readahead_buffer_size:0,max_parallelism:0"  # best for random access
+def _reader(path: Path) -> array_record_module.ArrayRecordReader:
+    # Kept open out of the DomainCache, which so can be pickled. The options are for random access.
+    options = "readahead_buffer_size:0,max_parallelism:0"
     return array_record_module.ArrayRecordReader(str(path), options)
 
 
@@ -87,6 +89,8 @@ def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[D
     Raises:
       UserError: a source matches nothing, a file stands twice, a row or a domain is unusable.
     """
+    if not data.domains:
+        raise UserError("data.domains is empty; name at least one domain with its sources")
     files = [sources.expand(data.root, domain.sources) for domain in data.domains]
     _refuse_files_standing_twice(data, files)
     caches = []

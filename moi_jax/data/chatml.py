@@ -159,7 +159,7 @@ def with_system_prompt(
     text = system_text(prompt, instruction.row_system, row_system)
     content = None if text is None else tokenizer.encode(text)
     head, head_spans = _Template.of(tokenizer).system_block(content)
-    # The span at system_length is the first im_start, which the block's span covers or nothing.
+    # The first im_start belongs to the block's span, so no span begins or ends at the border.
     spans = instruction.spans[instruction.spans[:, 0] > instruction.system_length]
     spans = spans + np.array([len(head) - instruction.system_length] * 2 + [0], np.int32)
     return replace(

@@ -85,12 +85,8 @@ def draw_groups(counts: Sequence[int], data: Data, seed: int, epoch: int) -> np.
             members[:, domain] = draws(seed, domain, n, epoch * chunks, chunks) + offsets[domain]
         return members
     assert data.chunk_size is not None  # resolved by the config
-    parts = [
-        draws(seed, domain, n, epoch * n, n) + offsets[domain]
-        for domain, n in enumerate(counts)
-        if n
-    ]
-    stream = generator(seed, Stream.UNION, epoch).permutation(np.concatenate(parts))
+    # Draws epoch * n to (epoch + 1) * n of a domain are each of its n instructions once.
+    stream = generator(seed, Stream.UNION, epoch).permutation(sum(counts))
     missing = -len(stream) % data.chunk_size
     return np.pad(stream, (0, missing), constant_values=-1).reshape(-1, data.chunk_size)
 
@@ -128,10 +124,6 @@ def repair(
 ) -> Repaired:
     """Makes groups fit a row by swapping members with groups that fit and keep fitting.
 
-    In a round every group that is too long is compared with random fitting groups of its own (the
-    fewer long groups, the more partners each sees). It takes the first swap that makes it fit;
-    where there is none, the swap that shortens it most, and goes into the next round.
-
     Args:
       members: int64[G, W] global instruction numbers; not changed.
       lengths: int32[N] tokens of each instruction.
@@ -141,42 +133,60 @@ def repair(
     sizes = lengths[members].sum(axis=1, dtype=np.int64)
     if not (sizes > sequence_length).any():
         return Repaired(members, 0, 0, 0)
-    drawn, members = members, members.copy()
     width = members.shape[1]
     ours, theirs = np.arange(width), np.arange(width)
     if not same_column:
         ours, theirs = np.repeat(ours, width), np.tile(theirs, width)
+    drawn, members = members, members.copy()
     for _ in range(ROUNDS):
-        long = rng.permutation(np.flatnonzero(sizes > sequence_length))
-        fitting = np.flatnonzero(sizes <= sequence_length)
-        long = long[: len(fitting)]
-        if not len(long):
+        if not _swap_round(members, sizes, lengths, sequence_length, ours, theirs, rng):
             break
-        # Partners are given out disjointly, so the swaps of a round do not disturb one another.
-        each = max(1, min(len(fitting), ROUND_PAIRS // len(ours)) // len(long))
-        partners = rng.choice(fitting, len(long) * each, replace=False).reshape(-1, each)
-        a, b = members[long][:, None, ours], members[partners][:, :, theirs]
-        # How much shorter the group gets, and the partner longer, by each swap: [long, each, pairs]
-        gain = lengths[a] - lengths[b]
-        room = sequence_length - sizes[partners]
-        gain[(gain > room[:, :, None]) | (a < 0) | (b < 0)] = 0
-        gain = gain.reshape(len(long), -1)
-        enough = gain >= (sizes[long] - sequence_length)[:, None]
-        choice = np.where(enough.any(axis=1), enough.argmax(axis=1), gain.argmax(axis=1))
-        taken = gain[np.arange(len(long)), choice]
-        found = np.flatnonzero(taken > 0)
-        if not len(found):
-            break
-        partner, pair = np.divmod(choice[found], len(ours))
-        left, right = long[found], partners[found, partner]
-        i, j = ours[pair], theirs[pair]
-        members[left, i], members[right, j] = members[right, j], members[left, i]
-        sizes[left] -= taken[found]
-        sizes[right] += taken[found]
     fits = sizes <= sequence_length
     moved = np.count_nonzero((members != drawn)[fits])
     unplaced = np.count_nonzero(members[~fits] >= 0)
     return Repaired(members[fits], int(moved), int(np.count_nonzero(~fits)), int(unplaced))
+
+
+def _swap_round(
+    members: np.ndarray,
+    sizes: np.ndarray,
+    lengths: np.ndarray,
+    sequence_length: int,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    rng: np.random.Generator,
+) -> bool:
+    """One swap for every group that is too long, in place; False if there was none to make.
+
+    Each is compared with random fitting groups of its own (the fewer long groups, the more
+    partners each sees). It takes the first swap that makes it fit; where there is none, the one
+    that shortens it most. Pair p swaps our column ours[p] with the partner's column theirs[p].
+    """
+    long = rng.permutation(np.flatnonzero(sizes > sequence_length))
+    fitting = np.flatnonzero(sizes <= sequence_length)
+    long = long[: len(fitting)]
+    if not len(long):
+        return False
+    # Partners are given out disjointly, so the swaps of a round do not disturb one another.
+    each = max(1, min(len(fitting), ROUND_PAIRS // len(ours)) // len(long))
+    partners = rng.choice(fitting, len(long) * each, replace=False).reshape(-1, each)
+    a, b = members[long][:, None, ours], members[partners][:, :, theirs]
+    # How much shorter the group gets, and the partner longer: [long, each, pairs].
+    gain = lengths[a] - lengths[b]
+    room = sequence_length - sizes[partners]
+    gain[(gain > room[:, :, None]) | (a < 0) | (b < 0)] = 0
+    gain = gain.reshape(len(long), -1)
+    enough = gain >= (sizes[long] - sequence_length)[:, None]
+    choice = np.where(enough.any(axis=1), enough.argmax(axis=1), gain.argmax(axis=1))
+    taken = gain[np.arange(len(long)), choice]
+    found = np.flatnonzero(taken > 0)
+    partner, pair = np.divmod(choice[found], len(ours))
+    left, right = long[found], partners[found, partner]
+    i, j = ours[pair], theirs[pair]
+    members[left, i], members[right, j] = members[right, j], members[left, i]
+    sizes[left] -= taken[found]
+    sizes[right] += taken[found]
+    return len(found) > 0
 
 
 def order_members(

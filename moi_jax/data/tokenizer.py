@@ -94,7 +94,7 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of the ids; special tokens show as their text."""
 
     def encode(self, text: str) -> list[int]:
@@ -129,8 +129,8 @@ class JsonTokenizer(Tokenizer):
         encoding = self._backend.encode(unicodedata.normalize("NFC", text))
         return encoding.ids, encoding.offsets
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -183,8 +183,8 @@ class TiktokenTokenizer(Tokenizer):
         ranges = zip(character[starts].tolist(), (character[ends - 1] + 1).tolist(), strict=True)
         return ids, list(ranges)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids))
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._backend.decode([int(i) for i in ids])
 
 
 KINDS: dict[str, type[Tokenizer]] = {

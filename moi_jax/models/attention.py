@@ -1,5 +1,7 @@
 """Causal attention inside segments. The plain XLA path here is the reference for any other."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -19,10 +21,18 @@ def attention(
     b, s, h, n = query.shape
     k = key.shape[2]
     statistics = jnp.promote_types(query.dtype, jnp.float32)
-    grouped = query.reshape(b, s, k, h // k, n)
-    scores = jnp.einsum("bskgn,btkn->bkgst", grouped, key, preferred_element_type=statistics)
+    query = query.reshape(b, s, k, h // k, n).transpose(0, 2, 3, 1, 4)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkgsn,bktn->bkgst", query, key, preferred_element_type=statistics)
     index = jnp.arange(s)
     visible = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (index[:, None] >= index)
-    scores = jnp.where(visible[:, None, None], scores / jnp.sqrt(n).astype(statistics), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgst,btkn->bskgn", weights, value).reshape(b, s, h, n)
+    scores = jnp.where(visible[:, None, None], scores / math.sqrt(n), -jnp.inf)
+    # Softmax, divided after the sum over values: S x N divisions instead of S x S.
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum(
+        "bkgst,bktn->bkgsn", weights.astype(value.dtype), value, preferred_element_type=statistics
+    )
+    mixed = (mixed / total).astype(value.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, s, h, n)

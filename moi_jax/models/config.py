@@ -78,10 +78,10 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     # For laptops and tests, with the vocabulary of the tokenizer in moi_jax/data/samples.
     "tiny": _qwen_v1(
-        vocab_size=2048, num_layers=4, hidden_size=128, num_heads=4, head_dim=32, mlp_width=352
+        vocab_size=2048, num_layers=4, hidden_size=128, num_heads=2, head_dim=64, mlp_width=352
     ),
     "small": _qwen_v1(
-        vocab_size=2048, num_layers=6, hidden_size=256, num_heads=8, head_dim=32, mlp_width=704
+        vocab_size=2048, num_layers=6, hidden_size=256, num_heads=4, head_dim=64, mlp_width=704
     ),
 }
 

@@ -65,7 +65,7 @@ def make_train_step(
         gradients, weighted, sums = _accumulate(loss_sums, state.parameters, batch)
         scale = 1 / jnp.where(sums["weights"] > 0, sums["weights"], 1)
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
-        loss, gradient_norm = weighted * scale, optax.global_norm(gradients)
+        loss, gradient_norm = weighted * scale, optax.tree.norm(gradients)
         applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (sums["weights"] > 0)
 
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)

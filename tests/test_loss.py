@@ -1,0 +1,62 @@
+"""The chunked vocabulary loss: equal to the whole one, and never whole itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moi_jax.models import loss as loss_lib
+from moi_jax.models.loss import token_nll
+
+B, S, D, V = 4, 24, 8, 50
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(B, S, D)).astype(np.float32)
+    head = rng.normal(size=(D, V)).astype(np.float32)
+    targets = rng.integers(0, V, (B, S)).astype(np.int32)
+    return hidden, head, targets
+
+
+def whole_nll(hidden, head, targets):
+    log_probabilities = jax.nn.log_softmax(hidden @ head, axis=-1)
+    return -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 20, 10_000])
+def test_chunks_give_the_whole_loss_and_gradients(monkeypatch, chunk_tokens):
+    monkeypatch.setattr(loss_lib, "CHUNK_TOKENS", chunk_tokens)
+    hidden, head, targets = inputs()
+    weights = np.linspace(0, 1, B * S).reshape(B, S)
+
+    def total(nll, hidden, head):
+        return jnp.sum(weights * nll(hidden, head, targets))
+
+    ours = jax.value_and_grad(lambda h, w: total(token_nll, h, w), argnums=(0, 1))(hidden, head)
+    whole = jax.value_and_grad(lambda h, w: total(whole_nll, h, w), argnums=(0, 1))(hidden, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, whole)
+
+
+def largest_array(jaxpr) -> int:
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(inner, "jaxpr"):
+                    inner = inner.jaxpr
+                if hasattr(inner, "eqns"):
+                    sizes.append(largest_array(inner))
+    return max(sizes)
+
+
+def test_logits_are_never_whole_forward_or_backward(monkeypatch):
+    monkeypatch.setattr(loss_lib, "CHUNK_TOKENS", 16)
+    hidden, head, targets = inputs()
+
+    def of(nll):
+        gradient = jax.grad(lambda h, w: jnp.sum(nll(h, w, targets)), argnums=(0, 1))
+        return largest_array(jax.make_jaxpr(gradient)(hidden, head).jaxpr)
+
+    assert of(whole_nll) >= B * S * V  # the check sees whole logits where there are some
+    assert of(token_nll) <= max(16 * V, B * S * D)

@@ -1,0 +1,181 @@
+"""Real runs in processes of their own: killed, stopped, gone on with, refused."""
+
+import os
+import random
+import shutil
+import signal
+
+import jax
+import moi_jax
+import numpy as np
+import pytest
+from flax import nnx
+from run_helpers import logged_steps, records, small_config, train, train_until
+
+
+def parameters(run):
+    """Leaf name -> values of the run's newest checkpoint."""
+    model, _ = moi_jax.load(run)
+    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def same_parameters(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    done = train(small_config(directory))
+    assert done.returncode == 0, done.stderr
+    return directory / "run"
+
+
+def test_a_run_killed_at_three_random_steps_ends_bit_identical(uninterrupted, tmp_path):
+    """Kill -9 finds saves under way too: a checkpoint counts only when it is whole."""
+    config = small_config(tmp_path)
+    for low, high in ((1, 3), (4, 6), (7, 9)):
+        step = random.SystemRandom().randint(low, high)
+        status = train_until(config, step, signal.SIGKILL)
+        assert status == -signal.SIGKILL, f"killed at step {step}"
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    same_parameters(parameters(tmp_path / "run"), parameters(uninterrupted))
+    # The log reads as if nothing had happened: every step once, with the same losses.
+    assert logged_steps(tmp_path / "run" / "metrics.jsonl") == list(range(1, 11))
+    for ours, theirs in zip(
+        records(tmp_path / "run" / "metrics.jsonl"),
+        records(uninterrupted / "metrics.jsonl"),
+        strict=True,
+    ):
+        rates = {"tokens_per_second", "loss_tokens_per_second"}
+        assert {k: v for k, v in ours.items() if k not in rates} == {
+            k: v for k, v in theirs.items() if k not in rates
+        }
+
+
+def test_sigterm_saves_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_path):
+    config = small_config(tmp_path, checkpoint={"every": 100})
+    assert train_until(config, 4, signal.SIGTERM) == 128 + signal.SIGTERM
+    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert len(saved) == 1
+    assert 4 <= saved[0] < 10
+    # Another accumulation and other logging may change; the losses may then differ in last bits,
+    # so nothing but the checkpoint interval does here.
+    done = train(config, "checkpoint.every=5")
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step {saved[0]}" in done.stdout
+    assert "checkpoint.every: 100 -> 5" in done.stdout
+    same_parameters(parameters(tmp_path / "run"), parameters(uninterrupted))
+
+
+def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(uninterrupted, directory)
+    before = (directory / "metrics.jsonl").read_bytes()
+    done = train(small_config(tmp_path))
+    assert (done.returncode, "is complete" in done.stdout) == (0, True)
+    assert (directory / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.seed=1"], "train.seed: 0 -> 1"),
+        (["data.mask=row"], "data.mask: chunk -> row"),
+        (["data.domains.1.prompt=Count."], "data.domains.1.prompt"),
+        (["optimizer.learning_rate=0.5"], "--allow-change goes on with the new one"),
+        (["train.steps=12"], "--allow-change goes on with the new one"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_one(uninterrupted, tmp_path, overrides, message):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+    done = train(small_config(tmp_path), *overrides)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+
+
+def test_changed_data_is_refused_though_its_path_is_the_same(uninterrupted, tmp_path):
+    from run_helpers import SAMPLES
+
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.copytree(SAMPLES, tmp_path / "samples")
+    chat = tmp_path / "samples" / "chat.jsonl"
+    lines = chat.read_text(encoding="utf-8").splitlines(keepends=True)
+    chat.write_text("".join(lines[1:]), encoding="utf-8")
+    done = train(small_config(tmp_path), f"data.root={tmp_path / 'samples'}")
+    assert done.returncode == 2
+    assert "another content of data" in done.stderr
+
+
+def test_a_longer_run_and_another_batch_go_on_when_allowed(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    config = small_config(tmp_path)
+    done = train(config, "--allow-change", "train.steps=12", "train.global_batch_rows=4")
+    assert done.returncode == 0, done.stderr
+    last = records(tmp_path / "run" / "metrics.jsonl")[-2:]
+    # Ten batches of two rows, then two of four.
+    assert [r["row"] for r in last if "row" in r][-1] == 10 * 2 + 2 * 4
+
+
+def test_fresh_moves_the_old_run_aside(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    done = train(small_config(tmp_path), "--fresh", "train.steps=1")
+    assert done.returncode == 0, done.stderr
+    aside = next(p for p in tmp_path.iterdir() if p.name.startswith("run."))
+    assert logged_steps(aside / "metrics.jsonl")[-1] == 10
+    assert logged_steps(tmp_path / "run" / "metrics.jsonl") == [1]
+
+
+def test_a_checkpoint_stands_alone_wherever_it_is_copied(uninterrupted, tmp_path):
+    newest = max((uninterrupted / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    shutil.copytree(newest, tmp_path / "elsewhere")
+    model, tokenizer = moi_jax.load(tmp_path / "elsewhere")
+    assert tokenizer.decode(tokenizer.encode("Hello!")) == "Hello!"
+    logits = model(np.array([tokenizer.encode("How are you?")], np.int32))
+    assert logits.shape[-1] == 2048
+    assert np.isfinite(logits).all()
+    same_parameters(parameters(tmp_path / "elsewhere"), parameters(uninterrupted))
+
+
+def test_a_foreign_directory_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    done = train(small_config(tmp_path))
+    assert done.returncode == 2
+    assert "not a run of ours" in done.stderr
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock"] == ["thesis.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_unwritable_run_directory_is_one_line(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    done = train(small_config(tmp_path, logging={"run_dir": str(tmp_path / "locked" / "run")}))
+    assert done.returncode == 2
+    assert "cannot write the run directory" in done.stderr
+
+
+def test_a_run_directory_below_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    done = train(small_config(tmp_path, logging={"run_dir": str(tmp_path / "file" / "run")}))
+    assert done.returncode == 2
+    assert "cannot write the run directory" in done.stderr
+
+
+def test_a_live_run_holds_its_directory(tmp_path):
+    import filelock
+
+    (tmp_path / "run").mkdir()
+    with filelock.FileLock(tmp_path / "run" / ".lock"):
+        done = train(small_config(tmp_path))
+    assert done.returncode == 2
+    assert "in use by a live run" in done.stderr

@@ -1,0 +1,192 @@
+"""The train step against a plain full-batch oracle, and what it does with bad batches."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from moi_jax import config as config_lib
+from moi_jax.data.loader import Batch
+from moi_jax.models.config import PRESETS
+from moi_jax.models.decoder import Decoder
+from moi_jax.training import sharding
+from moi_jax.training.optimizer import make_optimizer, make_schedule
+from moi_jax.training.state import new_state, random_parameters
+from moi_jax.training.step import make_eval_step, make_train_step
+
+MODEL = dataclasses.replace(
+    PRESETS["tiny"], num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=64,
+    hidden_size=32, mlp_width=48,
+)  # fmt: skip
+OPTIMIZER = config_lib.Optimizer(learning_rate=1e-3, warmup_ratio=0.1)
+DOMAINS, ROWS, LENGTH, STEPS = 3, 8, 16, 20
+
+
+def random_batch(seed: int) -> Batch:
+    """[ROWS, LENGTH], packed segments, padding, weights that are no multiple of one another."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 9, (ROWS, 2))
+    place = np.arange(LENGTH)
+    segment_ids = np.zeros((ROWS, LENGTH), np.int32)
+    for row, (first, second) in enumerate(lengths):
+        segment_ids[row] = np.where(place < first, 1, np.where(place < first + second, 2, 0))
+    positions = np.where(segment_ids == 2, place - lengths[:, :1], place) * (segment_ids > 0)
+    weights = rng.uniform(0.1, 3, (ROWS, LENGTH)) * rng.integers(0, 2, (ROWS, LENGTH))
+    domain_ids = rng.integers(0, DOMAINS, (ROWS, 1))
+    return Batch(
+        rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32),
+        rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32),
+        segment_ids,
+        positions.astype(np.int32),
+        np.where(segment_ids > 0, domain_ids, -1).astype(np.int32),
+        (weights * (segment_ids > 0)).astype(np.float32),
+    )
+
+
+class Trainer:
+    """The jitted step on a mesh, with batches given as numpy."""
+
+    def __init__(self, mesh, microbatch_rows=ROWS, *, dtype="float32", compute=None, remat="none"):
+        self.mesh = sharding.make_mesh(config_lib.Mesh(**mesh))
+        self.microbatch_rows = microbatch_rows
+        jax.set_mesh(self.mesh)
+        config = OPTIMIZER.model_copy(
+            update={"moment_dtype": "float64" if dtype == "float64" else "float32"}
+        )
+        optimizer = make_optimizer(config, MODEL)
+        parameters = random_parameters(MODEL, 0, dtype, self.mesh)
+        self.state = new_state(MODEL, optimizer, parameters, self.mesh)
+        make_model = partial(Decoder, MODEL, compute_dtype=compute or dtype, remat=remat)
+        schedule = make_schedule(config, STEPS)
+        self._step = make_train_step(MODEL, make_model, optimizer, schedule, DOMAINS, self.mesh)
+        self._eval = make_eval_step(MODEL, make_model, DOMAINS, self.mesh)
+
+    def place(self, batch, rows=None):
+        rows = rows or self.microbatch_rows
+        return sharding.place_batch(batch, np.arange(len(batch.tokens)), rows, self.mesh)
+
+    def step(self, batch):
+        self.state, metrics = self._step(self.state, self.place(batch))
+        return jax.device_get(metrics)
+
+    def sums(self, batch):
+        return jax.device_get(self._eval(self.state.parameters, self.place(batch, ROWS)))
+
+    def parameters(self):
+        return jax.device_get(self.state.parameters)
+
+
+def plain_loss(parameters, batch):
+    """The whole batch at once, whole logits, no remat, no mesh."""
+    model = Decoder(MODEL, parameters)
+    hidden = model.hidden_states(batch.tokens, batch.positions, batch.segment_ids, training=True)
+    log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)
+    nll = -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(batch.loss_weights * nll) / jnp.sum(batch.loss_weights), nll
+
+
+@pytest.mark.parametrize("microbatch_rows", [8, 2])
+def test_three_steps_equal_plain_adamw_on_the_whole_batch(microbatch_rows):
+    trainer = Trainer({"fsdp": 1}, microbatch_rows)
+    parameters = trainer.parameters()
+    decays = jax.tree.map(lambda p: p.ndim > 1, parameters)
+    # Stacked norms [L, D] and biases [L, H, N] have more axes than one and do not decay.
+    decays["layers"] = {
+        name: not (name.endswith("_norm") or name.endswith("_bias"))
+        for name in parameters["layers"]
+    }
+    schedule = make_schedule(OPTIMIZER, STEPS)
+    oracle = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decays),
+    )
+    state = oracle.init(parameters)
+    for seed in range(3):
+        batch = random_batch(seed)
+        (loss, nll), gradients = jax.value_and_grad(plain_loss, has_aux=True)(parameters, batch)
+        updates, state = oracle.update(gradients, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+
+        metrics = trainer.step(batch)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
+        counted = batch.loss_weights > 0
+        for domain in range(DOMAINS):
+            chosen = counted & (batch.domain_ids == domain)
+            np.testing.assert_allclose(
+                metrics["domain_nll"][domain], np.sum(np.asarray(nll)[chosen]), rtol=1e-5
+            )
+            assert metrics["domain_loss_tokens"][domain] == chosen.sum()
+        assert metrics["tokens"] == (batch.segment_ids > 0).sum()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), trainer.parameters(), parameters
+    )
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
+    trainer = Trainer({"fsdp": 1})
+    trainer.step(random_batch(0))
+    before = jax.device_get(trainer.state)
+    batch = random_batch(1)
+    weights = batch.loss_weights.copy()
+    weights[0, 0] = np.inf
+    metrics = trainer.step(batch._replace(loss_weights=weights))
+    assert not metrics["applied"]
+    after = jax.device_get(trainer.state)
+    assert after.step == before.step + 1
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.parameters, after.optimizer),
+        (before.parameters, before.optimizer),
+    )
+    assert trainer.step(random_batch(2))["applied"]
+
+
+def test_a_batch_without_weights_is_skipped_without_nan():
+    trainer = Trainer({"fsdp": 1})
+    before = trainer.parameters()
+    batch = random_batch(0)
+    metrics = trainer.step(batch._replace(loss_weights=np.zeros_like(batch.loss_weights)))
+    assert not metrics["applied"]
+    assert metrics["weights"] == 0
+    assert metrics["loss"] == 0
+    jax.tree.map(np.testing.assert_array_equal, trainer.parameters(), before)
+
+
+def test_empty_rows_change_no_sum():
+    trainer = Trainer({"fsdp": 1})
+    batch = random_batch(0)
+    half = Batch(*(array.copy() for array in batch))
+    for array in (half.segment_ids, half.loss_weights, half.positions):
+        array[4:] = 0
+    half.domain_ids[4:] = -1
+    sums = trainer.sums(half)
+    nll = plain_loss(trainer.parameters(), Batch(*(array[:4] for array in batch)))[1]
+    np.testing.assert_allclose(
+        sums["nll"], np.sum(np.asarray(nll)[batch.loss_weights[:4] > 0]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_by_hand(schedule):
+    config = config_lib.Optimizer(learning_rate=0.8, schedule=schedule, warmup_ratio=0.4)
+    rate = make_schedule(config, 10)
+    assert [round(float(rate(s)), 6) for s in range(4)] == [0.2, 0.4, 0.6, 0.8]
+    expected = {
+        "cosine": [0.8 * (1 + np.cos(np.pi * t / 6)) / 2 for t in range(6)],
+        "linear": [0.8 * (1 - t / 6) for t in range(6)],
+        "constant": [0.8] * 6,
+    }[schedule]
+    np.testing.assert_allclose([float(rate(4 + t)) for t in range(6)], expected, rtol=1e-5)
+    assert float(make_schedule(config_lib.Optimizer(warmup_ratio=0), 10)(0)) == pytest.approx(1e-5)
+
+
+def test_the_moments_of_bfloat16_parameters_are_float32():
+    trainer = Trainer({"fsdp": 1}, dtype="bfloat16")
+    trainer.step(random_batch(0))
+    trainer.step(random_batch(1))
+    assert trainer.state.parameters["head"].dtype == jnp.bfloat16
+    moments = [x for x in jax.tree.leaves(trainer.state.optimizer) if x.ndim]
+    assert {str(x.dtype) for x in moments} == {"float32"}
