@@ -57,6 +57,7 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
     import jax
     from rich.console import Console
 
+    from moi_jax.console import say
     from moi_jax.evaluation.held_out import HeldOut
     from moi_jax.sampling.answers import make_sampler
     from moi_jax.training.inputs import open_inputs
@@ -95,22 +96,24 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
         jax.set_mesh(machine.mesh)
         run = start_run(inputs, machine, directory, allow_change, evaluate, sample, console)
         if run.step == run.steps:
-            console.print(f"the run in {directory} is complete; --fresh begins anew")
+            say(console, f"the run in {directory} is complete; --fresh begins anew")
             return 0
         finished = fit(run)
         report = write_report(directory)
     if not finished:
-        console.print(f"saved step {run.step} to {directory}; the same command goes on from there")
+        say(console, f"saved step {run.step} to {directory}; the same command goes on from there")
         return run.stop.exit_status
     _print_answers(directory, console)
-    console.print(f"checkpoint {directory / 'checkpoints' / str(run.step)}")
-    console.print(f"report     {report}")
+    say(console, f"checkpoint {directory / 'checkpoints' / str(run.step)}")
+    say(console, f"report     {report}")
     return 0
 
 
 def _print_answers(directory: Path, console: "Console") -> None:
     """The sample answers before and after training, side by side under each prompt."""
     import json
+
+    from moi_jax.console import say
 
     path = directory / "samples.jsonl"
     if not path.exists():
@@ -131,8 +134,7 @@ def _print_answers(directory: Path, console: "Console") -> None:
                 (f"step {first}", before),
                 (f"step {last}", answer["answer"]),
             ):
-                console.print(f"[bold]{title}:[/bold]", end=" ")
-                console.print(text, markup=False, highlight=False)
+                say(console, f"{title}: {text}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from moi_jax.models import rotary
 from moi_jax.models.attention import attention
 from moi_jax.models.config import PRESETS
@@ -109,7 +110,5 @@ def test_positions_restart_with_each_segment():
 
 def test_a_call_without_segments_is_one_segment_of_the_row(model):
     tokens = np.arange(40, dtype=np.int32)[None]
-    explicit = model(
-        tokens, positions=np.arange(40)[None], segment_ids=np.ones((1, 40), np.int32)
-    )
+    explicit = model(tokens, positions=np.arange(40)[None], segment_ids=np.ones((1, 40), np.int32))
     assert np.array_equal(model(tokens), explicit)

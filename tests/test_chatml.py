@@ -175,7 +175,15 @@ def test_system_block_by_row_system(
 
 
 TEXTS = st.text(max_size=12) | st.sampled_from(
-    [REACT, "\nObservation: a\nObservation: b\nThought:", "\nObservation:", "\n", "Café e\u0301"]
+    [
+        REACT,
+        "Action Input: 1\nObservation: a\nObservation: b\nThought:",
+        "Action Input: 1\nObservation: a\nFinal Answer: b",
+        "\nObservation: no tool was called",
+        "Action Input:\nObservation:",
+        "\n",
+        "Café e\u0301",
+    ]
 )
 
 
@@ -214,13 +222,14 @@ def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list
         content = "".join(TOKENIZER.decode(ids))
         for token, (begin, _) in zip(ids, offsets, strict=True):
             # Observed: the last "\nObservation:" that ends before the token opened an
-            # observation, or an earlier one did, and no "\nThought:" has begun since.
+            # observation, or an earlier one did, and no "\nThought:" or "\nFinal Answer:" has begun
+            # since. Without a tool call nothing is observed.
             observed = False
-            at = 0
+            at = 0 if "Action Input:" in content else len(content)
             while (found := content.find("\nObservation:", at)) >= 0:
                 opened = found + len("\nObservation:")
-                closed = content.find("\nThought:", opened)
-                closed = len(content) if closed < 0 else closed
+                ends = [content.find(end, opened) for end in ("\nThought:", "\nFinal Answer:")]
+                closed = min([end for end in ends if end >= 0], default=len(content))
                 observed |= opened <= begin < closed
                 at = closed
             put([token], trained and not observed, trained)

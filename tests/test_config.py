@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from moi_jax.config import load_config, make_config
 from moi_jax.errors import UserError
 
@@ -107,7 +108,9 @@ def test_overrides_reach_sections_and_list_elements(tmp_path):
     assert (config.train.steps, config.train.epochs) == (7, None)
 
 
-@pytest.mark.parametrize("override", ["train.steps", "steps=3", "data.domains.5.name=x", "a.b.c=1", "a.b=[1"])
+@pytest.mark.parametrize(
+    "override", ["train.steps", "steps=3", "data.domains.5.name=x", "a.b.c=1", "a.b=[1"]
+)
 def test_a_bad_override_is_named(tmp_path, override):
     path = tmp_path / "c.yaml"
     path.write_text("data: {domains: []}\n")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from moi_jax.models import loss as loss_lib
 from moi_jax.models.loss import token_nll
 

@@ -213,15 +213,20 @@ def planned_epochs(monkeypatch) -> list[int]:
     return epochs
 
 
+def finish_planning(run: RunPlan) -> None:
+    """Waits for what the background has been asked to plan."""
+    run._planner.submit(lambda: None).result()
+
+
 def test_a_run_of_steps_plans_only_the_epochs_it_reads(planned_epochs):
     corpus, data = corpus_of([[16] * 40]), data_section(1, LENGTH, strategy="packing")  # 10 rows
     run = RunPlan(corpus, data, Train(steps=7, global_batch_rows=4))
     assert planned_epochs == []
     run.locate(3)
-    run.epoch_plan(1)  # waits for the background
+    finish_planning(run)
     assert planned_epochs == [0, 1]
     run.locate(27)
-    run.epoch_plan(2)
+    finish_planning(run)
     assert planned_epochs == [0, 1, 2]  # 28 rows end inside epoch 2: epoch 3 is never planned
 
 
@@ -229,7 +234,7 @@ def test_a_resumed_run_does_not_plan_the_epochs_it_has_left_behind(planned_epoch
     corpus, data = corpus_of([[16] * 40]), data_section(1, LENGTH, strategy="packing")
     run = RunPlan(corpus, data, Train(steps=100, global_batch_rows=4), first_rows=[0, 10, 20])
     assert run.locate(25) == (2, 5)
-    run.epoch_plan(3)
+    finish_planning(run)
     assert planned_epochs == [2, 3]
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from moi_jax.models import qwen, rotary
 from moi_jax.models.config import PRESETS, read_hf_config
 from moi_jax.models.decoder import Decoder
@@ -101,18 +102,16 @@ def mean_loss(config, parameters, tokens, labels, remat="none"):
 def test_loss_and_gradients_equal_the_reference(golden, fixture_a, remat):
     config, parameters, arrays = fixture_a
     tokens, labels = arrays["x32"].astype(np.int32), arrays["labels_32"]
-    loss, gradients = jax.value_and_grad(
-        lambda p: mean_loss(config, p, tokens, labels, remat)
-    )(parameters)
+    loss, gradients = jax.value_and_grad(lambda p: mean_loss(config, p, tokens, labels, remat))(
+        parameters
+    )
     report = json.loads((golden / "report.json").read_text())["A"]["loss_32"]
     np.testing.assert_allclose(loss, report["loss"], rtol=1e-5)
 
     expected = np.load(golden / "A" / "grads.npz")
     mapped = qwen.import_tensors(config, lambda name: expected[f"32/{name}"], np.float32)
     jax.tree.map(
-        lambda ours, theirs: np.testing.assert_allclose(
-            ours, theirs, atol=GRADIENTS_ATOL, rtol=0
-        ),
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=GRADIENTS_ATOL, rtol=0),
         gradients,
         mapped,
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
 from moi_jax import config as config_lib
 from moi_jax.data.loader import Batch
 from moi_jax.models.config import PRESETS

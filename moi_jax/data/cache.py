@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moi_jax import config
+from moi_jax.console import say
 from moi_jax.data import chatml, sources
 from moi_jax.data.cache_writer import (
     BY_CONFIG,
@@ -109,7 +110,7 @@ def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[D
             progress.update(task, completed=size)
             if not console.is_terminal:
                 line = f"{domain.name}: {'prepared' if built else 'cached'}, {_summary(cache)}"
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                say(console, line)
             caches.append(cache)
     return caches
 

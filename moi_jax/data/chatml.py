@@ -19,8 +19,10 @@ RENDERER_VERSION = 1
 ASSISTANT, QWEN_OFFICIAL = 1, 2
 TARGETS = {"assistant": ASSISTANT, "qwen_official": QWEN_OFFICIAL}
 
-# In a ReAct answer the model writes "Observation:" and the tool what follows it.
-OBSERVATION = re.compile(r"\nObservation:(.*?)(?=\nThought:|\Z)", re.DOTALL)
+# In a ReAct answer, one that calls a tool, the model writes "Observation:" and the tool what
+# follows it, up to the model's next thought or answer.
+TOOL_CALL = "Action Input:"
+OBSERVATION = re.compile(r"\nObservation:(.*?)(?=\nThought:|\nFinal Answer:|\Z)", re.DOTALL)
 
 Span = tuple[int, int, int]
 
@@ -141,7 +143,7 @@ def render(
 def _answer_spans(content: str, start: int, end: int, tokenizer: Tokenizer) -> list[Span]:
     """Spans of an answer's tokens [start, end), its im_end included."""
     both = ASSISTANT | QWEN_OFFICIAL
-    if "\nObservation:" not in content:
+    if TOOL_CALL not in content or "\nObservation:" not in content:
         return [(start, end, both)]
     _, offsets = tokenizer.encode_with_offsets(content)
     begins = np.array([begin for begin, _ in offsets])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -32,12 +32,13 @@ class Batch(NamedTuple):
     With mask instruction: segment_ids 1 1 1 1 2 2 3 3 0 0, positions 0 1 2 3 0 1 0 1 0 0.
     """
 
-    tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32
-    segment_ids: np.ndarray  # int32, from 1 in every row; padding 0
-    positions: np.ndarray  # int32, from 0 in every segment; padding 0
-    domain_ids: np.ndarray  # int32, place of the domain in the config; padding -1
-    loss_weights: np.ndarray  # float32
+    # Arrays of numpy here, of jax once they lie on a mesh.
+    tokens: Any  # int32
+    targets: Any  # int32
+    segment_ids: Any  # int32, from 1 in every row; padding 0
+    positions: Any  # int32, from 0 in every segment; padding 0
+    domain_ids: Any  # int32, place of the domain in the config; padding -1
+    loss_weights: Any  # float32
 
 
 class Placed(NamedTuple):

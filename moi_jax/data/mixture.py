@@ -21,7 +21,7 @@ class Stream(IntEnum):
     UNION = 2  # epoch: the order of the sampled stream over all domains (proportional)
     REPAIR = 3  # epoch: the partners tried for groups longer than a row
     MEMBERS = 4  # epoch: the order inside a group (order: shuffled)
-    ROWS = 5  # epoch: the order of the rows, and of the groups inside a best_fit row
+    ROWS = 5  # epoch: the order of the rows
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

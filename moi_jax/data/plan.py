@@ -151,16 +151,11 @@ def plan_epoch(corpus: Corpus, data: Data, seed: int, epoch: int) -> EpochPlan:
         )
     sizes = mixture.group_sizes(members, lengths)
     row_of = packing.pack(members, sizes, data.sequence_length, data.packing)
-    rng = mixture.generator(seed, mixture.Stream.ROWS, epoch)
     rows = int(row_of.max()) + 1
-    row_of = rng.permutation(rows)[row_of]
-    if data.packing == "best_fit":
-        # Placing by size would put the longest group first in every row.
-        shuffled = rng.permutation(len(members))
-        order = shuffled[np.argsort(row_of[shuffled], kind="stable")]
-    else:
-        order = np.argsort(row_of, kind="stable")
-    members = members[order]
+    row_of = mixture.generator(seed, mixture.Stream.ROWS, epoch).permutation(rows)[row_of]
+    # In a row the groups keep draw order, which is random: best_fit's own order would put the
+    # longest first.
+    members = members[np.argsort(row_of, kind="stable")]
     present = members >= 0
     return EpochPlan(
         epoch=epoch,
@@ -191,14 +186,24 @@ class RunPlan:
       batch_rows: rows of a global batch.
       total_rows: rows of the run; the rest of its last batch is empty.
       total_steps: global batches of the run.
+      empty_rows: rows without tokens at the end of the run's last batch.
     """
 
-    def __init__(self, corpus: Corpus, data: Data, train: Train, first_rows: Sequence[int] = (0,)):
+    def __init__(
+        self,
+        corpus: Corpus,
+        data: Data,
+        train: Train,
+        first_rows: Sequence[int] = (0,),
+        step: int = 0,
+        row: int = 0,
+    ):
         """Plans as many epochs as the length of the run needs to be known in rows.
 
         Args:
           first_rows: first global row of each epoch as an earlier run of the same plan knew them
             (see `first_rows`); their epochs are not planned again to be counted.
+          step, row: batches already seen and the first row of the next, where a run goes on.
         """
         self.corpus, self.data, self.seed = corpus, data, train.seed
         self._first_rows = list(first_rows)
@@ -207,18 +212,15 @@ class RunPlan:
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="epoch-plan")
         self.batch_rows = train.global_batch_rows
         if train.steps:
-            self.total_rows = train.steps * self.batch_rows
+            self.total_rows = row + (train.steps - step) * self.batch_rows
         elif train.loss_tokens:
             self.total_rows = self._rows_with_loss_tokens(train.loss_tokens)
         else:
             assert train.epochs is not None  # the config has exactly one of the three
             self.total_rows = self.rows_before(train.epochs)
-        self.total_steps = -(-self.total_rows // self.batch_rows)
-
-    @property
-    def empty_rows(self) -> int:
-        """Rows without tokens at the end of the run's last batch."""
-        return self.total_steps * self.batch_rows - self.total_rows
+        # The batches seen may have had another size than those to come.
+        self.total_steps = step + -(-(self.total_rows - row) // self.batch_rows)
+        self.empty_rows = row + (self.total_steps - step) * self.batch_rows - self.total_rows
 
     def epoch_plan(self, epoch: int) -> EpochPlan:
         """The full plan of an epoch, planned now if it is not at hand."""

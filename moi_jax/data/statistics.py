@@ -1,12 +1,14 @@
 """The mixture table: what of each domain an epoch's plan uses, how often, and how full rows are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from moi_jax.console import say
+from moi_jax.data.cache import DomainCache
 from moi_jax.data.plan import EpochPlan
 
 
@@ -67,47 +69,78 @@ def domains_per_row(plan: EpochPlan) -> float:
 
 def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: int) -> None:
     """Prints the mixture table, and a warning for every domain over data.max_repeats."""
-    table = Table(title="Mixture of one epoch")
-    table.add_column("domain")
-    for header in (
-        *("read", "dropped", "held out", "used", "not drawn", "repeats mean / max"),
-        *("instructions", "tokens", "loss tokens"),
-    ):
-        table.add_column(header, justify="right")
     domains = statistics["domains"]
+    rows = _table("Rows", "read", "dropped", "held out", "used", "not drawn", "repeats", "most")
     for name, d in domains.items():
-        table.add_row(
-            name,
-            *(f"{n:,}" for n in (d["read"], sum(d["dropped"].values()), d["held_out"], d["used"])),
-            f"{d['not_drawn']:,}",
-            f"{d['mean_repeats']:.2f} / {d['max_repeats']}",
-            *(_with_share(domains, name, key) for key in ("occurrences", "tokens", "loss_tokens")),
-        )
-    console.print(table)
-    console.print(
+        counts = (d["read"], sum(d["dropped"].values()), d["held_out"], d["used"], d["not_drawn"])
+        repeats = (f"{d['mean_repeats']:.2f}", str(d["max_repeats"]))
+        rows.add_row(name, *(f"{count:,}" for count in counts), *repeats)
+    console.print(rows)
+    mixture = _table("Mixture of one epoch", "instructions", "tokens", "loss tokens")
+    for name in domains:
+        shares = (_with_share(domains, name, k) for k in ("occurrences", "tokens", "loss_tokens"))
+        mixture.add_row(name, *shares)
+    console.print(mixture)
+    say(
+        console,
         f"{statistics['rows']:,} rows, {statistics['steps_per_epoch']:,} steps an epoch, "
         f"fill {statistics['fill']:.2%}, {statistics['domains_per_row']:.2f} domains a row, "
         f"{statistics['moved_share']:.2%} of the instructions moved to fit",
-        highlight=False,
     )
     if statistics["unplaced_groups"]:
-        console.print(
+        say(
+            console,
             f"warning: {statistics['unplaced_groups']:,} groups "
             f"({statistics['unplaced_instructions']:,} instructions) fit no row and are left out; "
             f"raise data.sequence_length or lower data.max_instruction_tokens",
-            style="yellow",
-            highlight=False,
         )
     for name, d in domains.items():
         if d["max_repeats"] > max_repeats:
-            console.print(
+            say(
+                console,
                 f"warning: domain {name} repeats an instruction {d['max_repeats']} times an epoch, "
                 f"over data.max_repeats {max_repeats}; add data or set data.epoch_end: shortest",
-                style="yellow",
-                highlight=False,
             )
+
+
+def _table(title: str, *figures: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("domain", overflow="fold")
+    for figure in figures:
+        table.add_column(figure, justify="right")
+    return table
 
 
 def _with_share(domains: Mapping[str, Mapping[str, Any]], name: str, key: str) -> str:
     total = sum(d[key] for d in domains.values())
     return f"{domains[name][key]:,} ({domains[name][key] / max(total, 1):.1%})"
+
+
+# Files of a domain that are listed one by one.
+FILES_SHOWN = 20
+
+
+def print_sources(caches: Sequence[DomainCache], console: Console) -> None:
+    """Prints what was found in each file, its format, and an example of every kind of drop."""
+    table = Table(title="Sources", title_justify="left")
+    for header in ("domain", "file", "format"):
+        table.add_column(header, overflow="fold")
+    for header in ("rows", "kept"):
+        table.add_column(header, justify="right")
+    for cache in caches:
+        files = cache.manifest["files"]
+        for file in files[:FILES_SHOWN]:
+            figures = (f"{file['read']:,}", f"{file['kept']:,}")
+            table.add_row(cache.name, file["name"], file["format"] or "empty", *figures)
+        if len(files) > FILES_SHOWN:
+            table.add_row(cache.name, f"and {len(files) - FILES_SHOWN} more files", "", "", "")
+    console.print(table)
+    for cache in caches:
+        examples = {row["reason"]: row for row in reversed(cache.manifest["examples"])}
+        for reason, count in cache.manifest["dropped"].items():
+            example = examples[reason]
+            say(
+                console,
+                f"{cache.name}: dropped {count:,} {reason}, e.g. "
+                f"{example['file']}:{example['line']}: {example['detail']}",
+            )

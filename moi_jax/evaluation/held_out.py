@@ -7,6 +7,7 @@ import numpy as np
 from rich.console import Console
 
 from moi_jax import config
+from moi_jax.console import say
 from moi_jax.data.cache import DomainCache, Selection, resolve_prompt
 from moi_jax.data.chatml import Instruction, with_system_prompt
 from moi_jax.data.loader import Batch, Placed, assemble
@@ -62,9 +63,10 @@ class HeldOut:
                 default.append(Placed(other, index, 1.0))
         fitting = [p for p in default if len(p.instruction.tokens) <= data.sequence_length]
         if len(fitting) < len(default):
-            console.print(
+            say(
+                console,
                 f"{len(default) - len(fitting)} held-out conversations are too long under the "
-                f"default prompt and left out there"
+                f"default prompt and left out there",
             )
         self.own, self.default = self._batches(own), self._batches(fitting)
 
@@ -93,7 +95,9 @@ class HeldOut:
             result = sums(batch)
             nll += result["domain_nll"]
             tokens += result["domain_loss_tokens"]
-        return [n / t if t else math.nan for n, t in zip(nll.tolist(), tokens.tolist(), strict=True)]
+        return [
+            n / t if t else math.nan for n, t in zip(nll.tolist(), tokens.tolist(), strict=True)
+        ]
 
     def _batches(self, placed: list[Placed]) -> list[Batch]:
         """One conversation a row, rows of like length together, the last batch filled up."""
@@ -109,9 +113,7 @@ class HeldOut:
             for first in range(0, len(items), rows):
                 filled = [[[item]] for item in items[first : first + rows]]
                 filled += [[]] * (rows - len(filled))
-                batches.append(
-                    assemble(filled, width, self._pad_id, "instruction", self._targets)
-                )
+                batches.append(assemble(filled, width, self._pad_id, "instruction", self._targets))
         return batches
 
     def _width(self, instruction: Instruction) -> int:

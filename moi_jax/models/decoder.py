@@ -16,6 +16,16 @@ from moi_jax.models.parameters import Tree
 class Block(nnx.Module):
     """A layer. `Decoder.layers` holds all of them, each parameter with a leading L axis."""
 
+    attention_norm: nnx.Param
+    query: nnx.Param
+    key: nnx.Param
+    value: nnx.Param
+    out: nnx.Param
+    mlp_norm: nnx.Param
+    gate: nnx.Param
+    up: nnx.Param
+    down: nnx.Param
+
     def __init__(self, config: ModelConfig, parameters: Tree):
         self.config = config
         for name, value in parameters.items():

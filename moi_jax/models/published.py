@@ -70,7 +70,7 @@ def _check_names(directory: Path, found: set[str], expected: set[str]) -> None:
 def _check_shapes(shards: dict[str, Path], expected: dict[str, tuple[int, ...]]) -> None:
     for path in sorted(set(shards.values())):
         with safetensors.safe_open(path, framework="numpy") as shard:
-            for name in shard.keys():
+            for name in list(shard.keys()):
                 shape = tuple(shard.get_slice(name).get_shape())
                 if shape != expected[name]:
                     raise UserError(

@@ -51,9 +51,7 @@ def ntk_alpha(lengths: jax.Array, seq_length: int) -> jax.Array:
     return (2 << doublings) - 1
 
 
-def logn_scale(
-    positions: jax.Array, seq_length: int, dtype: jax.typing.DTypeLike
-) -> jax.Array:
+def logn_scale(positions: jax.Array, seq_length: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Query factor [B, S]: log(p + 1) / log(seq_length) past the trained length, else 1."""
     count = positions + 1
     scale = jnp.log(count.astype(dtype)) / math.log(seq_length)

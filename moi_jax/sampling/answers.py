@@ -22,26 +22,26 @@ def make_sampler(
     """A function from parameters to the answers, one object each as samples.jsonl holds them."""
     domains = {domain.name: domain for domain in data.domains}
     asked, prompts = [], []
-    for sample in samples:
-        own = resolve_prompt(data, domains[sample.domain])
+    for question in samples:
+        own = resolve_prompt(data, domains[question.domain])
         for system, prompt in (("own", own), ("default", data.default_system_prompt)):
             asked.append(
                 {
-                    "domain": sample.domain,
-                    "prompt": sample.prompt,
+                    "domain": question.domain,
+                    "prompt": question.prompt,
                     "system": system,
                     "system_prompt": prompt or "",
                 }
             )
-            prompts.append(render_prompt([Message("user", sample.prompt)], tokenizer, prompt))
+            prompts.append(render_prompt([Message("user", question.prompt)], tokenizer, prompt))
     stop = (tokenizer.im_end, tokenizer.im_start, tokenizer.endoftext)
     greedy = make_greedy(make_model, stop, tokenizer.vocab_size)
 
     def sample(parameters: Tree) -> list[dict[str, str]]:
         answers = greedy(parameters, prompts, max_new_tokens)
         return [
-            {**question, "answer": tokenizer.decode(answer)}
-            for question, answer in zip(asked, answers, strict=True)
+            {**line, "answer": tokenizer.decode(answer)}
+            for line, answer in zip(asked, answers, strict=True)
         ]
 
     return sample

@@ -39,7 +39,9 @@ def make_greedy(
             alpha = jnp.ones_like(alpha)
         alpha = jnp.broadcast_to(alpha, shape)
 
-        def write_next(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def write_next(
+            carry: tuple[jax.Array, jax.Array, jax.Array],
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             tokens, ends, done = carry
             hidden = model.hidden_states(
                 tokens, positions, jnp.ones(shape, jnp.int32), training=False, rope_alpha=alpha

@@ -147,7 +147,9 @@ def find_step(path: Path) -> Path:
         return path
     for folder in (path, path / "checkpoints"):
         steps = [
-            int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()
+            int(p.name)
+            for p in folder.glob("*")
+            if p.name.isdigit() and (p / "parameters").is_dir()
         ]
         if steps:
             return folder / str(max(steps))
@@ -187,9 +189,10 @@ def read_parameters(
     wanted = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(step / "parameters").item_metadata.tree
+    _check_shapes(step, stored, abstract)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        stored = checkpointer.item_metadata(step)["parameters"]
-        _check_shapes(step, stored.tree if hasattr(stored, "tree") else stored, abstract)
         args = ocp.args.Composite(parameters=ocp.args.StandardRestore(wanted))
         return checkpointer.restore(step, args)["parameters"]
 

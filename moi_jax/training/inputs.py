@@ -3,15 +3,17 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from moi_jax.config import Config, load_config
-from moi_jax.data.cache import DomainCache, Selection, prepare, select
+from moi_jax.data.cache import DomainCache, Selection, domain_report, prepare, select
 from moi_jax.data.loader import Batch, RowSource, batch_dataset
 from moi_jax.data.plan import Corpus, RunPlan
 from moi_jax.data.prompts import fingerprint, prompts_item
+from moi_jax.data.statistics import mixture_statistics, print_mixture, print_sources
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig, preset
@@ -40,6 +42,14 @@ class Inputs:
         """The rows of a plan of this corpus, read from the caches."""
         train = [selection.train for selection in self.selections]
         return RowSource(plan, self.caches, train, self.config.loss, self.tokenizer.endoftext)
+
+    def show_mixture(self, plan: RunPlan, console: Console) -> dict[str, Any]:
+        """Prints sources, drops and the mixture of the first epoch; returns the mixture."""
+        report = domain_report(self.caches, self.selections)
+        mixture = mixture_statistics(plan.epoch_plan(0), report, plan.batch_rows)
+        print_sources(self.caches, console)
+        print_mixture(mixture, console, self.config.data.max_repeats)
+        return mixture
 
     @property
     def fingerprints(self) -> dict[str, str]:

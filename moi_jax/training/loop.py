@@ -12,6 +12,7 @@ import jax
 from rich.console import Console
 
 from moi_jax.config import Config
+from moi_jax.console import say
 from moi_jax.data.loader import Batch
 from moi_jax.errors import UserError
 from moi_jax.models.parameters import Tree
@@ -103,7 +104,7 @@ def _look(run: Run, *, evaluate: bool, sample: bool) -> dict[str, float]:
         losses = run.evaluate(run.state.parameters)
         run.log.write({"step": run.step, **losses})
         shown = "  ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in losses.items())
-        run.console.print(f"step {run.step}/{run.steps}  held-out {shown}", highlight=False)
+        say(run.console, f"step {run.step}/{run.steps}  held-out {shown}")
     if sample and run.sample:
         answers = [{"step": run.step, **answer} for answer in run.sample(run.state.parameters)]
         with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
@@ -174,7 +175,7 @@ class StepReader:
         record = {"step": held.step, "row": held.first_row, "skipped": True}
         if metrics["weights"] == 0:
             run.log.write(record | {"reason": "no loss tokens"})
-            run.console.print(f"step {held.step}: {rows} have no loss tokens, step skipped")
+            say(run.console, f"step {held.step}: {rows} have no loss tokens, step skipped")
             return
         run.skipped_in_a_row += 1
         run.log.write(
@@ -182,7 +183,7 @@ class StepReader:
             | {"reason": "not finite", "loss": math.nan, "grad_norm": float(metrics["grad_norm"])}
         )
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-        run.console.print(f"step {held.step}: {what} over {rows}; update skipped")
+        say(run.console, f"step {held.step}: {what} over {rows}; update skipped")
         if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last over {rows} "

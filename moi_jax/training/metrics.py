@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from moi_jax.console import say
 from moi_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -162,10 +163,10 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
 def print_step(console: Console, record: Record, steps: int, seconds_a_step: float) -> None:
     """One line for people: step, loss, rates, fill, time left."""
     left = timedelta(seconds=round((steps - record["step"]) * seconds_a_step))
-    console.print(
+    say(
+        console,
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}  "
         f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
         f"{record['loss_tokens_per_second']:,.0f} loss tokens/s  fill {record['fill']:.1%}  "
         f"left {left}",
-        highlight=False,
     )

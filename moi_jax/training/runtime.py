@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from moi_jax.config import Config
+from moi_jax.console import say
 from moi_jax.errors import UserError
 
 # What may differ when a run goes on, by the longest matching prefix. Everything else may not:
@@ -54,6 +55,12 @@ def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
     """
     run_dir = run_dir.expanduser()
     try:
+        entries = _entries(run_dir)
+        if entries and "config.yaml" not in entries and not fresh:
+            raise UserError(
+                f"{run_dir} holds files but no config.yaml, so it is not a run of ours; choose "
+                f"another logging.run_dir, or --fresh to move them aside"
+            )
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".lock", timeout=0)
         lock.acquire()
@@ -67,20 +74,19 @@ def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
             f"logging.run_dir"
         ) from None
     try:
-        entries = {entry.name for entry in run_dir.iterdir()} - {".lock"}
-        if entries and fresh:
+        if fresh and (entries := _entries(run_dir)):
             aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
             aside.mkdir()
             for name in entries:
                 (run_dir / name).rename(aside / name)
-        elif entries and "config.yaml" not in entries:
-            raise UserError(
-                f"{run_dir} holds files but no config.yaml, so it is not a run of ours; choose "
-                f"another logging.run_dir, or --fresh to move them aside"
-            )
         yield run_dir
     finally:
         lock.release()
+
+
+def _entries(run_dir: Path) -> set[str]:
+    """What stands in a run directory besides its lock; nothing where there is none."""
+    return {entry.name for entry in run_dir.iterdir()} - {".lock"} if run_dir.exists() else set()
 
 
 def check_resume(run_dir: Path, config: Config, allow_change: bool, console: Console) -> None:
@@ -98,7 +104,7 @@ def check_resume(run_dir: Path, config: Config, allow_change: bool, console: Con
         change = f"{key}: {old} -> {new}"
         source_path = key.startswith("data.domains.") and key.endswith(".path")
         if key.startswith(MAY_CHANGE) or source_path:
-            console.print(f"going on with {change}", highlight=False, markup=False)
+            say(console, f"going on with {change}")
         elif not key.startswith(MAY_CHANGE_IF_ALLOWED):
             raise UserError(
                 f"{run_dir} was begun with another setting, {change}; restore it, or --fresh to "
@@ -109,7 +115,7 @@ def check_resume(run_dir: Path, config: Config, allow_change: bool, console: Con
                 f"{run_dir} was begun with {change}; --allow-change goes on with the new one"
             )
         else:
-            console.print(f"going on with {change} (allowed)", highlight=False, markup=False)
+            say(console, f"going on with {change} (allowed)")
 
 
 def check_fingerprints(run_dir: Path, saved: dict[str, str], current: dict[str, str]) -> None:

@@ -13,10 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from moi_jax.data.cache import domain_report
+from moi_jax.console import say
 from moi_jax.data.loader import Batch, batch_dataset
 from moi_jax.data.plan import RunPlan
-from moi_jax.data.statistics import mixture_statistics, print_mixture
 from moi_jax.models import axes
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree
@@ -87,11 +86,19 @@ def start_run(
     if step is not None:
         position = checkpoints.read_json(step, "position")
         runtime.check_fingerprints(directory, position["fingerprints"], inputs.fingerprints)
-        console.print(f"going on from step {step} in {directory}")
+        say(console, f"going on from step {step} in {directory}")
 
-    plan = RunPlan(inputs.corpus, config.data, config.train, position["epoch_rows"])
+    plan = RunPlan(
+        inputs.corpus,
+        config.data,
+        config.train,
+        position["epoch_rows"],
+        step or 0,
+        position["row"],
+    )
     (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    show_mixture(inputs, plan, directory, console)
+    statistics = inputs.show_mixture(plan, console)
+    (directory / "mixture.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
     steps = plan.total_steps
     optimizer = make_optimizer(config.optimizer, model)
     if step is None:
@@ -133,17 +140,6 @@ def start_run(
     )
 
 
-def show_mixture(inputs: Inputs, plan: RunPlan, directory: Path, console: Console) -> None:
-    """Prints the mixture of the first epoch and keeps it as mixture.json."""
-    statistics = mixture_statistics(
-        plan.epoch_plan(0),
-        domain_report(inputs.caches, inputs.selections),
-        inputs.config.train.global_batch_rows,
-    )
-    (directory / "mixture.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
-    print_mixture(statistics, console, inputs.config.data.max_repeats)
-
-
 def _first_parameters(inputs: Inputs, mesh: Mesh) -> Tree:
     """Those of model.init_from, or random ones."""
     config = inputs.config
@@ -152,9 +148,7 @@ def _first_parameters(inputs: Inputs, mesh: Mesh) -> Tree:
     return random_parameters(inputs.model, config.train.seed, config.model.param_dtype, mesh)
 
 
-def _placed_batches(
-    inputs: Inputs, plan: RunPlan, row: int, machine: Machine
-) -> Iterator[Batch]:
+def _placed_batches(inputs: Inputs, plan: RunPlan, row: int, machine: Machine) -> Iterator[Batch]:
     """The run's batches from `row` on, on the mesh as [A, M, S]."""
     rows = machine.microbatch_rows
     held = local_rows(plan.batch_rows, rows, machine.mesh)

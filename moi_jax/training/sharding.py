@@ -65,8 +65,8 @@ def check_rows(rows: int, mesh: Mesh, name: str) -> None:
     if rows % replicas:
         raise UserError(
             f"{name} {rows} is no multiple of the {replicas} batch shards of the mesh "
-            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); use {-(-rows // replicas) * replicas} "
-            f"or set mesh.tensor"
+            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); use "
+            f"{-(-rows // replicas) * replicas} or set mesh.tensor"
         )
 
 
@@ -77,7 +77,8 @@ def local_rows(rows: int, microbatch_rows: int, mesh: Mesh) -> np.ndarray:
     held = {
         row
         for index in indices.values()
-        for row in range(*index[1].indices(microbatch_rows))  # type: ignore[index]
+        if index is not None
+        for row in range(*index[1].indices(microbatch_rows))
     }
     within = np.array(sorted(held))
     return (np.arange(count)[:, None] * microbatch_rows + within).reshape(-1)
@@ -96,7 +97,8 @@ def place_batch(batch: Batch, rows: np.ndarray, microbatch_rows: int, mesh: Mesh
     def place(array: np.ndarray) -> jax.Array:
         held = array.reshape(count, len(within), -1)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             wanted = range(*index[1].indices(microbatch_rows))
             return held[index[0], np.searchsorted(within, wanted), :][..., index[2]]
 

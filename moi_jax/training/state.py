@@ -1,7 +1,7 @@
 """The train state: parameters, optimizer state and step, created sharded."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def state_shardings(
         parameters,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, parameters, moments)
+    return TrainState(step=cast(Any, whole), parameters=parameters, optimizer=moments)
 
 
 def abstract_state(
@@ -68,9 +68,7 @@ def random_parameters(
 
 def initial_state(optimizer: optax.GradientTransformation, parameters: Tree) -> TrainState:
     """The state before the first step; moments are at least float32 whatever the parameters."""
-    wide = jax.tree.map(
-        lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), parameters
-    )
+    wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), parameters)
     return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(wide))
 
 
