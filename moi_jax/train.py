@@ -93,12 +93,12 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
         def evaluate(parameters: "Tree") -> dict[str, float]:
             return held_out.losses(lambda batch: machine.sums(parameters, batch))
 
-        jax.set_mesh(machine.mesh)
-        run = start_run(inputs, machine, directory, allow_change, evaluate, sample, console)
-        if run.step == run.steps:
-            say(console, f"the run in {directory} is complete; --fresh begins anew")
-            return 0
-        finished = fit(run)
+        with jax.set_mesh(machine.mesh):
+            run = start_run(inputs, machine, directory, allow_change, evaluate, sample, console)
+            if run.step == run.steps:
+                say(console, f"the run in {directory} is complete; --fresh begins anew")
+                return 0
+            finished = fit(run)
         report = write_report(directory)
     if not finished:
         say(console, f"saved step {run.step} to {directory}; the same command goes on from there")

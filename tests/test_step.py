@@ -53,7 +53,6 @@ class Trainer:
     def __init__(self, mesh, microbatch_rows=ROWS, *, dtype="float32", compute=None, remat="none"):
         self.mesh = sharding.make_mesh(config_lib.Mesh(**mesh))
         self.microbatch_rows = microbatch_rows
-        jax.set_mesh(self.mesh)
         config = OPTIMIZER.model_copy(
             update={"moment_dtype": "float64" if dtype == "float64" else "float32"}
         )
@@ -70,11 +69,13 @@ class Trainer:
         return sharding.place_batch(batch, np.arange(len(batch.tokens)), rows, self.mesh)
 
     def step(self, batch):
-        self.state, metrics = self._step(self.state, self.place(batch))
-        return jax.device_get(metrics)
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self._step(self.state, self.place(batch))
+            return jax.device_get(metrics)
 
     def sums(self, batch):
-        return jax.device_get(self._eval(self.state.parameters, self.place(batch, ROWS)))
+        with jax.set_mesh(self.mesh):
+            return jax.device_get(self._eval(self.state.parameters, self.place(batch, ROWS)))
 
     def parameters(self):
         return jax.device_get(self.state.parameters)

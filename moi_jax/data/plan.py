@@ -4,6 +4,7 @@ A plan is a pure function of (corpus lengths, data config, seed, epoch): no epoc
 before it, so every row of the endless sequence of epochs can be found from its number alone.
 """
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -121,6 +122,12 @@ class EpochPlan:
     def fill(self) -> float:
         """Real tokens / (rows x sequence_length)."""
         return self.tokens / (self.rows * self.sequence_length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the whole plan: numpy does not promise equal permutations in all its releases."""
+        arrays = (self.instructions, self.group_starts, self.row_starts)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
     def row_loss_tokens(self) -> np.ndarray:
         """int64[R]: tokens of each row that carry loss."""

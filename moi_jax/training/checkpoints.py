@@ -7,6 +7,7 @@ position, seed) and `config`.
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,14 @@ class RunCheckpoints:
         state: TrainState,
         position: Json,
         config: Json,
-        evaluation: dict[str, float] | None,
+        evaluation: dict[str, float],
     ) -> None:
         """Starts saving; returns once the device values are copied.
 
         `evaluation` is that of this very step: only such checkpoints compete for keep_best.
         """
-        scores = None
-        if evaluation and self._best_metric in evaluation:
-            scores = {self._best_metric: evaluation[self._best_metric]}
+        score = evaluation.get(self._best_metric, math.nan)
+        scores = {self._best_metric: score} if math.isfinite(score) else None
         items = ocp.args.Composite(
             parameters=ocp.args.StandardSave(state.parameters),
             optimizer=ocp.args.StandardSave({"step": state.step, "state": state.optimizer}),

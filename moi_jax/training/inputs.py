@@ -134,12 +134,7 @@ def open_inputs(config: Config, console: Console) -> Inputs:
     config, model, tokenizer = resolve(config)
     caches = prepare(config.data, tokenizer, console)
     selections = select(caches, config.data.held_out, config.loss.targets)
-    column = {"assistant": 1, "qwen_official": 2}[config.loss.targets]
-    corpus = Corpus.of(
-        [cache.name for cache in caches],
-        [c.lengths[s.train, 0] for c, s in zip(caches, selections, strict=True)],
-        [c.lengths[s.train, column] for c, s in zip(caches, selections, strict=True)],
-    )
+    corpus = Corpus.of_training(caches, selections, config.loss.targets)
     return Inputs(config, model, tokenizer, caches, selections, corpus)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def fit(run: Run) -> bool:
     """
     reader = StepReader(run)
     if run.step == 0:
-        reader.pause(lambda: _look(run, evaluate=True, sample=True))
+        with reader.paused():
+            _look(run, evaluate=True, sample=True)
     while run.step < run.steps:
         batch = next(run.batches)
         first_row = run.row
@@ -82,14 +84,14 @@ def fit(run: Run) -> bool:
         save_due = last or stopping or _due(run.step, run.config.checkpoint.every)
         if look_due or sample_due or save_due:
             reader.read_previous()
-            evaluation = reader.pause(
-                lambda: _look(run, evaluate=look_due, sample=sample_due)  # noqa: B023
-            )
-        if save_due:
-            reader.pause(lambda: _save(run, evaluation))  # noqa: B023
+            with reader.paused():
+                evaluation = _look(run, evaluate=look_due, sample=sample_due)
+                if save_due:
+                    _save(run, evaluation)
         if stopping:
             break
     run.checkpoints.close()
+    run.log.close()
     return run.step == run.steps
 
 
@@ -103,8 +105,12 @@ def _look(run: Run, *, evaluate: bool, sample: bool) -> dict[str, float]:
     if evaluate and run.evaluate:
         losses = run.evaluate(run.state.parameters)
         run.log.write({"step": run.step, **losses})
-        shown = "  ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in losses.items())
-        say(run.console, f"step {run.step}/{run.steps}  held-out {shown}")
+        shown = "  ".join(
+            f"{name} {losses[f'eval/{name}/loss']:.3f} "
+            f"({losses[f'eval/{name}/default_prompt/loss']:.3f})"
+            for name in (*run.domains, "mean")
+        )
+        say(run.console, f"step {run.step}/{run.steps}  held-out (default prompt)  {shown}")
     if sample and run.sample:
         answers = [{"step": run.step, **answer} for answer in run.sample(run.state.parameters)]
         with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
@@ -142,12 +148,12 @@ class StepReader:
     def hold(self, step: int, first_row: int, next_row: int, metrics: Metrics) -> None:
         self._held = _Dispatched(step, first_row, next_row, metrics)
 
-    def pause(self, work: Callable[[], Any]) -> Any:
-        """Does work whose time is none of the throughput."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around work whose time is none of the throughput."""
         started = time.monotonic()
-        result = work()
+        yield
         self._window.pause(time.monotonic() - started)
-        return result
 
     def read_previous(self) -> None:
         """Waits for the held step, logs it when due, and stops a run that only skips.

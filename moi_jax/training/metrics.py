@@ -27,6 +27,9 @@ class MetricsLog:
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
 
+    def close(self) -> None:
+        self._file.close()
+
     def write(self, record: Record) -> None:
         """`record` holds "step" and numbers; one that is not finite is written as null."""
         clean = {

@@ -29,6 +29,9 @@ from moi_jax.training.sharding import check_rows, local_rows, make_mesh, place_b
 from moi_jax.training.state import abstract_state, new_state, random_parameters
 from moi_jax.training.step import make_eval_step, make_train_step
 
+# Where a run without a checkpoint begins.
+FIRST_POSITION: dict[str, Any] = {"step": 0, "row": 0, "epoch_rows": [0], "skipped_in_a_row": 0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -78,35 +81,31 @@ def start_run(
       UserError: the run there is another one, or a checkpoint does not fit.
     """
     config, model, mesh = inputs.config, inputs.model, machine.mesh
-    if (directory / "config.yaml").exists():
-        runtime.check_resume(directory, config, allow_change, console)
     checkpoints = RunCheckpoints(directory / "checkpoints", config.checkpoint, inputs.items)
-    step = checkpoints.latest()
-    position: dict[str, Any] = {"row": 0, "epoch_rows": [0], "skipped_in_a_row": 0}
-    if step is not None:
-        position = checkpoints.read_json(step, "position")
+    saved_step = checkpoints.latest()
+    position = FIRST_POSITION
+    if saved_step is not None:
+        runtime.check_resume(directory, config, allow_change, console)
+        position = checkpoints.read_json(saved_step, "position")
         runtime.check_fingerprints(directory, position["fingerprints"], inputs.fingerprints)
-        say(console, f"going on from step {step} in {directory}")
-
-    plan = RunPlan(
-        inputs.corpus,
-        config.data,
-        config.train,
-        position["epoch_rows"],
-        step or 0,
-        position["row"],
-    )
+        say(console, f"going on from step {saved_step} in {directory}")
+    step, row = position["step"], position["row"]
+    plan = RunPlan(inputs.corpus, config.data, config.train, position["epoch_rows"], step, row)
+    if saved_step is not None:
+        _check_plan(directory, plan, position)
     (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     statistics = inputs.show_mixture(plan, console)
     (directory / "mixture.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
     steps = plan.total_steps
     optimizer = make_optimizer(config.optimizer, model)
-    if step is None:
+    if saved_step is None:
         state = new_state(model, optimizer, _first_parameters(inputs, mesh), mesh)
     else:
         abstract = abstract_state(model, optimizer, config.model.param_dtype, mesh)
-        state = checkpoints.restore(step, abstract)
-    truncate_after(directory / "samples.jsonl", step or 0)
+        state = checkpoints.restore(saved_step, abstract)
+    # What was logged past the checkpoint is logged again; without one, also what stands at 0.
+    logged = -1 if saved_step is None else saved_step
+    truncate_after(directory / "samples.jsonl", logged)
     schedule = make_schedule(config.optimizer, steps)
     return Run(
         config=config,
@@ -115,16 +114,17 @@ def start_run(
         steps=steps,
         total_rows=plan.total_rows,
         state=state,
-        step=step or 0,
-        row=position["row"],
+        step=step,
+        row=row,
         skipped_in_a_row=position["skipped_in_a_row"],
-        batches=_placed_batches(inputs, plan, position["row"], machine),
+        batches=_placed_batches(inputs, plan, row, machine),
         train_step=make_train_step(
             model, machine.make_model, optimizer, schedule, len(inputs.corpus.names), mesh
         ),
         position=lambda row: {
             "row": row,
-            "epoch_rows": plan.first_rows(row),
+            "epoch_rows": plan.first_rows(max(row - 1, 0)),
+            "plan": _plan_fingerprint(plan, row),
             "seed": config.train.seed,
             "fingerprints": inputs.fingerprints,
         },
@@ -132,12 +132,20 @@ def start_run(
         evaluate=evaluate,
         sample=sample,
         checkpoints=checkpoints,
-        # What was logged past the checkpoint is logged again. A run without one begins at -1,
-        # so that its evaluation before the first step goes too.
-        log=MetricsLog(directory, config.logging.trackers, -1 if step is None else step),
+        log=MetricsLog(directory, config.logging.trackers, logged),
         stop=runtime.StopSignal(config.checkpoint.grace_seconds),
         console=console,
     )
+
+
+def _plan_fingerprint(plan: RunPlan, row: int) -> str:
+    """Of the plan of the epoch that the last row before `row` lies in."""
+    return plan.epoch_plan(plan.locate(max(row - 1, 0))[0]).fingerprint
+
+
+def _check_plan(directory: Path, plan: RunPlan, position: dict[str, Any]) -> None:
+    now = {"the epoch's plan": _plan_fingerprint(plan, position["row"])}
+    runtime.check_fingerprints(directory, {"the epoch's plan": position["plan"]}, now)
 
 
 def _first_parameters(inputs: Inputs, mesh: Mesh) -> Tree:

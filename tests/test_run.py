@@ -1,0 +1,190 @@
+"""Whole runs by the command: what they leave, every strategy, and mistakes made on purpose."""
+
+import json
+import re
+
+import pytest
+from rich.console import Console
+from run_helpers import ROOT, SAMPLES, records, small_config, train
+
+from moi_jax.config import load_config
+from moi_jax.errors import UserError
+from moi_jax.training.inputs import open_inputs, resolve
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished")
+    sections = {
+        "train": {
+            "steps": 8,
+            "sample_max_new_tokens": 4,
+            "sample_prompts": [{"domain": "maths", "prompt": "What is 2 + 2?"}],
+        },
+        "eval": {"every": 4},
+        "checkpoint": {"every": 2, "keep_last": 1, "keep_best": 1},
+        "optimizer": {"learning_rate": 3e-3},
+        "logging": {"every": 2, "trackers": ["tensorboard"]},
+    }
+    done = train(small_config(directory, **sections))
+    assert done.returncode == 0, done.stderr
+    return directory / "run", done.stdout
+
+
+def test_a_run_leaves_what_the_docs_promise(finished):
+    run, _ = finished
+    names = {path.name for path in run.iterdir()} - {".lock"}
+    assert names == {
+        "config.yaml", "mixture.json", "metrics.jsonl", "samples.jsonl", "checkpoints",
+        "tensorboard", "report.html",
+    }  # fmt: skip
+    promised = set(
+        re.findall(r"^\| `([a-z.]+)", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
+    )
+    assert names == promised
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_logged_steps_and_evaluations_have_their_keys(finished):
+    log = records(finished[0] / "metrics.jsonl")
+    steps = [record for record in log if "token_loss" in record]
+    assert [record["step"] for record in steps] == [2, 4, 6, 8]
+    assert [record["row"] for record in steps] == [4, 8, 12, 16]
+    assert set(steps[0]) == {
+        "step", "epoch", "row", "loss", "token_loss", "learning_rate", "grad_norm", "fill",
+        "tokens_per_second", "loss_tokens_per_second", "domain/chat/loss", "domain/maths/loss",
+    }  # fmt: skip
+    assert 0.5 < steps[0]["fill"] <= 1
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evaluations = [record for record in log if "eval/mean/loss" in record]
+    assert [record["step"] for record in evaluations] == [0, 4, 8]
+    for name in ("chat", "maths", "mean"):
+        key = f"eval/{name}/loss"
+        assert evaluations[-1][key] < evaluations[0][key]
+        assert f"eval/{name}/default_prompt/loss" in evaluations[0]
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(finished):
+    """Steps 4 and 8 were evaluated, 8 is the newest and here also the best."""
+    kept = {int(p.name) for p in (finished[0] / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {8}
+
+
+def test_answers_before_and_after_are_kept_and_printed(finished):
+    run, out = finished
+    answers = records(run / "samples.jsonl")
+    assert [(a["step"], a["system"]) for a in answers] == [
+        (0, "own"), (0, "default"), (8, "own"), (8, "default"),
+    ]  # fmt: skip
+    assert answers[0]["system_prompt"] == "You are a mathematician."
+    assert answers[1]["system_prompt"] == "You are a helpful assistant."
+    assert "maths, own system prompt" in out
+    assert "maths, default system prompt" in out
+
+
+def test_the_mixture_is_shown_before_the_first_step_and_kept(finished):
+    run, out = finished
+    assert out.index("Mixture of one epoch") < out.index("step 2/8")
+    mixture = json.loads((run / "mixture.json").read_text())
+    chat, maths = mixture["domains"]["chat"], mixture["domains"]["maths"]
+    assert chat["occurrences"] == maths["occurrences"]
+    for domain in (chat, maths):
+        accounted = sum(domain["dropped"].values()) + domain["held_out"] + domain["used"]
+        assert domain["read"] == accounted + domain["not_drawn"]
+
+
+@pytest.mark.parametrize("strategy", ["sequence", "packing", "balance"])
+def test_every_strategy_trains(tmp_path, strategy):
+    done = train(small_config(tmp_path), f"data.strategy={strategy}", "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert len(records(tmp_path / "run" / "metrics.jsonl")) == 4
+
+
+def test_a_run_that_only_skips_stops_after_three_and_names_the_rows(tmp_path):
+    config = small_config(tmp_path)
+    overrides = ["optimizer.learning_rate=1e36", "optimizer.clip_norm=null", "train.steps=30"]
+    done = train(config, *overrides)
+    assert done.returncode == 2
+    assert "3 steps in a row were not finite, the last over rows" in done.stderr
+    skipped = [r for r in records(tmp_path / "run" / "metrics.jsonl") if r.get("skipped")]
+    assert [r["reason"] for r in skipped] == ["not finite"] * 3
+    assert skipped[1]["step"] == skipped[0]["step"] + 1
+    assert f"rows {skipped[-1]['row']} to" in done.stderr
+
+
+MISTAKES = [
+    (["tokenizer.path=null"], "there is no tokenizer: set tokenizer.path"),
+    (["tokenizer.path=nowhere"], "nowhere"),
+    (["model.preset=qwen-8b"], "model.preset 'qwen-8b' is unknown; presets: qwen-7b"),
+    (["data.sequence_length=9000"], "over the model's seq_length 8192"),
+    (["data.domains=[]", "data.order=config"], "data.domains is empty"),
+    (["data.domains.0.sources.0.path=no*.jsonl"], "no*.jsonl"),
+    (["data.domains.1.sources.0.path=chat.jsonl"], "chat.jsonl stands twice"),
+    (["model.init_from=nowhere"], "nowhere is no checkpoint"),
+    (["data.cache_dir=/dev/null/cache"], "/dev/null/cache"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES)
+def test_a_mistake_is_named_before_any_work(tmp_path, overrides, message):
+    config = load_config(small_config(tmp_path), overrides)
+    with pytest.raises(UserError) as error:
+        open_inputs(config, Console(quiet=True))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ids_beyond_the_embedding_are_refused(tmp_path):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(SAMPLES / "tokenizer" / "tokenizer.json"))
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = load_config(small_config(tmp_path), [f"tokenizer.path={tmp_path}"])
+    with pytest.raises(UserError, match="has 2049 ids, the model's embedding only 2048 rows"):
+        resolve(config)
+
+
+def test_a_longer_row_is_allowed_when_asked_for(tmp_path):
+    config = load_config(
+        small_config(tmp_path), ["data.sequence_length=9000", "model.allow_longer=true"]
+    )
+    assert resolve(config)[0].data.sequence_length == 9000
+
+
+def test_rows_that_do_not_divide_over_the_mesh_exit_with_2(tmp_path):
+    done = train(small_config(tmp_path), "mesh.fsdp=2")
+    assert done.returncode == 2
+    assert "does not fit 1 cpu devices" in done.stderr
+
+
+def test_batches_are_those_of_the_run_from_any_row(tmp_path):
+    import numpy as np
+
+    import moi_jax
+
+    config = small_config(tmp_path)
+    whole = [batch.tokens for batch in moi_jax.batches(config)]
+    assert [len(tokens) for tokens in whole] == [2] * 10
+    rows = np.concatenate(whole)
+    later = next(moi_jax.batches(config, start_row=5))
+    np.testing.assert_array_equal(later.tokens, rows[5:7])
+
+
+def test_training_starts_from_a_checkpoint_with_its_tokenizer_and_prompt(finished, tmp_path):
+    """init_from: architecture, tokenizer and default prompt come with the checkpoint."""
+    source = finished[0] / "checkpoints"
+    overrides = [
+        f"model.init_from={source}", "model.preset=null", "tokenizer.path=null",
+        "train.steps=1", "optimizer.learning_rate=1e-12", "eval.every=1",
+    ]  # fmt: skip
+    done = train(small_config(tmp_path), *overrides)
+    assert done.returncode == 0, done.stderr
+    before = [r for r in records(finished[0] / "metrics.jsonl") if "eval/mean/loss" in r][-1]
+    after = records(tmp_path / "run" / "metrics.jsonl")[0]
+    assert after["eval/mean/loss"] == pytest.approx(before["eval/mean/loss"], rel=1e-6)
+    other = load_config(
+        small_config(tmp_path), [f"model.init_from={source}", "model.preset=qwen-7b"]
+    )
+    with pytest.raises(UserError, match="is not the architecture of"):
+        resolve(other)
