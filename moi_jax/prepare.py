@@ -22,10 +22,10 @@ def main() -> None:
     from rich.console import Console
 
     from moi_jax.data.plan import RunPlan
-    from moi_jax.training.inputs import open_inputs
+    from moi_jax.training.inputs import open_inputs, resolve
 
     console = Console()
-    inputs = open_inputs(config, console)
+    inputs = open_inputs(resolve(config), console)
     plan = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
     inputs.show_mixture(plan, console)
 

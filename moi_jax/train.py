@@ -60,7 +60,7 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
     from moi_jax.console import say
     from moi_jax.evaluation.held_out import HeldOut
     from moi_jax.sampling.answers import make_sampler
-    from moi_jax.training.inputs import open_inputs
+    from moi_jax.training.inputs import open_inputs, resolve
     from moi_jax.training.loop import fit
     from moi_jax.training.report import write_report
     from moi_jax.training.runtime import run_directory
@@ -68,8 +68,9 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
 
     console = Console()
     with run_directory(config.logging.run_dir, fresh) as directory:
-        inputs = open_inputs(config, console)
-        machine = build_machine(inputs)
+        resolved = resolve(config)
+        machine = build_machine(resolved)
+        inputs = open_inputs(resolved, console)
         held_out = HeldOut(
             inputs.caches,
             inputs.selections,

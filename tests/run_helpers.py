@@ -53,10 +53,12 @@ def command(config: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "moi_jax.train", "--config", str(config), *arguments]
 
 
-def train(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def train(
+    config: Path, *arguments: str, environment: dict[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(config, *arguments),
-        capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False,
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from rich.console import Console
-from run_helpers import ROOT, SAMPLES, records, small_config, train
+from run_helpers import ENVIRONMENT, ROOT, SAMPLES, records, small_config, train
 
 from moi_jax.config import load_config
 from moi_jax.errors import UserError
@@ -129,7 +129,7 @@ MISTAKES = [
 def test_a_mistake_is_named_before_any_work(tmp_path, overrides, message):
     config = load_config(small_config(tmp_path), overrides)
     with pytest.raises(UserError) as error:
-        open_inputs(config, Console(quiet=True))
+        open_inputs(resolve(config), Console(quiet=True))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -149,13 +149,19 @@ def test_a_longer_row_is_allowed_when_asked_for(tmp_path):
     config = load_config(
         small_config(tmp_path), ["data.sequence_length=9000", "model.allow_longer=true"]
     )
-    assert resolve(config)[0].data.sequence_length == 9000
+    assert resolve(config).config.data.sequence_length == 9000
 
 
 def test_rows_that_do_not_divide_over_the_mesh_exit_with_2(tmp_path):
-    done = train(small_config(tmp_path), "mesh.fsdp=2")
-    assert done.returncode == 2
-    assert "does not fit 1 cpu devices" in done.stderr
+    two_devices = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    for overrides, message in (
+        (["mesh.fsdp=4"], "does not fit 2 cpu devices"),
+        (["train.global_batch_rows=3"], "global_batch_rows 3 is no multiple of the 2 batch shards"),
+    ):
+        done = train(small_config(tmp_path), *overrides, environment=two_devices)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert not (tmp_path / "cache").exists()  # said before any data was read
 
 
 def test_batches_are_those_of_the_run_from_any_row(tmp_path):

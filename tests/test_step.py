@@ -106,9 +106,10 @@ def test_three_steps_equal_plain_adamw_on_the_whole_batch(microbatch_rows):
         optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decays),
     )
     state = oracle.init(parameters)
+    gradient = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
     for seed in range(3):
         batch = random_batch(seed)
-        (loss, nll), gradients = jax.value_and_grad(plain_loss, has_aux=True)(parameters, batch)
+        (loss, nll), gradients = gradient(parameters, batch)
         updates, state = oracle.update(gradients, state, parameters)
         parameters = optax.apply_updates(parameters, updates)
 

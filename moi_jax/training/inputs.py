@@ -21,12 +21,18 @@ from moi_jax.training.checkpoints import ModelItems, read_items
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """All that is known before any parameter exists. `config` has nothing left open."""
+class Resolved:
+    """What is known before any data is read. `config` has nothing left open."""
 
     config: Config
     model: ModelConfig
     tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs(Resolved):
+    """All that is known before any parameter exists."""
+
     caches: list[DomainCache]
     selections: list[Selection]
     corpus: Corpus
@@ -65,7 +71,7 @@ class Inputs:
         }
 
 
-def resolve(config: Config) -> tuple[Config, ModelConfig, Tokenizer]:
+def resolve(config: Config) -> Resolved:
     """The config with what depends on checkpoint and platform filled in.
 
     Raises:
@@ -105,7 +111,7 @@ def resolve(config: Config) -> tuple[Config, ModelConfig, Tokenizer]:
             ),
         }
     )
-    return resolved, model, tokenizer
+    return Resolved(resolved, model, tokenizer)
 
 
 def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -125,17 +131,17 @@ def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None
         raise UserError("data.domains is empty; list at least one domain with its sources")
 
 
-def open_inputs(config: Config, console: Console) -> Inputs:
-    """Resolves the config, brings the data into the cache where it is missing, and plans.
+def open_inputs(resolved: Resolved, console: Console) -> Inputs:
+    """Brings the data into the cache where it is missing, and selects what is trained on.
 
     Raises:
-      UserError: see `resolve`, `prepare` and `select`.
+      UserError: see `prepare` and `select`.
     """
-    config, model, tokenizer = resolve(config)
-    caches = prepare(config.data, tokenizer, console)
+    config = resolved.config
+    caches = prepare(config.data, resolved.tokenizer, console)
     selections = select(caches, config.data.held_out, config.loss.targets)
     corpus = Corpus.of_training(caches, selections, config.loss.targets)
-    return Inputs(config, model, tokenizer, caches, selections, corpus)
+    return Inputs(config, resolved.model, resolved.tokenizer, caches, selections, corpus)
 
 
 def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:
@@ -149,6 +155,6 @@ def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:
     """
     if not isinstance(config, Config):
         config = load_config(config)
-    inputs = open_inputs(config, Console(stderr=True))
+    inputs = open_inputs(resolve(config), Console(stderr=True))
     plan = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
     yield from batch_dataset(inputs.row_source(plan), start_row)

@@ -78,7 +78,8 @@ def _wandb(run_dir: Path, step: int) -> Tracker:
         import wandb
     except ImportError:
         raise _missing("wandb") from None
-    run = wandb.init(project="moi_jax", name=run_dir.name, dir=str(run_dir), resume="allow")
+    # A run that goes on is a new one there, in the same group.
+    run = wandb.init(project="moi_jax", group=run_dir.name, dir=str(run_dir))
     return lambda record: run.log(_numbers(record), step=record["step"])
 
 

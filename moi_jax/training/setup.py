@@ -21,7 +21,7 @@ from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree
 from moi_jax.training import runtime
 from moi_jax.training.checkpoints import RunCheckpoints, read_parameters
-from moi_jax.training.inputs import Inputs
+from moi_jax.training.inputs import Inputs, Resolved
 from moi_jax.training.loop import Run
 from moi_jax.training.metrics import MetricsLog, truncate_after
 from moi_jax.training.optimizer import make_optimizer, make_schedule
@@ -44,9 +44,9 @@ class Machine:
     sums: Callable[[Tree, Batch], dict[str, np.ndarray]]  # of a numpy batch
 
 
-def build_machine(inputs: Inputs) -> Machine:
+def build_machine(resolved: Resolved) -> Machine:
     """Raises UserError when devices, rows and mesh do not fit together."""
-    config, model = inputs.config, inputs.model
+    config, model = resolved.config, resolved.model
     mesh = make_mesh(config.mesh)
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     name = "train.microbatch_rows" if config.train.microbatch_rows else "train.global_batch_rows"
@@ -54,7 +54,7 @@ def build_machine(inputs: Inputs) -> Machine:
     make_model = partial(
         Decoder, model, compute_dtype=config.model.compute_dtype, remat=config.model.remat
     )
-    eval_step = make_eval_step(model, make_model, len(inputs.corpus.names), mesh)
+    eval_step = make_eval_step(model, make_model, len(config.data.domains), mesh)
 
     def sums(parameters: Tree, batch: Batch) -> dict[str, np.ndarray]:
         count = len(batch.tokens)

@@ -1,0 +1,57 @@
+"""How far the decoder is from the published reference Qwen-7B: python benchmarks/golden.py"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moi_jax.models import qwen, rotary
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.loss import token_nll
+from moi_jax.models.published import read_published
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "qwen_v1"
+BAR_LOGITS, BAR_GRADIENTS = 2e-5, 1e-6
+
+
+def main() -> None:
+    for fixture in ("A", "B"):
+        config, parameters = read_published(GOLDEN / fixture, None)
+        arrays = np.load(GOLDEN / fixture / "logits.npz")
+        model = Decoder(config, parameters)
+        for name in sorted(arrays.files):
+            if name.startswith("x") and f"eval_{name[1:]}" in arrays and "pad" not in name:
+                logits = model(arrays[name].astype(np.int32))
+                show(f"{fixture} logits {name[1:]}", logits, arrays[f"eval_{name[1:]}"], BAR_LOGITS)
+    config, parameters = read_published(GOLDEN / "A", None)
+    arrays, expected = (np.load(GOLDEN / "A" / f"{n}.npz") for n in ("logits", "grads"))
+    tokens, labels = arrays["x32"].astype(np.int32), arrays["labels_32"]
+
+    def loss(parameters: dict) -> jax.Array:
+        model = Decoder(config, parameters)
+        segments = jnp.ones(tokens.shape, jnp.int32)
+        positions = rotary.segment_positions(segments)
+        hidden = model.hidden_states(tokens, positions, segments, training=True)[:, :-1]
+        targets = labels[:, 1:]
+        nll = token_nll(hidden, model.head[...], np.maximum(targets, 0).astype(np.int32))
+        return jnp.sum(jnp.where(targets >= 0, nll, 0)) / np.sum(targets >= 0)
+
+    value, gradients = jax.value_and_grad(loss)(parameters)
+    mapped = qwen.import_tensors(config, lambda name: expected[f"32/{name}"], np.float32)
+    report = json.loads((GOLDEN / "report.json").read_text())["A"]["loss_32"]["loss"]
+    print(f"A loss 32: {float(value):.7f}, reference {report:.7f}")
+    worst = max(
+        float(np.max(np.abs(a - b)))
+        for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(mapped), strict=True)
+    )
+    print(f"A gradients 32: max abs difference {worst:.2e}, bar {BAR_GRADIENTS:.0e}")
+
+
+def show(what: str, ours: jax.Array, theirs: np.ndarray, bar: float) -> None:
+    print(f"{what}: max abs difference {np.max(np.abs(ours - theirs)):.2e}, bar {bar:.0e}")
+
+
+if __name__ == "__main__":
+    main()
