@@ -5,11 +5,13 @@ BIN = $(VENV)/bin
 # The tests' second oracle. On Linux a plain pip takes torch's CUDA build; to choose another, e.g.
 # the CPU build that pytorch.org names: make test TORCH="torch --index-url ..."
 TORCH ?= torch==2.13.0
+# More arguments of the quickstart, such as --fresh.
+ARGS ?=
 
 .PHONY: quickstart test lint clean
 
 quickstart: $(VENV)/base
-	$(BIN)/python -m moi_jax.train --config configs/quickstart.yaml --fresh
+	$(BIN)/python -m moi_jax.train --config configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.config import make_config
+from moi_jax.config_file import make_config
 from moi_jax.data.plan import Corpus, plan_epoch
 
 NAMES = ("chat", "code", "maths", "tools")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from moi_jax.config import load_config
+from moi_jax.config_file import load_config
 from moi_jax.errors import run_command
 
 

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moi_jax.config import Config, load_config
-from moi_jax.errors import run_command
+from moi_jax.config import Config
+from moi_jax.config_file import load_config
+from moi_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,12 +59,12 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
     from rich.console import Console
 
     from moi_jax.console import say
+    from moi_jax.evaluation.answers import make_sampler
     from moi_jax.evaluation.held_out import HeldOut
-    from moi_jax.sampling.answers import make_sampler
     from moi_jax.training.inputs import open_inputs, resolve
     from moi_jax.training.loop import fit
     from moi_jax.training.report import write_report
-    from moi_jax.training.runtime import run_directory
+    from moi_jax.training.runtime import move_aside, run_directory
     from moi_jax.training.setup import build_machine, start_run
 
     console = Console()
@@ -94,11 +95,17 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
         def evaluate(parameters: "Tree") -> dict[str, float]:
             return held_out.losses(lambda batch: machine.sums(parameters, batch))
 
+        if fresh:
+            if config.model.init_from and directory in config.model.init_from.parents:
+                raise UserError(
+                    f"--fresh would move {config.model.init_from} aside, which model.init_from "
+                    f"names; copy that checkpoint elsewhere first"
+                )
+            move_aside(directory)
         with jax.set_mesh(machine.mesh):
             run = start_run(inputs, machine, directory, allow_change, evaluate, sample, console)
             if run.step == run.steps:
                 say(console, f"the run in {directory} is complete; --fresh begins anew")
-                return 0
             finished = fit(run)
         report = write_report(directory)
     if not finished:
@@ -111,7 +118,7 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
 
 
 def _print_answers(directory: Path, console: "Console") -> None:
-    """The sample answers before and after training, side by side under each prompt."""
+    """The sample answers before and after training, under each prompt."""
     import json
 
     from moi_jax.console import say
@@ -120,22 +127,14 @@ def _print_answers(directory: Path, console: "Console") -> None:
     if not path.exists():
         return
     answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    first, last = answers[0]["step"], answers[-1]["step"]
+    asked: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for answer in answers:
-        if answer["step"] == last:
-            before = next(
-                a["answer"]
-                for a in answers
-                if a["step"] == first
-                and all(a[key] == answer[key] for key in ("domain", "prompt", "system"))
-            )
-            console.rule(f"{answer['domain']}, {answer['system']} system prompt", align="left")
-            for title, text in (
-                ("user", answer["prompt"]),
-                (f"step {first}", before),
-                (f"step {last}", answer["answer"]),
-            ):
-                say(console, f"{title}: {text}")
+        asked.setdefault((answer["domain"], answer["system"], answer["prompt"]), []).append(answer)
+    for (domain, system, prompt), given in asked.items():
+        say(console, f"{domain}, {system} system prompt")
+        say(console, f"  user: {prompt}")
+        for answer in given if len(given) == 1 else (given[0], given[-1]):
+            say(console, f"  step {answer['step']}: {answer['answer']}")
 
 
 if __name__ == "__main__":

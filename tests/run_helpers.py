@@ -28,11 +28,11 @@ def small_config(directory: Path, **sections) -> Path:
             "sequence_length": 256,
             "max_repeats": 100,
             "domains": [
-                {"name": "chat", "sources": [{"path": "chat.jsonl"}]},
+                {"name": "chat", "sources": [{"path": "chat.jsonl", "max_rows": 40}]},
                 {
                     "name": "maths",
                     "prompt": "You are a mathematician.",
-                    "sources": [{"path": "maths.jsonl"}],
+                    "sources": [{"path": "maths.jsonl", "max_rows": 40}],
                 },
             ],
         },
@@ -62,11 +62,13 @@ def train(
     )  # fmt: skip
 
 
-def train_until(config: Path, step: int, send: signal.Signals) -> int:
+def train_until(
+    config: Path, step: int, send: signal.Signals, environment: dict[str, str] = ENVIRONMENT
+) -> int:
     """Starts a run, sends it a signal once `step` is logged, and returns its exit status."""
     log = Path(yaml.safe_load(config.read_text())["logging"]["run_dir"]) / "metrics.jsonl"
     process = subprocess.Popen(
-        command(config), cwd=ROOT, env=ENVIRONMENT,
+        command(config), cwd=ROOT, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 300

@@ -449,4 +449,4 @@ def test_cached_hash_is_the_content_hash(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
     (cache,) = run(section(root, "a"))
     same = Conversation((Message("user", "Hi"), Message("assistant", "Hello.")))
-    assert cache.hashes.tolist() == [content_hash(same)]
+    assert cache.hashes.tolist() == [content_hash(same.messages)]

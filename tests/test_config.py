@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moi_jax.config import load_config, make_config
+from moi_jax.config_file import load_config, make_config
 from moi_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +81,14 @@ def test_a_switch_set_beside_the_strategy_wins():
         ({"model": {"attention": "splash"}}, "model.attention=splash is not built yet"),
         ({"train": {"steps": 1, "epochs": 2}}, "exactly one of steps, epochs, loss_tokens"),
         (data(chunk_size=2), "chunk_size 2 is refused with sampling: balanced"),
+        (
+            data(sampling="proportional", epoch_end="shortest"),
+            "epoch_end: shortest is refused with sampling: proportional",
+        ),
+        (
+            {"checkpoint": {"best_metric": "eval/loss"}, **data()},
+            "checkpoint.best_metric 'eval/loss' is never measured; use one of eval/chat/loss",
+        ),
         (data(default_domain="talk"), "default_domain 'talk' is not among the domains"),
         ({"data": {"domains": DOMAINS + DOMAINS[:1]}}, "two domains are named chat"),
         ({"train": {"global_batch_rows": 6, "microbatch_rows": 4}}, "no multiple of"),

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_helpers import ENVIRONMENT, ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import moi_jax
 from moi_jax.convert import import_checkpoint
 from moi_jax.errors import UserError
 from moi_jax.models.published import read_published
+
+from run_helpers import ENVIRONMENT, ROOT
 
 
 def run(*arguments):

@@ -10,13 +10,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moi_jax"
 COMMANDS = {"train", "prepare", "convert"}
-SHARED = {"config", "errors", "console"}
+SHARED = {"config", "config_file", "errors", "console"}
 MAY_IMPORT = {
     "models": SHARED,
     "data": SHARED,
     "training": SHARED | {"models", "data"},
-    "evaluation": SHARED | {"data", "models"},
-    "sampling": SHARED | {"data", "models"},
+    "evaluation": SHARED | {"data", "models", "sampling"},
+    "sampling": SHARED | {"models"},
 }
 
 

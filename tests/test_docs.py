@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from run_helpers import ENVIRONMENT, ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,7 +62,7 @@ def test_the_python_block_on_batches_runs():
 def test_the_defaults_of_the_config_page_are_the_defaults():
     import yaml
 
-    from moi_jax.config import make_config
+    from moi_jax.config_file import make_config
 
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from run_helpers import SAMPLES
 
-from moi_jax.config import make_config
+from moi_jax.config_file import make_config
 from moi_jax.data.cache import prepare, select
 from moi_jax.data.chatml import label_mask, with_system_prompt
 from moi_jax.data.tokenizer import load_tokenizer
@@ -18,6 +17,8 @@ from moi_jax.models.config import PRESETS
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import init_parameters
 from moi_jax.training.step import batch_sums
+
+from run_helpers import SAMPLES
 
 DEFAULT = "You are a helpful assistant."
 
@@ -90,7 +91,7 @@ def test_losses_equal_each_conversation_alone(material):
 def test_every_held_out_conversation_stands_once_alone_in_its_row(material):
     _, _, caches, selections, held_out = material
     seen = []
-    for batch in held_out.own:
+    for batch in held_out.batches(held_out.own):
         assert len(batch.tokens) % 4 == 0  # divides over the mesh
         for tokens, segment_ids in zip(batch.tokens, batch.segment_ids, strict=True):
             assert set(segment_ids) <= {0, 1}

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_helpers import NAMES, data_section
 from rich.console import Console
 
-from moi_jax.config import HeldOut, Loss, Train, make_config
+from moi_jax.config import HeldOut, Loss, Train
+from moi_jax.config_file import make_config
 from moi_jax.data import cache, loader
 from moi_jax.data.chatml import TARGETS, Instruction, label_mask
 from moi_jax.data.loader import Batch, Placed, RowSource, assemble, batch_dataset
 from moi_jax.data.plan import Corpus, RunPlan
 from moi_jax.data.tokenizer import load_tokenizer
+
+from plan_helpers import NAMES, data_section
 
 PAD = 9
 SAMPLES = Path(loader.__file__).parent / "samples"
@@ -173,8 +175,9 @@ GRID = list(
 @pytest.mark.parametrize(("sampling", "order", "mask", "packing"), GRID)
 def test_every_combination_of_switches_gives_the_rows_of_its_plan(sampling, order, mask, packing):
     domains = small_domains(np.random.default_rng(0), [7, 4, 2])
+    ends = ["longest", "shortest"] if sampling[0] == "balanced" else ["longest"]
     for epoch_end, normalization, targets in product(
-        ["longest", "shortest"], ["token", "instruction", "domain"], TARGETS
+        ends, ["token", "instruction", "domain"], TARGETS
     ):
         data = data_section(
             3,

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from test_step import ROWS, STEPS, Trainer, random_batch
 
 from moi_jax import config as config_lib
 from moi_jax.errors import UserError
@@ -11,6 +10,8 @@ from moi_jax.models.axes import partition_spec
 from moi_jax.models.config import PRESETS
 from moi_jax.models.parameters import declare
 from moi_jax.training import sharding
+
+from test_step import ROWS, STEPS, Trainer, random_batch
 
 ONE = {"fsdp": 1}
 EIGHT = {"fsdp": 4, "tensor": 2}

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_helpers import groups
 
 from moi_jax.data import packing
+
+from plan_helpers import groups
 
 CAPACITY = 50
 

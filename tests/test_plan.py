@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_helpers import corpora, corpus_of, data_section, plan_or_reject, switches
 from rich.console import Console
 
 from moi_jax.config import Train
@@ -15,6 +14,8 @@ from moi_jax.data import plan as plan_module
 from moi_jax.data.plan import EpochPlan, RunPlan, plan_epoch
 from moi_jax.data.statistics import mixture_statistics, print_mixture
 from moi_jax.errors import UserError
+
+from plan_helpers import corpora, corpus_of, data_section, plan_or_reject, switches
 
 # Groups of four instructions of at most 16 tokens always fit; longer ones may be left out.
 LENGTH = 64
@@ -238,13 +239,22 @@ def test_a_resumed_run_does_not_plan_the_epochs_it_has_left_behind(planned_epoch
     assert planned_epochs == [2, 3]
 
 
-def test_few_plans_are_kept(planned_epochs):
+def test_few_plans_are_kept(planned_epochs, monkeypatch):
+    monkeypatch.setattr(plan_module, "INSTRUCTIONS_KEPT", 0)
     corpus, data = corpus_of([[16] * 40]), data_section(1, LENGTH, strategy="packing")
     run = RunPlan(corpus, data, Train(epochs=20, global_batch_rows=4))
     for row in range(run.total_rows):
         run.epoch_plan(run.locate(row)[0])
     assert len(run._plans) <= plan_module.PLANS_KEPT
     assert len(planned_epochs) <= 40  # once to count the rows, once to read them
+
+
+def test_small_epochs_are_planned_once_however_far_threads_read_ahead(planned_epochs):
+    corpus, data = corpus_of([[16] * 40]), data_section(1, LENGTH, strategy="packing")
+    run = RunPlan(corpus, data, Train(epochs=20, global_batch_rows=4))
+    for row in reversed(range(run.total_rows)):
+        run.epoch_plan(run.locate(row)[0])
+    assert len(planned_epochs) == 20
 
 
 def test_loss_tokens_that_never_come_are_refused():

@@ -273,14 +273,6 @@ def test_null_in_the_mixture_is_shown_as_a_dash(tmp_path: Path) -> None:
     assert "– of instructions moved" in report(write_run(tmp_path / "run", mixture=mixture))
 
 
-def test_steps_logged_before_a_resume_are_void(tmp_path: Path) -> None:
-    interrupted = [training_line(step, 5.0, 100.0) for step in (1, 2, 3, 4)]
-    resumed = [training_line(2, 2.0, 100.0), training_line(3, 1.5, 100.0)]
-    figures = cards(report(write_run(tmp_path / "run", metrics=interrupted + resumed)))
-    assert figures["steps"] == "3"
-    assert figures["training loss"] == "5.000 → 1.500"
-
-
 def test_torn_line_is_left_out_and_told(tmp_path: Path, html: str) -> None:
     run_dir = write_run(tmp_path / "run")
     with open(run_dir / "metrics.jsonl", "a") as file:

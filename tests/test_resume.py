@@ -9,9 +9,20 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from run_helpers import logged_steps, records, small_config, train, train_until
 
 import moi_jax
+from moi_jax.errors import UserError
+from moi_jax.training.runtime import LOCK
+
+from run_helpers import (
+    ENVIRONMENT,
+    SAMPLES,
+    logged_steps,
+    records,
+    small_config,
+    train,
+    train_until,
+)
 
 
 def parameters(run):
@@ -30,6 +41,14 @@ def same_parameters(left, right):
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
+# Two epochs and a last batch that is not full, in microbatches, over two devices.
+HARD = {
+    "train": {"steps": None, "epochs": 2, "global_batch_rows": 4, "microbatch_rows": 2},
+    "mesh": {"fsdp": 2},
+}
+TWO_DEVICES = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
@@ -38,26 +57,31 @@ def uninterrupted(tmp_path_factory):
     return directory / "run"
 
 
-def test_a_run_killed_at_three_random_steps_ends_bit_identical(uninterrupted, tmp_path):
+def test_a_run_killed_at_three_random_steps_ends_bit_identical(tmp_path):
     """Kill -9 finds saves under way too: a checkpoint counts only when it is whole."""
-    config = small_config(tmp_path)
-    for low, high in ((1, 3), (4, 6), (7, 9)):
-        step = random.SystemRandom().randint(low, high)
-        status = train_until(config, step, signal.SIGKILL)
-        assert status == -signal.SIGKILL, f"killed at step {step}"
-    done = train(config)
+    (tmp_path / "whole").mkdir()
+    done = train(small_config(tmp_path / "whole", **HARD), environment=TWO_DEVICES)
     assert done.returncode == 0, done.stderr
-    same_parameters(parameters(tmp_path / "run"), parameters(uninterrupted))
+    whole = records(tmp_path / "whole" / "run" / "metrics.jsonl")
+    last = whole[-1]["step"]
+    assert whole[-1]["epoch"] == 1
+    assert "empty rows fill up the run's last batch" in done.stdout
+    config = small_config(tmp_path, **HARD)
+    third = last // 3
+    for low, high in ((1, third), (third + 1, 2 * third), (2 * third + 1, last - 1)):
+        step = random.SystemRandom().randint(low, high)
+        status = train_until(config, step, signal.SIGKILL, TWO_DEVICES)
+        assert status == -signal.SIGKILL, f"killed at step {step}"
+    done = train(config, environment=TWO_DEVICES)
+    assert done.returncode == 0, done.stderr
+    same_parameters(parameters(tmp_path / "run"), parameters(tmp_path / "whole" / "run"))
     # The log reads as if nothing had happened: every step once, with the same losses.
-    assert logged_steps(tmp_path / "run" / "metrics.jsonl") == list(range(1, 11))
-    for ours, theirs in zip(
-        records(tmp_path / "run" / "metrics.jsonl"),
-        records(uninterrupted / "metrics.jsonl"),
-        strict=True,
-    ):
-        rates = {"tokens_per_second", "loss_tokens_per_second"}
-        assert {k: v for k, v in ours.items() if k not in rates} == {
-            k: v for k, v in theirs.items() if k not in rates
+    ours = records(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in ours] == list(range(last + 1))
+    rates = {"tokens_per_second", "loss_tokens_per_second"}
+    for left, right in zip(ours, whole, strict=True):
+        assert {k: v for k, v in left.items() if k not in rates} == {
+            k: v for k, v in right.items() if k not in rates
         }
 
 
@@ -80,9 +104,52 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(uninterrupted, directory)
     before = (directory / "metrics.jsonl").read_bytes()
+    (directory / "report.html").unlink()  # as when it was killed before it wrote one
     done = train(small_config(tmp_path))
     assert (done.returncode, "is complete" in done.stdout) == (0, True)
     assert (directory / "metrics.jsonl").read_bytes() == before
+    assert (directory / "report.html").exists()
+
+
+def test_a_run_does_not_go_on_before_where_it_stands(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    done = train(small_config(tmp_path), "--allow-change", "train.steps=7")
+    assert done.returncode == 2
+    assert "stands at step 10, past the 7 steps" in done.stderr
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_a_damaged_log_or_config_does_not_keep_a_run_from_going_on(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("train: {")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + b'{}\n5\n\xff\n{"step"')
+    done = train(small_config(tmp_path), "--allow-change", "train.steps=11")
+    assert done.returncode == 0, done.stderr
+    assert logged_steps(log) == list(range(1, 12))
+
+
+def test_a_damaged_checkpoint_is_one_line(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "10" / "optimizer")
+    done = train(small_config(tmp_path), "--allow-change", "train.steps=11")
+    assert done.returncode == 2, done.stderr
+    assert "is damaged or not whole" in done.stderr
+    with pytest.raises(UserError, match="is no checkpoint"):
+        moi_jax.load(tmp_path / "nothing")
+    (tmp_path / "only" / "parameters").mkdir(parents=True)
+    with pytest.raises(UserError, match="is damaged or not whole"):
+        moi_jax.load(tmp_path / "only")
+
+
+def test_a_stopped_run_leaves_its_last_save_whole(tmp_path):
+    """The error that ends a run waits for the save that is under way."""
+    config = small_config(tmp_path, checkpoint={"every": 1})
+    done = train(config, "optimizer.learning_rate=1e36", "optimizer.clip_norm=null")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
 
 
 @pytest.mark.parametrize(
@@ -106,8 +173,6 @@ def test_a_run_does_not_go_on_as_another_one(uninterrupted, tmp_path, overrides,
 
 
 def test_changed_data_is_refused_though_its_path_is_the_same(uninterrupted, tmp_path):
-    from run_helpers import SAMPLES
-
     shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.copytree(SAMPLES, tmp_path / "samples")
     chat = tmp_path / "samples" / "chat.jsonl"
@@ -150,11 +215,23 @@ def test_a_checkpoint_stands_alone_wherever_it_is_copied(uninterrupted, tmp_path
 
 def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    (tmp_path / "run" / "config.yaml").write_text("precious: thesis")
     done = train(small_config(tmp_path))
     assert done.returncode == 2
-    assert "not a run of ours" in done.stderr
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+    assert "is no run of ours" in done.stderr
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert (tmp_path / "run" / "config.yaml").read_text() == "precious: thesis"
+
+
+def test_fresh_moves_nothing_before_the_config_is_known_to_work(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    done = train(small_config(tmp_path), "--fresh", "data.domains.0.sources.0.path=nothing*")
+    assert done.returncode == 2
+    assert logged_steps(tmp_path / "run" / "metrics.jsonl")[-1] == 10
+    source = f"model.init_from={tmp_path / 'run' / 'checkpoints'}"
+    done = train(small_config(tmp_path), "--fresh", source, "model.preset=null")
+    assert done.returncode == 2
+    assert "--fresh would move" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -176,7 +253,7 @@ def test_a_live_run_holds_its_directory(tmp_path):
     import filelock
 
     (tmp_path / "run").mkdir()
-    with filelock.FileLock(tmp_path / "run" / ".lock"):
+    with filelock.FileLock(tmp_path / "run" / LOCK):
         done = train(small_config(tmp_path))
     assert done.returncode == 2
     assert "in use by a live run" in done.stderr

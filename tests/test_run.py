@@ -1,15 +1,28 @@
 """Whole runs by the command: what they leave, every strategy, and mistakes made on purpose."""
 
+import dataclasses
 import json
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
-from run_helpers import ENVIRONMENT, ROOT, SAMPLES, records, small_config, train
 
-from moi_jax.config import load_config
+import moi_jax
+from moi_jax.config_file import load_config, make_config
+from moi_jax.data.tokenizer import load_tokenizer
 from moi_jax.errors import UserError
+from moi_jax.models.config import PRESETS
+from moi_jax.models.parameters import init_parameters
+from moi_jax.training.checkpoints import ModelItems, RunCheckpoints
 from moi_jax.training.inputs import open_inputs, resolve
+from moi_jax.training.optimizer import make_optimizer
+from moi_jax.training.runtime import LOCK
+from moi_jax.training.state import initial_state
+
+from run_helpers import ENVIRONMENT, ROOT, SAMPLES, records, small_config, train
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +46,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_what_the_docs_promise(finished):
     run, _ = finished
-    names = {path.name for path in run.iterdir()} - {".lock"}
+    names = {path.name for path in run.iterdir()} - {LOCK}
     assert names == {
         "config.yaml", "mixture.json", "metrics.jsonl", "samples.jsonl", "checkpoints",
         "tensorboard", "report.html",
@@ -50,13 +63,14 @@ def test_logged_steps_and_evaluations_have_their_keys(finished):
     steps = [record for record in log if "token_loss" in record]
     assert [record["step"] for record in steps] == [2, 4, 6, 8]
     assert [record["row"] for record in steps] == [4, 8, 12, 16]
-    assert set(steps[0]) == {
+    assert {key for key in steps[0] if not key.startswith("eval/")} == {
         "step", "epoch", "row", "loss", "token_loss", "learning_rate", "grad_norm", "fill",
         "tokens_per_second", "loss_tokens_per_second", "domain/chat/loss", "domain/maths/loss",
     }  # fmt: skip
     assert 0.5 < steps[0]["fill"] <= 1
     assert steps[-1]["loss"] < steps[0]["loss"]
     evaluations = [record for record in log if "eval/mean/loss" in record]
+    assert len({record["step"] for record in log}) == len(log) == 5  # one object a step
     assert [record["step"] for record in evaluations] == [0, 4, 8]
     for name in ("chat", "maths", "mean"):
         key = f"eval/{name}/loss"
@@ -64,10 +78,19 @@ def test_logged_steps_and_evaluations_have_their_keys(finished):
         assert f"eval/{name}/default_prompt/loss" in evaluations[0]
 
 
-def test_the_newest_and_the_best_checkpoint_are_kept(finished):
-    """Steps 4 and 8 were evaluated, 8 is the newest and here also the best."""
-    kept = {int(p.name) for p in (finished[0] / "checkpoints").iterdir() if p.name.isdigit()}
-    assert kept == {8}
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
+    """Losses 3, 1, 2, 5 at steps 1 to 4: 4 is the newest, 2 the best."""
+    config = make_config({"checkpoint": {"keep_last": 1, "keep_best": 1}})
+    model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
+    optimizer = make_optimizer(config.optimizer, model)
+    state = initial_state(optimizer, init_parameters(model, jax.random.key(0), jnp.float32))
+    items = ModelItems(model, {}, {})
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints", config.checkpoint, items)
+    for step, loss in enumerate((3.0, 1.0, 2.0, 5.0), start=1):
+        checkpoints.save(step, state, {}, {}, {"eval/mean/loss": loss})
+    checkpoints.close()
+    kept = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {"2", "4"}
 
 
 def test_answers_before_and_after_are_kept_and_printed(finished):
@@ -97,7 +120,22 @@ def test_the_mixture_is_shown_before_the_first_step_and_kept(finished):
 def test_every_strategy_trains(tmp_path, strategy):
     done = train(small_config(tmp_path), f"data.strategy={strategy}", "train.steps=2")
     assert done.returncode == 0, done.stderr
-    assert len(records(tmp_path / "run" / "metrics.jsonl")) == 4
+    assert [r["step"] for r in records(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("switch", "prompts"),
+    [
+        ("per_domain", {"You are a helpful assistant.", "You are a mathematician."}),
+        ("default", {"You are a helpful assistant."}),
+        ("none", set()),
+    ],
+)
+def test_system_prompts_by_their_switch(tmp_path, switch, prompts):
+    config = load_config(small_config(tmp_path), [f"data.system_prompts={switch}"])
+    tokenizer = load_tokenizer(SAMPLES / "tokenizer")
+    text = tokenizer.decode(next(moi_jax.batches(config)).tokens.ravel().tolist())
+    assert set(re.findall(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text)) == prompts
 
 
 def test_a_run_that_only_skips_stops_after_three_and_names_the_rows(tmp_path):
@@ -109,7 +147,8 @@ def test_a_run_that_only_skips_stops_after_three_and_names_the_rows(tmp_path):
     skipped = [r for r in records(tmp_path / "run" / "metrics.jsonl") if r.get("skipped")]
     assert [r["reason"] for r in skipped] == ["not finite"] * 3
     assert skipped[1]["step"] == skipped[0]["step"] + 1
-    assert f"rows {skipped[-1]['row']} to" in done.stderr
+    last = skipped[-1]
+    assert f"rows {last['first_row']} to {last['row'] - 1} (step {last['step']})" in done.stderr
 
 
 MISTAKES = [
@@ -165,7 +204,6 @@ def test_rows_that_do_not_divide_over_the_mesh_exit_with_2(tmp_path):
 
 
 def test_batches_are_those_of_the_run_from_any_row(tmp_path):
-    import numpy as np
 
     import moi_jax
 

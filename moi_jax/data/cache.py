@@ -63,6 +63,11 @@ class DomainCache:
         return [from_record(record) for record in reader.read([int(i) for i in indices])]
 
 
+def loss_column(targets: str) -> int:
+    """The column of `lengths` with the loss tokens under loss.targets."""
+    return 1 + list(chatml.TARGETS).index(targets)
+
+
 @functools.lru_cache(maxsize=64)
 def _reader(path: Path) -> array_record_module.ArrayRecordReader:
     # Kept open out of the DomainCache, which so can be pickled. The options are for random access.
@@ -138,20 +143,48 @@ def _prepare_domain(
     """The domain's cache, and whether it was built just now."""
     key = _key(data, domain, names, tokenizer)
     directory = data.cache_dir.expanduser() / key
-    build = not directory.exists()
-    if build:
-        part = directory.with_name(f"{key}.{uuid.uuid4().hex}.part")
-        part.mkdir(parents=True)
-        try:
-            _build(part, data, domain, names, tokenizer, advance)
-            _move_into_place(part, directory)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    if built := not directory.exists():
+        _build_whole(directory, data, domain, names, tokenizer, advance)
+    try:
+        cache = _open(domain.name, directory, key)
+    except (EOFError, KeyError, OSError, ValueError, json.JSONDecodeError):
+        # Cut short by a full disk or a copy: what is in the cache can always be made again.
+        shutil.rmtree(directory)
+        _build_whole(directory, data, domain, names, tokenizer, advance)
+        cache, built = _open(domain.name, directory, key), True
     if data.on_bad_row == "error":
-        _refuse_bad_rows(data, manifest)
+        _refuse_bad_rows(data, cache.manifest)
+    return cache, built
+
+
+def _build_whole(
+    directory: Path,
+    data: config.Data,
+    domain: config.Domain,
+    names: list[list[str]],
+    tokenizer: Tokenizer,
+    advance: Callable[[int], None],
+) -> None:
+    """Builds a domain's folder beside its place and moves it there when it is whole."""
+    part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.part")
+    part.mkdir(parents=True)
+    try:
+        _build(part, data, domain, names, tokenizer, advance)
+        _move_into_place(part, directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _open(name: str, directory: Path, key: str) -> DomainCache:
+    """Opens a domain's folder; raises what its files raise when one is damaged."""
+    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     lengths, hashes = np.load(directory / "lengths.npy"), np.load(directory / "hashes.npy")
-    return DomainCache(domain.name, directory, key, lengths, hashes, manifest), build
+    # A folder made anew must not be read by a reader of the old one.
+    _reader.cache_clear()
+    records = _reader(directory / "instructions.array_record").num_records()
+    if not len(lengths) == len(hashes) == records == manifest["kept"]:
+        raise ValueError("the files of the cache differ in length")
+    return DomainCache(name, directory, key, lengths, hashes, manifest)
 
 
 def _key(
@@ -259,7 +292,7 @@ def select(
     Raises:
       UserError: nothing is left of a domain.
     """
-    column = 1 + list(chatml.TARGETS).index(targets)
+    column = loss_column(targets)
     candidates = [np.flatnonzero(cache.lengths[:, column]) for cache in caches]
     hashes = [cache.hashes[rows] for cache, rows in zip(caches, candidates, strict=True)]
     first = np.zeros(sum(map(len, hashes)), bool)

@@ -122,7 +122,9 @@ class DomainWriter:
                 continue
             self.records.write(to_record(instruction))
             lengths.append((len(instruction.tokens), *chatml.loss_tokens(instruction)))
-            hashes.append(content_hash(conversation))
+            # A system text that the domain's prompt replaces is no part of what is trained on.
+            replaced = self.data.row_system == "replace" and self.prompt is not None
+            hashes.append(content_hash(conversation.turns if replaced else conversation.messages))
             self.counts["own_system"] += bool(instruction.row_system)
             self.counts["trimmed_user_turn"] += row.trimmed
         self.lengths.append(np.array(lengths, np.int32).reshape(-1, 3))

@@ -2,6 +2,7 @@
 
 import hashlib
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,10 +49,10 @@ class Conversation:
         return Conversation(self.messages[: system + 2 * count])
 
 
-def content_hash(conversation: Conversation) -> int:
+def content_hash(messages: Sequence[Message]) -> int:
     """A 64-bit hash of the roles and the NFC-normalised, stripped contents, and nothing else."""
     digest = hashlib.sha256()
-    for message in conversation.messages:
+    for message in messages:
         content = unicodedata.normalize("NFC", message.content).strip().encode()
         digest.update(f"{message.role} {len(content)} ".encode() + content)
     return int.from_bytes(digest.digest()[:8], "little")

@@ -17,8 +17,7 @@ import numpy as np
 
 from moi_jax.config import Data, Train
 from moi_jax.data import mixture, packing
-from moi_jax.data.cache import DomainCache, Selection
-from moi_jax.data.chatml import TARGETS
+from moi_jax.data.cache import DomainCache, Selection, loss_column
 from moi_jax.errors import UserError
 
 
@@ -56,7 +55,7 @@ class Corpus:
         cls, caches: Sequence[DomainCache], selections: Sequence[Selection], targets: str
     ) -> "Corpus":
         """Of the instructions selected for training, with the labels of loss.targets."""
-        column = 1 + list(TARGETS).index(targets)
+        column = loss_column(targets)
         lengths = [c.lengths[s.train] for c, s in zip(caches, selections, strict=True)]
         return cls.of(
             [cache.name for cache in caches],
@@ -178,8 +177,9 @@ def plan_epoch(corpus: Corpus, data: Data, seed: int, epoch: int) -> EpochPlan:
 
 
 # Full plans held: the epoch being read, the next one, and the last one, for which threads that
-# read ahead may still ask.
+# read ahead may still ask; of small epochs as many more as these instructions make up.
 PLANS_KEPT = 3
+INSTRUCTIONS_KEPT = 1 << 20
 
 
 class RunPlan:
@@ -209,7 +209,7 @@ class RunPlan:
 
         Args:
           first_rows: first global row of each epoch as an earlier run of the same plan knew them
-            (see `first_rows`); their epochs are not planned again to be counted.
+            (see `first_rows`); their epochs are not planned again to count rows.
           step, row: batches already seen and the first row of the next, where a run goes on.
         """
         self.corpus, self.data, self.seed = corpus, data, train.seed
@@ -218,6 +218,8 @@ class RunPlan:
         self._lock = threading.RLock()
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="epoch-plan")
         self.batch_rows = train.global_batch_rows
+        # Instructions of an epoch at most, whatever the sampling.
+        self._epoch_size = len(corpus.counts) * max(corpus.counts)
         if train.steps:
             self.total_rows = row + (train.steps - step) * self.batch_rows
         elif train.loss_tokens:
@@ -263,7 +265,7 @@ class RunPlan:
                     plan_epoch, self.corpus, self.data, self.seed, epoch
                 )
             self._plans.move_to_end(epoch)
-            while len(self._plans) > PLANS_KEPT:
+            while len(self._plans) > max(PLANS_KEPT, INSTRUCTIONS_KEPT // self._epoch_size):
                 self._plans.popitem(last=False)
             return self._plans[epoch]
 

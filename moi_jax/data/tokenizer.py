@@ -42,7 +42,7 @@ class Tokenizer(ABC):
     Attributes:
       files: name -> text of the files that a checkpoint saves; `from_files` reads them back.
       fingerprint: sha256 hex of the file that decides the ids.
-      vocab_size: the number of ids, special tokens included.
+      vocab_size: one more than the greatest id, special tokens included.
       im_start, im_end, endoftext: ids of the ChatML and padding tokens.
     """
 
@@ -116,7 +116,7 @@ class JsonTokenizer(Tokenizer):
         backend.no_padding()
         backend.post_processor = None
         self._backend = backend
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
     def _special(self, special: str) -> int | None:
         return self._backend.token_to_id(special)

@@ -1,7 +1,7 @@
 """Held-out losses: every held-out conversation once, alone in its row, per domain and prompt."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -16,14 +16,16 @@ from moi_jax.data.tokenizer import Tokenizer
 # Rows are cut to the shortest of these widths, times two and so on, that holds them.
 _SHORTEST_ROW = 128
 
+# The width of a batch, and its rows of groups of one instruction.
+Rows = tuple[int, list[list[list[Placed]]]]
 Sums = Callable[[Batch], dict[str, np.ndarray]]
 
 
 class HeldOut:
-    """The held-out conversations as batches under their own and under the default prompt.
+    """The held-out conversations under their own and under the default prompt.
 
     Attributes:
-      own, default: numpy batches. A domain whose prompt is the default one is in `own` alone.
+      own, default: rows of batches. A domain whose prompt is the default one is in `own` alone.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class HeldOut:
                 f"{len(default) - len(fitting)} held-out conversations are too long under the "
                 f"default prompt and left out there",
             )
-        self.own, self.default = self._batches(own), self._batches(fitting)
+        self.own, self.default = self._in_rows(own), self._in_rows(fitting)
 
     def losses(self, sums: Sums) -> dict[str, float]:
         """Token means in nats: eval/<domain>/loss, .../default_prompt/loss, and their means.
@@ -89,9 +91,9 @@ class HeldOut:
             losses[f"eval/mean/{kind}"] = sum(known) / len(known) if known else math.nan
         return losses
 
-    def _token_means(self, batches: list[Batch], sums: Sums) -> list[float]:
+    def _token_means(self, rows: list[Rows], sums: Sums) -> list[float]:
         nll, tokens = np.zeros((2, len(self.domains)), np.float64)
-        for batch in batches:
+        for batch in self.batches(rows):
             result = sums(batch)
             nll += result["domain_nll"]
             tokens += result["domain_loss_tokens"]
@@ -99,12 +101,17 @@ class HeldOut:
             n / t if t else math.nan for n, t in zip(nll.tolist(), tokens.tolist(), strict=True)
         ]
 
-    def _batches(self, placed: list[Placed]) -> list[Batch]:
+    def batches(self, rows: list[Rows]) -> Iterator[Batch]:
+        """The rows as numpy batches."""
+        for width, filled in rows:
+            yield assemble(filled, width, self._pad_id, "instruction", self._targets)
+
+    def _in_rows(self, placed: list[Placed]) -> list[Rows]:
         """One conversation a row, rows of like length together, the last batch filled up."""
         by_width: dict[int, list[Placed]] = {}
         for item in placed:
             by_width.setdefault(self._width(item.instruction), []).append(item)
-        batches = []
+        batches: list[Rows] = []
         for width in sorted(by_width):
             items = by_width[width]
             rows = self._rows * self._data.sequence_length // width
@@ -113,7 +120,7 @@ class HeldOut:
             for first in range(0, len(items), rows):
                 filled = [[[item]] for item in items[first : first + rows]]
                 filled += [[]] * (rows - len(filled))
-                batches.append(assemble(filled, width, self._pad_id, "instruction", self._targets))
+                batches.append((width, filled))
         return batches
 
     def _width(self, instruction: Instruction) -> int:

@@ -109,7 +109,7 @@ _QWEN_V1_KEYS = {
 }
 
 
-def read_hf_config(text: str, where: str) -> ModelConfig:
+def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
     """The architecture a published Qwen v1 `config.json` describes; `where` names the file.
 
     Raises:
@@ -117,7 +117,7 @@ def read_hf_config(text: str, where: str) -> ModelConfig:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no UTF-8, or no JSON
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{where} has no model_type; is it the config.json of a model?")
@@ -139,5 +139,8 @@ def read_hf_config(text: str, where: str) -> ModelConfig:
     width = values.get("intermediate_size", values.get("ffn_hidden_size"))
     if width is None:
         raise UserError(f"{where} lacks intermediate_size")
+    for field, value in {**fields, "intermediate_size": width}.items():
+        if not isinstance(value, int | float) or value < 0:
+            raise UserError(f"{where}: {field} is {value!r}, not a number")
     # The published figure counts both halves of the gated MLP.
     return _qwen_v1(**fields, mlp_width=width // 2)

@@ -1,5 +1,6 @@
 """The one decoder: embedding, a scan over stacked layers, final norm, untied head."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,8 +99,8 @@ class Decoder(nnx.Module):
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         if positions is None:
             positions = rotary.segment_positions(segment_ids)
-        hidden = self.hidden_states(tokens, positions, segment_ids, training=False)
-        return self.logits(hidden).astype(jnp.float32)
+        graph, parameters = nnx.split(self)
+        return _inference(graph, parameters, tokens, positions, segment_ids)
 
     def hidden_states(
         self,
@@ -147,6 +148,16 @@ class Decoder(nnx.Module):
         statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
         head = self.head[...].astype(hidden.dtype)
         return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=statistics)
+
+
+@partial(jax.jit, static_argnums=0)
+def _inference(
+    graph: Any, parameters: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """One compilation for all calls of the same shapes."""
+    model = nnx.merge(graph, parameters)
+    hidden = model.hidden_states(tokens, positions, segment_ids, training=False)
+    return model.logits(hidden).astype(jnp.float32)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moi_jax.models.axes import constrain
 
-# Tokens whose logits exist at a time: 1.2 GiB of float32 at Qwen's vocabulary, over all devices.
+# Tokens a device whose logits exist at a time: 1.2 GiB of float32 at Qwen's vocabulary.
 CHUNK_TOKENS = 2048
 
 
@@ -43,6 +43,8 @@ def _chunk_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Ar
 
 
 def _chunk_width(b: int, s: int) -> int:
-    """The widest divisor of S with at most CHUNK_TOKENS tokens in [B, width]."""
-    limit = max(CHUNK_TOKENS // b, 1)
+    """The widest divisor of S with at most CHUNK_TOKENS tokens of [B, width] a device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    limit = max(CHUNK_TOKENS * devices // b, 1)
     return max(width for width in range(1, s + 1) if s % width == 0 and width <= limit)

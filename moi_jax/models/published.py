@@ -25,7 +25,7 @@ def read_published(directory: Path, dtype: np.typing.DTypeLike | None) -> tuple[
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise UserError(f"{config_path} does not exist; name a directory with config.json")
-    config = read_hf_config(config_path.read_text(encoding="utf-8"), str(config_path))
+    config = read_hf_config(config_path.read_bytes(), str(config_path))
     shards = _shards(directory)
     _check_names(directory, set(shards), set(qwen.published_shapes(config)))
     _check_shapes(shards, qwen.published_shapes(config))
@@ -42,8 +42,11 @@ def _shards(directory: Path) -> dict[str, Path]:
     files = sorted(directory.glob("*.safetensors"))
     index_path = directory / "model.safetensors.index.json"
     if index_path.is_file():
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({directory / name for name in weight_map.values()})
+        try:
+            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({directory / name for name in weight_map.values()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{index_path} is damaged ({error!r}); copy it again") from None
     if not files:
         pickles = [*directory.glob("*.bin"), *directory.glob("*.pt")]
         reason = "pickled weights can run code and are not read" if pickles else "none found"

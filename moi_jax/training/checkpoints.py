@@ -70,11 +70,13 @@ class RunCheckpoints:
         if config.keep_best:
             best = preservation_policy.BestN(
                 # The policy keeps the greatest; a loss is best when least.
-                get_metric_fn=lambda metrics: -metrics[config.best_metric],
+                # A checkpoint saved under another best_metric competes no more.
+                get_metric_fn=lambda metrics: -metrics.get(config.best_metric, math.inf),
                 n=config.keep_best,
                 keep_checkpoints_without_metrics=False,
             )
             policies.append(best)
+        self._directory = directory
         self._items = items
         self._best_metric = config.best_metric
         self._manager = ocp.CheckpointManager(
@@ -113,22 +115,31 @@ class RunCheckpoints:
         return self._manager.latest_step()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of a step, on the mesh and in the dtypes of `abstract`."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                parameters=ocp.args.StandardRestore(abstract.parameters),
-                optimizer=ocp.args.StandardRestore(
-                    {"step": abstract.step, "state": abstract.optimizer}
-                ),
+        """The state of a step, on the mesh and in the dtypes of `abstract`.
+
+        Raises:
+          UserError: files of the step are missing or damaged.
+        """
+        args = ocp.args.Composite(
+            parameters=ocp.args.StandardRestore(abstract.parameters),
+            optimizer=ocp.args.StandardRestore(
+                {"step": abstract.step, "state": abstract.optimizer}
             ),
         )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except (KeyError, OSError, ValueError) as error:
+            raise _damaged(self._directory / str(step), error) from None
         optimizer = restored["optimizer"]
         return TrainState(optimizer["step"], restored["parameters"], optimizer["state"])
 
     def read_json(self, step: int, item: str) -> Json:
+        """Raises UserError when the item is missing or damaged."""
         args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=args)[item]
+        try:
+            return self._manager.restore(step, args=args)[item]
+        except (KeyError, OSError, ValueError) as error:
+            raise _damaged(self._directory / str(step), error) from None
 
     def close(self) -> None:
         """Waits until the last save is whole on disk."""
@@ -163,12 +174,14 @@ def read_items(path: Path) -> ModelItems:
     """Architecture, tokenizer files and prompts of a checkpoint."""
     step = find_step(path)
     names = ("model", "tokenizer", "prompts")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names})
-        items = checkpointer.restore(step.absolute(), args)
-    return ModelItems(
-        ModelConfig.from_json(items["model"]), items["tokenizer"]["files"], items["prompts"]
-    )
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            args = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names})
+            items = checkpointer.restore(step.absolute(), args)
+        model = ModelConfig.from_json(items["model"])
+        return ModelItems(model, items["tokenizer"]["files"], items["prompts"])
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise _damaged(step, error) from None
 
 
 def read_parameters(
@@ -189,12 +202,20 @@ def read_parameters(
     wanted = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(step / "parameters").item_metadata.tree
-    _check_shapes(step, stored, abstract)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(parameters=ocp.args.StandardRestore(wanted))
-        return checkpointer.restore(step, args)["parameters"]
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(step / "parameters").item_metadata.tree
+        _check_shapes(step, stored, abstract)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            args = ocp.args.Composite(parameters=ocp.args.StandardRestore(wanted))
+            return checkpointer.restore(step, args)["parameters"]
+    except (AttributeError, KeyError, OSError, ValueError) as error:
+        raise _damaged(step, error) from None
+
+
+def _damaged(step: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{step} is damaged or not whole ({reason}); use another checkpoint")
 
 
 def _check_shapes(step: Path, stored: Any, expected: Tree) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from moi_jax.config import Config, load_config
+from moi_jax.config import Config
+from moi_jax.config_file import load_config
+from moi_jax.console import say
 from moi_jax.data.cache import DomainCache, Selection, domain_report, prepare, select
 from moi_jax.data.loader import Batch, RowSource, batch_dataset
 from moi_jax.data.plan import Corpus, RunPlan
@@ -55,6 +57,8 @@ class Inputs(Resolved):
         mixture = mixture_statistics(plan.epoch_plan(0), report, plan.batch_rows)
         print_sources(self.caches, console)
         print_mixture(mixture, console, self.config.data.max_repeats)
+        if plan.empty_rows:
+            say(console, f"{plan.empty_rows} empty rows fill up the run's last batch")
         return mixture
 
     @property
@@ -127,6 +131,9 @@ def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None
             f"training has dynamic NTK and log-n attention off, inference would turn them on. "
             f"Shorten the rows or set model.allow_longer: true"
         )
+    dtypes = (config.model.param_dtype, config.model.compute_dtype, config.optimizer.moment_dtype)
+    if "float64" in dtypes and not jax.config.read("jax_enable_x64"):
+        raise UserError("float64 is set but off in jax; set the environment's JAX_ENABLE_X64=1")
     if not config.data.domains:
         raise UserError("data.domains is empty; list at least one domain with its sources")
 

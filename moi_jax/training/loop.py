@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +63,16 @@ def fit(run: Run) -> bool:
     one are read, so the device never waits for the host; and whatever keeps the parameters (an
     evaluation, a checkpoint) comes after the flag of the step that made them has been read.
     """
+    try:
+        _fit(run)
+    finally:
+        # A save under way becomes whole also when the run stops by an error.
+        run.checkpoints.close()
+        run.log.close()
+    return run.step == run.steps
+
+
+def _fit(run: Run) -> None:
     reader = StepReader(run)
     if run.step == 0:
         with reader.paused():
@@ -79,8 +88,9 @@ def fit(run: Run) -> bool:
 
         last = run.step == run.steps
         stopping = run.stop.received is not None
-        look_due = last or _due(run.step, run.config.eval.every)
-        sample_due = last or _due(run.step, run.config.train.sample_every)
+        # Who asks a run to stop waits for its checkpoint, not for a look at it.
+        look_due = last or (_due(run.step, run.config.eval.every) and not stopping)
+        sample_due = last or (_due(run.step, run.config.train.sample_every) and not stopping)
         save_due = last or stopping or _due(run.step, run.config.checkpoint.every)
         if look_due or sample_due or save_due:
             reader.read_previous()
@@ -90,9 +100,6 @@ def fit(run: Run) -> bool:
                     _save(run, evaluation)
         if stopping:
             break
-    run.checkpoints.close()
-    run.log.close()
-    return run.step == run.steps
 
 
 def _due(step: int, every: int) -> bool:
@@ -166,10 +173,10 @@ class StepReader:
         held, self._held = self._held, None
         metrics = jax.device_get(held.metrics)
         run = self._run
-        if metrics["applied"] or metrics["weights"] == 0:
+        if metrics["applied"]:
             run.skipped_in_a_row = 0
             self._window.add(metrics, held.next_row - held.first_row)
-        if not metrics["applied"]:
+        else:
             self._report_skip(held, metrics)
         due = held.step == run.steps or _due(held.step, run.config.logging.every)
         if due and not self._window.empty:
@@ -178,16 +185,21 @@ class StepReader:
     def _report_skip(self, held: _Dispatched, metrics: dict[str, Any]) -> None:
         run = self._run
         rows = f"rows {held.first_row} to {held.next_row - 1}"
-        record = {"step": held.step, "row": held.first_row, "skipped": True}
-        if metrics["weights"] == 0:
-            run.log.write(record | {"reason": "no loss tokens"})
+        empty = metrics["weights"] == 0
+        record = {
+            "step": held.step,
+            "row": held.next_row,
+            "skipped": True,
+            "reason": "no loss tokens" if empty else "not finite",
+            "first_row": held.first_row,
+            "loss": float(metrics["loss"]),
+            "grad_norm": float(metrics["grad_norm"]),
+        }
+        run.log.write(record)
+        if empty:
             say(run.console, f"step {held.step}: {rows} have no loss tokens, step skipped")
             return
         run.skipped_in_a_row += 1
-        run.log.write(
-            record
-            | {"reason": "not finite", "loss": math.nan, "grad_norm": float(metrics["grad_norm"])}
-        )
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
         say(run.console, f"step {held.step}: {what} over {rows}; update skipped")
         if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

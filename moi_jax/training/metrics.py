@@ -13,6 +13,7 @@ from rich.console import Console
 
 from moi_jax.console import say
 from moi_jax.errors import UserError
+from moi_jax.training.runtime import write_whole
 
 Record = dict[str, Any]
 Tracker = Callable[[Record], None]
@@ -25,18 +26,29 @@ class MetricsLog:
         """Goes on after `step`: what an earlier, killed run wrote past it is dropped."""
         truncate_after(run_dir / "metrics.jsonl", step)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._last: Record = {}
+        self._last_at = 0
         self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
 
     def close(self) -> None:
         self._file.close()
 
     def write(self, record: Record) -> None:
-        """`record` holds "step" and numbers; one that is not finite is written as null."""
+        """`record` holds "step" and values; a number that is not finite is written as null.
+
+        A step has one line: a second record of it joins the first.
+        """
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
+        if clean["step"] == self._last.get("step"):
+            self._file.truncate(self._last_at)
+            self._file.seek(self._last_at)
+            self._last |= clean
+        else:
+            self._last, self._last_at = clean, self._file.tell()
+        self._file.write(json.dumps(self._last) + "\n")
         self._file.flush()
         for track in self._trackers:
             track(clean)
@@ -47,13 +59,13 @@ def truncate_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break  # the line a kill cut short is the last
-    path.write_text("".join(kept), encoding="utf-8")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # cut short by a kill
+    write_whole(path, "".join(kept))
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -96,7 +96,7 @@ def read_run(run_dir: Path) -> Run:
             f"{run_dir}: config.yaml or mixture.json is damaged ({' '.join(str(error).split())}); "
             f"restore it, or resume the run, which writes both"
         ) from error
-    name, metrics = run_dir.resolve().name, _records(lines)
+    name, metrics = run_dir.resolve().name, lines
     return Run(name, config_text, config, metrics, mixture, samples, torn + torn_samples)
 
 
@@ -113,23 +113,6 @@ def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         except json.JSONDecodeError:
             torn += 1
     return records, torn
-
-
-def _records(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record a step from the lines of metrics.jsonl: training's and evaluation's are joined.
-
-    A training step not after the one before it is where a resumed run took over from its
-    checkpoint: what the interrupted run logged from there on is void.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    trained = -1
-    for line in lines:
-        if "token_loss" in line:
-            if line["step"] <= trained:
-                steps = {step: record for step, record in steps.items() if step < line["step"]}
-            trained = line["step"]
-        steps.setdefault(line["step"], {}).update(line)
-    return [steps[step] for step in sorted(steps)]
 
 
 def points(run: Run, key: str) -> list[Point]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -11,15 +12,14 @@ from types import FrameType
 from typing import Any
 
 import filelock
-import yaml
 from rich.console import Console
 
 from moi_jax.config import Config
 from moi_jax.console import say
 from moi_jax.errors import UserError
 
-# What may differ when a run goes on, by the longest matching prefix. Everything else may not:
-# the run would no longer be the one that was begun.
+# Keys, or beginnings of keys, that may differ when a run goes on. Everything else may not: the
+# run would no longer be the one that was begun.
 MAY_CHANGE = (
     "data.cache_dir",
     "data.max_repeats",
@@ -46,59 +46,85 @@ MAY_CHANGE_IF_ALLOWED = (
 )
 
 
+# Stands in every run directory, and tells one from any other directory.
+LOCK = ".moi_jax.lock"
+
+
 @contextmanager
 def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
-    """Holds the directory of a run for one process; `fresh` moves an old one aside first.
+    """Holds the directory of a run for one process.
 
     Raises:
-      UserError: another process trains in it, it is not a run's, or it cannot be written.
+      UserError: another process trains in it, it is not a run's (and not `fresh`), or it cannot
+        be written.
     """
     run_dir = run_dir.expanduser()
-    try:
-        entries = _entries(run_dir)
-        if entries and "config.yaml" not in entries and not fresh:
+    with _writing(run_dir):
+        if not fresh and _entries(run_dir) and not (run_dir / LOCK).exists():
             raise UserError(
-                f"{run_dir} holds files but no config.yaml, so it is not a run of ours; choose "
-                f"another logging.run_dir, or --fresh to move them aside"
+                f"{run_dir} holds files but is no run of ours; choose another logging.run_dir, or "
+                f"--fresh to move them aside"
             )
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run_dir / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f"{run_dir} is in use by a live run; wait for it or choose another logging.run_dir"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write the run directory {run_dir}: {error.strerror}; choose another "
-            f"logging.run_dir"
-        ) from None
+        lock = filelock.FileLock(run_dir / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{run_dir} is in use by a live run; wait for it or choose another logging.run_dir"
+            ) from None
     try:
-        if fresh and (entries := _entries(run_dir)):
-            aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            aside.mkdir()
-            for name in entries:
-                (run_dir / name).rename(aside / name)
         yield run_dir
     finally:
         lock.release()
 
 
+def move_aside(run_dir: Path) -> None:
+    """Moves what stands in a run directory to a new one beside it."""
+    entries = _entries(run_dir)
+    if not entries:
+        return
+    with _writing(run_dir):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        aside = Path(tempfile.mkdtemp(prefix=f"{run_dir.name}.{stamp}.", dir=run_dir.parent))
+        for name in entries:
+            (run_dir / name).rename(aside / name)
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run directory {run_dir}: {error.strerror}; choose another "
+            f"logging.run_dir"
+        ) from None
+
+
 def _entries(run_dir: Path) -> set[str]:
     """What stands in a run directory besides its lock; nothing where there is none."""
-    return {entry.name for entry in run_dir.iterdir()} - {".lock"} if run_dir.exists() else set()
+    return {entry.name for entry in run_dir.iterdir()} - {LOCK} if run_dir.exists() else set()
 
 
-def check_resume(run_dir: Path, config: Config, allow_change: bool, console: Console) -> None:
-    """Compares the config of the run begun in `run_dir` with the one to go on with.
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is never seen half: beside it, then renamed."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def check_resume(
+    run_dir: Path, before: dict[str, Any], config: Config, allow_change: bool, console: Console
+) -> None:
+    """Compares the config a run was begun with, `before`, with the one to go on with.
 
     Raises:
       UserError: a difference that would make it another run; the first one is named.
     """
-    before = _flat(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
-    after = _flat(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
+    old_values, new_values = _flat(before), _flat(config.model_dump(mode="json"))
+    for key in sorted(old_values.keys() | new_values.keys()):
+        old, new = old_values.get(key), new_values.get(key)
         if old == new:
             continue
         change = f"{key}: {old} -> {new}"

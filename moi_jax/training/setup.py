@@ -13,9 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from moi_jax.config_file import load_config
 from moi_jax.console import say
 from moi_jax.data.loader import Batch, batch_dataset
 from moi_jax.data.plan import RunPlan
+from moi_jax.errors import UserError
 from moi_jax.models import axes
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree
@@ -77,57 +79,46 @@ def start_run(
 ) -> Run:
     """A new run in an empty `directory`, or the one begun there, at its newest checkpoint.
 
+    Nothing there changes before it is sure that the run can go on.
+
     Raises:
       UserError: the run there is another one, or a checkpoint does not fit.
     """
     config, model, mesh = inputs.config, inputs.model, machine.mesh
     checkpoints = RunCheckpoints(directory / "checkpoints", config.checkpoint, inputs.items)
     saved_step = checkpoints.latest()
-    position = FIRST_POSITION
-    if saved_step is not None:
-        runtime.check_resume(directory, config, allow_change, console)
-        position = checkpoints.read_json(saved_step, "position")
-        runtime.check_fingerprints(directory, position["fingerprints"], inputs.fingerprints)
-        say(console, f"going on from step {saved_step} in {directory}")
-    step, row = position["step"], position["row"]
-    plan = RunPlan(inputs.corpus, config.data, config.train, position["epoch_rows"], step, row)
-    if saved_step is not None:
-        _check_plan(directory, plan, position)
-    (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    statistics = inputs.show_mixture(plan, console)
-    (directory / "mixture.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
-    steps = plan.total_steps
+    position = _position(checkpoints, saved_step, inputs, directory, allow_change, console)
+    plan = _planned(inputs, position, directory)
     optimizer = make_optimizer(config.optimizer, model)
     if saved_step is None:
         state = new_state(model, optimizer, _first_parameters(inputs, mesh), mesh)
     else:
         abstract = abstract_state(model, optimizer, config.model.param_dtype, mesh)
         state = checkpoints.restore(saved_step, abstract)
+        say(console, f"going on from step {saved_step} in {directory}")
+
+    mixture = inputs.show_mixture(plan, console)
+    runtime.write_whole(directory / "mixture.json", json.dumps(mixture, indent=1))
+    runtime.write_whole(directory / "config.yaml", config.to_yaml())
     # What was logged past the checkpoint is logged again; without one, also what stands at 0.
     logged = -1 if saved_step is None else saved_step
     truncate_after(directory / "samples.jsonl", logged)
-    schedule = make_schedule(config.optimizer, steps)
+    schedule = make_schedule(config.optimizer, plan.total_steps)
     return Run(
         config=config,
         directory=directory,
         domains=inputs.corpus.names,
-        steps=steps,
+        steps=plan.total_steps,
         total_rows=plan.total_rows,
         state=state,
-        step=step,
-        row=row,
+        step=position["step"],
+        row=position["row"],
         skipped_in_a_row=position["skipped_in_a_row"],
-        batches=_placed_batches(inputs, plan, row, machine),
+        batches=_placed_batches(inputs, plan, position["row"], machine),
         train_step=make_train_step(
             model, machine.make_model, optimizer, schedule, len(inputs.corpus.names), mesh
         ),
-        position=lambda row: {
-            "row": row,
-            "epoch_rows": plan.first_rows(max(row - 1, 0)),
-            "plan": _plan_fingerprint(plan, row),
-            "seed": config.train.seed,
-            "fingerprints": inputs.fingerprints,
-        },
+        position=lambda row: _saved_position(inputs, plan, row),
         epoch_of=lambda row: plan.locate(row)[0],
         evaluate=evaluate,
         sample=sample,
@@ -138,14 +129,60 @@ def start_run(
     )
 
 
+def _position(
+    checkpoints: RunCheckpoints,
+    saved_step: int | None,
+    inputs: Inputs,
+    directory: Path,
+    allow_change: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Where the run goes on, once it is known to be the same run."""
+    if saved_step is None:
+        if (directory / "config.yaml").exists():  # killed before its first checkpoint
+            before = load_config(directory / "config.yaml").model_dump(mode="json")
+            runtime.check_resume(directory, before, inputs.config, allow_change, console)
+        return FIRST_POSITION
+    before = checkpoints.read_json(saved_step, "config")
+    runtime.check_resume(directory, before, inputs.config, allow_change, console)
+    position = checkpoints.read_json(saved_step, "position")
+    runtime.check_fingerprints(directory, position["fingerprints"], inputs.fingerprints)
+    return position
+
+
+def _planned(inputs: Inputs, position: dict[str, Any], directory: Path) -> RunPlan:
+    """The plan of the run from its position on.
+
+    Raises:
+      UserError: the epoch was planned otherwise, or the run is beyond its end.
+    """
+    config, step, row = inputs.config, position["step"], position["row"]
+    plan = RunPlan(inputs.corpus, config.data, config.train, position["epoch_rows"], step, row)
+    if step:
+        now = {"the epoch's plan": _plan_fingerprint(plan, row)}
+        runtime.check_fingerprints(directory, {"the epoch's plan": position["plan"]}, now)
+    if plan.total_steps < step:
+        raise UserError(
+            f"{directory} stands at step {step}, past the {plan.total_steps} steps that train now "
+            f"asks for; ask for more, or --fresh to begin anew"
+        )
+    return plan
+
+
+def _saved_position(inputs: Inputs, plan: RunPlan, row: int) -> dict[str, Any]:
+    """What a checkpoint keeps of the data when `row` is the first row of the next batch."""
+    return {
+        "row": row,
+        "epoch_rows": plan.first_rows(max(row - 1, 0)),
+        "plan": _plan_fingerprint(plan, row),
+        "seed": inputs.config.train.seed,
+        "fingerprints": inputs.fingerprints,
+    }
+
+
 def _plan_fingerprint(plan: RunPlan, row: int) -> str:
     """Of the plan of the epoch that the last row before `row` lies in."""
     return plan.epoch_plan(plan.locate(max(row - 1, 0))[0]).fingerprint
-
-
-def _check_plan(directory: Path, plan: RunPlan, position: dict[str, Any]) -> None:
-    now = {"the epoch's plan": _plan_fingerprint(plan, position["row"])}
-    runtime.check_fingerprints(directory, {"the epoch's plan": position["plan"]}, now)
 
 
 def _first_parameters(inputs: Inputs, mesh: Mesh) -> Tree:

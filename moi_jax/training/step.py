@@ -71,7 +71,7 @@ def make_train_step(
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = jax.tree.map(
-            lambda p, u: (p - learning_rate.astype(p.dtype) * u).astype(p.dtype),
+            lambda p, u: (p - learning_rate * u).astype(p.dtype),
             state.parameters,
             updates,
         )
