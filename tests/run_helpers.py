@@ -43,7 +43,7 @@ def small_config(directory: Path, **sections) -> Path:
         "logging": {"run_dir": str(directory / "run"), "every": 1, "trackers": []},
     }
     for section, keys in sections.items():
-        values[section] = {**values[section], **keys}
+        values[section] = {**values.get(section, {}), **keys}
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path

@@ -14,6 +14,7 @@ from moi_jax.models.attention import attention
 from moi_jax.models.config import PRESETS
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import init_parameters
+from moi_jax.models.published import read_published
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"], num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=97,
@@ -83,12 +84,21 @@ def test_chunk_mask_hides_other_chunks(model, training):
     )
 
 
-@pytest.mark.parametrize("lengths", [(5, 6, 3), (20, 10, 9), (40, 17)])
-def test_a_segment_in_a_row_equals_the_segment_alone(model, lengths):
-    """I3, training and inference; in inference NTK and log-n follow the segment, not the row."""
+@pytest.fixture(scope="module")
+def golden_b(golden):
+    return Decoder(*read_published(golden / "B", None))
+
+
+@pytest.mark.parametrize("lengths", [(30, 25, 9), (70, 40, 30), (130, 64)])
+def test_a_segment_in_a_row_equals_the_segment_alone(golden_b, lengths):
+    """I3, training and inference; in inference NTK and log-n follow the segment, not the row.
+
+    The golden model B has seq_length 64: some of these segments and rows are beyond it.
+    """
+    model = golden_b
     rng = np.random.default_rng(2)
     total = sum(lengths)
-    tokens = rng.integers(0, 97, (1, total)).astype(np.int32)
+    tokens = rng.integers(0, 512, (1, total)).astype(np.int32)
     segment_ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None].astype(np.int32)
     whole = {t: forward(model, tokens, segment_ids, t) for t in (True, False)}
     starts = np.cumsum([0, *lengths])
