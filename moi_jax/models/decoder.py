@@ -132,8 +132,10 @@ class Decoder(nnx.Module):
         if longer and config.logn_attention:
             query_scale = rotary.logn_scale(positions, config.seq_length, statistics)
 
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.compute_dtype)
-        x = constrain(x, "batch", None, None)
+        # Gathered along D like any parameter in use: a lookup in its shards would leave x split
+        # along D, and XLA would make it whole on every device to split it by rows.
+        table = constrain(self.embedding[...].astype(self.compute_dtype), "vocab", None)
+        x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, parameters: Any) -> tuple[jax.Array, None]:
