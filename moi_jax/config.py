@@ -17,8 +17,9 @@ class Section(BaseModel):
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# Strict: "true" is no number.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
 FloatType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -286,7 +287,9 @@ class Config(Section):
         """Sections left out or empty are read as {}, so that their own defaults resolve."""
         if not isinstance(values, dict):
             return values
-        filled = {name: values.get(name) or {} for name in cls.model_fields}
+        filled = {
+            name: {} if values.get(name) is None else values[name] for name in cls.model_fields
+        }
         model = filled["model"]
         if isinstance(model, dict) and not model.get("init_from") and not model.get("preset"):
             filled["model"] = {**model, "preset": "qwen-7b"}

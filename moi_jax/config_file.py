@@ -11,6 +11,9 @@ from pydantic import BaseModel, ValidationError
 from moi_jax.config import Config
 from moi_jax.errors import UserError
 
+# PyYAML raises a plain ValueError on a date that is none, RecursionError on deep nesting.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
 # Keys of the design that exist, with the values that are built so far.
 BUILT: dict[str, tuple[Any, ...]] = {
     "model.attention": ("auto", "xla"),
@@ -33,7 +36,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader) or {}
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as 'data:', found {type(values).__name__}")
@@ -68,10 +71,11 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _unique_mapping(loader: UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
+    nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    keys = [loader.construct_object(key) for key in nodes]
     for index, key in enumerate(keys):
         if key in keys[:index]:
-            raise yaml.YAMLError(f"the key {key!r} stands twice, {node.value[index][0].start_mark}")
+            raise yaml.YAMLError(f"the key {key!r} stands twice, {nodes[index].start_mark}")
     return loader.construct_mapping(node, deep=True)
 
 
@@ -86,7 +90,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not of the form section.key=value")
     try:
         value = yaml.load(text, Loader=UniqueKeyLoader)
-    except yaml.YAMLError:
+    except NOT_YAML:
         raise UserError(f"the value of override {override!r} is not valid YAML") from None
     node: Any = values
     try:

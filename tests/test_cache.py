@@ -3,7 +3,9 @@
 import io
 import json
 import multiprocessing
+import os
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,12 @@ def test_domain_without_usable_rows_is_refused_with_counts(root: Path) -> None:
     assert list((root.parent / "cache").iterdir()) == []
 
 
+def test_domain_of_empty_files_alone_is_refused(root: Path) -> None:
+    write(root / "a" / "1.jsonl")
+    with pytest.raises(UserError, match=r"domain a has no usable row in a/1\.jsonl: 0 read"):
+        run(section(root, "a"))
+
+
 def test_mixture_without_domains_is_refused(root: Path) -> None:
     with pytest.raises(UserError, match=r"data\.domains is empty"):
         run(config.Data(root=root))
@@ -215,7 +223,7 @@ def test_truncated_conversation_equals_the_shorter_one(root: Path) -> None:
     limit = tokens_of(*LONG) - 1
     long, short = run(section(root, "a", "b", max_instruction_tokens=limit))
     assert texts(long) == [texts(short)[0], texts(long)[1]]
-    assert long.hashes[0] == short.hashes[0]
+    assert long.hashes[0].tolist() == short.hashes[0].tolist()
     assert long.manifest["truncated_turns"] == 1
     assert long.manifest["dropped"] == {"too_long": 1}
     assert long.lengths[0].tolist() == short.lengths[0].tolist()
@@ -271,6 +279,8 @@ def test_key_depends_on_what_decides_the_content_alone(root: Path) -> None:
     moved = root.parent / "moved"
     shutil.copytree(root, moved)
     (moved / "a" / "1.jsonl").rename(moved / "a" / "renamed.jsonl")
+    assert run(base)[0].manifest["files"][0]["name"] == "a/1.jsonl"
+    assert run(change(base, root=moved))[0].manifest["files"][0]["name"] == "a/renamed.jsonl"
     same = [
         change(base, held_out={"fraction": 0.1}, max_repeats=2, on_bad_row="error"),
         change(base, strategy="sequence", sampling="proportional", packing="none"),
@@ -400,7 +410,7 @@ def test_number_held_out(
 
 
 def memory_cache(name: str, hashes: Any, losses: tuple[int, int] = (4, 6)) -> DomainCache:
-    hashes = np.array(list(hashes), np.uint64)
+    hashes = np.array([[h, h] for h in hashes], np.uint64)
     lengths = np.tile(np.array([10, *losses], np.int32), (len(hashes), 1))
     return DomainCache(name, Path(), "", lengths, hashes, {})
 
@@ -417,8 +427,8 @@ def test_selection_depends_on_content_and_shares_nothing(
     first = [h for h in first if h != 2**63 + 1] or [1]
     caches = [memory_cache("a", first), memory_cache("b", second)]
     a, b = select(caches, config.HeldOut(fraction=0.1, min=2), "assistant")
-    parts = [set(caches[0].hashes[a.train]), set(caches[0].hashes[a.held_out])]
-    parts += [set(caches[1].hashes[b.train]), set(caches[1].hashes[b.held_out])]
+    parts = [set(caches[0].hashes[part, 0]) for part in (a.train, a.held_out)]
+    parts += [set(caches[1].hashes[part, 0]) for part in (b.train, b.held_out)]
     assert sum(map(len, parts)) == len(set().union(*parts)) == len({*first, *second})
     assert parts[0] | parts[1] == set(first)
     assert len(a.train) + len(a.held_out) + a.duplicates == len(first)
@@ -426,7 +436,7 @@ def test_selection_depends_on_content_and_shares_nothing(
     random.shuffle(first)
     shuffled = memory_cache("a", first)
     again, _ = select([shuffled, caches[1]], config.HeldOut(fraction=0.1, min=2), "assistant")
-    assert set(shuffled.hashes[again.held_out]) == parts[1]
+    assert set(shuffled.hashes[again.held_out, 0]) == parts[1]
 
 
 def test_rows_without_loss_tokens_are_counted_by_targets() -> None:
@@ -449,4 +459,73 @@ def test_cached_hash_is_the_content_hash(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
     (cache,) = run(section(root, "a"))
     same = Conversation((Message("user", "Hi"), Message("assistant", "Hello.")))
-    assert cache.hashes.tolist() == [content_hash(same.messages)]
+    assert cache.hashes.tolist() == [[content_hash(same.messages)] * 2]
+
+
+def with_system(row: dict, text: str) -> dict:
+    return {**row, "system": text}
+
+
+def test_no_turns_of_a_held_out_conversation_are_in_training(root: Path) -> None:
+    """Neither under another system text of the row's own, nor in another domain."""
+    pairs = [chat(f"Question {n}?", f"Answer {n}.") for n in range(60)]
+    write(root / "a" / "1.jsonl", *pairs, *(with_system(row, "Be short.") for row in pairs))
+    write(root / "b" / "1.jsonl", *(with_system(row, "Be long.") for row in pairs[:40]))
+    caches = run(section(root, "a", "b"))
+    selections = select(caches, config.HeldOut(), "assistant")
+    both = list(zip(caches, selections, strict=True))
+    held = {text for cache, s in both for text in texts(cache, s.held_out)}
+    trained = {text for cache, s in both for text in texts(cache, s.train)}
+    assert len(selections[0].held_out) >= 10
+    assert not held & trained
+    assert len(held | trained) == 60
+    for cache, s in both:
+        assert sorted([*s.train, *s.held_out]) == list(range(len(cache.lengths)))
+
+
+def test_a_replaced_system_text_does_not_tell_two_rows_apart(root: Path) -> None:
+    rows = [with_system(chat("Hi", "Hello."), text) for text in ("One.", "Two.")]
+    write(root / "a" / "1.jsonl", *rows)
+    counts = {}
+    for mode in ("append", "replace"):
+        caches = run(section(root, "a", row_system=mode))
+        (selection,) = select(caches, config.HeldOut(), "assistant")
+        counts[mode] = len(selection.train), selection.duplicates
+    assert counts == {"append": (2, 0), "replace": (1, 1)}
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "lengths.npy", "hashes.npy", "instructions.array_record"]
+)
+def test_a_cache_that_was_cut_short_is_made_anew(root: Path, name: str) -> None:
+    write(root / "a" / "1.jsonl", chat("Hi", "Hello."), chat("Bye", "Bye."))
+    (first,) = run(section(root, "a"))
+    expected = texts(first)
+    path = first.directory / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (again,) = run(section(root, "a"))
+    assert texts(again) == expected
+
+
+def test_a_cache_damaged_inside_is_named_when_it_is_read(root: Path) -> None:
+    write(root / "a" / "1.jsonl", *(chat(f"Question {n}", f"Answer {n}") for n in range(200)))
+    (cache,) = run(section(root, "a"))
+    path = cache.directory / "instructions.array_record"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(content)
+    cache_module._reader.cache_clear()
+    with pytest.raises(UserError, match=f"cache of domain a is damaged.*delete {cache.directory}"):
+        cache.read(range(200))
+
+
+def test_a_folder_left_by_a_killed_process_is_swept_after_a_day(root: Path) -> None:
+    write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
+    old, young = (root.parent / "cache" / f"{name}.part" for name in ("old", "young"))
+    for part in (old, young):
+        part.mkdir(parents=True)
+    os.utime(old, times=(time.time() - 2 * 24 * 3600,) * 2)
+    run(section(root, "a"))
+    assert not old.exists()
+    assert young.exists()

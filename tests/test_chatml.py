@@ -120,14 +120,13 @@ def test_labels_of_a_chat_by_hand() -> None:
     )
 
 
-def test_untrained_message_carries_no_assistant_loss() -> None:
+def test_untrained_message_carries_no_loss() -> None:
     first = conversation("Hi", "Hello.", "More", "Yes.").messages
     chat = Conversation((first[0], Message("assistant", "Hello.", train=False), *first[2:]))
     row = one(chat, None)
     assert labelled(row, "assistant") == "Yes.<|im_end|>"
     assert labelled(row, "qwen_official") == (
-        "<|im_end|>\n<|im_start|>|<|im_end|>\n<|im_start|>|<|im_end|>\n<|im_start|>|"
-        "Yes.<|im_end|>\n"
+        "<|im_end|>\n|<|im_start|>|<|im_end|>\n<|im_start|>|Yes.<|im_end|>\n"
     )
 
 
@@ -141,6 +140,13 @@ def test_observations_of_a_react_answer_carry_no_assistant_loss() -> None:
         assert observed not in labels
     assert labels.endswith("12<|im_end|>")
     assert REACT + "<|im_end|>\n" in labelled(row, "qwen_official")
+
+
+def test_a_call_right_after_an_observation_is_the_models() -> None:
+    row = one(conversation("q", "Action Input: x\nObservation: 7\nAction: f\nAction Input: y"))
+    assert labelled(row, "assistant").endswith(
+        "Observation:|\nAction: f\nAction Input: y<|im_end|>"
+    )
 
 
 def test_observation_at_the_end_leaves_only_the_end_mark() -> None:
@@ -179,6 +185,7 @@ TEXTS = st.text(max_size=12) | st.sampled_from(
         REACT,
         "Action Input: 1\nObservation: a\nObservation: b\nThought:",
         "Action Input: 1\nObservation: a\nFinal Answer: b",
+        "Action Input: 1\nObservation: a\nAction: b\nAction Input: 2\nObservation: c",
         "\nObservation: no tool was called",
         "Action Input:\nObservation:",
         "\n",
@@ -200,6 +207,9 @@ def conversations(draw: st.DrawFn) -> Conversation:
 PROMPTS = st.none() | st.text(max_size=8)
 
 
+MODEL_LINES = ("\nThought:", "\nAction:", "\nFinal Answer:")
+
+
 def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list[bool], list[bool]]:
     """Tokens and both label masks, written down one token after the other."""
     tokens: list[int] = []
@@ -214,7 +224,7 @@ def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list
 
     turns = [] if system is None else [Message("system", system)]
     for message in (*turns, *chat.turns):
-        put([TOKENIZER.im_start], False, True)
+        put([TOKENIZER.im_start], False, message.train)
         put(TOKENIZER.encode(message.role), False, False)
         put(TOKENIZER.encode("\n"), False, False)
         trained = message.role == "assistant" and message.train
@@ -222,19 +232,19 @@ def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list
         content = "".join(TOKENIZER.decode(ids))
         for token, (begin, _) in zip(ids, offsets, strict=True):
             # Observed: the last "\nObservation:" that ends before the token opened an
-            # observation, or an earlier one did, and no "\nThought:" or "\nFinal Answer:" has begun
-            # since. Without a tool call nothing is observed.
+            # observation, or an earlier one did, and nothing in MODEL_LINES has begun since.
+            # Without a tool call nothing is observed.
             observed = False
             at = 0 if "Action Input:" in content else len(content)
             while (found := content.find("\nObservation:", at)) >= 0:
                 opened = found + len("\nObservation:")
-                ends = [content.find(end, opened) for end in ("\nThought:", "\nFinal Answer:")]
+                ends = [content.find(end, opened) for end in MODEL_LINES]
                 closed = min([end for end in ends if end >= 0], default=len(content))
                 observed |= opened <= begin < closed
                 at = closed
             put([token], trained and not observed, trained)
-        put([TOKENIZER.im_end], trained, True)
-        put(TOKENIZER.encode("\n"), False, True)
+        put([TOKENIZER.im_end], trained, message.train)
+        put(TOKENIZER.encode("\n"), False, message.train)
     return tokens, assistant, official
 
 

@@ -95,6 +95,9 @@ def test_a_switch_set_beside_the_strategy_wins():
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: Input should be a"),
         ({"data": {"strategy": ["moi"]}}, "data.strategy: Input should be 'sequence'"),
         ({"data": 3}, "data: Input should be a valid dictionary"),
+        ({"eval": False}, "eval: Input should be a valid dictionary"),
+        ({"logging": []}, "logging: Input should be a valid dictionary"),
+        ({"train": {"steps": True}}, "train.steps: Input should be a valid integer"),
         ({"train": {"sample_prompts": [{"domain": "x", "prompt": "y"}]}}, "names the domain 'x'"),
     ],
 )
@@ -117,7 +120,8 @@ def test_overrides_reach_sections_and_list_elements(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["train.steps", "steps=3", "data.domains.5.name=x", "a.b.c=1", "a.b=[1"]
+    "override",
+    ["train.steps", "steps=3", "data.domains.5.name=x", "a.b.c=1", "a.b=[1", "a.b=2024-99-99"],
 )
 def test_a_bad_override_is_named(tmp_path, override):
     path = tmp_path / "c.yaml"
@@ -131,6 +135,25 @@ def test_a_key_given_twice_is_refused(tmp_path):
     path.write_text("train: {steps: 1, steps: 2}\n")
     with pytest.raises(UserError, match="'steps' stands twice"):
         load_config(path)
+
+
+@pytest.mark.parametrize("text", ["train: {steps: 2024-99-99}\n", "a: " + "[" * 3000, "a: [\n"])
+def test_what_is_no_yaml_is_one_line(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="is not valid YAML") as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_section_may_be_merged_from_an_anchor(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "data:\n  domains:\n  - {name: chat, sources: [&s {path: a, max_rows: 3}]}\n"
+        "  - {name: code, sources: [{<<: *s, path: b}]}\n"
+    )
+    source = load_config(path).data.domains[1].sources[0]
+    assert (source.path, source.max_rows) == ("b", 3)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

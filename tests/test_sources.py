@@ -184,6 +184,12 @@ def test_format_is_detected_behind_unreadable_rows(tmp_path: Path) -> None:
     assert rows[2].conversation == Conversation(PLAIN)
 
 
+def test_format_is_detected_behind_a_row_of_another_shape(tmp_path: Path) -> None:
+    rows = read(tmp_path / "a.jsonl", b'{"version": 1}\n{}\n' + messages(USER, GPT))
+    assert [r.conversation.reason for r in rows[:2]] == ["missing_field"] * 2
+    assert rows[2].conversation == Conversation(PLAIN)
+
+
 def test_json_array_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": [USER, GPT]}], indent=1))
@@ -196,7 +202,9 @@ def test_json_array_file_is_refused(tmp_path: Path) -> None:
 def test_unknown_keys_are_refused_with_the_formats_known(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}')
-    with pytest.raises(UserError, match=r"a\.jsonl.*'completion', 'prompt'.*messages.*text_code"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: .*'completion', 'prompt'.*messages.*text_code"
+    ):
         detect_format(path)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ from moi_jax.data.chatml import Instruction
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+PART = ".part"  # ends the name of a folder that is being built
+ABANDONED_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class DomainCache:
       directory: holds instructions.array_record, lengths.npy, hashes.npy, manifest.json.
       key: sha256 hex of all that decides the content.
       lengths: int32[n, 3], tokens and loss tokens under `assistant` and `qwen_official`.
-      hashes: uint64[n], `content_hash` of each conversation as kept.
+      hashes: uint64[n, 2], `content_hash` of each conversation as kept: of all its messages, and
+        of its turns without a system text of its own.
       manifest: rows read, kept and dropped by reason, and a table of the files.
     """
 
@@ -60,7 +64,13 @@ class DomainCache:
         A forked process may hang: the locks of ArrayRecord's reader do not survive a fork.
         """
         reader = _reader(self.directory / "instructions.array_record")
-        return [from_record(record) for record in reader.read([int(i) for i in indices])]
+        try:
+            return [from_record(record) for record in reader.read([int(i) for i in indices])]
+        except RuntimeError as error:  # what ArrayRecord raises
+            raise UserError(
+                f"the cache of domain {self.name} is damaged ({error}); delete {self.directory} "
+                f"and it is made anew"
+            ) from None
 
 
 def loss_column(targets: str) -> int:
@@ -112,6 +122,10 @@ def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[D
                 raise UserError(
                     f"domain {domain.name}: cannot read or write {error.filename}: {error.strerror}"
                 ) from None
+            except RuntimeError as error:  # what ArrayRecord raises, say when a disk is full
+                raise UserError(
+                    f"domain {domain.name}: cannot write below {data.cache_dir}: {error}"
+                ) from None
             progress.update(task, completed=size)
             if not console.is_terminal:
                 line = f"{domain.name}: {'prepared' if built else 'cached'}, {_summary(cache)}"
@@ -146,12 +160,12 @@ def _prepare_domain(
     if built := not directory.exists():
         _build_whole(directory, data, domain, names, tokenizer, advance)
     try:
-        cache = _open(domain.name, directory, key)
+        cache = _open(domain.name, directory, key, names)
     except (EOFError, KeyError, OSError, ValueError, json.JSONDecodeError):
         # Cut short by a full disk or a copy: what is in the cache can always be made again.
         shutil.rmtree(directory)
         _build_whole(directory, data, domain, names, tokenizer, advance)
-        cache, built = _open(domain.name, directory, key), True
+        cache, built = _open(domain.name, directory, key, names), True
     if data.on_bad_row == "error":
         _refuse_bad_rows(data, cache.manifest)
     return cache, built
@@ -166,8 +180,9 @@ def _build_whole(
     advance: Callable[[int], None],
 ) -> None:
     """Builds a domain's folder beside its place and moves it there when it is whole."""
-    part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.part")
+    part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}{PART}")
     part.mkdir(parents=True)
+    _sweep(directory.parent)
     try:
         _build(part, data, domain, names, tokenizer, advance)
         _move_into_place(part, directory)
@@ -175,7 +190,14 @@ def _build_whole(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _open(name: str, directory: Path, key: str) -> DomainCache:
+def _sweep(cache_dir: Path) -> None:
+    """Removes what processes left half built that were killed more than a day ago."""
+    for part in cache_dir.glob(f"*{PART}"):
+        if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _open(name: str, directory: Path, key: str, names: list[list[str]]) -> DomainCache:
     """Opens a domain's folder; raises what its files raise when one is damaged."""
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     lengths, hashes = np.load(directory / "lengths.npy"), np.load(directory / "hashes.npy")
@@ -184,7 +206,18 @@ def _open(name: str, directory: Path, key: str) -> DomainCache:
     records = _reader(directory / "instructions.array_record").num_records()
     if not len(lengths) == len(hashes) == records == manifest["kept"]:
         raise ValueError("the files of the cache differ in length")
+    _rename(manifest, list(chain(*names)))
     return DomainCache(name, directory, key, lengths, hashes, manifest)
+
+
+def _rename(manifest: dict[str, Any], names: list[str]) -> None:
+    """Gives the files the names they have now: the same bytes may have moved since."""
+    current = {file["name"]: name for file, name in zip(manifest["files"], names, strict=True)}
+    for file in manifest["files"]:
+        file["name"] = current[file["name"]]
+    for row in manifest["examples"]:
+        row["file"] = current[row["file"]]
+    manifest["empty_files"] = [current[name] for name in manifest["empty_files"]]
 
 
 def _key(
@@ -282,7 +315,8 @@ def select(
     """Leaves out instructions without labels and duplicates, and holds some out by content.
 
     The first of equal conversations over all domains stays. Which are held out is decided by
-    the hash of the content alone, never by position or seed.
+    the hash of their turns alone, never by position or seed; conversations with the same turns
+    are all held out, in any domain and under any system text, or none is.
 
     Args:
       caches: in config order.
@@ -294,21 +328,23 @@ def select(
     """
     column = loss_column(targets)
     candidates = [np.flatnonzero(cache.lengths[:, column]) for cache in caches]
-    hashes = [cache.hashes[rows] for cache, rows in zip(caches, candidates, strict=True)]
+    hashes = [cache.hashes[rows, 0] for cache, rows in zip(caches, candidates, strict=True)]
     first = np.zeros(sum(map(len, hashes)), bool)
     first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
     offsets = np.cumsum([len(rows) for rows in candidates])[:-1]
-    selections = []
+    kept_rows = []
     for cache, rows, unique in zip(caches, candidates, np.split(first, offsets), strict=True):
-        kept = rows[unique]
-        if not len(kept):
+        kept_rows.append(rows[unique])
+        if not unique.any():
             raise UserError(
                 f"domain {cache.name} has nothing to train on: {len(cache.hashes) - len(rows)} "
                 f"rows without loss tokens, {len(rows)} equal to rows of earlier domains"
             )
-        count = _held_out_count(len(kept), held_out)
-        held = np.zeros(len(kept), bool)
-        held[np.argsort(_mix(cache.hashes[kept]))[:count]] = True
+    turns = [cache.hashes[kept, 1] for cache, kept in zip(caches, kept_rows, strict=True)]
+    held_turns = np.concatenate([_held_out_turns(domain, held_out) for domain in turns])
+    selections = []
+    for cache, rows, kept, domain in zip(caches, candidates, kept_rows, turns, strict=True):
+        held = np.isin(domain, held_turns)
         selections.append(
             Selection(
                 train=kept[~held],
@@ -318,6 +354,16 @@ def select(
             )
         )
     return selections
+
+
+def _held_out_turns(turns: np.ndarray, held_out: config.HeldOut) -> np.ndarray:
+    """The hashes of the turns that a domain holds out, the smallest when mixed."""
+    order = np.argsort(_mix(turns))
+    count = _held_out_count(len(turns), held_out)
+    # Equal turns stay together, on the training side when they would be too many.
+    while 0 < count < len(turns) and turns[order[count]] == turns[order[count - 1]]:
+        count -= 1
+    return turns[order[:count]]
 
 
 def _held_out_count(rows: int, held_out: config.HeldOut) -> int:

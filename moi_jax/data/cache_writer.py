@@ -64,8 +64,8 @@ class DomainWriter:
         self.records = array_record_module.ArrayRecordWriter(
             str(directory / "instructions.array_record"), "group_size:1"
         )
-        self.lengths: list[np.ndarray] = []
-        self.hashes: list[np.ndarray] = []
+        self.lengths = [np.zeros((0, 3), np.int32)]
+        self.hashes = [np.zeros((0, 2), np.uint64)]
         self.dropped: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
         self.files: list[dict[str, Any]] = []
@@ -106,7 +106,7 @@ class DomainWriter:
             chatml.render(conversations, self.tokenizer, self.prompt, self.data.row_system)
         )
         lengths: list[tuple[int, int, int]] = []
-        hashes: list[int] = []
+        hashes: list[tuple[int, int]] = []
         read = 0
         for row in rows:
             if len(hashes) == room:
@@ -122,13 +122,14 @@ class DomainWriter:
                 continue
             self.records.write(to_record(instruction))
             lengths.append((len(instruction.tokens), *chatml.loss_tokens(instruction)))
+            turns = content_hash(conversation.turns)
             # A system text that the domain's prompt replaces is no part of what is trained on.
-            replaced = self.data.row_system == "replace" and self.prompt is not None
-            hashes.append(content_hash(conversation.turns if replaced else conversation.messages))
+            replaced = self.data.row_system == "replace" and bool(self.prompt)
+            hashes.append((turns if replaced else content_hash(conversation.messages), turns))
             self.counts["own_system"] += bool(instruction.row_system)
             self.counts["trimmed_user_turn"] += row.trimmed
         self.lengths.append(np.array(lengths, np.int32).reshape(-1, 3))
-        self.hashes.append(np.array(hashes, np.uint64))
+        self.hashes.append(np.array(hashes, np.uint64).reshape(-1, 2))
         return read, len(hashes)
 
     def _fit(

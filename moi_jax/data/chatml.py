@@ -15,14 +15,16 @@ import numpy as np
 from moi_jax.data.conversations import Conversation, Message
 from moi_jax.data.tokenizer import Tokenizer
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 ASSISTANT, QWEN_OFFICIAL = 1, 2
 TARGETS = {"assistant": ASSISTANT, "qwen_official": QWEN_OFFICIAL}
 
 # In a ReAct answer, one that calls a tool, the model writes "Observation:" and the tool what
-# follows it, up to the model's next thought or answer.
+# follows it, up to the model's next thought, call or answer.
 TOOL_CALL = "Action Input:"
-OBSERVATION = re.compile(r"\nObservation:(.*?)(?=\nThought:|\nFinal Answer:|\Z)", re.DOTALL)
+OBSERVATION = re.compile(
+    r"\nObservation:(.*?)(?=\nThought:|\nAction:|\nFinal Answer:|\Z)", re.DOTALL
+)
 
 Span = tuple[int, int, int]
 
@@ -118,7 +120,7 @@ def render(
         tokens, spans = template.system_block(system_ids[system])
         system_length = len(tokens)
         for number, message in enumerate(conversation.turns):
-            if number:
+            if number and message.train:
                 spans.append((len(tokens), len(tokens) + 1, QWEN_OFFICIAL))
             tokens += template.headers[message.role]
             start = len(tokens)
@@ -128,7 +130,8 @@ def render(
             if message.role == "assistant" and message.train:
                 spans += _answer_spans(message.content, start, end + 1, tokenizer)
                 end += 1
-            spans.append((end, len(tokens), QWEN_OFFICIAL))
+            if message.train:
+                spans.append((end, len(tokens), QWEN_OFFICIAL))
         instructions.append(
             Instruction(
                 np.array(tokens, np.int32),

@@ -4,7 +4,8 @@ import glob
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from contextlib import suppress
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ BOM = b"\xef\xbb\xbf"
 CONTROL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|extra_\d+)\|>")
 MESSAGES_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES: dict[str, Role] = {**MESSAGES_ROLES, "human": "user", "gpt": "assistant"}
+ROWS_TO_DETECT = 100  # readable rows looked at for the format of a file
 TOOL_ROLES = {"function_call", "observation", "tool", "function"}
 
 
@@ -54,24 +56,29 @@ def expand(root: Path, sources: Sequence[Source]) -> list[list[str]]:
 
 
 def detect_format(path: Path) -> str | None:
-    """The format that the keys of the first readable row tell; None without a readable row.
+    """The format that the keys of the first telling row say; None without a readable row.
 
     Raises:
-      UserError: the file is a JSON array, or its keys are those of no format.
+      UserError: the file is a JSON array, or the keys of its first rows are those of no format.
     """
-    for _, raw in _lines(path):
-        try:
-            keys = _parse(raw).keys()
-        except BadRow:
-            continue
+    odd: tuple[int, list[str]] | None = None
+    for line, row in islice(_readable(path), ROWS_TO_DETECT):
         for name, form in FORMATS.items():
-            if any(signature <= keys for signature in form.signatures):
+            if any(signature <= row.keys() for signature in form.signatures):
                 return name
-        raise UserError(
-            f"{path}: no known format has the keys {', '.join(map(repr, sorted(keys))) or '(none)'}"
-            f"; name one with the source's format: {', '.join(FORMATS)}"
-        )
-    return None
+        odd = odd or (line, sorted(row))
+    if odd is None:
+        return None
+    raise UserError(
+        f"{path}:{odd[0]}: no known format has the keys {', '.join(map(repr, odd[1])) or '(none)'}"
+        f"; name one with the source's format: {', '.join(FORMATS)}"
+    )
+
+
+def _readable(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, raw in _lines(path):
+        with suppress(BadRow):
+            yield line, _parse(raw)
 
 
 def read_rows(path: Path, format_name: str | None) -> Iterator[Row]:

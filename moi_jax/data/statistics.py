@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moi_jax.console import say
@@ -131,7 +132,7 @@ def print_sources(caches: Sequence[DomainCache], console: Console) -> None:
         files = cache.manifest["files"]
         for file in files[:FILES_SHOWN]:
             figures = (f"{file['read']:,}", f"{file['kept']:,}")
-            table.add_row(cache.name, file["name"], file["format"] or "empty", *figures)
+            table.add_row(cache.name, escape(file["name"]), file["format"] or "empty", *figures)
         if len(files) > FILES_SHOWN:
             table.add_row(cache.name, f"and {len(files) - FILES_SHOWN} more files", "", "", "")
     console.print(table)
