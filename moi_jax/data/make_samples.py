@@ -56,27 +56,26 @@ INTRODUCTIONS = (
 Conversation = dict[str, list[dict[str, str]]]
 
 
-def code_pairs(rng: Random, functions: str, per_function: int) -> list[tuple[str, str]]:
+def code_pairs(rng: Random, functions: str) -> list[tuple[str, str]]:
     """Requests for Python functions and answers whose code was run with its asserts.
+
+    One for each function, so that no answer that is held out was trained on in other words.
 
     Args:
       rng: chooses the phrasing and two asserts a row.
       functions: blocks of ``## what it does``, the function, a blank line, its asserts.
-      per_function: rows a function, each phrased differently.
     """
     pairs = []
     for block in functions.split("## ")[1:]:
         task, source = block.strip().split("\n", 1)
         body, checks = source.rsplit("\n\n", 1)
         name = body.removeprefix("def ").split("(")[0]
-        for request in rng.sample(REQUESTS, per_function):
-            asserts = "\n".join(rng.sample(checks.split("\n"), 2))
-            code = f"{body}\n\n{asserts}"
-            exec(compile(code, name, "exec"), {})
-            introduction = rng.choice(INTRODUCTIONS).format(name=name)
-            pairs.append(
-                (request.format(name=name, task=task), f"{introduction}\n\n```python\n{code}\n```")
-            )
+        asserts = "\n".join(rng.sample(checks.split("\n"), 2))
+        code = f"{body}\n\n{asserts}"
+        exec(compile(code, name, "exec"), {})
+        request = rng.choice(REQUESTS).format(name=name, task=task)
+        introduction = rng.choice(INTRODUCTIONS).format(name=name)
+        pairs.append((request, f"{introduction}\n\n```python\n{code}\n```"))
     return pairs
 
 
@@ -142,7 +141,7 @@ def make_samples(out: Path) -> None:
     rng = Random(SEED)
     domains = {
         "chat": [json.loads(line) for line in chat],
-        "code": conversations(code_pairs(rng, functions, per_function=2)),
+        "code": conversations(code_pairs(rng, functions)),
         "maths": conversations(maths_pairs(rng, per_template=9)),
         "tools": conversations(tool_pairs(rng, per_scenario=10)),
     }
