@@ -34,7 +34,8 @@ def import_checkpoint(
     """Writes the published checkpoint in `directory` as one of ours at `out`.
 
     Raises:
-      UserError: a file is missing or damaged, or `out` exists; nothing is left behind.
+      UserError: a file is missing or damaged, or `out` exists or cannot be written; nothing is
+        left behind.
     """
     import ml_dtypes  # brings bfloat16 to numpy
     import numpy as np
@@ -42,10 +43,9 @@ def import_checkpoint(
     from moi_jax.data.prompts import prompts_item
     from moi_jax.data.tokenizer import load_tokenizer
     from moi_jax.models.published import read_published
-    from moi_jax.training.checkpoints import ModelItems, save_model
+    from moi_jax.training.checkpoints import ModelItems, check_new, save_model
 
-    if out.exists():
-        raise UserError(f"{out} exists; name a new directory, nothing is overwritten")
+    check_new(out)
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory; name the folder of a published checkpoint")
     files = load_tokenizer(tokenizer or directory)

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +63,7 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
     from moi_jax.console import say
     from moi_jax.evaluation.answers import make_sampler
     from moi_jax.evaluation.held_out import HeldOut
+    from moi_jax.training.checkpoints import RunCheckpoints
     from moi_jax.training.inputs import open_inputs, resolve
     from moi_jax.training.loop import fit
     from moi_jax.training.report import write_report
@@ -69,7 +72,7 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
 
     console = Console()
     with run_directory(config.logging.run_dir, fresh) as directory:
-        resolved = resolve(config)
+        resolved = resolve(config, None if fresh else directory)
         machine = build_machine(resolved)
         inputs = open_inputs(resolved, console)
         held_out = HeldOut(
@@ -92,18 +95,16 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
                 machine.make_model,
             )
 
-        def evaluate(parameters: "Tree") -> dict[str, float]:
-            return held_out.losses(lambda batch: machine.sums(parameters, batch))
+        def evaluate(parameters: "Tree", give_up: Callable[[], bool]) -> dict[str, float]:
+            return held_out.losses(lambda batch: machine.sums(parameters, batch), give_up)
 
         if fresh:
-            if config.model.init_from and directory in config.model.init_from.parents:
-                raise UserError(
-                    f"--fresh would move {config.model.init_from} aside, which model.init_from "
-                    f"names; copy that checkpoint elsewhere first"
-                )
+            _refuse_to_move(config.model.init_from, directory)
             move_aside(directory)
-        with jax.set_mesh(machine.mesh):
-            run = start_run(inputs, machine, directory, allow_change, evaluate, sample, console)
+        opened = RunCheckpoints(directory / "checkpoints", config.checkpoint, inputs.items)
+        # Closed however this ends: a save under way becomes whole first.
+        with closing(opened) as checkpoints, jax.set_mesh(machine.mesh):
+            run = start_run(inputs, machine, checkpoints, allow_change, evaluate, sample, console)
             if run.step == run.steps:
                 say(console, f"the run in {directory} is complete; --fresh begins anew")
             finished = fit(run)
@@ -115,6 +116,18 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
     say(console, f"checkpoint {directory / 'checkpoints' / str(run.step)}")
     say(console, f"report     {report}")
     return 0
+
+
+def _refuse_to_move(init_from: Path | None, directory: Path) -> None:
+    """Raises UserError when --fresh would move aside what the new run begins from."""
+    if init_from is None:
+        return
+    source, moved = init_from.expanduser().resolve(), directory.resolve()
+    if moved == source or moved in source.parents:
+        raise UserError(
+            f"--fresh would move {init_from} aside, which model.init_from names; copy that "
+            f"checkpoint elsewhere first"
+        )
 
 
 def _print_answers(directory: Path, console: "Console") -> None:

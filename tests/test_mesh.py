@@ -1,5 +1,10 @@
 """The same run on another mesh, remat policy or accumulation, within the bars of docs/design.md."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -105,6 +110,49 @@ def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
     with pytest.raises(UserError, match="global_batch_rows 6 is no multiple of the 4 batch shards"):
         sharding.check_rows(6, mesh, "train.global_batch_rows")
+
+
+HOST = """
+import sys
+import jax, numpy as np
+number, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+from moi_jax import config
+from moi_jax.data.loader import Batch
+from moi_jax.training.sharding import local_rows, make_mesh, place_batch
+mesh = make_mesh(config.Mesh(fsdp=4))
+held = local_rows(16, 8, mesh)
+print("held", *held)
+whole = np.arange(16 * 3).reshape(16, 3)
+placed = place_batch(Batch(*[whole[held]] * 6), held, 8, mesh).tokens
+assert placed.shape == (2, 8, 3)
+for shard in placed.addressable_shards:
+    np.testing.assert_array_equal(shard.data, whole.reshape(2, 8, 3)[shard.index])
+print("sum", int(jax.jit(lambda x: x.sum())(placed)))
+"""
+
+
+def test_two_hosts_read_disjoint_rows_and_place_one_batch():
+    """A true run of two processes with two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
+    }  # fmt: skip
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(number), str(port)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    held = [set(out.split("held ")[1].split("\n")[0].split()) for out, _ in outputs]
+    assert held[0] == {"0", "1", "2", "3", "8", "9", "10", "11"}
+    assert held[1] == {"4", "5", "6", "7", "12", "13", "14", "15"}
+    assert all(f"sum {sum(range(48))}" in out for out, _ in outputs)
 
 
 @pytest.mark.parametrize("microbatch_rows", [8, 4])

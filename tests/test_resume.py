@@ -16,6 +16,7 @@ from moi_jax.training.runtime import LOCK
 
 from run_helpers import (
     ENVIRONMENT,
+    ROOT,
     SAMPLES,
     logged_steps,
     records,
@@ -193,6 +194,21 @@ def test_a_longer_run_and_another_batch_go_on_when_allowed(uninterrupted, tmp_pa
     assert [r["row"] for r in last if "row" in r][-1] == 10 * 2 + 2 * 4
 
 
+def test_a_run_goes_on_on_another_mesh_with_other_microbatches(uninterrupted, tmp_path):
+    config = small_config(tmp_path)
+    assert train_until(config, 3, signal.SIGTERM) == 128 + signal.SIGTERM
+    overrides = ["mesh.tensor=2", "train.microbatch_rows=1"]
+    done = train(config, *overrides, environment=TWO_DEVICES)
+    assert done.returncode == 0, done.stderr
+    assert "going on with mesh.tensor: 1 -> 2" in done.stdout
+    assert "going on with train.microbatch_rows: None -> 1" in done.stdout
+    whole, ours = (
+        [r["loss"] for r in records(run / "metrics.jsonl") if "token_loss" in r]
+        for run in (uninterrupted, tmp_path / "run")
+    )
+    np.testing.assert_allclose(ours, whole, rtol=0, atol=2e-5)
+
+
 def test_fresh_moves_the_old_run_aside(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     done = train(small_config(tmp_path), "--fresh", "train.steps=1")
@@ -228,10 +244,13 @@ def test_fresh_moves_nothing_before_the_config_is_known_to_work(uninterrupted, t
     done = train(small_config(tmp_path), "--fresh", "data.domains.0.sources.0.path=nothing*")
     assert done.returncode == 2
     assert logged_steps(tmp_path / "run" / "metrics.jsonl")[-1] == 10
-    source = f"model.init_from={tmp_path / 'run' / 'checkpoints'}"
-    done = train(small_config(tmp_path), "--fresh", source, "model.preset=null")
-    assert done.returncode == 2
-    assert "--fresh would move" in done.stderr
+    relative = os.path.relpath(tmp_path / "run", ROOT)
+    for source in (tmp_path / "run" / "checkpoints", tmp_path / "run", relative):
+        done = train(
+            small_config(tmp_path), "--fresh", f"model.init_from={source}", "model.preset=null"
+        )
+        assert done.returncode == 2
+        assert "--fresh would move" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -78,16 +78,24 @@ def test_logged_steps_and_evaluations_have_their_keys(finished):
         assert f"eval/{name}/default_prompt/loss" in evaluations[0]
 
 
-def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
-    """Losses 3, 1, 2, 5 at steps 1 to 4: 4 is the newest, 2 the best."""
+@pytest.mark.parametrize("restarts", [False, True])
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, restarts):
+    """Losses 3, 1, 2, 5 at steps 1 to 4: 4 is the newest, 2 the best, also over restarts."""
     config = make_config({"checkpoint": {"keep_last": 1, "keep_best": 1}})
     model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
     optimizer = make_optimizer(config.optimizer, model)
     state = initial_state(optimizer, init_parameters(model, jax.random.key(0), jnp.float32))
     items = ModelItems(model, {}, {})
-    checkpoints = RunCheckpoints(tmp_path / "checkpoints", config.checkpoint, items)
+
+    def opened():
+        return RunCheckpoints(tmp_path / "checkpoints", config.checkpoint, items)
+
+    checkpoints = opened()
     for step, loss in enumerate((3.0, 1.0, 2.0, 5.0), start=1):
         checkpoints.save(step, state, {}, {}, {"eval/mean/loss": loss})
+        if restarts:
+            checkpoints.close()
+            checkpoints = opened()
     checkpoints.close()
     kept = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {"2", "4"}
@@ -232,3 +240,8 @@ def test_training_starts_from_a_checkpoint_with_its_tokenizer_and_prompt(finishe
     )
     with pytest.raises(UserError, match="is not the architecture of"):
         resolve(other)
+    # The run goes on from its own checkpoint when the one it began with is gone.
+    done = train(small_config(tmp_path), "model.init_from=gone", *overrides[1:])
+    assert done.returncode == 0, done.stderr
+    assert f"going on with model.init_from: {source} -> gone" in done.stdout
+    assert "is complete" in done.stdout

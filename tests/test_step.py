@@ -147,6 +147,17 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
     assert trainer.step(random_batch(2))["applied"]
 
 
+def test_a_step_whose_gradient_alone_is_not_finite_is_not_applied():
+    trainer = Trainer({"fsdp": 1})
+    # Logits of about 1e21: their loss is finite, the squares of the gradient are not.
+    parameters = {**trainer.state.parameters, "head": trainer.state.parameters["head"] * 1e22}
+    trainer.state = dataclasses.replace(trainer.state, parameters=parameters)
+    metrics = trainer.step(random_batch(0))
+    assert np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["grad_norm"])
+    assert not metrics["applied"]
+
+
 def test_a_batch_without_weights_is_skipped_without_nan():
     trainer = Trainer({"fsdp": 1})
     before = trainer.parameters()

@@ -72,14 +72,17 @@ class HeldOut:
             )
         self.own, self.default = self._in_rows(own), self._in_rows(fitting)
 
-    def losses(self, sums: Sums) -> dict[str, float]:
+    def losses(self, sums: Sums, give_up: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Token means in nats: eval/<domain>/loss, .../default_prompt/loss, and their means.
 
         Args:
           sums: the model's domain_nll and domain_loss_tokens of a batch.
+          give_up: asked before each batch; once it is true there are no losses, {}.
         """
-        own = self._token_means(self.own, sums)
-        default = self._token_means(self.default, sums)
+        own = self._token_means(self.own, sums, give_up)
+        default = self._token_means(self.default, sums, give_up)
+        if own is None or default is None:
+            return {}
         losses: dict[str, float] = {}
         for index, name in enumerate(self.domains):
             losses[f"eval/{name}/loss"] = own[index]
@@ -91,9 +94,13 @@ class HeldOut:
             losses[f"eval/mean/{kind}"] = sum(known) / len(known) if known else math.nan
         return losses
 
-    def _token_means(self, rows: list[Rows], sums: Sums) -> list[float]:
+    def _token_means(
+        self, rows: list[Rows], sums: Sums, give_up: Callable[[], bool]
+    ) -> list[float] | None:
         nll, tokens = np.zeros((2, len(self.domains)), np.float64)
         for batch in self.batches(rows):
+            if give_up():
+                return None
             result = sums(batch)
             nll += result["domain_nll"]
             tokens += result["domain_loss_tokens"]

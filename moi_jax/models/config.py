@@ -139,8 +139,11 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
     width = values.get("intermediate_size", values.get("ffn_hidden_size"))
     if width is None:
         raise UserError(f"{where} lacks intermediate_size")
-    for field, value in {**fields, "intermediate_size": width}.items():
-        if not isinstance(value, int | float) or value < 0:
-            raise UserError(f"{where}: {field} is {value!r}, not a number")
+    for field, value in {**fields, "mlp_width": width}.items():
+        whole = ModelConfig.__annotations__[field] is int
+        if not isinstance(value, int if whole else int | float) or value < 0:
+            raise UserError(
+                f"{where}: {field} is {value!r}, not a {'whole ' if whole else ''}number"
+            )
     # The published figure counts both halves of the gated MLP.
     return _qwen_v1(**fields, mlp_width=width // 2)

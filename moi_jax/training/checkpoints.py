@@ -8,6 +8,7 @@ position, seed) and `config`.
 import dataclasses
 import logging
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,38 +52,59 @@ def save_model(path: Path, parameters: Tree, items: ModelItems) -> None:
     """Writes a checkpoint without training state; it appears under `path` only when whole.
 
     Raises:
-      UserError: `path` exists.
+      UserError: `path` exists or cannot be written.
     """
+    check_new(path)
+    args = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters), **items.to_args())
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(path.absolute(), args)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def check_new(path: Path) -> None:
+    """Raises UserError where a checkpoint cannot be written as `path`."""
     if path.exists():
         raise UserError(f"{path} exists; name a new directory, nothing is overwritten")
-    args = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters), **items.to_args())
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 class RunCheckpoints:
     """The checkpoints of a run, saved in the background, the newest never lost."""
 
     def __init__(self, directory: Path, config: config_lib.Checkpoint, items: ModelItems):
+
+        def score(metrics: Json) -> float:
+            """The greatest is kept, and a loss is best when least.
+
+            A checkpoint saved under another best_metric competes no more.
+            """
+            return -metrics.get(config.best_metric, math.inf)
+
         policies: list[preservation_policy.PreservationPolicy] = [
             preservation_policy.LatestN(config.keep_last)
         ]
         if config.keep_best:
             best = preservation_policy.BestN(
-                # The policy keeps the greatest; a loss is best when least.
-                # A checkpoint saved under another best_metric competes no more.
-                get_metric_fn=lambda metrics: -metrics.get(config.best_metric, math.inf),
-                n=config.keep_best,
-                keep_checkpoints_without_metrics=False,
+                get_metric_fn=score, n=config.keep_best, keep_checkpoints_without_metrics=False
             )
             policies.append(best)
-        self._directory = directory
+        self.directory = directory
         self._items = items
         self._best_metric = config.best_metric
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                # The policies decide what is kept. Without this the manager would not write the
+                # metrics down, and a run that goes on would know the best of none.
+                best_fn=score,
                 cleanup_tmp_directories=True,
             ),
         )
@@ -129,7 +151,7 @@ class RunCheckpoints:
         try:
             restored = self._manager.restore(step, args=args)
         except (KeyError, OSError, ValueError) as error:
-            raise _damaged(self._directory / str(step), error) from None
+            raise _damaged(self.directory / str(step), error) from None
         optimizer = restored["optimizer"]
         return TrainState(optimizer["step"], restored["parameters"], optimizer["state"])
 
@@ -139,7 +161,7 @@ class RunCheckpoints:
         try:
             return self._manager.restore(step, args=args)[item]
         except (KeyError, OSError, ValueError) as error:
-            raise _damaged(self._directory / str(step), error) from None
+            raise _damaged(self.directory / str(step), error) from None
 
     def close(self) -> None:
         """Waits until the last save is whole on disk."""
@@ -157,17 +179,20 @@ def find_step(path: Path) -> Path:
     if (path / "parameters").is_dir():
         return path
     for folder in (path, path / "checkpoints"):
-        steps = [
-            int(p.name)
-            for p in folder.glob("*")
-            if p.name.isdigit() and (p / "parameters").is_dir()
-        ]
-        if steps:
-            return folder / str(max(steps))
+        if step := newest_step(folder):
+            return step
     raise UserError(
         f"{path} is no checkpoint (no 'parameters' inside); name one written by training or by "
         f"python -m moi_jax.convert import"
     )
+
+
+def newest_step(folder: Path) -> Path | None:
+    """The newest whole step among the checkpoints in a folder."""
+    steps = [
+        int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()
+    ]
+    return folder / str(max(steps)) if steps else None
 
 
 def read_items(path: Path) -> ModelItems:

@@ -19,7 +19,7 @@ from moi_jax.data.statistics import mixture_statistics, print_mixture, print_sou
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig, preset
-from moi_jax.training.checkpoints import ModelItems, read_items
+from moi_jax.training.checkpoints import ModelItems, newest_step, read_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +75,21 @@ class Inputs(Resolved):
         }
 
 
-def resolve(config: Config) -> Resolved:
+def resolve(config: Config, run_dir: Path | None = None) -> Resolved:
     """The config with what depends on checkpoint and platform filled in.
+
+    Args:
+      run_dir: of a run that may go on: its own newest checkpoint then stands in for
+        model.init_from, which need not be there any more.
 
     Raises:
       UserError: preset and checkpoint disagree, there is no tokenizer, its ids do not fit the
         embedding, or rows are longer than the model was made for.
     """
-    items = read_items(config.model.init_from) if config.model.init_from else None
+    items = None
+    if base := config.model.init_from:
+        own = newest_step(run_dir / "checkpoints") if run_dir else None
+        items = read_items(own or base)
     if items is None:
         model = preset(config.model.preset or "")
         default_prompt = model.default_system_prompt

@@ -24,6 +24,9 @@ from moi_jax.training.step import Metrics
 
 MAX_SKIPPED_IN_A_ROW = 3
 
+# (parameters, whether to give up) -> held-out losses, none when given up.
+Evaluate = Callable[[Tree, Callable[[], bool]], dict[str, float]]
+
 
 @dataclasses.dataclass
 class Run:
@@ -46,12 +49,16 @@ class Run:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     position: Callable[[int], dict[str, Any]]  # row -> what a checkpoint keeps of the data
     epoch_of: Callable[[int], int]  # row -> epoch
-    evaluate: Callable[[Tree], dict[str, float]] | None
+    evaluate: Evaluate | None
     sample: Callable[[Tree], list[dict[str, str]]] | None
     checkpoints: RunCheckpoints
     log: MetricsLog
     stop: StopSignal
     console: Console
+
+    def stopping(self) -> bool:
+        """Whether a signal asked the run to stop."""
+        return self.stop.received is not None
 
 
 def fit(run: Run) -> bool:
@@ -66,8 +73,6 @@ def fit(run: Run) -> bool:
     try:
         _fit(run)
     finally:
-        # A save under way becomes whole also when the run stops by an error.
-        run.checkpoints.close()
         run.log.close()
     return run.step == run.steps
 
@@ -87,17 +92,19 @@ def _fit(run: Run) -> None:
         reader.hold(run.step, first_row, run.row, metrics)
 
         last = run.step == run.steps
-        stopping = run.stop.received is not None
-        # Who asks a run to stop waits for its checkpoint, not for a look at it.
-        look_due = last or (_due(run.step, run.config.eval.every) and not stopping)
-        sample_due = last or (_due(run.step, run.config.train.sample_every) and not stopping)
-        save_due = last or stopping or _due(run.step, run.config.checkpoint.every)
-        if look_due or sample_due or save_due:
+        look_due = last or _due(run.step, run.config.eval.every)
+        sample_due = last or _due(run.step, run.config.train.sample_every)
+        evaluation: dict[str, float] = {}
+        if look_due or sample_due:
             reader.read_previous()
             with reader.paused():
                 evaluation = _look(run, evaluate=look_due, sample=sample_due)
-                if save_due:
-                    _save(run, evaluation)
+        stopping = run.stopping()  # asked once: who leaves has saved
+        if last or stopping or _due(run.step, run.config.checkpoint.every):
+            reader.read_previous()
+            reader.write_window()
+            with reader.paused():
+                _save(run, evaluation)
         if stopping:
             break
 
@@ -107,10 +114,15 @@ def _due(step: int, every: int) -> bool:
 
 
 def _look(run: Run, *, evaluate: bool, sample: bool) -> dict[str, float]:
-    """Held-out losses and sample answers of the parameters as they stand."""
+    """Held-out losses and sample answers of the parameters as they stand.
+
+    Who asks a run to stop waits for its checkpoint, not for a look at it: none begins then, and
+    an evaluation under way is given up.
+    """
     losses: dict[str, float] = {}
     if evaluate and run.evaluate:
-        losses = run.evaluate(run.state.parameters)
+        losses = run.evaluate(run.state.parameters, run.stopping)
+    if losses:
         run.log.write({"step": run.step, **losses})
         shown = "  ".join(
             f"{name} {losses[f'eval/{name}/loss']:.3f} "
@@ -118,7 +130,7 @@ def _look(run: Run, *, evaluate: bool, sample: bool) -> dict[str, float]:
             for name in (*run.domains, "mean")
         )
         say(run.console, f"step {run.step}/{run.steps}  held-out (default prompt)  {shown}")
-    if sample and run.sample:
+    if sample and run.sample and not run.stopping():
         answers = [{"step": run.step, **answer} for answer in run.sample(run.state.parameters)]
         with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(answer) + "\n" for answer in answers)
@@ -149,6 +161,7 @@ class StepReader:
     def __init__(self, run: Run):
         self._run = run
         self._held: _Dispatched | None = None
+        self._read: tuple[_Dispatched, dict[str, Any]] | None = None  # the step read last
         self._window = StepWindow(run.domains, run.config.data.sequence_length)
         self._window_step = run.step
 
@@ -163,7 +176,7 @@ class StepReader:
         self._window.pause(time.monotonic() - started)
 
     def read_previous(self) -> None:
-        """Waits for the held step, logs it when due, and stops a run that only skips.
+        """Waits for the held step, logs when due, and stops a run that only skips.
 
         Raises:
           UserError: the third step in a row whose loss or gradient was not finite.
@@ -172,15 +185,15 @@ class StepReader:
             return
         held, self._held = self._held, None
         metrics = jax.device_get(held.metrics)
+        self._read = held, metrics
         run = self._run
         if metrics["applied"]:
             run.skipped_in_a_row = 0
             self._window.add(metrics, held.next_row - held.first_row)
         else:
             self._report_skip(held, metrics)
-        due = held.step == run.steps or _due(held.step, run.config.logging.every)
-        if due and not self._window.empty:
-            self._write(held, metrics)
+        if held.step == run.steps or _due(held.step, run.config.logging.every):
+            self.write_window()
 
     def _report_skip(self, held: _Dispatched, metrics: dict[str, Any]) -> None:
         run = self._run
@@ -209,8 +222,14 @@ class StepReader:
                 f"last checkpoint in {run.directory} is sound"
             )
 
-    def _write(self, held: _Dispatched, metrics: dict[str, Any]) -> None:
-        run = self._run
+    def write_window(self) -> None:
+        """Logs the steps since the last logged one: when due, and with every checkpoint.
+
+        A run that goes on from a checkpoint knows nothing of the steps before it.
+        """
+        if self._read is None or self._window.empty:
+            return
+        run, (held, metrics) = self._run, self._read
         seconds = self._window.seconds / (held.step - self._window_step)
         record = {
             "step": held.step,

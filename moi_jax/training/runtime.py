@@ -115,7 +115,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_resume(
-    run_dir: Path, before: dict[str, Any], config: Config, allow_change: bool, console: Console
+    run_dir: Path,
+    before: dict[str, Any],
+    config: Config,
+    allow_change: bool,
+    console: Console,
+    may_change: tuple[str, ...] = MAY_CHANGE,
 ) -> None:
     """Compares the config a run was begun with, `before`, with the one to go on with.
 
@@ -129,7 +134,7 @@ def check_resume(
             continue
         change = f"{key}: {old} -> {new}"
         source_path = key.startswith("data.domains.") and key.endswith(".path")
-        if key.startswith(MAY_CHANGE) or source_path:
+        if key.startswith(may_change) or source_path:
             say(console, f"going on with {change}")
         elif not key.startswith(MAY_CHANGE_IF_ALLOWED):
             raise UserError(

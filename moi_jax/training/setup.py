@@ -24,7 +24,7 @@ from moi_jax.models.parameters import Tree
 from moi_jax.training import runtime
 from moi_jax.training.checkpoints import RunCheckpoints, read_parameters
 from moi_jax.training.inputs import Inputs, Resolved
-from moi_jax.training.loop import Run
+from moi_jax.training.loop import Evaluate, Run
 from moi_jax.training.metrics import MetricsLog, truncate_after
 from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.sharding import check_rows, local_rows, make_mesh, place_batch
@@ -71,13 +71,13 @@ def build_machine(resolved: Resolved) -> Machine:
 def start_run(
     inputs: Inputs,
     machine: Machine,
-    directory: Path,
+    checkpoints: RunCheckpoints,
     allow_change: bool,
-    evaluate: Callable[[Tree], dict[str, float]] | None,
+    evaluate: Evaluate | None,
     sample: Callable[[Tree], list[dict[str, str]]] | None,
     console: Console,
 ) -> Run:
-    """A new run in an empty `directory`, or the one begun there, at its newest checkpoint.
+    """A new run beside its `checkpoints`, or the one begun there, at the newest of them.
 
     Nothing there changes before it is sure that the run can go on.
 
@@ -85,7 +85,7 @@ def start_run(
       UserError: the run there is another one, or a checkpoint does not fit.
     """
     config, model, mesh = inputs.config, inputs.model, machine.mesh
-    checkpoints = RunCheckpoints(directory / "checkpoints", config.checkpoint, inputs.items)
+    directory = checkpoints.directory.parent
     saved_step = checkpoints.latest()
     position = _position(checkpoints, saved_step, inputs, directory, allow_change, console)
     plan = _planned(inputs, position, directory)
@@ -144,7 +144,9 @@ def _position(
             runtime.check_resume(directory, before, inputs.config, allow_change, console)
         return FIRST_POSITION
     before = checkpoints.read_json(saved_step, "config")
-    runtime.check_resume(directory, before, inputs.config, allow_change, console)
+    # Its own checkpoint holds all that was taken from the base.
+    may_change = (*runtime.MAY_CHANGE, "model.init_from")
+    runtime.check_resume(directory, before, inputs.config, allow_change, console, may_change)
     position = checkpoints.read_json(saved_step, "position")
     runtime.check_fingerprints(directory, position["fingerprints"], inputs.fingerprints)
     return position
