@@ -40,13 +40,31 @@ class TokenizerConfig(Section):
     chat_template: Literal["from_checkpoint", "chatml", "llama3"] = "from_checkpoint"
 
 
-class Source(Section):
-    """Files of one domain. `path` is a glob below data.root."""
+class HeldOut(Section):
+    """Share of each domain kept for evaluation: max(fraction, min rows), at most 10 %."""
 
-    path: str
+    fraction: float = Field(0.02, ge=0, le=0.1)
+    min: Count = 16
+
+
+class Source(Section):
+    """Rows of one domain: files, a TFDS builder or a Hugging Face dataset (exactly one)."""
+
+    path: str | None = None  # a glob below data.root
+    tfds: str | None = None  # a TFDS builder: name or name/config
+    hf: str | None = None  # a dataset of the Hugging Face hub by its id, or a local directory
+    subset: str | None = None  # of hf
+    split: str = "train"  # of tfds and hf
     format: str = "auto"
-    weight: float = 1.0
+    weight: float = Field(1.0, gt=0)  # share of the domain's draws, against its other sources
     max_rows: Positive | None = None
+    held_out: HeldOut | None = None  # null: data.held_out
+
+    @model_validator(mode="after")
+    def check(self) -> "Source":
+        if sum(kind is not None for kind in (self.path, self.tfds, self.hf)) != 1:
+            raise ValueError("a source has exactly one of path, tfds, hf")
+        return self
 
 
 class Domain(Section):
@@ -54,14 +72,24 @@ class Domain(Section):
 
     name: Name
     prompt: str | None = None
+    weight: float = Field(1.0, ge=0)  # under sampling: weights
     sources: tuple[Source, ...] = Field(min_length=1)
 
 
-class HeldOut(Section):
-    """Share of each domain kept for evaluation: max(fraction, min rows), at most 10 %."""
+class Decontaminate(Section):
+    """Training rows that share 13 words in a row with a question of the benchmarks at `path`."""
 
-    fraction: float = Field(0.02, ge=0, le=0.1)
-    min: Count = 16
+    path: Path | None = None  # a directory of benchmark files; null: not looked for
+    on_hit: Literal["drop", "report"] = "drop"
+
+
+class Stage(Section):
+    """A part of a curriculum: the mixture from global row `begins` on."""
+
+    begins: Count
+    sampling: Literal["balanced", "proportional", "weights", "temperature"]
+    temperature: float = Field(1.0, gt=0)
+    weights: dict[str, float] | None = None  # by domain; null: the domains' own
 
 
 Strategy = Literal["sequence", "packing", "balance", "moi"]
@@ -114,6 +142,8 @@ class Data(Section):
     on_bad_row: Literal["drop", "error"] = "drop"
     max_repeats: Positive = 4
     held_out: HeldOut = HeldOut()
+    decontaminate: Decontaminate = Decontaminate()
+    workers: Positive | None = None  # processes that prepare; null: one a core
     system_prompts: Literal["per_domain", "default", "none"] | None = None
     sampling: Literal["balanced", "proportional", "weights", "temperature"] | None = None
     order: Literal["default_first", "config", "shuffled"] | None = None
@@ -121,6 +151,9 @@ class Data(Section):
     packing: Literal["best_fit", "sequential", "none"] | None = None
     chunk_size: Positive | None = None
     epoch_end: Literal["longest", "shortest"] | None = None
+    temperature: float = Field(1.0, gt=0)  # under sampling: temperature
+    unit: Literal["instructions", "loss_tokens"] = "instructions"  # what weights are shares of
+    stages: tuple[Stage, ...] = ()
     domains: tuple[Domain, ...] = ()
 
     @model_validator(mode="before")

@@ -19,6 +19,7 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "model.attention": ("auto", "xla"),
     "tokenizer.chat_template": ("from_checkpoint", "chatml"),
     "data.sampling": ("balanced", "proportional"),
+    "data.stages": ((),),
     "mesh.context": (1,),
     "train.early_stopping_patience": (None,),
     "train.profile_steps": (None,),
@@ -57,11 +58,6 @@ def make_config(values: dict[str, Any], where: str = "config") -> Config:
         if value not in built:
             raise UserError(
                 f"{where}: {key}={value} is not built yet; use {' or '.join(map(str, built))}"
-            )
-    for domain in config.data.domains:
-        if any(source.weight != 1.0 for source in domain.sources):
-            raise UserError(
-                f"{where}: the weight of a source of domain {domain.name} is not built yet; use 1.0"
             )
     return config
 

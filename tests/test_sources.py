@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from moi_jax.config import Source
 from moi_jax.data.conversations import BadRow, Conversation, Message, content_hash
-from moi_jax.data.sources import FORMATS, detect_format, expand, read_rows, to_conversation
+from moi_jax.data.formats import FORMATS, to_conversation
+from moi_jax.data.readers import SourceFile
+from moi_jax.data.sources import Row, convert, detect_format, expand
 from moi_jax.errors import UserError
 
 # A slow machine is no failure.
@@ -24,9 +26,18 @@ def messages(*turns: Any, **keys: Any) -> bytes:
     return json.dumps({"messages": turns, **keys}).encode()
 
 
-def read(path: Path, content: bytes, form: str | None = None) -> list:
+def file_of(path: Path, content: bytes) -> SourceFile:
     path.write_bytes(content)
-    return list(read_rows(path, form or detect_format(path)))
+    return SourceFile(path.name, path)
+
+
+def rows_of(file: SourceFile, form: str | None) -> list[Row]:
+    return [convert(row, form) for row in file.rows()]
+
+
+def read(path: Path, content: bytes) -> list[Row]:
+    file = file_of(path, content)
+    return rows_of(file, detect_format(file))
 
 
 BAD_ROWS = [
@@ -133,10 +144,9 @@ def test_sharegpt_row_with_a_tool_turn_is_dropped(tmp_path: Path, role: str) -> 
 def test_format_is_detected_and_read(
     tmp_path: Path, form: str, row: dict, expected: tuple[Message, ...]
 ) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(row), encoding="utf-8")
-    assert detect_format(path) == form
-    (result,) = read_rows(path, form)
+    file = file_of(tmp_path / "a.jsonl", json.dumps(row).encode())
+    assert detect_format(file) == form
+    (result,) = rows_of(file, form)
     assert result.conversation == Conversation(expected)
     assert not result.trimmed
 
@@ -171,10 +181,9 @@ def test_message_marked_untrained_is_kept_untrained(tmp_path: Path, mark: dict) 
 
 
 def test_empty_file_has_no_rows_and_no_format(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n \n")
-    assert detect_format(path) is None
-    assert list(read_rows(path, None)) == []
+    file = file_of(tmp_path / "a.jsonl", b"\n \n")
+    assert detect_format(file) is None
+    assert rows_of(file, None) == []
 
 
 def test_format_is_detected_behind_unreadable_rows(tmp_path: Path) -> None:
@@ -191,21 +200,19 @@ def test_format_is_detected_behind_a_row_of_another_shape(tmp_path: Path) -> Non
 
 
 def test_json_array_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"messages": [USER, GPT]}], indent=1))
+    file = file_of(tmp_path / "a.json", json.dumps([{"messages": [USER, GPT]}], indent=1).encode())
     with pytest.raises(UserError, match="is a JSON array; write one object a line"):
-        detect_format(path)
+        detect_format(file)
     with pytest.raises(UserError, match="JSON array"):
-        list(read_rows(path, "messages"))
+        rows_of(file, "messages")
 
 
 def test_unknown_keys_are_refused_with_the_formats_known(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}')
+    file = file_of(tmp_path / "a.jsonl", b'{"prompt": "a", "completion": "b"}')
     with pytest.raises(
         UserError, match=r"a\.jsonl:1: .*'completion', 'prompt'.*messages.*text_code"
     ):
-        detect_format(path)
+        detect_format(file)
 
 
 def test_unknown_format_name_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
@@ -221,7 +228,9 @@ def test_expand_sorts_below_the_root_and_refuses_an_empty_match(
         (tmp_path / name).touch()
     monkeypatch.setenv("HOME", str(tmp_path))
     found = expand(Path("~/d"), [Source(path="*"), Source(path="**/c.jsonl")])
-    assert found == [["a.jsonl", "b.jsonl"], ["e/c.jsonl"]]
+    assert [[file.name for file in part] for part in found] == [
+        ["a.jsonl", "b.jsonl"], ["e/c.jsonl"],
+    ]  # fmt: skip
     with pytest.raises(UserError, match=r"no file matches 'x\*\.jsonl'"):
         expand(Path("~/d"), [Source(path="x*.jsonl")])
 

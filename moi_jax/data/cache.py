@@ -29,6 +29,7 @@ from moi_jax.data.cache_writer import (
     from_record,
 )
 from moi_jax.data.chatml import Instruction
+from moi_jax.data.readers import SourceFile
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 
@@ -107,17 +108,17 @@ def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[D
     """
     if not data.domains:
         raise UserError("data.domains is empty; name at least one domain with its sources")
-    files = [sources.expand(data.root, domain.sources) for domain in data.domains]
-    _refuse_files_standing_twice(data, files)
+    expanded = [sources.expand(data.root, domain.sources) for domain in data.domains]
+    _refuse_files_standing_twice(data, expanded)
     caches = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        for domain, names in zip(data.domains, files, strict=True):
+        for domain, files in zip(data.domains, expanded, strict=True):
             task = progress.add_task(domain.name, total=None)
             try:
-                size = sum((data.root.expanduser() / n).stat().st_size for n in chain(*names))
+                size = sum(file.size for file in chain(*files))
                 progress.update(task, total=size)
                 advance = functools.partial(progress.advance, task)
-                cache, built = _prepare_domain(data, domain, names, tokenizer, advance)
+                cache, built = _prepare_domain(data, domain, files, tokenizer, advance)
             except OSError as error:
                 raise UserError(
                     f"domain {domain.name}: cannot read or write {error.filename}: {error.strerror}"
@@ -134,15 +135,15 @@ def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[D
     return caches
 
 
-def _refuse_files_standing_twice(data: config.Data, files: list[list[list[str]]]) -> None:
+def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[SourceFile]]]) -> None:
     seen: dict[Path, str] = {}
-    for domain, names in zip(data.domains, files, strict=True):
-        for name in chain(*names):
-            path = (data.root.expanduser() / name).resolve()
+    for domain, files in zip(data.domains, expanded, strict=True):
+        for file in chain(*files):
+            path = file.path.resolve()
             if path in seen:
                 raise UserError(
-                    f"{name} stands twice, in domain {seen[path]} and in domain {domain.name}; "
-                    f"leave it in one source"
+                    f"{file.name} stands twice, in domain {seen[path]} and in domain "
+                    f"{domain.name}; leave it in one source"
                 )
             seen[path] = domain.name
 
@@ -150,22 +151,22 @@ def _refuse_files_standing_twice(data: config.Data, files: list[list[list[str]]]
 def _prepare_domain(
     data: config.Data,
     domain: config.Domain,
-    names: list[list[str]],
+    files: list[list[SourceFile]],
     tokenizer: Tokenizer,
     advance: Callable[[int], None],
 ) -> tuple[DomainCache, bool]:
     """The domain's cache, and whether it was built just now."""
-    key = _key(data, domain, names, tokenizer)
+    key = _key(data, domain, files, tokenizer)
     directory = data.cache_dir.expanduser() / key
     if built := not directory.exists():
-        _build_whole(directory, data, domain, names, tokenizer, advance)
+        _build_whole(directory, data, domain, files, tokenizer, advance)
     try:
-        cache = _open(domain.name, directory, key, names)
+        cache = _open(domain.name, directory, key, files)
     except (EOFError, KeyError, OSError, ValueError, json.JSONDecodeError):
         # Cut short by a full disk or a copy: what is in the cache can always be made again.
         shutil.rmtree(directory)
-        _build_whole(directory, data, domain, names, tokenizer, advance)
-        cache, built = _open(domain.name, directory, key, names), True
+        _build_whole(directory, data, domain, files, tokenizer, advance)
+        cache, built = _open(domain.name, directory, key, files), True
     if data.on_bad_row == "error":
         _refuse_bad_rows(data, cache.manifest)
     return cache, built
@@ -175,7 +176,7 @@ def _build_whole(
     directory: Path,
     data: config.Data,
     domain: config.Domain,
-    names: list[list[str]],
+    files: list[list[SourceFile]],
     tokenizer: Tokenizer,
     advance: Callable[[int], None],
 ) -> None:
@@ -184,7 +185,7 @@ def _build_whole(
     part.mkdir(parents=True)
     _sweep(directory.parent)
     try:
-        _build(part, data, domain, names, tokenizer, advance)
+        _build(part, data, domain, files, tokenizer, advance)
         _move_into_place(part, directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -197,7 +198,7 @@ def _sweep(cache_dir: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _open(name: str, directory: Path, key: str, names: list[list[str]]) -> DomainCache:
+def _open(name: str, directory: Path, key: str, files: list[list[SourceFile]]) -> DomainCache:
     """Opens a domain's folder; raises what its files raise when one is damaged."""
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     lengths, hashes = np.load(directory / "lengths.npy"), np.load(directory / "hashes.npy")
@@ -206,7 +207,7 @@ def _open(name: str, directory: Path, key: str, names: list[list[str]]) -> Domai
     records = _reader(directory / "instructions.array_record").num_records()
     if not len(lengths) == len(hashes) == records == manifest["kept"]:
         raise ValueError("the files of the cache differ in length")
-    _rename(manifest, list(chain(*names)))
+    _rename(manifest, [file.name for file in chain(*files)])
     return DomainCache(name, directory, key, lengths, hashes, manifest)
 
 
@@ -221,9 +222,8 @@ def _rename(manifest: dict[str, Any], names: list[str]) -> None:
 
 
 def _key(
-    data: config.Data, domain: config.Domain, names: list[list[str]], tokenizer: Tokenizer
+    data: config.Data, domain: config.Domain, files: list[list[SourceFile]], tokenizer: Tokenizer
 ) -> str:
-    root = data.root.expanduser()
     content = {
         "cache_format": CACHE_FORMAT,
         "renderer": chatml.RENDERER_VERSION,
@@ -234,36 +234,32 @@ def _key(
         "too_long": data.too_long,
         "limit": data.max_instruction_tokens or data.sequence_length,
         "sources": [
-            [source.format, source.max_rows, [_file_hash(root / name) for name in part]]
-            for source, part in zip(domain.sources, names, strict=True)
+            [source.format, source.max_rows, [file.digest() for file in part]]
+            for source, part in zip(domain.sources, files, strict=True)
         ],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(
     directory: Path,
     data: config.Data,
     domain: config.Domain,
-    names: list[list[str]],
+    files: list[list[SourceFile]],
     tokenizer: Tokenizer,
     advance: Callable[[int], None],
 ) -> None:
     writer = DomainWriter(directory, data, resolve_prompt(data, domain), tokenizer)
-    for source, part in zip(domain.sources, names, strict=True):
+    for source, part in zip(domain.sources, files, strict=True):
         room = source.max_rows
-        for name in part:
-            kept = writer.add_file(name, source, room, advance)
+        for file in part:
+            kept = writer.add_file(file, source, room, advance)
             room = None if room is None else room - kept
     manifest = writer.close()
     if not manifest["kept"]:
+        names = ", ".join(file.name for file in chain(*files))
         raise UserError(
-            f"domain {domain.name} has no usable row in {', '.join(chain(*names))}: "
+            f"domain {domain.name} has no usable row in {names}: "
             f"{manifest['read']:,} read, dropped {_counts(manifest['dropped'])}"
         )
 

@@ -14,6 +14,7 @@ from moi_jax import config
 from moi_jax.data import chatml, sources
 from moi_jax.data.chatml import Instruction
 from moi_jax.data.conversations import BadRow, Conversation, content_hash
+from moi_jax.data.readers import SourceFile
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 
@@ -73,19 +74,23 @@ class DomainWriter:
         self.counts = {"own_system": 0, "trimmed_user_turn": 0, "truncated_turns": 0}
 
     def add_file(
-        self, name: str, source: config.Source, room: int | None, advance: Callable[[int], None]
+        self,
+        file: SourceFile,
+        source: config.Source,
+        room: int | None,
+        advance: Callable[[int], None],
     ) -> int:
         """Adds a file's rows, at most `room` of them; returns how many.
 
-        `name` is relative to data.root; `advance` is told the bytes of source read.
+        `advance` is told the bytes of source read.
 
         Raises:
           UserError: the file has no known format, or a row is refused by the config.
         """
-        path = self.data.root.expanduser() / name
-        form = sources.detect_format(path) if source.format == "auto" else source.format
+        name = file.name
+        form = sources.detect_format(file) if source.format == "auto" else source.format
         read = kept = 0
-        rows = sources.read_rows(path, form)
+        rows = (sources.convert(row, form) for row in file.rows())
         while kept != room and (batch := list(islice(rows, BATCH))):
             batch_read, batch_kept = self._add_batch(
                 name, batch, None if room is None else room - kept

@@ -1,24 +1,20 @@
-"""Sources: JSONL files in, one `Conversation` or `BadRow` out for each row."""
+"""Sources: the files of a config in, one `Conversation` or `BadRow` out for each row."""
 
 import glob
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moi_jax.config import Source
-from moi_jax.data.conversations import BadRow, Conversation, Message, Role
+from moi_jax.data import formats
+from moi_jax.data.conversations import BadRow, Conversation
+from moi_jax.data.formats import FORMATS
+from moi_jax.data.readers import RawRow, SourceFile, parse
 from moi_jax.errors import UserError
 
-BOM = b"\xef\xbb\xbf"
-CONTROL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|extra_\d+)\|>")
-MESSAGES_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES: dict[str, Role] = {**MESSAGES_ROLES, "human": "user", "gpt": "assistant"}
 ROWS_TO_DETECT = 100  # readable rows looked at for the format of a file
-TOOL_ROLES = {"function_call", "observation", "tool", "function"}
 
 
 class Row(NamedTuple):
@@ -30,8 +26,8 @@ class Row(NamedTuple):
     trimmed: bool = False  # a trailing user turn was left out
 
 
-def expand(root: Path, sources: Sequence[Source]) -> list[list[str]]:
-    """The files of each source: sorted names relative to `root`, which may begin with ~.
+def expand(root: Path, sources: Sequence[Source]) -> list[list[SourceFile]]:
+    """The files of each source, sorted by their names relative to `root`, which may begin with ~.
 
     Raises:
       UserError: a pattern matches no file, or a format is not known.
@@ -44,6 +40,8 @@ def expand(root: Path, sources: Sequence[Source]) -> list[list[str]]:
                 f"source {source.path}: unknown format {source.format!r}; "
                 f"use auto or one of {', '.join(FORMATS)}"
             )
+        if source.path is None:
+            raise UserError("sources of tfds and hf are not built yet; use path")
         names = glob.glob(source.path, root_dir=root, recursive=True)
         files = sorted({name for name in names if (root / name).is_file()})
         if not files:
@@ -51,216 +49,42 @@ def expand(root: Path, sources: Sequence[Source]) -> list[list[str]]:
                 f"no file matches {source.path!r} below data.root ({root}); "
                 f"mend the source's path or data.root"
             )
-        found.append(files)
+        found.append([SourceFile(name, root / name) for name in files])
     return found
 
 
-def detect_format(path: Path) -> str | None:
+def detect_format(file: SourceFile) -> str | None:
     """The format that the keys of the first telling row say; None without a readable row.
 
     Raises:
       UserError: the file is a JSON array, or the keys of its first rows are those of no format.
     """
     odd: tuple[int, list[str]] | None = None
-    for line, row in islice(_readable(path), ROWS_TO_DETECT):
-        for name, form in FORMATS.items():
-            if any(signature <= row.keys() for signature in form.signatures):
-                return name
+    for line, row in islice(_readable(file), ROWS_TO_DETECT):
+        if name := formats.detect(row):
+            return name
         odd = odd or (line, sorted(row))
     if odd is None:
         return None
     raise UserError(
-        f"{path}:{odd[0]}: no known format has the keys {', '.join(map(repr, odd[1])) or '(none)'}"
-        f"; name one with the source's format: {', '.join(FORMATS)}"
+        f"{file.path}:{odd[0]}: no known format has the keys "
+        f"{', '.join(map(repr, odd[1])) or '(none)'}; name one with the source's format: "
+        f"{', '.join(FORMATS)}"
     )
 
 
-def _readable(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, raw in _lines(path):
+def _readable(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    for row in file.rows():
         with suppress(BadRow):
-            yield line, _parse(raw)
+            yield row.line, parse(row.raw)
 
 
-def read_rows(path: Path, format_name: str | None) -> Iterator[Row]:
-    """Streams the rows of a JSONL file; `format_name` is what `detect_format` or the config said.
-
-    Raises:
-      UserError: the file is a JSON array.
-    """
-    for line, raw in _lines(path):
-        try:
-            row = _parse(raw)
-            # Without a format no row is readable: _parse has raised.
-            conversation, trimmed = to_conversation(row, FORMATS[format_name or ""])
-            yield Row(line, len(raw), conversation, trimmed)
-        except BadRow as bad:
-            yield Row(line, len(raw), bad)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers and lines that are not blank. Only b"\\n" ends a line: U+2028 is content."""
-    first = True
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, 1):
-            if line == 1:
-                raw = raw.removeprefix(BOM)
-            if not raw.strip():
-                continue
-            if first and raw.lstrip().startswith(b"["):
-                raise UserError(f"{path} is a JSON array; write one object a line")
-            first = False
-            yield line, raw
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
+def convert(row: RawRow, format_name: str | None) -> Row:
+    """What becomes of a row; `format_name` is what `detect_format` or the config said."""
     try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRow("invalid_utf8", f"{error.reason} at byte {error.start}") from None
-    # json raises RecursionError on deep nesting and a plain ValueError on a giant number.
-    except (ValueError, RecursionError) as error:
-        raise BadRow("invalid_json", str(error)) from None
-    if not isinstance(row, dict):
-        raise BadRow("not_an_object", f"the row is a {type(row).__name__}")
-    return row
-
-
-Reader = Callable[[Mapping[str, Any]], list[Message]]
-
-
-class Format(NamedTuple):
-    """Keys that tell the format (any one of the sets), and how a row becomes messages."""
-
-    signatures: tuple[frozenset[str], ...]
-    messages: Reader
-
-
-def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation, bool]:
-    """The row as a Conversation, and whether a trailing user turn was trimmed.
-
-    Raises:
-      BadRow: the row is no conversation that can be trained on.
-    """
-    for key in ("tools", "functions"):
-        value = row.get(key)
-        if isinstance(value, str):
-            value = value.strip() not in ("", "[]")
-        if value:
-            raise BadRow("tools_not_built", f"the row has a list of {key}")
-    messages = form.messages(row)
-    if row.get("system") is not None:
-        messages = [Message("system", _text(row, "system")), *messages]
-    for message in messages:
-        _check_text(message.content)
-    if messages and messages[0].role == "system" and not messages[0].content.strip():
-        messages = messages[1:]
-    return _check_turns(messages)
-
-
-def _check_text(content: str) -> None:
-    if "<|" in content and (control := CONTROL_TOKEN.search(content)):
-        raise BadRow("control_tokens", f"{control.group()} stands in the text")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow("lone_surrogate", f"half a surrogate pair at {error.start}") from None
-
-
-def _check_turns(messages: list[Message]) -> tuple[Conversation, bool]:
-    system_first = bool(messages) and messages[0].role == "system"
-    roles = [message.role for message in messages[system_first:]]
-    if "system" in roles:
-        raise BadRow("system_not_first", "a system turn stands later than first")
-    if "assistant" not in roles:
-        raise BadRow("no_assistant", "the row has no assistant turn")
-    if roles[0] == "assistant":
-        raise BadRow("first_turn_assistant", "the first turn is the assistant's")
-    for turn, (role, following) in enumerate(pairwise(roles), 1):
-        if role == following:
-            raise BadRow("roles_not_alternating", f"turns {turn} and {turn + 1} are both {role}'s")
-    trimmed = roles[-1] == "user"
-    if trimmed:
-        messages = messages[:-1]
-    if any(message.role == "assistant" and not message.content.strip() for message in messages):
-        raise BadRow("empty_assistant", "an assistant turn is empty")
-    return Conversation(tuple(messages)), trimmed
-
-
-def _text(row: Mapping[str, Any], key: str) -> str:
-    if key not in row:
-        raise BadRow("missing_field", f"no {key!r}")
-    value = row[key]
-    if not isinstance(value, str):
-        raise BadRow("content_not_text", f"{key!r} is {type(value).__name__}")
-    return value
-
-
-def _train(turn: Mapping[str, Any]) -> bool:
-    weight, train = turn.get("weight"), turn.get("train")
-    if weight not in (None, 0, 1) or train not in (None, False, True):
-        raise BadRow("bad_weight", f"weight {weight!r}, train {train!r}; use 0 or 1, true or false")
-    return weight != 0 and train is not False
-
-
-def _turns(key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> Reader:
-    """Reads the list of turns below `key`."""
-
-    def messages(row: Mapping[str, Any]) -> list[Message]:
-        turns = row.get(key)
-        if not isinstance(turns, list):
-            raise BadRow("missing_field", f"no list {key!r}")
-        return [message(turn) for turn in turns]
-
-    def message(turn: Any) -> Message:
-        if not isinstance(turn, dict):
-            raise BadRow("not_an_object", f"a turn is a {type(turn).__name__}")
-        role = turn.get(role_key)
-        if role is None:
-            raise BadRow("missing_role", f"a turn has no {role_key!r}")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise BadRow("tools_not_built", "a turn calls a tool")
-        if not isinstance(role, str) or role not in roles:
-            tool = isinstance(role, str) and role in TOOL_ROLES
-            reason = "tools_not_built" if tool else "unknown_role"
-            raise BadRow(reason, f"the role of a turn is {role!r}")
-        return Message(roles[role], _text(turn, text_key), _train(turn))
-
-    return messages
-
-
-def _pair(question_key: str, answer_key: str) -> Reader:
-    """Reads one question and one answer."""
-
-    def messages(row: Mapping[str, Any]) -> list[Message]:
-        return [
-            Message("user", _text(row, question_key)),
-            Message("assistant", _text(row, answer_key)),
-        ]
-
-    return messages
-
-
-def _alpaca(row: Mapping[str, Any]) -> list[Message]:
-    if row.get("history"):
-        raise BadRow("history_not_built", "the row has earlier turns in 'history'")
-    instruction = _text(row, "instruction")
-    text = "" if row.get("input") is None else _text(row, "input")
-    question = f"{instruction}\n\n{text}" if text else instruction
-    answer = _text(row, "response" if "response" in row and "output" not in row else "output")
-    return [Message("user", question), Message("assistant", answer)]
-
-
-FORMATS = {
-    "messages": Format(
-        (frozenset({"messages"}),), _turns("messages", "role", "content", MESSAGES_ROLES)
-    ),
-    "sharegpt": Format(
-        (frozenset({"conversations"}),), _turns("conversations", "from", "value", SHAREGPT_ROLES)
-    ),
-    "alpaca": Format(
-        (frozenset({"instruction", "output"}), frozenset({"instruction", "response"})), _alpaca
-    ),
-    "question_answer": Format((frozenset({"question", "answer"}),), _pair("question", "answer")),
-    "problem_solution": Format((frozenset({"problem", "solution"}),), _pair("problem", "solution")),
-    "text_code": Format((frozenset({"text", "code"}),), _pair("text", "code")),
-}
+        content = parse(row.raw)
+        # Without a format no row is readable: parse has raised.
+        conversation, trimmed = formats.to_conversation(content, FORMATS[format_name or ""])
+        return Row(row.line, row.size, conversation, trimmed)
+    except BadRow as bad:
+        return Row(row.line, row.size, bad)
