@@ -83,13 +83,16 @@ class Decontaminate(Section):
     on_hit: Literal["drop", "report"] = "drop"
 
 
+Sampling = Literal["balanced", "proportional", "weights", "temperature"]
+
+
 class Stage(Section):
     """A part of a curriculum: the mixture from global row `begins` on."""
 
     begins: Count
-    sampling: Literal["balanced", "proportional", "weights", "temperature"]
-    temperature: float = Field(1.0, gt=0)
-    weights: dict[str, float] | None = None  # by domain; null: the domains' own
+    sampling: Sampling | None = None  # null: data.sampling
+    temperature: float | None = Field(None, gt=0)  # null: data.temperature
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}  # by domain; others have their own
 
 
 Strategy = Literal["sequence", "packing", "balance", "moi"]
@@ -145,7 +148,7 @@ class Data(Section):
     decontaminate: Decontaminate = Decontaminate()
     workers: Positive | None = None  # processes that prepare; null: one a core
     system_prompts: Literal["per_domain", "default", "none"] | None = None
-    sampling: Literal["balanced", "proportional", "weights", "temperature"] | None = None
+    sampling: Sampling | None = None
     order: Literal["default_first", "config", "shuffled"] | None = None
     mask: Literal["chunk", "row", "instruction"] | None = None
     packing: Literal["best_fit", "sequential", "none"] | None = None
@@ -188,17 +191,69 @@ class Data(Section):
                 f"default_domain {self.default_domain!r} is not among the domains "
                 f"({', '.join(names)}), which order: default_first needs; name one of them"
             )
-        if self.epoch_end == "shortest" and self.sampling != "balanced":
-            raise ValueError(
-                f"epoch_end: shortest is refused with sampling: {self.sampling}, which draws every "
-                f"instruction once an epoch; leave it unset"
-            )
         limit = self.max_instruction_tokens
         if limit is not None and limit > self.sequence_length:
             raise ValueError(
                 f"max_instruction_tokens {limit} is over sequence_length {self.sequence_length}"
             )
+        begins = [stage.begins for stage in self.stages]
+        if begins and (begins[0] != 0 or begins != sorted(set(begins))):
+            raise ValueError(
+                f"stages begin at rows {', '.join(map(str, begins))}; the first begins at 0, each "
+                f"later one after the one before it"
+            )
+        for stage in self.stages:
+            if unknown := sorted(stage.weights.keys() - set(names)):
+                raise ValueError(
+                    f"stages: the weight of {unknown[0]!r} is of no domain ({', '.join(names)})"
+                )
+        self._check_sampling()
         return self
+
+    def _check_sampling(self) -> None:
+        """Refuses what the sampling of no stage would read, and mixtures of nothing."""
+        mixtures = [self.of_stage(stage) for stage in range(len(self.stages))] or [self]
+        samplings = {mixture.sampling for mixture in mixtures}
+        weighted_sources = any(s.weight != 1.0 for d in self.domains for s in d.sources)
+        dead = {
+            "temperature": self.temperature != 1.0 and "temperature" not in samplings,
+            "the weight of a domain": any(d.weight != 1.0 for d in self.domains)
+            and "weights" not in samplings,
+            "unit: loss_tokens": self.unit == "loss_tokens"
+            and not samplings & {"weights", "temperature"},
+            "epoch_end: shortest": self.epoch_end == "shortest" and samplings == {"proportional"},
+            "the weight of a source": weighted_sources and samplings == {"proportional"},
+        }
+        for what, refused in dead.items():
+            if refused:
+                raise ValueError(
+                    f"{what} is refused with sampling: {', '.join(sorted(map(str, samplings)))}, "
+                    f"which does not read it; leave it unset"
+                )
+        for mixture in mixtures:
+            if mixture.sampling == "weights" and not sum(d.weight for d in mixture.domains):
+                raise ValueError("sampling: weights needs a domain with a weight over 0")
+
+    def of_stage(self, stage: int) -> "Data":
+        """This section with the sampling of a stage of the curriculum; itself without stages."""
+        if not self.stages:
+            return self
+        chosen = self.stages[stage]
+        sampling = chosen.sampling or self.sampling
+        chunk_size = self.chunk_size if self.sampling != "balanced" else 1
+        return self.model_copy(
+            update={
+                "sampling": sampling,
+                "temperature": chosen.temperature or self.temperature,
+                "chunk_size": len(self.domains) if sampling == "balanced" else chunk_size,
+                "domains": tuple(
+                    domain.model_copy(
+                        update={"weight": chosen.weights.get(domain.name, domain.weight)}
+                    )
+                    for domain in self.domains
+                ),
+            }
+        )
 
 
 class Loss(Section):

@@ -18,8 +18,6 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 BUILT: dict[str, tuple[Any, ...]] = {
     "model.attention": ("auto", "xla"),
     "tokenizer.chat_template": ("from_checkpoint", "chatml"),
-    "data.sampling": ("balanced", "proportional"),
-    "data.stages": ((),),
     "mesh.context": (1,),
     "train.early_stopping_patience": (None,),
     "train.profile_steps": (None,),

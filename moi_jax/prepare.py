@@ -21,7 +21,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from moi_jax.data.plan import RunPlan
+    from moi_jax.data.run_plan import RunPlan
     from moi_jax.training.inputs import open_inputs, resolve
 
     console = Console()

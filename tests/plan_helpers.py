@@ -1,5 +1,6 @@
 """Corpora and data sections for the tests of planner and loader."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from moi_jax.config import Data
 from moi_jax.config_file import make_config
-from moi_jax.data.plan import Corpus, EpochPlan, plan_epoch
+from moi_jax.data.corpus import Corpus
+from moi_jax.data.plan import EpochPlan, plan_epoch
 from moi_jax.errors import UserError
 
 # Tests measure no time: a busy machine is no failure.
@@ -16,24 +18,41 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 NAMES = ("chat", "code", "maths", "tools", "law")
+SAMPLINGS = ("balanced", "proportional", "weights", "temperature")
 
 
-def data_section(domains: int, sequence_length: int = 64, **switches: Any) -> Data:
-    """The resolved data section of so many domains, the default domain second where it can be."""
+def data_section(
+    domains: int,
+    sequence_length: int = 64,
+    weights: Sequence[float] = (),
+    sources: Sequence[Sequence[float]] = (),
+    **switches: Any,
+) -> Data:
+    """The resolved data section of so many domains, the default domain second where it can be.
+
+    `weights` are the domains', `sources` those of each domain's sources.
+    """
     names = NAMES[:domains]
+    weights = weights or (1.0,) * domains
+    sources = sources or ((1.0,),) * domains
     section = {
         "default_domain": names[min(1, domains - 1)],
         "sequence_length": sequence_length,
-        "domains": [{"name": name, "sources": [{"path": name}]} for name in names],
+        "domains": [
+            {"name": n, "weight": w, "sources": [{"path": n, "weight": s} for s in of_source]}
+            for n, w, of_source in zip(names, weights, sources, strict=True)
+        ],
         **switches,
     }
     return make_config({"data": section}).data
 
 
-def corpus_of(lengths: list[list[int]]) -> Corpus:
+def corpus_of(lengths: list[list[int]], source_starts: list[list[int]] | None = None) -> Corpus:
     """A corpus of instructions of these lengths, about half of whose tokens carry loss."""
     arrays = [np.array(domain, np.int32) for domain in lengths]
-    return Corpus.of(NAMES[: len(lengths)], arrays, [(domain + 1) // 2 for domain in arrays])
+    starts = source_starts and [np.array(domain) for domain in source_starts]
+    losses = [(domain + 1) // 2 for domain in arrays]
+    return Corpus.of(NAMES[: len(lengths)], arrays, losses, starts)
 
 
 @st.composite
@@ -53,17 +72,23 @@ def plan_or_reject(corpus: Corpus, data: Data, seed: int = 0, epoch: int = 0) ->
 
 
 @st.composite
-def switches(draw: st.DrawFn) -> dict[str, Any]:
+def switches(draw: st.DrawFn, samplings: Sequence[str] = SAMPLINGS) -> dict[str, Any]:
     """Any value of every switch that planning reads."""
-    sampling = draw(st.sampled_from(["balanced", "proportional"]))
-    chunk = {} if sampling == "balanced" else {"chunk_size": draw(st.integers(1, 4))}
-    return {
+    sampling = draw(st.sampled_from(samplings))
+    chosen: dict[str, Any] = {
         "sampling": sampling,
         "order": draw(st.sampled_from(["default_first", "config", "shuffled"])),
         "packing": draw(st.sampled_from(["best_fit", "sequential", "none"])),
-        "epoch_end": draw(st.sampled_from(["longest", "shortest"] if not chunk else ["longest"])),
-        **chunk,
     }
+    if sampling != "balanced":
+        chosen["chunk_size"] = draw(st.integers(1, 4))
+    if sampling != "proportional":
+        chosen["epoch_end"] = draw(st.sampled_from(["longest", "shortest"]))
+    if sampling == "temperature":
+        chosen["temperature"] = draw(st.sampled_from([0.5, 1.0, 3.0]))
+    if sampling in ("weights", "temperature"):
+        chosen["unit"] = draw(st.sampled_from(["instructions", "loss_tokens"]))
+    return chosen
 
 
 @st.composite

@@ -19,6 +19,9 @@ DOMAINS = [
 ]
 
 
+WEIGHTED = [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]
+
+
 def data(**switches):
     return {"data": {"domains": DOMAINS, **switches}}
 
@@ -76,7 +79,33 @@ def test_a_switch_set_beside_the_strategy_wins():
         ),
         ({"data": {"held_out": {"fracton": 0.1}}}, "did you mean 'fraction'?"),
         ({"mesh": {"context": 2}}, "mesh.context=2 is not built yet; use 1"),
-        (data(sampling="temperature"), "data.sampling=temperature is not built yet"),
+        (data(temperature=2.0), "temperature is refused with sampling: balanced, which does not"),
+        (data(unit="loss_tokens"), "unit: loss_tokens is refused with sampling: balanced"),
+        (
+            data(domains=[{**DOMAINS[0], "weight": 2}], default_domain="chat"),
+            "the weight of a domain is refused with sampling: balanced",
+        ),
+        (
+            data(sampling="proportional", domains=[{"name": "chat", "sources": WEIGHTED}]),
+            "the weight of a source is refused with sampling: proportional",
+        ),
+        (
+            data(sampling="weights", domains=[{**DOMAINS[0], "weight": 0}]),
+            "sampling: weights needs a domain with a weight over 0",
+        ),
+        (data(stages=[{"begins": 5}]), "stages begin at rows 5; the first begins at 0"),
+        (
+            data(stages=[{"begins": 0}, {"begins": 9, "weights": {"talk": 1}}]),
+            "the weight of 'talk' is of no domain (chat, code, maths)",
+        ),
+        (
+            data(stages=[{"begins": 0}, {"begins": 9}, {"begins": 9}]),
+            "stages begin at rows 0, 9, 9",
+        ),
+        (
+            {"data": {"domains": [{"name": "x", "sources": [{"path": "a", "tfds": "b"}]}]}},
+            "a source has exactly one of path, tfds, hf",
+        ),
         ({"train": {"early_stopping_patience": 3}}, "train.early_stopping_patience=3 is not built"),
         ({"model": {"attention": "splash"}}, "model.attention=splash is not built yet"),
         ({"train": {"steps": 1, "epochs": 2}}, "exactly one of steps, epochs, loss_tokens"),

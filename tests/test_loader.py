@@ -13,8 +13,9 @@ from moi_jax.config import HeldOut, Loss, Train
 from moi_jax.config_file import make_config
 from moi_jax.data import cache, loader
 from moi_jax.data.chatml import TARGETS, Instruction, label_mask
+from moi_jax.data.corpus import Corpus
 from moi_jax.data.loader import Batch, Placed, RowSource, assemble, batch_dataset
-from moi_jax.data.plan import Corpus, RunPlan
+from moi_jax.data.run_plan import RunPlan
 from moi_jax.data.tokenizer import load_tokenizer
 
 from plan_helpers import NAMES, data_section

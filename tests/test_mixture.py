@@ -1,4 +1,4 @@
-"""Draws, groups, their order, and the repair of groups longer than a row."""
+"""Draws, mixtures, groups and the order inside them."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from moi_jax.data import mixture
 from moi_jax.errors import UserError
 
-from plan_helpers import corpora, data_section
+from plan_helpers import corpora, corpus_of, data_section
 
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
+# Five instructions of the first domain, three of the second.
+SMALL = corpus_of([[1] * 5, [1] * 3])
 
 
 @given(st.integers(1, 50), st.integers(0, 300), st.integers(0, 300), st.integers(0, 2**40))
@@ -43,7 +42,7 @@ def test_permutations_differ_between_cycles_domains_and_seeds():
 
 def test_balanced_chunks_hold_the_next_draw_of_every_domain():
     data = data_section(2, sampling="balanced")
-    second = mixture.draw_groups([5, 3], data, seed=7, epoch=1)
+    second = mixture.draw_groups(SMALL, data, seed=7, epoch=1)
     np.testing.assert_array_equal(second[:, 0], mixture.draws(7, 0, 5, 5, 5))
     np.testing.assert_array_equal(second[:, 1], 5 + mixture.draws(7, 1, 3, 5, 5))
 
@@ -51,14 +50,14 @@ def test_balanced_chunks_hold_the_next_draw_of_every_domain():
 @pytest.mark.parametrize(("end", "chunks"), [("longest", 5), ("shortest", 3)])
 def test_epoch_end_sets_the_number_of_balanced_chunks(end, chunks):
     data = data_section(2, sampling="balanced", epoch_end=end)
-    assert mixture.draw_groups([5, 3], data, 0, 0).shape == (chunks, 2)
+    assert mixture.draw_groups(SMALL, data, 0, 0).shape == (chunks, 2)
 
 
 @given(corpora(), st.integers(1, 4), st.integers(0, 3))
 def test_proportional_draws_every_instruction_once_an_epoch(corpus, chunk_size, epoch):
     counts = corpus.counts
     data = data_section(len(counts), sampling="proportional", chunk_size=chunk_size)
-    groups = mixture.draw_groups(counts, data, 0, epoch)
+    groups = mixture.draw_groups(corpus, data, 0, epoch)
     present = groups >= 0
     assert sorted(groups[present]) == list(range(sum(counts)))
     assert present[:-1].all()  # only the last group may be short, at its end
@@ -68,15 +67,15 @@ def test_proportional_draws_every_instruction_once_an_epoch(corpus, chunk_size, 
 
 def test_proportional_mixes_the_domains():
     data = data_section(2, sampling="proportional")
-    stream = mixture.draw_groups([500, 500], data, 0, 0).ravel()
+    stream = mixture.draw_groups(corpus_of([[1] * 500] * 2), data, 0, 0).ravel()
     assert 150 < np.count_nonzero(stream[:500] < 500) < 350
 
 
 def test_balanced_refuses_a_domain_without_instructions_by_name():
     with pytest.raises(UserError, match="code"):
-        mixture.draw_groups([3, 0], data_section(2, sampling="balanced"), 0, 0)
+        mixture.draw_groups(corpus_of([[1] * 3, []]), data_section(2, sampling="balanced"), 0, 0)
     with pytest.raises(UserError, match="no domain"):
-        mixture.draw_groups([0, 0], data_section(2, sampling="proportional"), 0, 0)
+        mixture.draw_groups(corpus_of([[], []]), data_section(2, sampling="proportional"), 0, 0)
 
 
 # Domains of two instructions each: chat 0 1, code 2 3 (the default), maths 4 5.
@@ -103,95 +102,122 @@ def test_shuffled_order_gives_every_member_every_place():
         assert min(np.bincount(ordered[:-1, place])) > 850
 
 
-def test_repair_swaps_a_long_instruction_to_a_short_partner():
-    lengths = np.array([90, 10, 80, 20], np.int32)  # two of chat, two of code
-    fixed = mixture.repair(np.array([[0, 2], [1, 3]]), lengths, 110, True, rng())
-    assert sorted(map(sorted, fixed.members.tolist())) == [[0, 3], [1, 2]]
-    assert fixed[1:] == (2, 0, 0)
-
-
-def test_repair_takes_several_swaps_where_one_is_not_enough():
-    lengths = np.array([90, 20, 20, 30, 5, 25, 30, 25, 5], np.int32)  # three domains of three
-    members = np.array([[0, 3, 6], [1, 4, 7], [2, 5, 8]])
-    fixed = mixture.repair(members, lengths, 100, True, rng())
-    assert [0, 4, 8] in fixed.members.tolist()
-    assert fixed.unplaced_groups == 0
-
-
-def test_repair_without_columns_swaps_any_two_members():
-    # Only 60 against 48 makes both groups fit.
-    lengths = np.array([60, 50, 40, 48], np.int32)
-    fixed = mixture.repair(np.array([[0, 1], [2, 3]]), lengths, 100, False, rng())
-    assert sorted(map(sorted, fixed.members.tolist())) == [[0, 2], [1, 3]]
-
-
-def test_repair_takes_any_partner_that_serves_not_always_the_shortest():
-    lengths = np.array([90, 10, 11, 12, 13, 30, 5, 6, 7, 8], np.int32)
-    members = np.arange(10).reshape(2, 5).T
-    found = {
-        mixture.repair(members, lengths, 100, True, rng(s)).members.tobytes() for s in range(9)
-    }
-    assert len(found) > 2
-
-
-def test_repair_counts_what_fits_nowhere_and_leaves_it_out():
-    lengths = np.array([100, 30, 8, 9], np.int32)
-    fixed = mixture.repair(np.array([[0, 2], [1, 3]]), lengths, 100, True, rng())
-    assert fixed.members[:, 0].tolist() == [1]
-    assert fixed[2:] == (1, 2)
-
-
-def test_groups_that_fit_are_not_touched():
-    members = np.array([[0, 2], [1, 3]])
-    fixed = mixture.repair(members, np.array([5, 6, 7, 8], np.int32), 14, True, rng())
-    assert fixed.members is members
-    assert fixed[1:] == (0, 0, 0)
-
-
-@given(corpora(longest=64), st.integers(0, 5), st.booleans(), st.integers(1, 4))
-def test_repaired_groups_fit_and_nothing_is_lost(corpus, seed, balanced, chunk_size):
-    counts = corpus.counts
-    chunk = {} if balanced else {"chunk_size": chunk_size}
-    data = data_section(len(counts), sampling="balanced" if balanced else "proportional", **chunk)
-    drawn = mixture.draw_groups(counts, data, seed, 0)
-    fixed = mixture.repair(drawn, corpus.lengths, 64, balanced, rng(seed))
-    assert (mixture.group_sizes(fixed.members, corpus.lengths) <= 64).all()
-    kept = fixed.members[fixed.members >= 0]
-    assert np.count_nonzero((fixed.members < 0).any(axis=1)) <= 1  # at most one short group
-    assert len(kept) + fixed.unplaced_instructions == np.count_nonzero(drawn >= 0)
-    assert len(fixed.members) + fixed.unplaced_groups == len(drawn)
-    missing = np.bincount(drawn[drawn >= 0], minlength=sum(counts))
-    missing -= np.bincount(kept, minlength=sum(counts))
-    assert (missing >= 0).all()
-    if balanced:
-        columns = np.broadcast_to(np.arange(len(counts)), fixed.members.shape)
-        np.testing.assert_array_equal(corpus.domain_of(fixed.members), columns)
-
-
-@given(corpora(longest=40), st.integers(0, 5))
-def test_no_long_group_is_left_out_that_a_single_swap_would_have_mended(corpus, seed):
-    drawn = mixture.draw_groups(
-        corpus.counts, data_section(len(corpus.counts), sampling="balanced"), seed, 0
-    )
-    sizes = mixture.group_sizes(drawn, corpus.lengths)
-    lengths = corpus.lengths[drawn]
-    mendable = False
-    if np.count_nonzero(sizes > 64) == 1:
-        long = sizes.argmax()
-        for partner in np.flatnonzero(sizes <= 64):
-            gains = lengths[long] - lengths[partner]
-            mendable |= bool(((gains >= sizes[long] - 64) & (gains <= 64 - sizes[partner])).any())
-    fixed = mixture.repair(drawn, corpus.lengths, 64, True, rng(seed))
-    if mendable:
-        assert fixed.unplaced_groups == 0
-        assert fixed.moved == 2
-
-
 @pytest.mark.parametrize("sampling", [{"sampling": "balanced"}, {"sampling": "proportional"}])
 def test_partners_change_every_epoch(sampling):
-    data = data_section(2, chunk_size=2, **sampling)
+    data, corpus = data_section(2, chunk_size=2, **sampling), corpus_of([[1] * 200] * 2)
     pairs = [
-        {tuple(sorted(pair)) for pair in mixture.draw_groups([200, 200], data, 0, epoch).tolist()}
+        {tuple(sorted(pair)) for pair in mixture.draw_groups(corpus, data, 0, epoch).tolist()}
         for epoch in range(2)
     ]
     assert len(pairs[0] & pairs[1]) < 10  # of 200; about one expected
+
+
+def drawn_of(corpus, data, epoch=0, **arguments):
+    """How often each instruction is drawn in an epoch."""
+    groups = mixture.draw_groups(corpus, data, 0, epoch, **arguments)
+    return np.bincount(groups[groups >= 0], minlength=len(corpus.lengths))
+
+
+def test_weights_are_shares_of_the_instructions():
+    corpus = corpus_of([[1] * 30, [1] * 10])
+    data = data_section(2, sampling="weights", weights=(1, 3))
+    # Of the larger domain each once is a quarter of the epoch.
+    assert mixture.epoch_counts(corpus, data).tolist() == [30, 90]
+    drawn = drawn_of(corpus, data)
+    assert drawn[:30].tolist() == [1] * 30
+    assert drawn[30:].tolist() == [9] * 10
+    short = data_section(2, sampling="weights", weights=(1, 3), epoch_end="shortest")
+    assert mixture.epoch_counts(corpus, short).tolist() == [3, 10]
+
+
+def test_a_domain_of_weight_zero_is_not_drawn():
+    corpus = corpus_of([[1] * 30, [1] * 10])
+    drawn = drawn_of(corpus, data_section(2, sampling="weights", weights=(0, 1)))
+    assert drawn.tolist() == [0] * 30 + [1] * 10
+
+
+def test_weights_by_loss_tokens_are_shares_of_the_loss_tokens():
+    corpus = corpus_of([[20] * 30, [60] * 10])  # 10 and 30 loss tokens each
+    data = data_section(2, sampling="weights", unit="loss_tokens")
+    counts = mixture.epoch_counts(corpus, data)
+    assert counts.tolist() == [30, 10]
+    assert (drawn_of(corpus, data) * corpus.loss_lengths).reshape(4, 10).sum(1).sum() == 600
+
+
+@pytest.mark.parametrize(
+    ("temperature", "shares"), [(1.0, [0.8, 0.2]), (2.0, [2 / 3, 1 / 3]), (1e9, [0.5, 0.5])]
+)
+def test_temperature_flattens_the_sizes(temperature, shares):
+    corpus = corpus_of([[1] * 400, [1] * 100])
+    data = data_section(2, sampling="temperature", temperature=temperature)
+    np.testing.assert_allclose(mixture.asked_shares(corpus, data), shares, atol=1e-6)
+    counts = mixture.epoch_counts(corpus, data)
+    np.testing.assert_allclose(counts / counts.sum(), shares, atol=2e-3)
+
+
+def test_later_epochs_go_on_with_the_draws():
+    corpus = corpus_of([[1] * 7, [1] * 20])
+    data = data_section(2, sampling="weights", weights=(1, 1))
+    total = sum(drawn_of(corpus, data, epoch) for epoch in range(5))
+    for domain in (total[:7], total[7:]):
+        assert domain.max() - domain.min() <= 1
+    # And so does a later stage, with other shares.
+    stage = data_section(2, sampling="weights", weights=(3, 1))
+    total += drawn_of(corpus, stage, stage=1, first_draws=np.array([100, 100]))
+    for domain in (total[:7], total[7:]):
+        assert domain.max() - domain.min() <= 1
+
+
+def test_the_first_groups_hold_the_first_draws():
+    corpus = corpus_of([[1] * 50, [1] * 20])
+    data = data_section(2, sampling="weights", chunk_size=3)
+    few = mixture.draw_groups(corpus, data, 0, 0, groups=9)
+    for domain, n in enumerate(corpus.counts):
+        mine = few[corpus.domain_of(few) == domain] - corpus.offsets[domain]
+        assert sorted(mine) == sorted(mixture.draws(0, domain, n, 0, len(mine)))
+
+
+def test_sources_are_drawn_by_their_weights_and_evenly_inside():
+    corpus = corpus_of([[1] * 100, [1] * 400], source_starts=[[0, 20, 100], [0, 400]])
+    data = data_section(2, sources=[(3, 1), (1,)])
+    # The second source of the domain is drawn once whole after 320 draws, a quarter of them its.
+    assert mixture.epoch_counts(corpus, data).tolist() == [400, 400]
+    drawn = drawn_of(corpus, data)
+    first, second = drawn[:20], drawn[20:100]
+    assert (first.sum(), second.sum()) == pytest.approx((300, 100), abs=30)
+    assert first.max() - first.min() <= 1
+    assert second.max() - second.min() <= 1
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    st.integers(0, 200_000),
+    st.integers(0, 400),
+    st.integers(1, 9),
+)
+def test_draws_of_weighted_sources_are_one_endless_sequence(sizes, start, count, weight):
+    starts = np.cumsum([0, *sizes])
+    shares = np.array([weight, *[1] * (len(sizes) - 1)], float)
+    weighted = mixture.WeightedSources(starts, shares / shares.sum())
+    part = weighted.draws(0, 0, start, count)
+    assert ((part >= 0) & (part < starts[-1])).all()
+    np.testing.assert_array_equal(
+        part, weighted.draws(0, 0, start - start % 7, count + 6)[start % 7 :][:count]
+    )
+
+
+def test_a_weighted_source_without_instructions_is_refused_by_name():
+    corpus = corpus_of([[1] * 5, [1] * 5], source_starts=[[0, 5], [0, 5, 5]])
+    with pytest.raises(UserError, match="source of domain code has no training instruction"):
+        mixture.draw_groups(corpus, data_section(2, sources=[(1,), (1, 2)]), 0, 0)
+
+
+@given(corpora(), st.integers(2, 4), st.integers(0, 3))
+def test_no_instruction_stands_twice_in_a_group(corpus, chunk_size, seed):
+    weights = [1.0, *[9.0] * (len(corpus.counts) - 1)]
+    data = data_section(
+        len(corpus.counts), sampling="weights", weights=weights, chunk_size=chunk_size
+    )
+    for group in mixture.draw_groups(corpus, data, seed, 0).tolist():
+        present = [i for i in group if i >= 0]
+        assert len(set(present)) == len(present)

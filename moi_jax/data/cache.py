@@ -59,6 +59,10 @@ class DomainCache:
     hashes: np.ndarray
     manifest: dict[str, Any]
 
+    @property
+    def source_starts(self) -> np.ndarray:
+        return np.array([0, len(self.lengths)])
+
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Instruction]:
         """The instructions at `indices`, in one read; for any thread, and spawned processes.
 

@@ -1,27 +1,30 @@
-"""Which instructions meet in a group: draws of each domain, groups of an epoch, long groups mended.
+"""Which instructions meet in a group: draws of each domain, groups of an epoch, their order.
 
 A group is one line of an int64[G, W] matrix of global instruction numbers (domain-major: the
 instructions of domain 0, then those of domain 1, ...); -1 fills up a last group that is shorter.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 
 from moi_jax.config import Data
+from moi_jax.data.corpus import Corpus
 from moi_jax.errors import UserError
 
 
 class Stream(IntEnum):
     """Every random stream of the plan, with what follows it in the key [seed, stream, ...]."""
 
-    SAMPLING = 1  # domain, block: the permutations a domain's draws follow
-    UNION = 2  # epoch: the order of the sampled stream over all domains (proportional)
-    REPAIR = 3  # epoch: the partners tried for groups longer than a row
-    MEMBERS = 4  # epoch: the order inside a group (order: shuffled)
-    ROWS = 5  # epoch: the order of the rows
+    SAMPLING = 1  # domain, block, source + 1 or 0: the permutations that draws follow
+    UNION = 2  # epoch, stage: the order of the sampled stream over all domains
+    REPAIR = 3  # epoch, stage: the partners tried for groups longer than a row
+    MEMBERS = 4  # epoch, stage: the order inside a group (order: shuffled)
+    ROWS = 5  # epoch, stage: the order of the rows
+    FILL = 6  # epoch, stage: the partners tried to fill rows
+    SOURCES = 7  # domain, block: the order of a domain's weighted sources
 
 
 def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
@@ -33,11 +36,14 @@ def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
 BLOCK = 1 << 16
 
 
-def draws(seed: int, domain: int, n: int, start: int, count: int) -> np.ndarray:
+def draws(seed: int, domain: int, n: int, start: int, count: int, source: int = 0) -> np.ndarray:
     """Draws `start` to `start + count` of a domain of n instructions, over all epochs.
 
     Draw j is element j mod n of the domain's seeded permutation number j // n, so the counts of
     two instructions never differ by more than one.
+
+    Args:
+      source: 0 for a whole domain; 1, 2, ... for one of its weighted sources.
 
     Returns:
       int64[count], each 0 <= i < n.
@@ -47,22 +53,137 @@ def draws(seed: int, domain: int, n: int, start: int, count: int) -> np.ndarray:
     drawn = np.empty(count, np.int64)
     for block in range(start // size, -(-(start + count) // size)):
         table = np.broadcast_to(np.arange(n), (permutations, n))
-        order = generator(seed, Stream.SAMPLING, domain, block).permuted(table, axis=1).ravel()
+        stream = generator(seed, Stream.SAMPLING, domain, block, source)
+        order = stream.permuted(table, axis=1).ravel()
         # The part of this block that was asked for, in numbers of all draws.
         first, last = max(start, block * size), min(start + count, (block + 1) * size)
         drawn[first - start : last - start] = order[first - block * size : last - block * size]
     return drawn
 
 
-def draw_groups(counts: Sequence[int], data: Data, seed: int, epoch: int) -> np.ndarray:
+@dataclass(frozen=True)
+class WeightedSources:
+    """A domain whose draws come from its sources by weight, whatever the sources' sizes.
+
+    Attributes:
+      starts: int64[sources + 1], instruction i of source s is starts[s] + i of the domain.
+      shares: float64[sources], sum 1.
+    """
+
+    starts: np.ndarray
+    shares: np.ndarray
+
+    def draws(self, seed: int, domain: int, start: int, count: int) -> np.ndarray:
+        """As `draws`; inside each source counts never differ by more than one."""
+        drawn = np.empty(count, np.int64)
+        for block in range(start // BLOCK, -(-(start + count) // BLOCK)):
+            before, after = self._taken(block * BLOCK), self._taken((block + 1) * BLOCK)
+            labels = np.repeat(np.arange(len(self.shares)), after - before)
+            generator(seed, Stream.SOURCES, domain, block).shuffle(labels)
+            whole = np.empty(BLOCK, np.int64)
+            for source, n in enumerate(np.diff(self.starts).tolist()):
+                mine = labels == source
+                taken = int(after[source] - before[source])
+                chosen = draws(seed, domain, n, int(before[source]), taken, source + 1)
+                whole[mine] = chosen + self.starts[source]
+            first, last = max(start, block * BLOCK), min(start + count, (block + 1) * BLOCK)
+            drawn[first - start : last - start] = whole[first % BLOCK :][: last - first]
+        return drawn
+
+    def _taken(self, draws: int) -> np.ndarray:
+        """int64[sources]: how many of the domain's first `draws` draws are of each source."""
+        taken = np.floor(draws * self.shares).astype(np.int64)
+        taken[np.argmax(self.shares)] += draws - taken.sum()
+        return taken
+
+    def size(self, epoch_end: str) -> int:
+        """Draws until the last (longest) or first (shortest) source was drawn once whole."""
+        ends = np.diff(self.starts) / self.shares
+        return max(1, int(np.ceil(ends.max()) if epoch_end == "longest" else np.floor(ends.min())))
+
+
+def weighted_sources(corpus: Corpus, data: Data, domain: int) -> WeightedSources | None:
+    """The domain's sources where their weights say how to draw; None: they are one set."""
+    starts = corpus.source_starts[domain]
+    weights = np.array([source.weight for source in data.domains[domain].sources])
+    if (weights == 1.0).all():
+        return None
+    if (np.diff(starts) == 0).any():
+        raise UserError(
+            f"a weighted source of domain {data.domains[domain].name} has no training "
+            f"instruction; remove it or leave the weights of that domain out"
+        )
+    return WeightedSources(starts, weights / weights.sum())
+
+
+def asked_shares(corpus: Corpus, data: Data) -> np.ndarray:
+    """float64[K], sum 1: each domain's share in data.unit, as the config asks for it."""
+    sizes = np.array(corpus.counts, np.float64)
+    if data.sampling == "balanced":
+        wanted = np.ones(len(sizes))
+    elif data.sampling == "weights":
+        wanted = np.array([domain.weight for domain in data.domains])
+        wanted = np.where(sizes > 0, wanted, 0)
+    else:
+        if data.unit == "loss_tokens":
+            sizes = corpus.domain_loss_tokens.astype(np.float64)
+        wanted = sizes ** (1 / data.temperature if data.sampling == "temperature" else 1)
+    return wanted / max(wanted.sum(), 1e-300)
+
+
+def epoch_counts(corpus: Corpus, data: Data) -> np.ndarray:
+    """int64[K]: draws of each domain in an epoch.
+
+    balanced: the size of the largest domain (epoch_end: longest) or the smallest, of each.
+    proportional: every instruction once. weights, temperature: in the shares asked for, until the
+    last domain was drawn once whole (longest) or the first (shortest).
+
+    Raises:
+      UserError: there is nothing to draw from.
+    """
+    if not sum(corpus.counts):
+        raise UserError("no domain has a training instruction; check data.domains and the drops")
+    if data.sampling == "proportional":
+        return np.array(corpus.counts, np.int64)
+    if data.sampling == "balanced" and 0 in corpus.counts:
+        name = data.domains[corpus.counts.index(0)].name
+        raise UserError(
+            f"domain {name} has no training instruction, and sampling: balanced needs one in every "
+            f"chunk; remove the domain or add sources"
+        )
+    shares = asked_shares(corpus, data)
+    if data.unit == "loss_tokens":
+        tokens = corpus.domain_loss_tokens / np.maximum(corpus.counts, 1)
+        shares = np.divide(shares, tokens, out=np.zeros(len(shares)), where=tokens > 0)
+        shares /= shares.sum()
+    assert data.epoch_end is not None  # resolved by the config
+    weighted = [weighted_sources(corpus, data, domain) for domain in range(len(shares))]
+    sizes = np.array(
+        [w.size(data.epoch_end) if w else n for w, n in zip(weighted, corpus.counts, strict=True)]
+    )
+    drawn = shares > 0
+    total = (max if data.epoch_end == "longest" else min)(sizes[drawn] / shares[drawn])
+    return np.where(drawn, np.maximum(np.rint(total * shares), 1), 0).astype(np.int64)
+
+
+def draw_groups(
+    corpus: Corpus,
+    data: Data,
+    seed: int,
+    epoch: int,
+    stage: int = 0,
+    first_draws: np.ndarray | int = 0,
+    groups: int | None = None,
+) -> np.ndarray:
     """The groups of an epoch in draw order, before repair and before the order inside a group.
 
-    balanced: chunk c holds draw epoch * C + c of each domain, C the size of the largest domain
-    (epoch_end: longest) or of the smallest; columns are domains in config order.
-    proportional: every instruction once, data.chunk_size consecutive ones of a random stream.
+    balanced: chunk c holds draw c of each domain; columns are domains in config order. Else:
+    data.chunk_size consecutive instructions of a random stream, in which the draws of a domain
+    follow one another.
 
     Args:
-      counts: training instructions of each domain, in config order.
+      first_draws: int64[K], draws of each domain before epoch 0 of this stage.
+      groups: only so many, the first ones.
 
     Returns:
       int64[G, W] global instruction numbers, W = number of domains or data.chunk_size.
@@ -70,25 +191,63 @@ def draw_groups(counts: Sequence[int], data: Data, seed: int, epoch: int) -> np.
     Raises:
       UserError: there is nothing to draw from.
     """
-    offsets = np.cumsum([0, *counts])
-    if not sum(counts):
-        raise UserError("no domain has a training instruction; check data.domains and the drops")
+    counts = epoch_counts(corpus, data)
+    starts = first_draws + epoch * counts
+
+    def drawn(domain: int, count: int) -> np.ndarray:
+        n, start = corpus.counts[domain], int(starts[domain])
+        weighted = weighted_sources(corpus, data, domain)
+        if weighted:
+            return weighted.draws(seed, domain, start, count) + corpus.offsets[domain]
+        return draws(seed, domain, n, start, count) + corpus.offsets[domain]
+
     if data.sampling == "balanced":
-        if empty := [data.domains[d].name for d, n in enumerate(counts) if not n]:
-            raise UserError(
-                f"domain {empty[0]} has no training instruction, and sampling: balanced needs one "
-                f"in every chunk; remove the domain or add sources"
-            )
-        chunks = max(counts) if data.epoch_end == "longest" else min(counts)
+        chunks = int(counts[0]) if groups is None else groups
         members = np.empty((chunks, len(counts)), np.int64)
-        for domain, n in enumerate(counts):
-            members[:, domain] = draws(seed, domain, n, epoch * chunks, chunks) + offsets[domain]
+        for domain in range(len(counts)):
+            members[:, domain] = drawn(domain, chunks)
         return members
     assert data.chunk_size is not None  # resolved by the config
-    # Draws epoch * n to (epoch + 1) * n of a domain are each of its n instructions once.
-    stream = generator(seed, Stream.UNION, epoch).permutation(sum(counts))
+    labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+    generator(seed, Stream.UNION, epoch, stage).shuffle(labels)
+    if groups is not None:
+        labels = labels[: groups * data.chunk_size]
+    of_domain = np.bincount(labels, minlength=len(counts)).tolist()
+    stream = np.empty(len(labels), np.int64)
+    stream[np.argsort(labels, kind="stable")] = np.concatenate(
+        [drawn(domain, count) for domain, count in enumerate(of_domain) if count]
+    )
     missing = -len(stream) % data.chunk_size
-    return np.pad(stream, (0, missing), constant_values=-1).reshape(-1, data.chunk_size)
+    members = np.pad(stream, (0, missing), constant_values=-1).reshape(-1, data.chunk_size)
+    if data.chunk_size > 1 and (counts > corpus.counts).any():
+        _separate_copies(members, generator(seed, Stream.UNION, epoch, stage, 1))
+    return members
+
+
+def _separate_copies(members: np.ndarray, rng: np.random.Generator) -> None:
+    """Swaps instructions that stand twice in their group with others, in place.
+
+    A copy that no other group can take is left out of its group: -1.
+    """
+    width = members.shape[1]
+    for attempt in range(SEPARATING_ROUNDS):
+        order = np.argsort(members, axis=1, kind="stable")
+        ordered = np.take_along_axis(members, order, axis=1)
+        group, place = np.nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0))
+        if not len(group):
+            return
+        column = order[group, place + 1]
+        if attempt == SEPARATING_ROUNDS - 1:
+            members[group, column] = -1
+            return
+        other, other_column = rng.integers(len(members), size=len(group)), rng.integers(width)
+        # One after the other: two copies may have been given the same partner.
+        for g, c, o in zip(group.tolist(), column.tolist(), other.tolist(), strict=True):
+            if members[o, other_column] >= 0:
+                members[g, c], members[o, other_column] = members[o, other_column], members[g, c]
+
+
+SEPARATING_ROUNDS = 32
 
 
 def group_sizes(members: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -101,96 +260,8 @@ def with_none(values: np.ndarray) -> np.ndarray:
     return np.append(values, values.dtype.type(0))
 
 
-class Repaired(NamedTuple):
-    """Groups that all fit a row: members int64[G, W], and what it took."""
-
-    members: np.ndarray
-    moved: int  # instructions in `members` that stand in another group than they were drawn for
-    unplaced_groups: int
-    unplaced_instructions: int
-
-
-# Work of one round of the repair, in pairs of members compared; and rounds at most.
-ROUND_PAIRS = 1 << 18
-ROUNDS = 32
-
-
-def repair(
-    members: np.ndarray,
-    lengths: np.ndarray,
-    sequence_length: int,
-    same_column: bool,
-    rng: np.random.Generator,
-) -> Repaired:
-    """Makes groups fit a row by swapping members with groups that fit and keep fitting.
-
-    Args:
-      members: int64[G, W] global instruction numbers; not changed.
-      lengths: int32[N] tokens of each instruction.
-      same_column: swap inside a column only (balanced: the members of one domain).
-    """
-    lengths = with_none(lengths)
-    sizes = lengths[members].sum(axis=1, dtype=np.int64)
-    if not (sizes > sequence_length).any():
-        return Repaired(members, 0, 0, 0)
-    width = members.shape[1]
-    ours, theirs = np.arange(width), np.arange(width)
-    if not same_column:
-        ours, theirs = np.repeat(ours, width), np.tile(theirs, width)
-    drawn, members = members, members.copy()
-    for _ in range(ROUNDS):
-        if not _swap_round(members, sizes, lengths, sequence_length, ours, theirs, rng):
-            break
-    fits = sizes <= sequence_length
-    moved = np.count_nonzero((members != drawn)[fits])
-    unplaced = np.count_nonzero(members[~fits] >= 0)
-    return Repaired(members[fits], int(moved), int(np.count_nonzero(~fits)), int(unplaced))
-
-
-def _swap_round(
-    members: np.ndarray,
-    sizes: np.ndarray,
-    lengths: np.ndarray,
-    sequence_length: int,
-    ours: np.ndarray,
-    theirs: np.ndarray,
-    rng: np.random.Generator,
-) -> bool:
-    """One swap for every group that is too long, in place; False if there was none to make.
-
-    Each is compared with random fitting groups of its own (the fewer long groups, the more
-    partners each sees). It takes the first swap that makes it fit; where there is none, the one
-    that shortens it most. Pair p swaps our column ours[p] with the partner's column theirs[p].
-    """
-    long = rng.permutation(np.flatnonzero(sizes > sequence_length))
-    fitting = np.flatnonzero(sizes <= sequence_length)
-    long = long[: len(fitting)]
-    if not len(long):
-        return False
-    # Partners are given out disjointly, so the swaps of a round do not disturb one another.
-    each = max(1, min(len(fitting), ROUND_PAIRS // len(ours)) // len(long))
-    partners = rng.choice(fitting, len(long) * each, replace=False).reshape(-1, each)
-    a, b = members[long][:, None, ours], members[partners][:, :, theirs]
-    # How much shorter the group gets, and the partner longer: [long, each, pairs].
-    gain = lengths[a] - lengths[b]
-    room = sequence_length - sizes[partners]
-    gain[(gain > room[:, :, None]) | (a < 0) | (b < 0)] = 0
-    gain = gain.reshape(len(long), -1)
-    enough = gain >= (sizes[long] - sequence_length)[:, None]
-    choice = np.where(enough.any(axis=1), enough.argmax(axis=1), gain.argmax(axis=1))
-    taken = gain[np.arange(len(long)), choice]
-    found = np.flatnonzero(taken > 0)
-    partner, pair = np.divmod(choice[found], len(ours))
-    left, right = long[found], partners[found, partner]
-    i, j = ours[pair], theirs[pair]
-    members[left, i], members[right, j] = members[right, j], members[left, i]
-    sizes[left] -= taken[found]
-    sizes[right] += taken[found]
-    return len(found) > 0
-
-
 def order_members(
-    members: np.ndarray, counts: Sequence[int], data: Data, seed: int, epoch: int
+    members: np.ndarray, counts: Sequence[int], data: Data, seed: int, epoch: int, stage: int = 0
 ) -> np.ndarray:
     """Puts each group's members in data.order; ties keep draw order, missing members stay last.
 
@@ -199,7 +270,7 @@ def order_members(
       counts: training instructions of each domain, in config order.
     """
     if data.order == "shuffled":
-        ranks = generator(seed, Stream.MEMBERS, epoch).random(members.shape, np.float32)
+        ranks = generator(seed, Stream.MEMBERS, epoch, stage).random(members.shape, np.float32)
         ranks[members < 0] = 2.0
     else:
         domain_ranks = np.arange(len(counts), dtype=np.int16)

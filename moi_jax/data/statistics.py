@@ -8,38 +8,49 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moi_jax.config import Data
 from moi_jax.console import say
 from moi_jax.data.cache import DomainCache
+from moi_jax.data.mixture import asked_shares
 from moi_jax.data.plan import EpochPlan
 
 
 def mixture_statistics(
-    plan: EpochPlan, report: Mapping[str, Mapping[str, Any]], batch_rows: int
+    plan: EpochPlan, report: Mapping[str, Mapping[str, Any]], data: Data, batch_rows: int
 ) -> dict[str, Any]:
     """The figures of one epoch, as `preview --stats --json` prints them.
 
-    For every domain: read = sum of dropped + held_out + used + not_drawn, where `used` counts
-    training instructions that stand in the plan at least once. Tokens count every occurrence.
+    For every domain: read = sum of dropped + held_out + used + unplaced + not_drawn, where `used`
+    counts training instructions that stand in the plan at least once, and `unplaced` those that
+    were drawn, but only for groups that fit no row. Tokens count every occurrence. `asked` is the
+    share that the config asks for, in data.unit.
 
     Args:
       report: by domain name, with the keys read, dropped ({reason: n}) and held_out
         (`cache.domain_report`).
+      data: the config section, with the sampling of the plan's stage.
       batch_rows: rows of a global batch.
     """
     corpus = plan.corpus
     occurrences = np.bincount(plan.instructions, minlength=len(corpus.lengths))
     token_sums = occurrences * corpus.lengths
+    left_out = np.zeros(len(corpus.lengths), bool)
+    left_out[plan.unplaced] = True
+    left_out &= occurrences == 0
+    asked = asked_shares(corpus, data)
     domains = {}
     for domain, name in enumerate(corpus.names):
         mine = slice(corpus.offsets[domain], corpus.offsets[domain + 1])
         counts = occurrences[mine]
-        used = int(np.count_nonzero(counts))
+        used, unplaced = int(np.count_nonzero(counts)), int(left_out[mine].sum())
         domains[name] = {
             "read": report[name]["read"],
             "dropped": dict(report[name]["dropped"]),
             "held_out": report[name]["held_out"],
             "used": used,
-            "not_drawn": len(counts) - used,
+            "unplaced": unplaced,
+            "not_drawn": len(counts) - used - unplaced,
+            "asked": float(asked[domain]),
             "occurrences": int(counts.sum()),
             "mean_repeats": float(counts.sum() / max(used, 1)),
             "max_repeats": int(counts.max(initial=0)),
@@ -54,7 +65,7 @@ def mixture_statistics(
         "loss_tokens": plan.loss_tokens,
         "moved_share": plan.moved / len(plan.instructions),
         "unplaced_groups": plan.unplaced_groups,
-        "unplaced_instructions": plan.unplaced_instructions,
+        "unplaced_instructions": len(plan.unplaced),
         "domains_per_row": domains_per_row(plan),
         "domains": domains,
     }
@@ -71,22 +82,23 @@ def domains_per_row(plan: EpochPlan) -> float:
 def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: int) -> None:
     """Prints the mixture table, and a warning for every domain over data.max_repeats."""
     domains = statistics["domains"]
-    rows = _table("Rows", "read", "dropped", "held out", "used", "not drawn", "repeats", "most")
+    rows = _table("Rows", "read", "dropped", "held out", "used", "not used", "repeats", "most")
     for name, d in domains.items():
-        counts = (d["read"], sum(d["dropped"].values()), d["held_out"], d["used"], d["not_drawn"])
+        not_used = d["unplaced"] + d["not_drawn"]
+        counts = (d["read"], sum(d["dropped"].values()), d["held_out"], d["used"], not_used)
         repeats = (f"{d['mean_repeats']:.2f}", str(d["max_repeats"]))
         rows.add_row(name, *(f"{count:,}" for count in counts), *repeats)
     console.print(rows)
-    mixture = _table("Mixture of one epoch", "instructions", "tokens", "loss tokens")
-    for name in domains:
+    mixture = _table("Mixture of one epoch", "asked", "instructions", "tokens", "loss tokens")
+    for name, d in domains.items():
         shares = (_with_share(domains, name, k) for k in ("occurrences", "tokens", "loss_tokens"))
-        mixture.add_row(name, *shares)
+        mixture.add_row(name, f"{d['asked']:.1%}", *shares)
     console.print(mixture)
     say(
         console,
         f"{statistics['rows']:,} rows, {statistics['steps_per_epoch']:,} steps an epoch, "
         f"fill {statistics['fill']:.2%}, {statistics['domains_per_row']:.2f} domains a row, "
-        f"{statistics['moved_share']:.2%} of the instructions moved to fit",
+        f"{statistics['moved_share']:.2%} of the instructions changed group to fill rows",
     )
     if statistics["unplaced_groups"]:
         say(

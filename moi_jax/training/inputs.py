@@ -12,9 +12,10 @@ from moi_jax.config import Config
 from moi_jax.config_file import load_config
 from moi_jax.console import say
 from moi_jax.data.cache import DomainCache, Selection, domain_report, prepare, select
+from moi_jax.data.corpus import Corpus
 from moi_jax.data.loader import Batch, RowSource, batch_dataset
-from moi_jax.data.plan import Corpus, RunPlan
 from moi_jax.data.prompts import fingerprint, prompts_item
+from moi_jax.data.run_plan import RunPlan
 from moi_jax.data.statistics import mixture_statistics, print_mixture, print_sources
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
@@ -53,10 +54,11 @@ class Inputs(Resolved):
 
     def show_mixture(self, plan: RunPlan, console: Console) -> dict[str, Any]:
         """Prints sources, drops and the mixture of the first epoch; returns the mixture."""
-        report = domain_report(self.caches, self.selections)
-        mixture = mixture_statistics(plan.epoch_plan(0), report, plan.batch_rows)
+        report, data = domain_report(self.caches, self.selections), self.config.data
+        first = plan.epoch_plan(0)
+        mixture = mixture_statistics(first, report, data.of_stage(0), plan.batch_rows)
         print_sources(self.caches, console)
-        print_mixture(mixture, console, self.config.data.max_repeats)
+        print_mixture(mixture, console, data.max_repeats)
         if plan.empty_rows:
             say(console, f"{plan.empty_rows} empty rows fill up the run's last batch")
         return mixture

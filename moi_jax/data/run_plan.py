@@ -1,0 +1,145 @@
+"""The plan of a run: the endless sequence of rows, epoch after epoch, stage after stage."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from moi_jax.config import Data, Train
+from moi_jax.data.corpus import Corpus
+from moi_jax.data.mixture import epoch_counts
+from moi_jax.data.plan import EpochPlan, last_epoch, plan_epoch
+from moi_jax.errors import UserError
+
+# Full plans held: the epoch being read, the next one, and the last one, for which threads that
+# read ahead may still ask; of small epochs as many more as these instructions make up.
+PLANS_KEPT = 3
+INSTRUCTIONS_KEPT = 1 << 20
+
+
+class RunPlan:
+    """The endless sequence of rows, epoch after epoch, and how many of them a run takes.
+
+    Full plans are kept for few epochs; of the others only the first row is known. The next epoch
+    is planned in the background as soon as a row of the one before it is asked for. Safe to call
+    from several threads.
+
+    Attributes:
+      batch_rows: rows of a global batch.
+      total_rows: rows of the run; the rest of its last batch is empty.
+      total_steps: global batches of the run.
+      empty_rows: rows without tokens at the end of the run's last batch.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        data: Data,
+        train: Train,
+        first_rows: Sequence[int] = (0,),
+        step: int = 0,
+        row: int = 0,
+    ):
+        """Plans as many epochs as the length of the run needs to be known in rows.
+
+        Args:
+          first_rows: first global row of each epoch as an earlier run of the same plan knew them
+            (see `first_rows`); their epochs are not planned again to count rows.
+          step, row: batches already seen and the first row of the next, where a run goes on.
+        """
+        self.corpus, self.data, self.seed = corpus, data, train.seed
+        self._stages = [data.of_stage(stage) for stage in range(max(1, len(data.stages)))]
+        self._begins = [stage.begins for stage in data.stages] or [0]
+        self._first_rows = list(first_rows)
+        self._plans: OrderedDict[int, Future[EpochPlan]] = OrderedDict()
+        self._lock = threading.RLock()
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="epoch-plan")
+        self.batch_rows = train.global_batch_rows
+        self._epoch_size = max(int(epoch_counts(corpus, stage).sum()) for stage in self._stages)
+        if train.steps:
+            self.total_rows = row + (train.steps - step) * self.batch_rows
+        elif train.loss_tokens:
+            self.total_rows = self._rows_with_loss_tokens(train.loss_tokens)
+        else:
+            assert train.epochs is not None  # the config has exactly one of the three
+            self.total_rows = self.rows_before(train.epochs)
+        # The batches seen may have had another size than those to come.
+        self.total_steps = step + -(-(self.total_rows - row) // self.batch_rows)
+        self.empty_rows = row + (self.total_steps - step) * self.batch_rows - self.total_rows
+
+    def epoch_plan(self, epoch: int) -> EpochPlan:
+        """The full plan of an epoch, planned now if it is not at hand."""
+        self.rows_before(epoch)
+        return self._request(epoch).result()
+
+    def rows_before(self, epoch: int) -> int:
+        """First global row of an epoch."""
+        with self._lock:
+            while len(self._first_rows) <= epoch:
+                rows = self._request(len(self._first_rows) - 1).result().rows
+                self._first_rows.append(self._first_rows[-1] + rows)
+            return self._first_rows[epoch]
+
+    def locate(self, global_row: int) -> tuple[int, int]:
+        """(epoch, row of the epoch) of a row of the endless sequence."""
+        with self._lock:
+            while self._first_rows[-1] <= global_row:
+                self.rows_before(len(self._first_rows))
+            epoch = int(np.searchsorted(self._first_rows, global_row, side="right")) - 1
+            if self._first_rows[epoch + 1] < self.total_rows:
+                self._request(epoch + 1)
+            return epoch, global_row - self._first_rows[epoch]
+
+    def first_rows(self, global_row: int) -> list[int]:
+        """First global row of every epoch that row lies in or after: what a checkpoint keeps."""
+        epoch, _ = self.locate(global_row)
+        return self._first_rows[: epoch + 1]
+
+    def _request(self, epoch: int) -> Future[EpochPlan]:
+        """The plan of an epoch whose first row is known, perhaps still being made."""
+        with self._lock:
+            if epoch not in self._plans:
+                first_row = self._first_rows[epoch]
+                stage = self._stage(first_row)
+                of_stage = epoch - self._first_rows.index(self._begins[stage])
+                self._plans[epoch] = self._planner.submit(
+                    self._make, stage, of_stage, self._draws_before(stage), first_row
+                )
+            self._plans.move_to_end(epoch)
+            while len(self._plans) > max(PLANS_KEPT, INSTRUCTIONS_KEPT // self._epoch_size):
+                self._plans.popitem(last=False)
+            return self._plans[epoch]
+
+    def _stage(self, row: int) -> int:
+        return int(np.searchsorted(self._begins, row, side="right")) - 1
+
+    def _draws_before(self, stage: int) -> np.ndarray:
+        """int64[K]: draws of each domain in all the stages before."""
+        draws = np.zeros(len(self.corpus.counts), np.int64)
+        for earlier in range(stage):
+            first, after = (self._first_rows.index(self._begins[earlier + n]) for n in (0, 1))
+            whole = epoch_counts(self.corpus, self._stages[earlier])
+            draws += (after - 1 - first) * whole + self.epoch_plan(after - 1).draws
+        return draws
+
+    def _make(self, stage: int, epoch: int, first_draws: np.ndarray, first_row: int) -> EpochPlan:
+        """The plan of a stage's epoch, shortened where the stage ends in it."""
+        arguments = (self.corpus, self._stages[stage], self.seed, epoch, stage, first_draws)
+        plan = plan_epoch(*arguments)
+        if stage + 1 < len(self._begins) and self._begins[stage + 1] < first_row + plan.rows:
+            return last_epoch(plan, self._begins[stage + 1] - first_row, arguments)
+        return plan
+
+    def _rows_with_loss_tokens(self, loss_tokens: int) -> int:
+        """Rows until at least so many tokens carried loss."""
+        epoch, missing = 0, loss_tokens
+        while True:
+            sums = np.cumsum(self.epoch_plan(epoch).row_loss_tokens())
+            if not sums[-1]:
+                raise UserError("no token carries loss, so train.loss_tokens is never reached")
+            if sums[-1] >= missing:
+                return self.rows_before(epoch) + int(np.searchsorted(sums, missing)) + 1
+            missing -= int(sums[-1])
+            epoch += 1
