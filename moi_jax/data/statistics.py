@@ -71,16 +71,21 @@ def domains_per_row(plan: EpochPlan) -> float:
 def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: int) -> None:
     """Prints the mixture table, and a warning for every domain over data.max_repeats."""
     domains = statistics["domains"]
-    rows = _table("Rows", "read", "dropped", "held out", "used", "not drawn", "repeats", "most")
+    rows = figures_table(
+        "Rows", "read", "dropped", "held out", "used", "not drawn", "repeats", "most"
+    )
     for name, d in domains.items():
         counts = (d["read"], sum(d["dropped"].values()), d["held_out"], d["used"], d["not_drawn"])
         repeats = (f"{d['mean_repeats']:.2f}", str(d["max_repeats"]))
         rows.add_row(name, *(f"{count:,}" for count in counts), *repeats)
     console.print(rows)
-    mixture = _table("Mixture of one epoch", "instructions", "tokens", "loss tokens")
-    for name in domains:
+    mixture = figures_table(
+        "Mixture of one epoch", "asked", "instructions", "tokens", "loss tokens"
+    )
+    for name, d in domains.items():
+        asked = d.get("asked")
         shares = (_with_share(domains, name, k) for k in ("occurrences", "tokens", "loss_tokens"))
-        mixture.add_row(name, *shares)
+        mixture.add_row(name, "-" if asked is None else f"{asked:.1%}", *shares)
     console.print(mixture)
     say(
         console,
@@ -104,7 +109,8 @@ def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: 
             )
 
 
-def _table(title: str, *figures: str) -> Table:
+def figures_table(title: str, *figures: str) -> Table:
+    """A table with a line a domain and figures in columns."""
     table = Table(title=title, title_justify="left")
     table.add_column("domain", overflow="fold")
     for figure in figures:
