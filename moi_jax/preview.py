@@ -82,7 +82,10 @@ def _arguments() -> argparse.Namespace:
         help="derive N random rows anew from the raw files, slowly, and compare every token",
     )
     parser.add_argument(
-        "--json", action="store_true", help="with --stats: the figures alone on standard output"
+        "--json",
+        action="store_true",
+        default=None,
+        help="with --stats: the figures alone on standard output",
     )
     parser.add_argument(
         "--histogram", type=Path, metavar="FILE", help="with --stats: draw the lengths"
@@ -90,7 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=_count, help="with --audit: chooses the rows (0)")
     args = parser.parse_intermixed_args()
     for option, way in ONLY_WITH.items():
-        if getattr(args, option) not in (None, False) and not getattr(args, way):
+        if getattr(args, option) is not None and not getattr(args, way):
             raise UserError(f"--{option} goes with --{way}; add it or leave --{option} out")
     if args.rows and (args.png or args.stats or args.audit):
         raise UserError("--rows is for rows in the terminal; leave it out")

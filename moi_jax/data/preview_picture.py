@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from moi_jax.data.plan import Corpus
 from moi_jax.data.preview_row import RowView
@@ -18,12 +19,12 @@ from moi_jax.errors import UserError
 
 # After Okabe and Ito, told apart by colour-blind readers too; more domains share a scale.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
-INK, QUIET, GREYS = "#222222", "#767676", ("#c8c8c8", "#a0a0a0")
+INK, QUIET, PADDING, GREYS = "#222222", "#6a6a6a", "#f0f0f0", ("#c8c8c8", "#a0a0a0")
 STYLE: dict[Any, Any] = {"svg.hashsalt": "moi_jax", "svg.fonttype": "none", "font.size": 9}
 KINDS = (".png", ".svg")
 MASK_PIXELS = 512  # along each side of the attention mask at most
 LANE = 0.78  # height of a lane; lanes begin at whole numbers
-NUMBERED = 0.03  # share of the row that a block needs for its number
+NUMBERED, NAMED = 0.03, 0.1  # share of the row that a block needs for its number or a word
 BINS = 48
 
 
@@ -52,16 +53,11 @@ def draw_row(view: RowView, path: Path) -> None:
     """
     colours = domain_colours(len(view.domains))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.7), layout="constrained")
         lanes, mask = figure.subplots(1, 2, width_ratios=[1.9, 1])
         _draw_lanes(lanes, view, colours)
         _draw_attention(mask, view, colours)
         figure.suptitle(_headline(view), x=0.01, ha="left", fontsize=10)
-        handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
-        figure.legend(
-            handles, view.domains, ncols=8, loc="outside lower left", frameon=False,
-            handlelength=1, handleheight=1,
-        )  # fmt: skip
         _save(figure, path)
 
 
@@ -78,9 +74,15 @@ def _headline(view: RowView) -> str:
 def _draw_lanes(axes: Axes, view: RowView, colours: list[Any]) -> None:
     length = len(view.batch.tokens)
     axes.set(
-        xlim=(0, length), ylim=(-0.15, 4), xlabel="token of the row",
-        yticks=np.arange(4) + LANE / 2, yticklabels=["loss", "segment", view.group_name, "domain"],
+        xlim=(0, length), ylim=(-0.15, 3 + LANE), xlabel="token of the row",
+        yticks=np.arange(4) + LANE / 2, yticklabels=["loss", "segment", "chunk", "domain"],
     )  # fmt: skip
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    axes.legend(
+        handles, view.domains, ncols=6, loc="lower left", bbox_to_anchor=(0, 1), frameon=False,
+        handlelength=1, handleheight=1, borderpad=0, borderaxespad=0.6,
+    )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     for member in view.members:
@@ -96,9 +98,9 @@ def _draw_lanes(axes: Axes, view: RowView, colours: list[Any]) -> None:
     for trained, start, end in _stretches(view.trained):
         if trained:
             _block(axes, 0, start, end, INK, edge="none")
-    padding = length - view.tokens
-    if padding > 0.1 * length:
-        middle = view.tokens + padding / 2
+    _block(axes, 3, view.tokens, length, PADDING)
+    if length - view.tokens > NAMED * length:
+        middle = (view.tokens + length) / 2
         axes.text(middle, 3 + LANE / 2, "padding", ha="center", va="center", color=QUIET)
 
 
@@ -128,16 +130,29 @@ def _block(axes: Axes, lane: int, start: int, end: int, colour: Any, edge: str =
 def _draw_attention(axes: Axes, view: RowView, colours: list[Any]) -> None:
     """Row q of the mask: the tokens that token q sees, in the colours of their domains."""
     length = len(view.batch.tokens)
-    shown = np.arange(0, length, -(-length // MASK_PIXELS))
+    axes.imshow(
+        attention(view, MASK_PIXELS),
+        cmap=ListedColormap(["#ffffff", *colours]),
+        vmin=0,
+        vmax=len(colours),
+        extent=(0, length, length, 0),
+        interpolation="nearest",
+    )
+    axes.set(xlabel="token attended to", ylabel="token")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_title(f"attention: inside {view.segment_phrase}", fontsize=9)
+
+
+def attention(view: RowView, most: int) -> np.ndarray:
+    """int[n, n]: 0 where a token does not see another, else 1 + the domain id of the seen one.
+
+    The tokens are every k-th one, with the smallest k that leaves at most `most`.
+    """
+    shown = np.arange(0, len(view.batch.tokens), -(-len(view.batch.tokens) // most))
     segments, domains = view.batch.segment_ids[shown], view.batch.domain_ids[shown]
     same = (segments[:, None] == segments[None, :]) & (segments[:, None] > 0)
-    visible = np.tril(same) * (domains[None, :] + 1)
-    axes.imshow(
-        visible, cmap=ListedColormap(["#ffffff", *colours]), vmin=0, vmax=len(colours),
-        extent=(0, length, length, 0), interpolation="nearest",
-    )  # fmt: skip
-    axes.set(xlabel="token attended to", ylabel="token")
-    axes.set_title(f"attention: inside {view.segment_phrase}", fontsize=9)
+    return np.tril(same) * (domains[None, :] + 1)
 
 
 def draw_lengths(corpus: Corpus, limit: int, path: Path) -> None:
@@ -160,12 +175,13 @@ def draw_lengths(corpus: Corpus, limit: int, path: Path) -> None:
             axes.hist(lengths, edges, color=colours[number])
             axes.axvline(limit, color=INK, linestyle=":", linewidth=1)
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
-            median = f"{len(lengths):,} instructions, median {np.median(lengths):,.0f} tokens"
-            axes.set_title(median if len(lengths) else "no instruction", loc="left", fontsize=8)
+            title = f"{len(lengths):,} instructions"
+            if len(lengths):
+                title += f", median {np.median(lengths):,.0f} tokens"
+            axes.set_title(title, loc="left", fontsize=8)
             axes.spines[["top", "right"]].set_visible(False)
-        panels[-1].set(
-            xscale="log", xlabel=f"tokens of an instruction (dotted: a row of {limit:,})"
-        )
+        panels[-1].set_xscale("log", base=2)
+        panels[-1].set_xlabel(f"tokens of an instruction (dotted: a row of {limit:,})")
         panels[-1].xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
         _save(figure, path)
 
