@@ -35,11 +35,9 @@ def turn(role: str, content: str, **keys) -> dict:
 def ragged_rows(rng: random.Random) -> list[dict]:
     """Rows of every kind that the audit must derive: 60 good ones and 5 bad ones."""
 
-    def text(words: int) -> str:
-        return (
-            " ".join(rng.choices(WORDS.split(" "), k=rng.randint(1, words)))
-            + f" {rng.random():.6f}"
-        )
+    def text(most: int) -> str:
+        words = rng.choices(WORDS.split(" "), k=rng.randint(1, most))
+        return f"{' '.join(words)} {rng.random():.6f}"
 
     rows = []
     for number in range(60):
@@ -155,6 +153,17 @@ def test_the_audit_passes_for_every_strategy_and_loss(ragged, strategy, normaliz
 )
 def test_the_audit_passes_under_every_switch_of_the_data(ragged, overrides):
     inputs, source = opened(ragged, *overrides)
+    assert audited(inputs, source, some_rows(source)) is None
+
+
+def test_the_audit_passes_where_an_exchange_just_fits(ragged):
+    inputs, _ = opened(ragged)
+    instructions = inputs.caches[0].read(range(len(inputs.caches[0].lengths)))
+    turns = [np.flatnonzero(i.tokens == inputs.tokenizer.im_start) for i in instructions]
+    # System, user, assistant, and where the next exchange begins.
+    limit = next(int(begins[3]) for begins in turns if len(begins) > 3 and begins[3] > 100)
+    inputs, source = opened(ragged, f"data.max_instruction_tokens={limit}")
+    assert (inputs.caches[0].lengths[:, 0] == limit).any()
     assert audited(inputs, source, some_rows(source)) is None
 
 
