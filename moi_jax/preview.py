@@ -160,9 +160,9 @@ def _audit(inputs: "Inputs", run: "RunPlan", count: int, seed: int, console: "Co
     from moi_jax.data.preview_audit import audit
 
     rows = sorted(random.Random(seed).sample(range(run.total_rows), min(count, run.total_rows)))
+    train = [selection.train for selection in inputs.selections]
     records = [len(cache.lengths) for cache in inputs.caches]
-    source = inputs.row_source(run)
-    difference = audit(source, inputs.selections, records, inputs.tokenizer, rows)
+    difference = audit(inputs.row_source(run), train, records, inputs.tokenizer, rows)
     if difference:
         say(console, f"audit: {difference}")
         return 1

@@ -111,8 +111,9 @@ def opened(config, *overrides):
 
 
 def audited(inputs, source, rows):
+    train = [selection.train for selection in inputs.selections]
     records = [len(cache.lengths) for cache in inputs.caches]
-    return audit(source, inputs.selections, records, inputs.tokenizer, rows)
+    return audit(source, train, records, inputs.tokenizer, rows)
 
 
 def some_rows(source, count=12):
@@ -225,9 +226,10 @@ def test_the_audit_finds_a_cache_with_other_rows(ragged, monkeypatch):
 
 def test_the_audit_finds_rows_missing_from_the_cache(ragged):
     inputs, source = opened(ragged)
+    train = [selection.train for selection in inputs.selections]
     records = [len(cache.lengths) for cache in inputs.caches]
     records[1] -= 1
-    difference = audit(source, inputs.selections, records, inputs.tokenizer, [0])
+    difference = audit(source, train, records, inputs.tokenizer, [0])
     assert difference == "domain chat: 79 instructions in the cache, 80 usable rows in the sources"
 
 
@@ -240,7 +242,7 @@ def tiny(tmp_path_factory):
          turn("user", "So?"), turn("assistant", "Yes.")],
         [turn("system", "Be\x1b[2Jkind."), turn("user", "Ho"), turn("assistant", "Good day!")],
     ]  # fmt: skip
-    lines = [json.dumps({"messages": messages}) for messages in [*rows, rows[0], []]]
+    lines = [json.dumps({"messages": messages}) for messages in [*rows, rows[0], rows[0][:1]]]
     (root / "chat.jsonl").write_text("\n".join(lines), encoding="utf-8")
     values = {
         "model": {"preset": "tiny"},
@@ -398,6 +400,13 @@ def test_overrides_may_stand_anywhere(tiny, monkeypatch, capsys):
     assert status == 0
     assert "\nrow 1 (epoch 1, row 0 of 1): " in out
     assert "attention stays inside a row" in out
+
+
+def test_instructions_drawn_one_by_one_have_no_border_of_a_group(tiny):
+    text = printed(tiny, "data.sampling=proportional", "data.mask=chunk")
+    assert "2 instructions; attention stays inside an instruction" in text
+    borders = [line[:2] for line in text.splitlines() if line[:1] in ("━", "─")]
+    assert borders == ["──", "──", "━━"]
 
 
 def test_the_account_of_a_domain_is_told(tiny, monkeypatch, capsys):

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from moi_jax.config import Data, Domain
 from moi_jax.data import sources
-from moi_jax.data.cache import Selection
 from moi_jax.data.conversations import BadRow, Conversation, Message
 from moi_jax.data.loader import Batch, RowSource
 from moi_jax.data.plan import EpochPlan
@@ -50,7 +51,7 @@ class PlainDomain:
 
 def audit(
     source: RowSource,
-    selections: Sequence[Selection],
+    train: Sequence[np.ndarray],
     records: Sequence[int],
     tokenizer: Tokenizer,
     rows: Sequence[int],
@@ -59,7 +60,8 @@ def audit(
 
     Args:
       source: the loader's rows; its run has the plan and the config.
-      selections: of each domain, in config order.
+      train: int64[n_d] of each domain, in config order: the records in the cache of its training
+        instructions.
       records: instructions in the cache of each domain.
       rows: numbers below source.run.total_rows.
 
@@ -67,16 +69,16 @@ def audit(
       The first difference in words; None when all six arrays are equal at every token.
     """
     run, targets = source.run, source.loss.targets
-    train = [selection.train.tolist() for selection in selections]
+    of_training = [selected.tolist() for selected in train]
     planned = {}
     for row in rows:
         epoch, row_of_epoch = run.locate(row)
         planned[row] = epoch, [group.tolist() for group in run.epoch_plan(epoch).row(row_of_epoch)]
-    wanted: list[set[int]] = [set() for _ in train]
+    wanted: list[set[int]] = [set() for _ in of_training]
     for _, groups in planned.values():
         for number in (number for group in groups for number in group):
-            domain, index = _find(number, train)
-            wanted[domain].add(train[domain][index])
+            domain, index = _find(number, of_training)
+            wanted[domain].add(of_training[domain][index])
     domains = []
     for domain, config in enumerate(run.data.domains):
         found = read_domain(run.data, config, tokenizer, targets, wanted[domain])
@@ -86,9 +88,9 @@ def audit(
                 f"{len(found.labels)} usable rows in the sources"
             )
         domains.append(found)
-    weigh = _Weights(source, train, domains)
+    weigh = _Weights(source, of_training, domains)
     for row, (epoch, groups) in planned.items():
-        laid = _lay_out(groups, train, domains, weigh.of_epoch(epoch), source)
+        laid = _lay_out(groups, of_training, domains, weigh.of_epoch(epoch), source)
         ours = Batch(*(array[0].tolist() for array in source.rows([row])))
         if difference := _compare(row, ours, laid):
             return difference

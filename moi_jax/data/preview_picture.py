@@ -63,7 +63,7 @@ def draw_row(view: RowView, path: Path) -> None:
 
 def _headline(view: RowView) -> str:
     data = view.data
-    order = f", order {data.order}" if data.chunk_size != 1 else ""
+    order = f", order {data.order}" if view.group_name != "instruction" else ""
     return (
         f"Row {view.number}: {view.tokens:,} of {len(view.batch.tokens):,} tokens, "
         f"{view.trained.sum():,} with loss\n"
@@ -73,21 +73,12 @@ def _headline(view: RowView) -> str:
 
 def _draw_lanes(axes: Axes, view: RowView, colours: list[Any]) -> None:
     length = len(view.batch.tokens)
-    axes.set(
-        xlim=(0, length), ylim=(-0.15, 3 + LANE), xlabel="token of the row",
-        yticks=np.arange(4) + LANE / 2, yticklabels=["loss", "segment", "chunk", "domain"],
-    )  # fmt: skip
-    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
-    axes.legend(
-        handles, view.domains, ncols=6, loc="lower left", bbox_to_anchor=(0, 1), frameon=False,
-        handlelength=1, handleheight=1, borderpad=0, borderaxespad=0.6,
-    )  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    alone = view.group_name == "instruction"
+    lanes = ["loss", "segment", "chunk" if alone else view.group_name, "domain"]
+    _frame_lanes(axes, length, lanes, dict(zip(view.domains, colours, strict=True)))
     for member in view.members:
         _block(axes, 3, member.start, member.end, colours[view.domains.index(member.domain)])
-    if view.data.chunk_size == 1:
+    if alone:
         note = " none: instructions are drawn one by one"
         axes.text(0, 2 + LANE / 2, note, va="center", color=QUIET, style="italic")
     else:
@@ -102,6 +93,22 @@ def _draw_lanes(axes: Axes, view: RowView, colours: list[Any]) -> None:
     if length - view.tokens > NAMED * length:
         middle = (view.tokens + length) / 2
         axes.text(middle, 3 + LANE / 2, "padding", ha="center", va="center", color=QUIET)
+
+
+def _frame_lanes(axes: Axes, length: int, lanes: list[str], legend: dict[str, Any]) -> None:
+    """Axes of `length` tokens with lanes named from below, and the colour of each domain."""
+    axes.set(
+        xlim=(0, length), ylim=(-0.15, len(lanes) - 1 + LANE), xlabel="token of the row",
+        yticks=np.arange(len(lanes)) + LANE / 2, yticklabels=lanes,
+    )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in legend.values()]
+    axes.legend(
+        handles, list(legend), ncols=6, loc="lower left", bbox_to_anchor=(0, 1), frameon=False,
+        handlelength=1, handleheight=1, borderpad=0, borderaxespad=0.6,
+    )  # fmt: skip
 
 
 def _stretches(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -141,7 +148,7 @@ def _draw_attention(axes: Axes, view: RowView, colours: list[Any]) -> None:
     axes.set(xlabel="token attended to", ylabel="token")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.set_title(f"attention: inside {view.segment_phrase}", fontsize=9)
+    axes.set_title(f"attention: inside {view.segment_name}", fontsize=9)
 
 
 def attention(view: RowView, most: int) -> np.ndarray:

@@ -61,13 +61,15 @@ class RowView:
 
     @property
     def group_name(self) -> str:
-        return "chunk" if self.data.sampling == "balanced" else "group"
+        if self.data.sampling == "balanced":
+            return "chunk"
+        return "instruction" if self.data.chunk_size == 1 else "group"
 
     @property
-    def segment_phrase(self) -> str:
-        """What attention stays inside."""
-        phrases = {"chunk": f"a {self.group_name}", "row": "a row", "instruction": "an instruction"}
-        return phrases[self.data.mask or ""]
+    def segment_name(self) -> str:
+        """What attention stays inside, with its article."""
+        name = self.group_name if self.data.mask == "chunk" else self.data.mask
+        return f"{'an' if name == 'instruction' else 'a'} {name}"
 
 
 def view_row(source: RowSource, number: int) -> RowView:
@@ -114,12 +116,13 @@ def print_row(view: RowView, tokenizer: Tokenizer, console: Console) -> None:
         console,
         f"row {view.number} (epoch {view.epoch}, row {view.row} of {view.rows:,}): "
         f"{view.tokens:,} of {length:,} tokens, {view.trained.sum():,} with loss, {groups}; "
-        f"attention stays inside {view.segment_phrase}",
+        f"attention stays inside {view.segment_name}",
     )
     for number, group in enumerate(view.groups, 1):
         places = f"tokens {group[0].start} to {group[-1].end - 1}"
         title = f"{view.group_name} {number} of {len(view.groups)}, {places}"
-        _print_border("━", Text(title, "bold"), console)
+        if view.group_name != "instruction":
+            _print_border("━", Text(title, "bold"), console)
         for member in group:
             _print_border("─", _title(view, member), console)
             text = render_tokens(view, member, tokenizer, _coloured(console))
