@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moi_jax"
-COMMANDS = {"train", "prepare", "convert"}
+COMMANDS = {"train", "prepare", "convert", "preview"}
 SHARED = {"config", "config_file", "errors", "console"}
 MAY_IMPORT = {
     "models": SHARED,

@@ -120,7 +120,9 @@ def render(
         tokens, spans = template.system_block(system_ids[system])
         system_length = len(tokens)
         for number, message in enumerate(conversation.turns):
-            if number and message.train:
+            # What is not trained on of an answer is not trained on around it either.
+            labels = message.role != "assistant" or message.train
+            if number and labels:
                 spans.append((len(tokens), len(tokens) + 1, QWEN_OFFICIAL))
             tokens += template.headers[message.role]
             start = len(tokens)
@@ -130,7 +132,7 @@ def render(
             if message.role == "assistant" and message.train:
                 spans += _answer_spans(message.content, start, end + 1, tokenizer)
                 end += 1
-            if message.train:
+            if labels:
                 spans.append((end, len(tokens), QWEN_OFFICIAL))
         instructions.append(
             Instruction(

@@ -58,6 +58,7 @@ def mixture_statistics(
             "loss_tokens": int(plan.domain_loss_tokens[domain]),
         }
     return {
+        "unit": data.unit.replace("_", " "),
         "fill": plan.fill,
         "rows": plan.rows,
         "steps_per_epoch": -(-plan.rows // batch_rows),
@@ -82,14 +83,17 @@ def domains_per_row(plan: EpochPlan) -> float:
 def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: int) -> None:
     """Prints the mixture table, and a warning for every domain over data.max_repeats."""
     domains = statistics["domains"]
-    rows = _table("Rows", "read", "dropped", "held out", "used", "not used", "repeats", "most")
+    rows = figures_table(
+        "Rows", "read", "dropped", "held out", "used", "not used", "repeats", "most"
+    )
     for name, d in domains.items():
         not_used = d["unplaced"] + d["not_drawn"]
         counts = (d["read"], sum(d["dropped"].values()), d["held_out"], d["used"], not_used)
         repeats = (f"{d['mean_repeats']:.2f}", str(d["max_repeats"]))
         rows.add_row(name, *(f"{count:,}" for count in counts), *repeats)
     console.print(rows)
-    mixture = _table("Mixture of one epoch", "asked", "instructions", "tokens", "loss tokens")
+    asked = f"asked ({statistics['unit']})"
+    mixture = figures_table("Mixture of one epoch", asked, "instructions", "tokens", "loss tokens")
     for name, d in domains.items():
         shares = (_with_share(domains, name, k) for k in ("occurrences", "tokens", "loss_tokens"))
         mixture.add_row(name, f"{d['asked']:.1%}", *shares)
@@ -116,7 +120,8 @@ def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: 
             )
 
 
-def _table(title: str, *figures: str) -> Table:
+def figures_table(title: str, *figures: str) -> Table:
+    """A table with a line a domain and figures in columns."""
     table = Table(title=title, title_justify="left")
     table.add_column("domain", overflow="fold")
     for figure in figures:

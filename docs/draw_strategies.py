@@ -1,0 +1,32 @@
+"""Draws the first row of each strategy on the sample set: python docs/draw_strategies.py [DIR]"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from moi_jax.config import STRATEGIES
+from moi_jax.config_file import load_config
+from moi_jax.data.preview_picture import draw_row
+from moi_jax.data.preview_row import view_row
+from moi_jax.data.run_plan import RunPlan
+from moi_jax.training.inputs import open_inputs, resolve
+
+HERE = Path(__file__).parent
+
+
+def main(directory: Path) -> None:
+    for strategy in STRATEGIES:
+        config = load_config(
+            HERE.parent / "configs" / "quickstart.yaml", [f"data.strategy={strategy}"]
+        )
+        inputs = open_inputs(resolve(config), Console(stderr=True))
+        run = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
+        first = view_row(inputs.row_source(run), 0)
+        draw_row(first, directory / f"strategy_{strategy}.png")
+        if strategy == "moi":  # the picture of the README
+            draw_row(first, directory / "row.svg")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)

@@ -1,0 +1,325 @@
+"""The audit: rows derived anew from the raw files, plainly and slowly, against the loader's.
+
+Only what reads files and texts is shared with the fast path: `sources` gives Conversations, the
+tokenizer ids, the plan says which instruction stands where, the selection which conversations are
+trained on. Rendering, labels, truncation and every array are written here a second time, token by
+token, after docs/method.md; speed is no aim.
+"""
+
+import math
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from moi_jax.config import Data, Domain
+from moi_jax.data import sources
+from moi_jax.data.conversations import BadRow, Conversation, Message
+from moi_jax.data.loader import Batch, RowSource
+from moi_jax.data.plan import EpochPlan
+from moi_jax.data.tokenizer import Tokenizer
+
+# Weights are quotients: these may be rounded in another order.
+WEIGHT_TOLERANCE = 1e-6
+
+
+@dataclass
+class PlainInstruction:
+    """A conversation as tokens, which of them are labels, and where it stands in the sources."""
+
+    place: str
+    tokens: list[int]
+    labels: list[bool]
+
+
+@dataclass
+class PlainDomain:
+    """What the sources of a domain hold.
+
+    Attributes:
+      labels: of every usable conversation the number of its labels, by the place it has among
+        the usable ones, which is its record in the cache.
+      wanted: the instructions asked for, by the same number.
+    """
+
+    labels: list[int] = field(default_factory=list)
+    wanted: dict[int, PlainInstruction] = field(default_factory=dict)
+
+
+def audit(
+    source: RowSource,
+    train: Sequence[np.ndarray],
+    records: Sequence[int],
+    tokenizer: Tokenizer,
+    rows: Sequence[int],
+) -> str | None:
+    """Compares rows of the loader with rows derived from the raw files.
+
+    Args:
+      source: the loader's rows; its run has the plan and the config.
+      train: int64[n_d] of each domain, in config order: the records in the cache of its training
+        instructions.
+      records: instructions in the cache of each domain.
+      rows: numbers below source.run.total_rows.
+
+    Returns:
+      The first difference in words; None when all six arrays are equal at every token.
+    """
+    run, targets = source.run, source.loss.targets
+    of_training = [selected.tolist() for selected in train]
+    planned = {}
+    for row in rows:
+        epoch, row_of_epoch = run.locate(row)
+        planned[row] = epoch, [group.tolist() for group in run.epoch_plan(epoch).row(row_of_epoch)]
+    wanted: list[set[int]] = [set() for _ in of_training]
+    for _, groups in planned.values():
+        for number in (number for group in groups for number in group):
+            domain, index = _find(number, of_training)
+            wanted[domain].add(of_training[domain][index])
+    domains = []
+    for domain, config in enumerate(run.data.domains):
+        found = read_domain(run.data, config, tokenizer, targets, wanted[domain])
+        if len(found.labels) != records[domain]:
+            return (
+                f"domain {config.name}: {records[domain]} instructions in the cache, "
+                f"{len(found.labels)} usable rows in the sources"
+            )
+        domains.append(found)
+    weigh = _Weights(source, of_training, domains)
+    for row, (epoch, groups) in planned.items():
+        laid = _lay_out(groups, of_training, domains, weigh.of_epoch(epoch), source)
+        ours = Batch(*(array[0].tolist() for array in source.rows([row])))
+        if difference := _compare(row, ours, laid):
+            return difference
+    return None
+
+
+def _find(number: int, train: list[list[int]]) -> tuple[int, int]:
+    """The domain of a global instruction number, and its place among the training ones there."""
+    for domain, records in enumerate(train):
+        if number < len(records):
+            return domain, number
+        number -= len(records)
+    raise ValueError("the plan names an instruction that no domain has")
+
+
+def read_domain(
+    data: Data, domain: Domain, tokenizer: Tokenizer, targets: str, wanted: set[int]
+) -> PlainDomain:
+    """Reads the files of a domain row by row; keeps the instructions whose number is wanted."""
+    found = PlainDomain()
+    render = _renderer(tokenizer, targets)
+    files = sources.expand(data.root, domain.sources)
+    for source, part in zip(domain.sources, files, strict=True):
+        kept = 0
+        for file in part:
+            form = sources.detect_format(file) if source.format == "auto" else source.format
+            for raw in file.rows():
+                if kept == source.max_rows:
+                    break
+                row = sources.convert(raw, form)
+                rendered = _usable(row.conversation, data, domain, render)
+                if rendered is None:
+                    continue
+                tokens, labels = rendered
+                if len(found.labels) in wanted:
+                    place = f"{file.name}:{row.line}"
+                    instruction = PlainInstruction(place, tokens, labels)
+                    found.wanted[len(found.labels)] = instruction
+                found.labels.append(sum(labels))
+                kept += 1
+    return found
+
+
+Rendered = tuple[list[int], list[bool]]
+Render = Callable[[Sequence[Message], str | None], Rendered]
+
+
+def _usable(
+    conversation: Conversation | BadRow, data: Data, domain: Domain, render: Render
+) -> Rendered | None:
+    """What the config keeps of a row; None where it is dropped."""
+    if isinstance(conversation, BadRow):
+        return None
+    own = conversation.system
+    if own and data.row_system == "drop_row":
+        return None
+    system = _system(data, domain, own)
+    turns = list(conversation.turns)
+    limit = data.max_instruction_tokens or data.sequence_length
+    rendered = render(turns, system)
+    while len(rendered[0]) > limit:
+        if data.too_long != "truncate_turns" or len(turns) <= 2:
+            return None
+        turns = turns[:-2]
+        rendered = render(turns, system)
+    return rendered
+
+
+def _system(data: Data, domain: Domain, own: str | None) -> str | None:
+    """The text of the system block; None for no block."""
+    prompt = data.default_system_prompt
+    if data.system_prompts == "none":
+        prompt = None
+    elif data.system_prompts == "per_domain" and domain.prompt is not None:
+        prompt = domain.prompt
+    if not own:
+        return prompt
+    if not prompt or data.row_system == "keep":
+        return own
+    if data.row_system == "replace":
+        return prompt
+    return prompt + "\n\n" + own
+
+
+def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
+    """Renders turns as ids, and says of each whether it is a label under loss.targets."""
+    official = targets == "qwen_official"
+    fixed = lru_cache(maxsize=None)(tokenizer.encode)  # roles and the newline come again and again
+
+    def render(turns: Sequence[Message], system: str | None) -> Rendered:
+        tokens: list[int] = []
+        labels: list[bool] = []
+
+        def add(ids: Sequence[int], label: bool) -> None:
+            for token in ids:
+                tokens.append(token)
+                labels.append(label)
+
+        if system is not None:
+            add([tokenizer.im_start], False)
+            add([*fixed("system"), *fixed("\n"), *tokenizer.encode(system)], False)
+            add([tokenizer.im_end, *fixed("\n")], official)
+        for number, message in enumerate(turns):
+            answer = message.role == "assistant" and message.train
+            trained = official and (message.role == "user" or message.train)
+            add([tokenizer.im_start], trained and (number > 0 or system is not None))
+            add([*fixed(message.role), *fixed("\n")], False)
+            if answer and not official:
+                for token, observed in _answer(message.content, tokenizer):
+                    add([token], not observed)
+            else:
+                add(tokenizer.encode(message.content), answer)
+            add([tokenizer.im_end], answer or trained)
+            add(fixed("\n"), trained)
+        return tokens, labels
+
+    return render
+
+
+def _answer(content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
+    """The ids of an answer, and whether each begins inside an observation that a tool wrote."""
+    ids, offsets = tokenizer.encode_with_offsets(content)
+    observations = []
+    if "Action Input:" in content:
+        text, position = unicodedata.normalize("NFC", content), 0
+        while (at := text.find("\nObservation:", position)) >= 0:
+            begin = at + len("\nObservation:")
+            nexts = ("\nThought:", "\nAction:", "\nFinal Answer:")
+            ends = [end for mark in nexts if (end := text.find(mark, begin)) >= 0]
+            position = min(ends, default=len(text))
+            observations.append(range(begin, position))
+    for token, (first, _) in zip(ids, offsets, strict=True):
+        yield token, any(first in observation for observation in observations)
+
+
+class _Weights:
+    """The weight of an instruction's labels under loss.normalization, epoch by epoch."""
+
+    def __init__(self, source: RowSource, train: list[list[int]], domains: list[PlainDomain]):
+        self._source, self._train, self._domains = source, train, domains
+        self.of_epoch = lru_cache(maxsize=None)(self._of_epoch)
+
+    def _of_epoch(self, epoch: int) -> Callable[[int, int], float]:
+        """A function of (domain, labels of the instruction)."""
+        normalization = self._source.loss.normalization
+        if normalization == "token":
+            return lambda domain, labels: 1.0
+        if normalization == "instruction":
+            return lambda domain, labels: 1.0 / labels
+        sums = self._sums(self._source.run.epoch_plan(epoch))
+        total, present = sum(sums), sum(1 for tokens in sums if tokens)
+        return lambda domain, labels: total / (present * sums[domain])
+
+    def _sums(self, plan: EpochPlan) -> list[int]:
+        """T_d: the labels of each domain in the epoch, every occurrence counted."""
+        sums = [0] * len(self._train)
+        for number in plan.instructions.tolist():
+            domain, index = _find(number, self._train)
+            sums[domain] += self._domains[domain].labels[self._train[domain][index]]
+        return sums
+
+
+@dataclass
+class _Laid:
+    """A row as lists, and the source of the instruction at each real token."""
+
+    arrays: dict[str, list[Any]]
+    places: list[str]
+
+
+def _lay_out(
+    groups: list[list[int]],
+    train: list[list[int]],
+    domains: list[PlainDomain],
+    weigh: Callable[[int, int], float],
+    source: RowSource,
+) -> _Laid:
+    """The six arrays of a row by their definitions, token by token."""
+    data, pad = source.run.data, source.pad_id
+    arrays: dict[str, list[Any]] = {name: [] for name in Batch._fields}
+    places: list[str] = []
+    segment = position = 0
+    for group_number, group in enumerate(groups):
+        for place_in_group, number in enumerate(group):
+            domain, index = _find(number, train)
+            instruction = domains[domain].wanted[train[domain][index]]
+            begins = {
+                "row": group_number == 0 and place_in_group == 0,
+                "chunk": place_in_group == 0,
+                "instruction": True,
+            }
+            if begins[data.mask or ""]:
+                segment, position = segment + 1, 0
+            weight = weigh(domain, sum(instruction.labels))
+            length = len(instruction.tokens)
+            for at, token in enumerate(instruction.tokens):
+                last = at == length - 1
+                arrays["tokens"].append(token)
+                arrays["targets"].append(pad if last else instruction.tokens[at + 1])
+                arrays["segment_ids"].append(segment)
+                arrays["positions"].append(position)
+                arrays["domain_ids"].append(domain)
+                label = not last and instruction.labels[at + 1]
+                arrays["loss_weights"].append(weight if label else 0.0)
+                places.append(f"domain {data.domains[domain].name}, {instruction.place}")
+                position += 1
+    padding = dict(zip(Batch._fields, (pad, pad, 0, 0, -1, 0.0), strict=True))
+    for name, values in arrays.items():
+        values += [padding[name]] * (data.sequence_length - len(values))
+    return _Laid(arrays, places)
+
+
+def _compare(row: int, ours: Batch, laid: _Laid) -> str | None:
+    for name, theirs in laid.arrays.items():
+        mine = getattr(ours, name)
+        if len(mine) != len(theirs):
+            return f"row {row}: {name} has {len(mine)} tokens, from the sources {len(theirs)}"
+    for token in range(len(ours.tokens)):
+        for name, theirs in laid.arrays.items():
+            mine, derived = getattr(ours, name)[token], theirs[token]
+            # A zero is a zero: only quotients are allowed their rounding.
+            exact = name != "loss_weights" or not (mine and derived)
+            equal = (
+                mine == derived if exact else math.isclose(mine, derived, rel_tol=WEIGHT_TOLERANCE)
+            )
+            if not equal:
+                place = laid.places[token] if token < len(laid.places) else "padding"
+                return (
+                    f"row {row}, token {token} ({place}): {name} is {mine} in the batch, "
+                    f"{derived} from the sources"
+                )
+    return None

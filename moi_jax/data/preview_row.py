@@ -1,0 +1,185 @@
+"""A planned row with the borders a Batch does not tell, and how it looks in a terminal."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from moi_jax.config import Data
+from moi_jax.console import say
+from moi_jax.data.loader import Batch, RowSource
+from moi_jax.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Member:
+    """An instruction in a row: tokens [start, end), number `index` of its domain's training set."""
+
+    domain: str
+    index: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One row of a run as people look at it.
+
+    Attributes:
+      number: of the endless sequence of rows; the row is number `row` of `rows` in its `epoch`.
+      domains: in config order, as `batch.domain_ids` counts them.
+      batch: the row's arrays, each [S].
+      groups: the instructions, as the plan grouped them.
+    """
+
+    number: int
+    epoch: int
+    row: int
+    rows: int
+    data: Data
+    domains: tuple[str, ...]
+    batch: Batch
+    groups: list[list[Member]]
+
+    @property
+    def members(self) -> list[Member]:
+        return [member for group in self.groups for member in group]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.members[-1].end
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool[S]: the tokens that carry loss; weights stand with the token before."""
+        return np.append(False, self.batch.loss_weights[:-1] > 0)
+
+    @property
+    def group_name(self) -> str:
+        if self.data.sampling == "balanced":
+            return "chunk"
+        return "instruction" if self.data.chunk_size == 1 else "group"
+
+    @property
+    def segment_name(self) -> str:
+        """What attention stays inside, with its article."""
+        name = self.group_name if self.data.mask == "chunk" else self.data.mask
+        return f"{'an' if name == 'instruction' else 'a'} {name}"
+
+
+def view_row(source: RowSource, number: int) -> RowView:
+    """Looks a row of the run up by its global number, below `source.run.total_rows`."""
+    run = source.run
+    epoch, row = run.locate(number)
+    plan = run.epoch_plan(epoch)
+    corpus = plan.corpus
+    groups, start = [], 0
+    for group in plan.row(row):
+        members = []
+        for instruction, domain in zip(group, corpus.domain_of(group), strict=True):
+            end = start + int(corpus.lengths[instruction])
+            index = int(instruction - corpus.offsets[domain])
+            members.append(Member(corpus.names[domain], index, start, end))
+            start = end
+        groups.append(members)
+    batch = Batch(*(array[0] for array in source.rows([number])))
+    return RowView(number, epoch, row, plan.rows, run.data, corpus.names, batch, groups)
+
+
+# Where there is no colour, what carries loss stands between these.
+OPEN, CLOSE = "⟦", "⟧"
+TRAINED, UNTRAINED = "bold green", "dim"
+TRAINED_SPECIAL, UNTRAINED_SPECIAL = "bold magenta", "dim magenta"
+# Unprintable, or able to move the cursor or turn the direction of what follows.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def print_legend(console: Console) -> None:
+    """Tells how text that carries loss looks."""
+    if _coloured(console):
+        trained = Text("text that carries loss", TRAINED)
+        console.print(Text.assemble(trained, ", ", ("text that does not", UNTRAINED)))
+    else:
+        say(console, f"{OPEN}text that carries loss{CLOSE}, text that does not")
+
+
+def print_row(view: RowView, tokenizer: Tokenizer, console: Console) -> None:
+    """Prints the text of a row with borders of groups and instructions, its padding in a line."""
+    length = len(view.batch.tokens)
+    groups = f"{len(view.groups)} {view.group_name}{'s' * (len(view.groups) > 1)}"
+    say(
+        console,
+        f"row {view.number} (epoch {view.epoch}, row {view.row} of {view.rows:,}): "
+        f"{view.tokens:,} of {length:,} tokens, {view.trained.sum():,} with loss, {groups}; "
+        f"attention stays inside {view.segment_name}",
+    )
+    for number, group in enumerate(view.groups, 1):
+        places = f"tokens {group[0].start} to {group[-1].end - 1}"
+        title = f"{view.group_name} {number} of {len(view.groups)}, {places}"
+        if view.group_name != "instruction":
+            _print_border("━", Text(title, "bold"), console)
+        for member in group:
+            _print_border("─", _title(view, member), console)
+            text = render_tokens(view, member, tokenizer, _coloured(console))
+            console.print(text, soft_wrap=True, end="")
+    padding = f"padding, {length - view.tokens:,} tokens"
+    _print_border("━", Text(padding, "bold"), console)
+
+
+def _print_border(line: str, title: Text, console: Console) -> None:
+    rest = max(0, console.width - title.cell_len - 4)
+    console.print(Text.assemble(line * 2, " ", title, " ", line * rest), soft_wrap=True)
+
+
+def _title(view: RowView, member: Member) -> Text:
+    inside = slice(member.start, member.end)
+    weights = view.batch.loss_weights[inside]
+    # All labels of an instruction weigh the same.
+    loss = f"{view.trained[inside].sum():,} with loss of weight {weights.max():.4g}"
+    segment = view.batch.segment_ids[member.start]
+    places = f"tokens {member.start} to {member.end - 1}"
+    return Text.assemble(
+        (member.domain, "bold"), f" {member.index}, {places}, {loss}, segment {segment}"
+    )
+
+
+def _coloured(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def render_tokens(view: RowView, member: Member, tokenizer: Tokenizer, coloured: bool) -> Text:
+    """The text of an instruction, what carries loss in another style or between brackets."""
+    text = Text()
+    for trained, runs in groupby(_runs(view, member, tokenizer), key=lambda run: run[0]):
+        if trained and not coloured:
+            piece = "".join(content for _, _, content in runs)
+            # A bracket that closes behind a line's end would stand at the head of the next line.
+            lines = piece.rstrip("\n")
+            rest = piece[len(lines) :]
+            text.append(f"{OPEN}{lines}{'↵' * len(rest)}{CLOSE}{rest}")
+            continue
+        for _, special, content in runs:
+            styles = (UNTRAINED_SPECIAL, TRAINED_SPECIAL) if special else (UNTRAINED, TRAINED)
+            text.append(content, styles[trained] if coloured else "")
+    if not text.plain.endswith("\n"):
+        text.append("\n")
+    return text
+
+
+def _runs(view: RowView, member: Member, tokenizer: Tokenizer) -> Iterator[tuple[bool, bool, str]]:
+    """Stretches of tokens that agree in (carries loss, is a special token), with their text.
+
+    Not token by token: the bytes of a character may be split among several.
+    """
+    inside = slice(member.start, member.end)
+    tokens = view.batch.tokens[inside]
+    special = np.isin(tokens, (tokenizer.im_start, tokenizer.im_end, tokenizer.endoftext))
+    marked = zip(view.trained[inside].tolist(), special.tolist(), tokens.tolist(), strict=True)
+    for (trained, is_special), run in groupby(marked, key=lambda token: token[:2]):
+        content = tokenizer.decode([token for _, _, token in run])
+        yield trained, is_special, CONTROL.sub(lambda c: f"\\u{ord(c.group()):04x}", content)

@@ -1,0 +1,64 @@
+"""What the preview tells beyond the mixture: the account of every row read, and the lengths."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from moi_jax.console import say
+from moi_jax.data.corpus import Corpus
+from moi_jax.data.statistics import figures_table
+
+
+def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:
+    """By domain where every row read went, as a sum (invariant I2).
+
+    Args:
+      statistics: of `mixture_statistics`.
+
+    Raises:
+      RuntimeError: a sum is not what was read.
+    """
+    lines = {}
+    for name, d in statistics["domains"].items():
+        reasons = {reason: count for reason, count in d["dropped"].items() if count}
+        dropped = sum(reasons.values())
+        total = dropped + d["held_out"] + d["used"] + d["unplaced"] + d["not_drawn"]
+        if total != d["read"]:
+            raise RuntimeError(f"domain {name}: {d['read']} rows read, {total} accounted for")
+        told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        lines[name] = (
+            f"{d['read']:,} read = {dropped:,} dropped{f' ({told})' if told else ''} "
+            f"+ {d['held_out']:,} held out + {d['used']:,} used + {d['unplaced']:,} unplaced "
+            f"+ {d['not_drawn']:,} not drawn"
+        )
+    return lines
+
+
+def print_accounts(statistics: Mapping[str, Any], console: Console) -> None:
+    """Prints the accounts of the first epoch, a line a domain."""
+    for name, line in accounts(statistics).items():
+        say(console, f"{name}: {line}")
+
+
+def length_statistics(corpus: Corpus) -> dict[str, dict[str, float]]:
+    """By domain the tokens of its training instructions, each counted once."""
+    found = {}
+    for domain, name in enumerate(corpus.names):
+        lengths = corpus.lengths[corpus.offsets[domain] : corpus.offsets[domain + 1]]
+        if len(lengths):
+            least, median, p95, most = np.percentile(lengths, [0, 50, 95, 100]).tolist()
+            mean = float(lengths.mean())
+            found[name] = {"min": least, "median": median, "mean": mean, "p95": p95, "max": most}
+        else:
+            found[name] = {}
+    return found
+
+
+def print_lengths(lengths: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """Prints the table of `length_statistics`."""
+    table = figures_table("Tokens of an instruction", "min", "median", "mean", "95 %", "max")
+    for name, of_domain in lengths.items():
+        table.add_row(name, *(f"{tokens:,.0f}" for tokens in of_domain.values()))
+    console.print(table)

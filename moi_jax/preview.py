@@ -1,0 +1,175 @@
+"""python -m moi_jax.preview --config FILE [section.key=value ...]: see what is trained on."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moi_jax.config_file import load_config
+from moi_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moi_jax.data.run_plan import RunPlan
+    from moi_jax.training.inputs import Inputs
+
+ROWS = 2  # shown when neither --rows nor --row is given
+# Options that go with one way to look alone.
+ONLY_WITH = {"json": "stats", "histogram": "stats", "seed": "audit"}
+
+
+def main() -> int:
+    args = _arguments()
+    config = load_config(args.config, args.overrides)
+
+    from rich.console import Console
+
+    from moi_jax.data.preview_picture import check_picture
+    from moi_jax.data.run_plan import RunPlan
+    from moi_jax.training.inputs import open_inputs, resolve
+
+    for picture in (args.png, args.histogram):
+        if picture:
+            check_picture(picture)
+    # Any text may stand in the data, whatever the terminal's encoding can show.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    console, progress = Console(), Console(stderr=True)
+    inputs = open_inputs(resolve(config), progress)
+    run = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
+    if args.stats:
+        _show_statistics(inputs, run, args, progress if args.json else console)
+    elif args.audit:
+        return _audit(inputs, run, args.audit, args.seed or 0, console)
+    else:
+        _show_rows(inputs, run, args, console)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m moi_jax.preview",
+        description="Shows rows as they are trained on, by default their text in the terminal; "
+        "what carries loss is green, or between brackets where there is no colour.",
+        epilog="Exit status: 0 done, 2 your mistake (one line says which), 1 a fault of ours, "
+        "such as a difference that --audit finds.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+    )
+    parser.add_argument("--rows", type=_positive, metavar="N", help=f"how many rows ({ROWS})")
+    parser.add_argument(
+        "--row", type=_count, metavar="R", help="the first row to show, by its number in the run"
+    )
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="draw row R (0) and its attention mask; a FILE.svg becomes SVG",
+    )
+    ways.add_argument(
+        "--stats",
+        action="store_true",
+        help="sources, drops, lengths and the mixture of the first epoch, asked and planned",
+    )
+    ways.add_argument(
+        "--audit",
+        type=_positive,
+        metavar="N",
+        help="derive N random rows anew from the raw files, slowly, and compare every token",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        default=None,
+        help="with --stats: the figures alone on standard output",
+    )
+    parser.add_argument(
+        "--histogram", type=Path, metavar="FILE", help="with --stats: draw the lengths"
+    )
+    parser.add_argument("--seed", type=_count, help="with --audit: chooses the rows (0)")
+    args = parser.parse_intermixed_args()
+    for option, way in ONLY_WITH.items():
+        if getattr(args, option) is not None and not getattr(args, way):
+            raise UserError(f"--{option} goes with --{way}; add it or leave --{option} out")
+    if args.rows and (args.png or args.stats or args.audit):
+        raise UserError("--rows is for rows in the terminal; leave it out")
+    if args.row is not None and (args.stats or args.audit):
+        raise UserError("--row is for rows in the terminal and --png; leave it out")
+    return args
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def _show_rows(
+    inputs: "Inputs", run: "RunPlan", args: argparse.Namespace, console: "Console"
+) -> None:
+    from moi_jax.console import say
+    from moi_jax.data.preview_picture import draw_row
+    from moi_jax.data.preview_row import print_legend, print_row, view_row
+
+    source, first = inputs.row_source(run), args.row or 0
+    if first >= run.total_rows:
+        raise UserError(f"--row {first} is past the run's last row, {run.total_rows - 1}")
+    if args.png:
+        draw_row(view_row(source, first), args.png)
+        say(console, f"row {first} drawn in {args.png}")
+        return
+    print_legend(console)
+    rows = args.rows or (ROWS if args.row is None else 1)
+    for row in range(first, min(first + rows, run.total_rows)):
+        say(console, "")
+        print_row(view_row(source, row), inputs.tokenizer, console)
+
+
+def _show_statistics(
+    inputs: "Inputs", run: "RunPlan", args: argparse.Namespace, console: "Console"
+) -> None:
+    from moi_jax.console import say
+    from moi_jax.data.preview_picture import draw_lengths
+    from moi_jax.data.preview_statistics import length_statistics, print_accounts, print_lengths
+
+    mixture = inputs.show_mixture(run, console)
+    lengths = length_statistics(inputs.corpus)
+    print_lengths(lengths, console)
+    print_accounts(mixture, console)
+    if args.histogram:
+        draw_lengths(inputs.corpus, inputs.config.data.sequence_length, args.histogram)
+        say(console, f"lengths drawn in {args.histogram}")
+    if args.json:
+        print(json.dumps({**mixture, "lengths": lengths}, indent=2))
+
+
+def _audit(inputs: "Inputs", run: "RunPlan", count: int, seed: int, console: "Console") -> int:
+    import random
+
+    from moi_jax.console import say
+    from moi_jax.data.preview_audit import audit
+
+    rows = sorted(random.Random(seed).sample(range(run.total_rows), min(count, run.total_rows)))
+    train = [selection.train for selection in inputs.selections]
+    records = [len(cache.lengths) for cache in inputs.caches]
+    difference = audit(inputs.row_source(run), train, records, inputs.tokenizer, rows)
+    if difference:
+        say(console, f"audit: {difference}")
+        return 1
+    length = inputs.config.data.sequence_length
+    say(console, f"audit: {len(rows)} rows of {length} tokens equal")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
