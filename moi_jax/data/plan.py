@@ -123,8 +123,9 @@ def plan_epoch(
         )
     row_of = packing.pack(members, sizes, limit, data.packing)
     if data.packing == "best_fit":
-        members = members.copy()
-        row_of = swaps.fill_rows(members, row_of, lengths, limit, same_column, rng(Stream.FILL))
+        members, row_of = swaps.fill_rows(
+            members, row_of, lengths, limit, same_column, rng(Stream.FILL)
+        )
     moved = int(np.count_nonzero(members != drawn))
     members = mixture.order_members(members, counts, data, seed, epoch, stage)
     rows = int(row_of.max()) + 1

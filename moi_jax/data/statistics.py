@@ -92,8 +92,8 @@ def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: 
         repeats = (f"{d['mean_repeats']:.2f}", str(d["max_repeats"]))
         rows.add_row(name, *(f"{count:,}" for count in counts), *repeats)
     console.print(rows)
-    asked = f"asked ({statistics['unit']})"
-    mixture = figures_table("Mixture of one epoch", asked, "instructions", "tokens", "loss tokens")
+    title = f"Mixture of one epoch, asked as shares of {statistics['unit']}"
+    mixture = figures_table(title, "asked", "instructions", "tokens", "loss tokens")
     for name, d in domains.items():
         shares = (_with_share(domains, name, k) for k in ("occurrences", "tokens", "loss_tokens"))
         mixture.add_row(name, f"{d['asked']:.1%}", *shares)

@@ -174,54 +174,74 @@ def fill_rows(
     sequence_length: int,
     same_column: bool,
     rng: np.random.Generator,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Takes rows away and finds room for their groups in the others, by swaps.
 
     Whole groups leave gaps too small for another group. The rows with the largest gaps are
     emptied; each of their groups moves to another row with a gap, which is then too long, and
-    swaps instructions for shorter ones of rows that still have room.
+    swaps instructions for shorter ones of rows that still have room. Where that saves less than
+    half of the rows it was to save, it is tried with half as many.
 
     Args:
-      members: int64[G, W] global instruction numbers; changed in place.
+      members: int64[G, W] global instruction numbers.
       row_of: int64[G], the row of each group.
       lengths: int32[N] tokens of each instruction.
       same_column: swap inside a column only (balanced: the members of one domain).
 
     Returns:
-      int64[G], the row of each group now.
+      members and row_of now.
     """
     lengths = np.append(lengths, np.int32(0))
+    tokens, rows = int(lengths[members].sum(dtype=np.int64)), int(row_of.max()) + 1
+    emptied = rows - -(-tokens // int(sequence_length * AIM))
+    while emptied > 0:
+        filled, now = _without_rows(
+            members, row_of, emptied, lengths, sequence_length, same_column, rng
+        )
+        if 2 * (rows - 1 - int(now.max())) >= emptied:
+            return filled, now
+        emptied //= 2
+    return members, row_of
+
+
+def _without_rows(
+    members: np.ndarray,
+    row_of: np.ndarray,
+    emptied: int,
+    lengths: np.ndarray,
+    sequence_length: int,
+    same_column: bool,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One try of `fill_rows`: members and row_of after so many rows were emptied.
+
+    Groups that find no room stand in rows of their own.
+    """
     group_sizes = lengths[members].sum(axis=1, dtype=np.int64)
-    sizes = np.bincount(row_of, weights=group_sizes).astype(np.int64)
-    wanted = -(-int(sizes.sum()) // int(sequence_length * AIM))
-    if wanted >= len(sizes):
-        return row_of
-    by_room = np.argsort(sizes, kind="stable")
-    emptied, hosts = by_room[: len(sizes) - wanted], by_room[len(sizes) - wanted :]
-    homeless = np.flatnonzero(np.isin(row_of, emptied))
+    by_size = np.argsort(np.bincount(row_of, weights=group_sizes), kind="stable")
+    homeless = np.flatnonzero(np.isin(row_of, by_size[:emptied]))
     homeless = homeless[np.argsort(-group_sizes[homeless], kind="stable")]
     row_of = row_of.copy()
     row_of[homeless] = -1
-    guests = _host(members, row_of, homeless, hosts)
-    moved_in = row_of[guests]
+    guests = _host(members, row_of, homeless, by_size[emptied:])
 
     placed = np.flatnonzero(row_of >= 0)
-    rows, dense = np.unique(row_of[placed], return_inverse=True)
+    hosts, dense = np.unique(row_of[placed], return_inverse=True)
+    host_of_guest = np.searchsorted(hosts, row_of[guests])
     inside = members[placed]
     sizes = np.bincount(dense, weights=group_sizes[placed]).astype(np.int64)
     layout = Layout(inside, dense, sizes, lengths, same_column)
     shorten(layout, sequence_length, rng)
-    members[placed] = inside
-    row_of[placed] = dense
-    # Guests of rows that are still too long leave again, and stand in rows of their own.
-    left = guests[layout.sizes[np.searchsorted(rows, moved_in)] > sequence_length]
-    row_of[left] = -1
+    members = members.copy()
+    members[placed], row_of[placed] = inside, dense
+    # Guests of rows that are still too long leave again.
+    row_of[guests[layout.sizes[host_of_guest] > sequence_length]] = -1
     outside = np.flatnonzero(row_of < 0)
     if len(outside):
         outside_sizes = lengths[members[outside]].sum(axis=1, dtype=np.int64)
         own = packing.best_fit(members[outside], outside_sizes, sequence_length)
-        row_of[outside] = len(rows) + own
-    return row_of
+        row_of[outside] = len(hosts) + own
+    return members, row_of
 
 
 def _host(

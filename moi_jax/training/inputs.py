@@ -53,15 +53,27 @@ class Inputs(Resolved):
         return RowSource(plan, self.caches, train, self.config.loss, self.tokenizer.endoftext)
 
     def show_mixture(self, plan: RunPlan, console: Console) -> dict[str, Any]:
-        """Prints sources, drops and the mixture of the first epoch; returns the mixture."""
+        """Prints sources, drops and the mixture of the first epoch (of each stage).
+
+        Returns:
+          The mixture; of a curriculum the first stage's, with all of them under "stages".
+        """
         report, data = domain_report(self.caches, self.selections), self.config.data
-        first = plan.epoch_plan(0)
-        mixture = mixture_statistics(first, report, data.of_stage(0), plan.batch_rows)
         print_sources(self.caches, console)
-        print_mixture(mixture, console, data.max_repeats)
+        mixtures = []
+        for stage, begins in enumerate([stage.begins for stage in data.stages] or [0]):
+            if begins >= plan.total_rows:
+                say(console, f"stage {stage} begins at row {begins:,}, after the run's last row")
+                break
+            epoch = plan.epoch_plan(plan.locate(begins)[0])
+            mixture = mixture_statistics(epoch, report, data.of_stage(stage), plan.batch_rows)
+            if data.stages:
+                say(console, f"stage {stage}, from row {begins:,} on")
+            print_mixture(mixture, console, data.max_repeats)
+            mixtures.append({"begins": begins, **mixture})
         if plan.empty_rows:
             say(console, f"{plan.empty_rows} empty rows fill up the run's last batch")
-        return mixture
+        return {**mixtures[0], "stages": mixtures} if data.stages else mixtures[0]
 
     @property
     def fingerprints(self) -> dict[str, str]:
