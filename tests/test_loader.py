@@ -165,7 +165,7 @@ def plain_weight(source: RowSource, plan, number: int) -> float:
 
 GRID = list(
     product(
-        [("balanced", None), ("proportional", 1), ("proportional", 3)],
+        [("balanced", None), ("proportional", 1), ("proportional", 3), ("weights", 2)],
         ["default_first", "config", "shuffled"],
         ["chunk", "row", "instruction"],
         ["best_fit", "sequential", "none"],
@@ -176,7 +176,7 @@ GRID = list(
 @pytest.mark.parametrize(("sampling", "order", "mask", "packing"), GRID)
 def test_every_combination_of_switches_gives_the_rows_of_its_plan(sampling, order, mask, packing):
     domains = small_domains(np.random.default_rng(0), [7, 4, 2])
-    ends = ["longest", "shortest"] if sampling[0] == "balanced" else ["longest"]
+    ends = ["longest"] if sampling[0] == "proportional" else ["longest", "shortest"]
     for epoch_end, normalization, targets in product(
         ends, ["token", "instruction", "domain"], TARGETS
     ):
