@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,17 +70,17 @@ def parse(raw: bytes | dict[str, Any] | BadRow) -> dict[str, Any]:
     return row
 
 
-def decode(text: str) -> Any:
+def decode(text: str, reason: str = "invalid_json") -> Any:
     """The value of a JSON text; stricter than json.loads, which takes what other readers refuse.
 
     Raises:
-      BadRow: the text is no JSON, names a key of an object twice, or holds NaN or Infinity.
+      BadRow: the text is no JSON (`reason`), has a key twice, or NaN or Infinity.
     """
     try:
         return DECODER.decode(text)
     # json raises RecursionError on deep nesting and a plain ValueError on a giant number.
     except (ValueError, RecursionError) as error:
-        raise BadRow("invalid_json", str(error)) from None
+        raise BadRow(reason, str(error)) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         doubled = next(key for key in keys if keys.count(key) > 1)
-        raise BadRow("duplicate_key", f"an object has the key {doubled!r} twice")
+        raise BadRow("duplicate_key", f"an object has the key {reprlib.repr(doubled)} twice")
     return found
 
 
