@@ -24,9 +24,10 @@ def table_row(file: SourceFile, seen: set[int]) -> str:
         form = detect_format(file)
     except UserError as error:
         return f"| {file.name} | refused | | | {str(error).split(': ', 1)[1].split(';')[0]} |"
-    read, trimmed = 0, 0
+    read = trimmed = 0
     dropped: Counter[str] = Counter()
-    for read, row in enumerate((convert(raw, form) for raw in file.rows()), 1):
+    for row in (convert(raw, form) for raw in file.rows()):
+        read += 1
         trimmed += row.trimmed
         if isinstance(row.conversation, BadRow):
             dropped[row.conversation.reason] += 1

@@ -21,8 +21,7 @@ RIEGELI = bytes.fromhex("83af70d10d884a3f")  # begins an ArrayRecord
 
 MAX_ROW = 2**24  # bytes of a row; a longer one is never held whole
 PIECE = 2**16  # bytes of text looked at together
-# Compressed bytes taken at once: a kilobyte becomes a megabyte at most, or 16 in a hostile file.
-COMPRESSED_PIECE = 2**10
+COMPRESSED_PIECE = 2**8  # bytes taken at once: some 8 MB of text in the most hostile file
 BATCH = 1_000  # rows of Parquet or records read at once
 
 OUTSIDE_STRING = re.compile(rb'["\[\]{},]')
@@ -114,7 +113,8 @@ class _Inflated(io.RawIOBase):
     def __init__(self, file: io.BufferedReader, new: Callable[[], Any]):
         self.file, self.new = file, new
         self.decompressor: Any = None
-        self.compressed = self.text = b""
+        self.compressed = b""
+        self.text = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -133,7 +133,7 @@ class _Inflated(io.RawIOBase):
             if between:
                 self.decompressor = self.new()
             try:
-                self.text = self.decompressor.decompress(compressed)
+                self.text = memoryview(self.decompressor.decompress(compressed))
             except Exception as error:  # zlib and zstandard have one each
                 raise BadRow("cut_short", f"the compressed file is damaged: {error}") from None
             self.compressed = self.decompressor.unused_data
@@ -239,7 +239,7 @@ def _elements(file: io.BufferedReader) -> Iterator[RawRow]:
             size = position - begin + dropped
             if raw or dropped or mark == b",":
                 number += 1
-                yield RawRow(number, size, _too_large(size) if size > MAX_ROW else raw)
+                yield RawRow(number, size, _too_large(size) if size > MAX_ROW + 1 else raw)
             begin, dropped = position, 0
     rest = text[position:]
     while rest or (rest := file.read1(PIECE)):
@@ -281,7 +281,6 @@ def _records(path: Path) -> Iterator[RawRow]:
             records = reader.read(list(range(start, min(start + BATCH, count))))
             for number, record in enumerate(records, start + 1):
                 yield RawRow(number, len(record), record)
+        reader.close()
     except RuntimeError as error:
         raise BadRow("cut_short", f"the ArrayRecord is damaged: {error}") from None
-    finally:
-        reader.close()
