@@ -225,19 +225,23 @@ def test_byte_ranges_share_out_the_lines(
         borders = [0, *sorted(cuts), None]
         parts = [list(file.rows(start, end)) for start, end in pairwise(borders)]
     assert [row[1:] for part in parts for row in part] == [row[1:] for row in whole]
-    # By the slow way: a line is of the range its first byte lies in, and counted from there.
-    starts = [0]
-    for line in content.split(b"\n"):
-        starts.append(starts[-1] + len(line) + 1)
-    for part, (start, end) in zip(parts, pairwise(borders), strict=True):
-        first = next(n for n, begin in enumerate(starts) if begin >= start or n == len(starts) - 1)
-        stop = len(content) if end is None else end
-        expected = [
-            (n - first + 1, len(line) + (starts[n + 1] <= len(content)))
-            for n, line in enumerate(content.split(b"\n"))
-            if start <= starts[n] < stop and line.removeprefix(b"\xef\xbb\xbf" * (n == 0)).strip()
-        ]
-        assert [(row.line, row.size) for row in part] == expected
+
+
+def test_line_is_of_the_range_its_first_byte_lies_in_and_counted_from_there(tmp_path: Path) -> None:
+    bom = b"\xef\xbb\xbf"
+    lines = [bom + b"{}\n", b"\n", b'{"a": 1}\r\n', bom + b"x\n", b" \n", b"{}"]
+    begins = [sum(map(len, lines[:n])) for n in range(len(lines))]
+    content = b"".join(lines)
+    file = written(tmp_path / "lines", content)
+    for start in range(len(content) + 2):
+        for end in range(start, len(content) + 2):
+            inside = [n for n, begin in enumerate(begins) if start <= begin < end]
+            expected = [
+                (n - inside[0] + 1, len(lines[n]), lines[n] if n else b"{}\n")
+                for n in inside
+                if lines[n].strip()
+            ]
+            assert list(file.rows(start, end)) == expected
 
 
 def test_row_over_the_limit_is_bad_and_its_neighbours_are_not(
