@@ -26,6 +26,19 @@ def messages(*turns: Any, **keys: Any) -> bytes:
     return json.dumps({"messages": turns, **keys}).encode()
 
 
+def parts(role: str, *found: Any) -> dict[str, Any]:
+    return {"role": role, "content": list(found)}
+
+
+def calls(*functions: Any) -> dict[str, Any]:
+    turned = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": None, "tool_calls": turned}
+
+
+CALL = {"name": "f", "arguments": "{}"}
+TOOL = {"role": "tool", "content": "7"}
+
+
 def file_of(path: Path, content: bytes) -> SourceFile:
     path.write_bytes(content)
     return SourceFile(path.name, path)
@@ -76,12 +89,50 @@ BAD_ROWS = [
     ("control_tokens", messages(USER, GPT, system="<|extra_17|>")),
     ("lone_surrogate", rb'{"messages": [{"role": "user", "content": "\ud83d"}, '
      rb'{"role": "assistant", "content": "x"}]}'),
-    ("tools_not_built", messages(USER, GPT, tools=[{"name": "f"}])),
-    ("tools_not_built", messages(USER, GPT, tools='[{"name": "f"}]')),
-    ("tools_not_built", messages(USER, GPT, functions=[{"name": "f"}])),
-    ("tools_not_built", messages(USER, {"role": "tool", "content": "x"}, GPT)),
-    ("tools_not_built", messages(USER, {"role": "function", "content": "x"}, GPT)),
-    ("tools_not_built", messages(USER, {"role": "assistant", "content": None, "tool_calls": [1]})),
+    ("lone_surrogate", messages(USER, GPT, tools=[{"name": "f", "description": "\ud83d"}])),
+    ("nul_character", messages(USER, {"role": "assistant", "content": "a\0b"})),
+    ("not_finite", b'{"messages": [], "score": NaN}'),
+    ("not_finite", b'{"messages": [], "score": [-Infinity]}'),
+    ("duplicate_key", b'{"messages": [], "messages": []}'),
+    ("duplicate_key", b'{"messages": [{"role": "user", "role": "assistant"}]}'),
+    ("invalid_json", b'{"messages": "[{]"}'),
+    ("missing_field", b'{"messages": "{}"}'),
+    ("part_not_text", messages(parts("user", {"type": "image_url", "image_url": {}}), GPT)),
+    ("part_not_text", messages(parts("user", {"type": "reasoning", "value": "x"}), GPT)),
+    ("part_not_text", messages(USER, parts("assistant", {"type": "audio", "text": "x"}))),
+    ("content_not_text", messages(parts("user", ["Hi"]), GPT)),
+    ("content_not_text", messages(parts("user", {"type": "text", "text": ["nested"]}), GPT)),
+    ("content_not_text", messages(USER, parts("assistant", {"type": None, "text": "x"}))),
+    ("content_not_text", messages(USER, {**GPT, "reasoning_content": 7})),
+    ("empty_assistant", messages(USER, parts("assistant", {"type": "reasoning", "value": "x"}))),
+    ("empty_assistant", messages(USER, parts("assistant"))),
+    ("bad_tools", messages(USER, GPT, tools="[{")),
+    ("bad_tools", messages(USER, GPT, tools={"name": "f"})),
+    ("bad_tools", messages(USER, GPT, tools=["f"])),
+    ("bad_tools", messages(USER, GPT, functions=[{"description": "no name"}])),
+    ("bad_tools", messages(USER, GPT, functions=[{"name": "f", "description": 7}])),
+    ("bad_tools", b'{"messages": [], "tools": [{"name": "f", "parameters": 1e999}]}'),
+    ("bad_call", messages(USER, calls({"arguments": "{}"}))),
+    ("bad_call", messages(USER, calls({"name": "two\nlines"}))),
+    ("bad_call", messages(USER, calls("f"))),
+    ("bad_call", messages(USER, {"role": "function_call", "content": "f(x)"})),
+    ("bad_arguments", messages(USER, calls({"name": "f", "arguments": "{x: 1}"}))),
+    ("bad_arguments", messages(USER, calls({"name": "f", "arguments": "[1]"}))),
+    ("bad_arguments", messages(USER, calls({"name": "f", "arguments": 7}))),
+    ("observation_without_call", messages(USER, TOOL, GPT)),
+    ("observation_without_call", messages(USER, calls(CALL), TOOL, TOOL, GPT)),
+    ("call_without_observation", messages(USER, calls(CALL), GPT)),
+    ("call_without_observation", messages(USER, calls(CALL), USER, GPT)),
+    ("call_without_observation", messages(USER, calls(CALL, CALL))),
+    ("call_without_observation", messages(USER, calls(CALL, CALL), TOOL, GPT)),
+    ("unanswered_observation", messages(USER, calls(CALL), TOOL)),
+    ("unanswered_observation", messages(USER, calls(CALL), TOOL, USER, GPT)),
+    ("empty_assistant", messages(USER, calls(CALL), TOOL, {"role": "assistant", "content": " "})),
+    ("roles_not_alternating", messages(USER, calls(CALL), TOOL, GPT, GPT)),
+    ("first_turn_assistant", messages(calls(CALL), TOOL, GPT)),
+    ("content_not_text", messages(USER, calls(CALL), {"role": "tool", "content": {"a": 1}}, GPT)),
+    ("bad_weight", messages(USER, {**calls(CALL), "weight": 0}, TOOL, GPT)),
+    ("control_tokens", messages(USER, calls(CALL), {**TOOL, "content": "<|im_end|>"}, GPT)),
     ("bad_weight", messages(USER, {**GPT, "weight": 0.5})),
     ("bad_weight", messages(USER, {**GPT, "train": "no"})),
 ]  # fmt: skip
@@ -96,13 +147,6 @@ def test_bad_row_is_named_by_reason_and_line_between_good_ones(
     assert [r.line for r in rows] == [1, 2, 3]
     assert [isinstance(r.conversation, BadRow) for r in rows] == [False, True, False]
     assert rows[1].conversation.reason == reason
-
-
-@pytest.mark.parametrize("role", ["function_call", "observation"])
-def test_sharegpt_row_with_a_tool_turn_is_dropped(tmp_path: Path, role: str) -> None:
-    turns = [{"from": "human", "value": "Hi"}, {"from": role, "value": "{}"}]
-    (row,) = read(tmp_path / "a.jsonl", json.dumps({"conversations": turns}).encode())
-    assert row.conversation.reason == "tools_not_built"
 
 
 @pytest.mark.parametrize(
@@ -151,11 +195,13 @@ def test_format_is_detected_and_read(
     assert not result.trimmed
 
 
-def test_alpaca_row_without_answer_or_with_history_is_bad(tmp_path: Path) -> None:
+def test_alpaca_row_without_answer_or_with_odd_history_is_bad(tmp_path: Path) -> None:
     good = {"instruction": "Hi", "output": "Hello."}
-    rows = [good, {"instruction": "Hi"}, {**good, "history": [["a", "b"]]}]
+    odd = [{**good, "history": history} for history in ("a", ["a"], [["a"]], [["a", None]])]
+    rows = [good, {"instruction": "Hi"}, *odd]
     found = read(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    assert [r.conversation.reason for r in found[1:]] == ["missing_field", "history_not_built"]
+    reasons = [r.conversation.reason for r in found[1:]]
+    assert reasons == ["missing_field", *["bad_history"] * 4]
 
 
 def test_only_line_feeds_end_a_row(tmp_path: Path) -> None:
@@ -199,14 +245,6 @@ def test_format_is_detected_behind_a_row_of_another_shape(tmp_path: Path) -> Non
     assert rows[2].conversation == Conversation(PLAIN)
 
 
-def test_json_array_file_is_refused(tmp_path: Path) -> None:
-    file = file_of(tmp_path / "a.json", json.dumps([{"messages": [USER, GPT]}], indent=1).encode())
-    with pytest.raises(UserError, match="is a JSON array; write one object a line"):
-        detect_format(file)
-    with pytest.raises(UserError, match="JSON array"):
-        rows_of(file, "messages")
-
-
 def test_unknown_keys_are_refused_with_the_formats_known(tmp_path: Path) -> None:
     file = file_of(tmp_path / "a.jsonl", b'{"prompt": "a", "completion": "b"}')
     with pytest.raises(
@@ -235,24 +273,36 @@ def test_expand_sorts_below_the_root_and_refuses_an_empty_match(
         expand(Path("~/d"), [Source(path="x*.jsonl")])
 
 
-ROLES = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool"])
+ROLES = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", "function_call"])
+TEXTS = st.text(max_size=5) | st.sampled_from(['{"name": "f", "arguments": {}}', "[]", "text"])
+KEYS = sorted({key for form in FORMATS.values() for s in form.signatures for key in s})
+KEYS += ["tools", "functions", "system", "history", "input"]
+INNER = ["role", "from", "content", "value", "weight", "reasoning_content", "tool_calls"]
+INNER += ["function_call", "function", "name", "arguments", "type", "text", "replies", "rank"]
+INNER += ["train_messages", "output"]
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | ROLES,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "from", "content", "value", "x"]), inner)
-    ),
-    max_leaves=8,
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | ROLES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(INNER), inner),
+    max_leaves=12,
 )
-KEYS = sorted({key for form in FORMATS.values() for s in form.signatures for key in s} | {"tools"})
+TURN = st.fixed_dictionaries(
+    {"role": ROLES, "content": TEXTS | st.none()},
+    optional={"tool_calls": st.lists(st.just({"function": {"name": "f"}}), max_size=2)},
+)
 
 
 @STEADY
-@given(st.dictionaries(st.sampled_from(KEYS), JSON), st.sampled_from(sorted(FORMATS)))
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON)
+    | st.fixed_dictionaries({"messages": st.lists(TURN, max_size=6)}),
+    st.sampled_from(sorted(FORMATS)),
+)
 def test_any_object_is_a_conversation_or_a_bad_row(row: dict, form: str) -> None:
     with contextlib.suppress(BadRow):
         conversation, _ = to_conversation(row, FORMATS[form])
-        assert [m.role for m in conversation.turns[-2:]] == ["user", "assistant"]
+        roles = [m.role for m in conversation.turns]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert all(m.content.strip() for m in conversation.turns if m.role == "assistant")
 
 
 def test_content_hash_sees_roles_and_normal_stripped_content_only() -> None:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from moi_jax.data.conversations import BadRow, Conversation, Message, Role
+from moi_jax.data import nested, react
+from moi_jax.data.conversations import BadRow, Conversation, Message
+from moi_jax.data.react import Event
+from moi_jax.data.turns import CHAT_ROLES, SHAREGPT_ROLES, Reader, text_of, turns
 
 CONTROL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|extra_\d+)\|>")
-MESSAGES_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES: dict[str, Role] = {**MESSAGES_ROLES, "human": "user", "gpt": "assistant"}
-TOOL_ROLES = {"function_call", "observation", "tool", "function"}
 
 
 def detect(row: Mapping[str, Any]) -> str | None:
@@ -21,14 +21,15 @@ def detect(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-Reader = Callable[[Mapping[str, Any]], list[Message]]
-
-
 class Format(NamedTuple):
-    """Keys that tell the format (any one of the sets), and how a row becomes messages."""
+    """Keys that tell the format (any one of the sets), and how a row becomes events.
+
+    `unwrap` finds the plain row that a nested one holds.
+    """
 
     signatures: tuple[frozenset[str], ...]
-    messages: Reader
+    events: Reader
+    unwrap: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
 
 def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation, bool]:
@@ -37,15 +38,15 @@ def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation,
     Raises:
       BadRow: the row is no conversation that can be trained on.
     """
-    for key in ("tools", "functions"):
-        value = row.get(key)
-        if isinstance(value, str):
-            value = value.strip() not in ("", "[]")
-        if value:
-            raise BadRow("tools_not_built", f"the row has a list of {key}")
-    messages = form.messages(row)
+    if form.unwrap:
+        row = form.unwrap(row)
+    tools = react.tool_list(row)
+    events = form.events(row)
     if row.get("system") is not None:
-        messages = [Message("system", _text(row, "system")), *messages]
+        events = [Message("system", text_of(row, "system")), *events]
+    messages = [event for event in events if isinstance(event, Message)]
+    if tools or len(messages) < len(events):
+        messages = react.to_messages(events, tools)
     for message in messages:
         _check_text(message.content)
     if messages and messages[0].role == "system" and not messages[0].content.strip():
@@ -56,6 +57,8 @@ def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation,
 def _check_text(content: str) -> None:
     if "<|" in content and (control := CONTROL_TOKEN.search(content)):
         raise BadRow("control_tokens", f"{control.group()} stands in the text")
+    if "\0" in content:
+        raise BadRow("nul_character", f"a NUL stands in the text at {content.index(chr(0))}")
     try:
         content.encode()
     except UnicodeEncodeError as error:
@@ -82,76 +85,45 @@ def _check_turns(messages: list[Message]) -> tuple[Conversation, bool]:
     return Conversation(tuple(messages)), trimmed
 
 
-def _text(row: Mapping[str, Any], key: str) -> str:
-    if key not in row:
-        raise BadRow("missing_field", f"no {key!r}")
-    value = row[key]
-    if not isinstance(value, str):
-        raise BadRow("content_not_text", f"{key!r} is {type(value).__name__}")
-    return value
-
-
-def _train(turn: Mapping[str, Any]) -> bool:
-    weight, train = turn.get("weight"), turn.get("train")
-    if weight not in (None, 0, 1) or train not in (None, False, True):
-        raise BadRow("bad_weight", f"weight {weight!r}, train {train!r}; use 0 or 1, true or false")
-    return weight != 0 and train is not False
-
-
-def _turns(key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> Reader:
-    """Reads the list of turns below `key`."""
-
-    def messages(row: Mapping[str, Any]) -> list[Message]:
-        turns = row.get(key)
-        if not isinstance(turns, list):
-            raise BadRow("missing_field", f"no list {key!r}")
-        return [message(turn) for turn in turns]
-
-    def message(turn: Any) -> Message:
-        if not isinstance(turn, dict):
-            raise BadRow("not_an_object", f"a turn is a {type(turn).__name__}")
-        role = turn.get(role_key)
-        if role is None:
-            raise BadRow("missing_role", f"a turn has no {role_key!r}")
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise BadRow("tools_not_built", "a turn calls a tool")
-        if not isinstance(role, str) or role not in roles:
-            tool = isinstance(role, str) and role in TOOL_ROLES
-            reason = "tools_not_built" if tool else "unknown_role"
-            raise BadRow(reason, f"the role of a turn is {role!r}")
-        return Message(roles[role], _text(turn, text_key), _train(turn))
-
-    return messages
-
-
 def _pair(question_key: str, answer_key: str) -> Reader:
     """Reads one question and one answer."""
 
-    def messages(row: Mapping[str, Any]) -> list[Message]:
+    def events(row: Mapping[str, Any]) -> list[Event]:
         return [
-            Message("user", _text(row, question_key)),
-            Message("assistant", _text(row, answer_key)),
+            Message("user", text_of(row, question_key)),
+            Message("assistant", text_of(row, answer_key)),
         ]
 
-    return messages
+    return events
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[Message]:
-    if row.get("history"):
-        raise BadRow("history_not_built", "the row has earlier turns in 'history'")
-    instruction = _text(row, "instruction")
-    text = "" if row.get("input") is None else _text(row, "input")
+def _alpaca(row: Mapping[str, Any]) -> list[Event]:
+    instruction = text_of(row, "instruction")
+    text = "" if row.get("input") is None else text_of(row, "input")
     question = f"{instruction}\n\n{text}" if text else instruction
-    answer = _text(row, "response" if "response" in row and "output" not in row else "output")
-    return [Message("user", question), Message("assistant", answer)]
+    answer = text_of(row, "response" if "response" in row and "output" not in row else "output")
+    return [*_history(row), Message("user", question), Message("assistant", answer)]
 
+
+def _history(row: Mapping[str, Any]) -> list[Event]:
+    """The earlier turns of an Alpaca row: pairs of question and answer."""
+    events: list[Event] = []
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [None]:
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        ):
+            raise BadRow("bad_history", "'history' is no list of pairs of texts")
+        events += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return events
+
+
+_messages = turns("messages", "role", "content", CHAT_ROLES)
 
 FORMATS = {
-    "messages": Format(
-        (frozenset({"messages"}),), _turns("messages", "role", "content", MESSAGES_ROLES)
-    ),
+    "messages": Format((frozenset({"messages"}),), _messages),
     "sharegpt": Format(
-        (frozenset({"conversations"}),), _turns("conversations", "from", "value", SHAREGPT_ROLES)
+        (frozenset({"conversations"}),), turns("conversations", "from", "value", SHAREGPT_ROLES)
     ),
     "alpaca": Format(
         (frozenset({"instruction", "output"}), frozenset({"instruction", "response"})), _alpaca
@@ -159,4 +131,9 @@ FORMATS = {
     "question_answer": Format((frozenset({"question", "answer"}),), _pair("question", "answer")),
     "problem_solution": Format((frozenset({"problem", "solution"}),), _pair("problem", "solution")),
     "text_code": Format((frozenset({"text", "code"}),), _pair("text", "code")),
+    "toolbench": Format((frozenset({"answer_generation"}),), _messages, nested.toolbench),
+    "oasst": Format((frozenset({"message_tree_id", "prompt"}),), _messages, nested.oasst),
+    "self_instruct": Format(
+        (frozenset({"instruction", "instances"}),), _alpaca, nested.self_instruct
+    ),
 }

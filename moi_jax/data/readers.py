@@ -1,24 +1,15 @@
-"""Readers: the rows of a file, one after another or from a byte range, not yet understood."""
+"""Readers: the rows of a file, one after another or from a byte range, and the JSON in them."""
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
+from moi_jax.data.containers import RawRow, in_lines, read_rows
 from moi_jax.data.conversations import BadRow
-from moi_jax.errors import UserError
-
-BOM = b"\xef\xbb\xbf"
-
-
-class RawRow(NamedTuple):
-    """A row as it stands in its file: the line it begins in (from 1), its bytes, its content."""
-
-    line: int
-    size: int
-    raw: bytes
 
 
 @dataclass(frozen=True)
@@ -38,43 +29,71 @@ class SourceFile:
         """Bytes, for progress bars."""
         return self.path.stat().st_size
 
+    @property
+    def splittable(self) -> bool:
+        """Whether `rows` heeds a byte range: plain JSON Lines do, no other container."""
+        return in_lines(self.path)
+
     def digest(self) -> str:
         """sha256 hex of the content."""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def rows(self) -> Iterator[RawRow]:
-        """The rows that are not blank. Only b"\\n" ends a line: U+2028 is content.
+    def rows(self, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
+        """The rows that are not blank; of a splittable file those that begin in [start, end).
+
+        A line begun before `start` belongs to the range before. Lines are counted from 1 at the
+        first that begins in the range.
 
         Raises:
-          UserError: the file is a JSON array.
+          UserError: the file needs a package that is not installed.
         """
-        first = True
-        with open(self.path, "rb") as file:
-            for line, raw in enumerate(file, 1):
-                if line == 1:
-                    raw = raw.removeprefix(BOM)
-                if not raw.strip():
-                    continue
-                if first and raw.lstrip().startswith(b"["):
-                    raise UserError(f"{self.path} is a JSON array; write one object a line")
-                first = False
-                yield RawRow(line, len(raw), raw)
+        return read_rows(self.path, start, end)
 
 
-def parse(raw: bytes) -> dict[str, Any]:
+def parse(raw: bytes | dict[str, Any] | BadRow) -> dict[str, Any]:
     """The object of a row.
 
     Raises:
       BadRow: the row is none.
     """
+    if isinstance(raw, BadRow):
+        raise raw
+    if isinstance(raw, dict):
+        return raw
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow("invalid_utf8", f"{error.reason} at byte {error.start}") from None
-    # json raises RecursionError on deep nesting and a plain ValueError on a giant number.
-    except (ValueError, RecursionError) as error:
-        raise BadRow("invalid_json", str(error)) from None
     if not isinstance(row, dict):
         raise BadRow("not_an_object", f"the row is a {type(row).__name__}")
     return row
+
+
+def decode(text: str, reason: str = "invalid_json") -> Any:
+    """The value of a JSON text; stricter than json.loads, which takes what other readers refuse.
+
+    Raises:
+      BadRow: the text is no JSON (`reason`), has a key twice, or NaN or Infinity.
+    """
+    try:
+        return DECODER.decode(text)
+    # json raises RecursionError on deep nesting and a plain ValueError on a giant number.
+    except (ValueError, RecursionError) as error:
+        raise BadRow(reason, str(error)) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        doubled = next(key for key in keys if keys.count(key) > 1)
+        raise BadRow("duplicate_key", f"an object has the key {reprlib.repr(doubled)} twice")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    raise BadRow("not_finite", f"{name} is no JSON number")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)

@@ -57,7 +57,7 @@ def detect_format(file: SourceFile) -> str | None:
     """The format that the keys of the first telling row say; None without a readable row.
 
     Raises:
-      UserError: the file is a JSON array, or the keys of its first rows are those of no format.
+      UserError: the keys of its first rows are those of no format.
     """
     odd: tuple[int, list[str]] | None = None
     for line, row in islice(_readable(file), ROWS_TO_DETECT):

@@ -1,0 +1,286 @@
+"""Containers: how rows lie in a file, told by its content, and how to stream them out.
+
+JSON Lines, a JSON array, one JSON object (each of them plain, gzip or zstd), Parquet, ArrayRecord.
+"""
+
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moi_jax.data.conversations import BadRow
+from moi_jax.errors import UserError
+
+BOM = b"\xef\xbb\xbf"
+GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+RIEGELI = bytes.fromhex("83af70d10d884a3f")  # begins an ArrayRecord
+
+MAX_ROW = 2**24  # bytes of a row; a longer one is never held whole
+PIECE = 2**16  # bytes of text looked at together
+COMPRESSED_PIECE = 2**8  # bytes taken at once: some 8 MB of text in the most hostile file
+BATCH = 1_000  # rows of Parquet or records read at once
+
+OUTSIDE_STRING = re.compile(rb'["\[\]{},]')
+INSIDE_STRING = re.compile(rb'\\.|"', re.DOTALL)
+
+
+class RawRow(NamedTuple):
+    """A row as it stands in its file: where, how much of the file it takes, its content.
+
+    `line` is the line it begins in (from 1), in a container without lines the number of the row.
+    `raw` is JSON text, what a container made of it already, or why it cannot be read.
+    """
+
+    line: int
+    size: int
+    raw: bytes | dict[str, Any] | BadRow
+
+
+def in_lines(path: Path) -> bool:
+    """Whether the file is plain JSON Lines, which can be read from any byte on."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        file.seek(0)
+        return not head.startswith((GZIP, ZSTD, PARQUET, RIEGELI)) and _layout(file) == "lines"
+
+
+def read_rows(path: Path, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
+    """The rows that are not blank; of JSON Lines those that begin in the bytes [start, end).
+
+    A file that cannot be read to its end gives the rows before, then one that is bad.
+
+    Raises:
+      UserError: the file needs a package that is not installed.
+    """
+    line = 0
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+        if head.startswith(PARQUET):
+            rows = _parquet_rows(path)
+        elif head.startswith(RIEGELI):
+            rows = _records(path)
+        elif head.startswith((GZIP, ZSTD)):
+            rows = _compressed_rows(path, head)
+        else:
+            rows = _plain_rows(path, start, end)
+        for row in rows:
+            line = row.line
+            yield row
+    except BadRow as bad:
+        yield RawRow(line + 1, 0, bad)
+
+
+def _plain_rows(path: Path, start: int, end: int | None) -> Iterator[RawRow]:
+    with open(path, "rb") as file:
+        layout = _layout(file)
+    with open(path, "rb") as file:
+        yield from _lines(file, start, end) if layout == "lines" else READERS[layout](file)
+
+
+def _compressed_rows(path: Path, head: bytes) -> Iterator[RawRow]:
+    """The rows of a compressed text; their sizes are those of the compressed bytes."""
+    new = _zstd(path) if head.startswith(ZSTD) else lambda: zlib.decompressobj(wbits=31)
+    layout = "lines"
+    with open(path, "rb") as file, suppress(BadRow):
+        layout = _layout(io.BufferedReader(_Inflated(file, new), PIECE))
+    with open(path, "rb") as file:
+        position = 0
+        for row in READERS[layout](io.BufferedReader(_Inflated(file, new), PIECE)):
+            position, before = file.tell(), position
+            yield row._replace(size=position - before)
+
+
+def _zstd(path: Path) -> Callable[[], Any]:
+    try:
+        import zstandard
+    except ImportError:
+        raise _needs("zstandard", path, "compressed by zstd") from None
+    return lambda: zstandard.ZstdDecompressor().decompressobj()
+
+
+def _needs(package: str, path: Path, what: str) -> UserError:
+    return UserError(f"{path} is {what}, which needs {package}: pip install 'moi_jax[sources]'")
+
+
+class _Inflated(io.RawIOBase):
+    """A compressed file as a stream of its text; one cut short ends in a BadRow."""
+
+    def __init__(self, file: io.BufferedReader, new: Callable[[], Any]):
+        self.file, self.new = file, new
+        self.decompressor: Any = None
+        self.compressed = b""
+        self.text = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.text:
+            compressed = self.compressed or self.file.read(COMPRESSED_PIECE)
+            between = self.decompressor is None or self.decompressor.eof
+            if between and not compressed.strip(b"\0"):  # tape tools fill up with zeros
+                if not compressed:
+                    return 0
+                self.compressed = b""
+                continue
+            if not compressed:
+                raise BadRow("cut_short", "the compressed file ends too early")
+            if between:
+                self.decompressor = self.new()
+            try:
+                self.text = memoryview(self.decompressor.decompress(compressed))
+            except Exception as error:  # zlib and zstandard have one each
+                raise BadRow("cut_short", f"the compressed file is damaged: {error}") from None
+            self.compressed = self.decompressor.unused_data
+        size = min(len(buffer), len(self.text))
+        buffer[:size], self.text = self.text[:size], self.text[size:]
+        return size
+
+
+def _layout(file: io.BufferedReader) -> str:
+    """How the rows lie in a text: "lines", "array" or "object"."""
+    first = file.readline(MAX_ROW).removeprefix(BOM)
+    while first.isspace():
+        first = file.readline(MAX_ROW)
+    first = first.lstrip()
+    if not first.startswith((b"[", b"{")):
+        return "lines"
+    whole = _is_json(first)
+    if first.startswith(b"["):
+        return "lines" if whole and file.read(PIECE).strip() else "array"
+    if whole or len(first) >= MAX_ROW:
+        return "lines"
+    return "object" if _is_json(first + file.read(MAX_ROW)) else "lines"
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _lines(file: io.BufferedReader, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
+    """Rows of JSON Lines. Only b"\\n" ends a line: U+2028 is content."""
+    position = start
+    if start:
+        file.seek(start - 1)
+        position += _skip_line(file) - 1
+    line = 0
+    while (end is None or position < end) and (raw := file.readline(MAX_ROW + 1)):
+        line += 1
+        size = len(raw)
+        if size > MAX_ROW and not raw.endswith(b"\n"):
+            size += _skip_line(file)
+            yield RawRow(line, size, _too_large(size))
+        else:
+            if position == 0:
+                raw = raw.removeprefix(BOM)
+            if raw and not raw.isspace():
+                yield RawRow(line, size, raw)
+        position += size
+
+
+def _skip_line(file: io.BufferedReader) -> int:
+    """Moves to the end of the line; returns the bytes passed, the line feed among them."""
+    passed = 0
+    while piece := file.readline(PIECE):
+        passed += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return passed
+
+
+def _too_large(size: int) -> BadRow:
+    return BadRow("row_too_large", f"{size:,} bytes, at most {MAX_ROW:,}")
+
+
+def _object(file: io.BufferedReader) -> Iterator[RawRow]:
+    raw = file.read().removeprefix(BOM)
+    yield RawRow(1, len(raw), raw)
+
+
+def _elements(file: io.BufferedReader) -> Iterator[RawRow]:
+    """Elements of a JSON array, found by brackets, commas and quotes alone."""
+    # read1: what stands before a cut comes out before it is told.
+    text = file.read1(PIECE).removeprefix(BOM).lstrip()
+    begin = position = 1  # after the array's own bracket
+    number = dropped = depth = 0
+    in_string = False
+    while depth >= 0:
+        found = (INSIDE_STRING if in_string else OUTSIDE_STRING).search(text, position)
+        if found is None:
+            # A backslash at the end waits for what it escapes.
+            position = max(position, len(text) - (in_string and text.endswith(b"\\")))
+            if position - begin > MAX_ROW:
+                dropped, begin = dropped + position - begin, position
+            text, position, begin = text[begin:], position - begin, 0
+            if not (more := file.read1(PIECE)):
+                raise BadRow("cut_short", "the array has no end")
+            text += more
+            continue
+        position, mark = found.end(), found.group()
+        if mark == b'"':
+            in_string = not in_string
+        elif in_string:
+            continue
+        elif mark in b"[{":
+            depth += 1
+        elif mark in b"]}":
+            depth -= 1
+        if depth < 0 or (depth == 0 and mark == b","):
+            raw = text[begin : position - 1].strip()
+            size = position - begin + dropped
+            if raw or dropped or mark == b",":
+                number += 1
+                yield RawRow(number, size, _too_large(size) if size > MAX_ROW + 1 else raw)
+            begin, dropped = position, 0
+    rest = text[position:]
+    while rest or (rest := file.read1(PIECE)):
+        if rest.strip():
+            raise BadRow("invalid_json", "there is text after the array")
+        rest = b""
+
+
+READERS = {"lines": _lines, "array": _elements, "object": _object}
+
+
+def _parquet_rows(path: Path) -> Iterator[RawRow]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise _needs("pyarrow", path, "a Parquet file") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            size = path.stat().st_size // max(file.metadata.num_rows, 1)
+            number = 0
+            for batch in file.iter_batches(BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRow(number, size, row)
+    except (ArrowException, OSError) as error:
+        raise BadRow("cut_short", f"the Parquet file is damaged: {error}") from None
+
+
+def _records(path: Path) -> Iterator[RawRow]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    # Without read-ahead: the records are read in lists.
+    reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    try:
+        if not reader.ok():
+            raise RuntimeError("it has no index")
+        count = reader.num_records()
+        for start in range(0, count, BATCH):
+            records = reader.read(list(range(start, min(start + BATCH, count))))
+            for number, record in enumerate(records, start + 1):
+                yield RawRow(number, len(record), record)
+        reader.close()
+    except RuntimeError as error:
+        raise BadRow("cut_short", f"the ArrayRecord is damaged: {error}") from None

@@ -1,0 +1,234 @@
+"""ReAct: calls of tools and what they return, written as the one assistant's turn Qwen v1 learns.
+
+The tools and the form stand before the first question; calls, observations and the answer follow
+as Thought / Action / Action Input / Observation lines, up to Final Answer.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from moi_jax.data.conversations import BadRow, Message
+from moi_jax.data.readers import decode
+
+# The words that structure a turn; inside a text they are moved off the line's beginning, so that
+# neither a reader of the turn nor the mask of observations (chatml.py) takes them for structure.
+MARK = re.compile(r"\n(?=(?:Thought|Action|Action Input|Observation|Final Answer):)")
+LAST_THOUGHT = "I now know the final answer."
+
+
+class Thought(NamedTuple):
+    """What the assistant thinks before it calls a tool or answers."""
+
+    text: str
+    train: bool = True
+
+
+class Call(NamedTuple):
+    """A tool called with a JSON object on one line; `id` is "" where the row has none."""
+
+    name: str
+    arguments: str
+    id: str = ""
+    train: bool = True
+
+
+class Observation(NamedTuple):
+    """What a tool returned."""
+
+    text: str
+    id: str = ""
+
+
+# What a turn of a chat holds, in the order of the chat. An assistant's Message before a Call is
+# its thought.
+Event = Message | Thought | Call | Observation
+
+
+class Tool(NamedTuple):
+    """What the prompt says of a tool; `parameters` is JSON."""
+
+    name: str
+    description: str
+    parameters: str
+
+
+def compact(value: Any, reason: str) -> str:
+    """JSON on one line; raises BadRow(reason) for a value that has no JSON."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(reason, str(error)) from None
+
+
+def tool_list(row: Mapping[str, Any]) -> list[Tool]:
+    """The row's `tools` or `functions`: a list, or the JSON text of one.
+
+    Raises:
+      BadRow: they are not a list of objects with a name.
+    """
+    tools = []
+    for key in ("tools", "functions"):
+        value = row.get(key)
+        if isinstance(value, str):
+            value = decode(value, "bad_tools") if value.strip() else None
+        if value is None:
+            continue
+        if not isinstance(value, list):
+            raise BadRow("bad_tools", f"{key!r} is {type(value).__name__}")
+        tools += [_tool(entry) for entry in value]
+    return tools
+
+
+def named_function(entry: Any, reason: str) -> tuple[str, Mapping[str, Any]]:
+    """Name and content of a tool or call, below "function" or bare; raises BadRow(reason)."""
+    function = entry.get("function", entry) if isinstance(entry, dict) else None
+    if not isinstance(function, dict):
+        raise BadRow(reason, f"an entry is a {type(entry).__name__}, no function")
+    name = function.get("name")
+    if not isinstance(name, str) or not name.strip() or "\n" in name:
+        raise BadRow(reason, "a function has no name on one line")
+    return name.strip(), function
+
+
+def _tool(entry: Any) -> Tool:
+    name, function = named_function(entry, "bad_tools")
+    description = function.get("description")
+    if not isinstance(description, str | None):
+        raise BadRow("bad_tools", f"the description of {name} is {type(description).__name__}")
+    parameters = compact(function.get("parameters") or {}, "bad_tools")
+    return Tool(name, (description or "").strip(), parameters)
+
+
+def tool_prompt(tools: Sequence[Tool], question: str) -> str:
+    """The first user turn of a row with tools."""
+    listed = "\n".join(
+        f"{name}: {description} Parameters: {parameters}" if description else
+        f"{name}: Parameters: {parameters}"
+        for name, description, parameters in tools
+    )  # fmt: skip
+    return (
+        f"Answer the question as well as you can. You may use these tools:\n\n{listed}\n\n"
+        f"Use this format:\n\n"
+        f"Question: the question you must answer\n"
+        f"Thought: what you think should be done next\n"
+        f"Action: the tool to use, one of [{', '.join(tool.name for tool in tools)}]\n"
+        f"Action Input: what the tool gets, as a JSON object\n"
+        f"Observation: what the tool returned\n"
+        f"... (from Thought to Observation as often as needed)\n"
+        f"Thought: {LAST_THOUGHT}\n"
+        f"Final Answer: the answer to the question\n\n"
+        f"Begin!\n\nQuestion: {question}"
+    )
+
+
+def to_messages(events: Sequence[Event], tools: Sequence[Tool]) -> list[Message]:
+    """The chat of a row that has tools, calls or thoughts.
+
+    Raises:
+      BadRow: calls and observations do not belong together.
+    """
+    messages: list[Message] = []
+    turn = _Turn(bool(tools))
+    for event in events:
+        if isinstance(event, Message) and event.role != "assistant":
+            messages += turn.close(last=False)
+            turn = _Turn(bool(tools))
+            messages.append(event)
+        else:
+            turn.add(event)
+    messages += turn.close(last=True)
+    first = next((n for n, message in enumerate(messages) if message.role == "user"), None)
+    if tools and first is not None:
+        question = messages[first]
+        messages[first] = Message("user", tool_prompt(tools, question.content), question.train)
+    return messages
+
+
+class _Turn:
+    """An assistant's turn in the making."""
+
+    def __init__(self, with_tools: bool) -> None:
+        self.with_tools = with_tools
+        self.steps: list[str] = []
+        self.thoughts: list[str] = []
+        self.said: str | None = None
+        self.calls: list[tuple[str, Call]] = []  # not answered yet, with their thoughts
+        self.train: bool | None = None
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Observation):
+            self._answer_call(event)
+            return
+        if self.train not in (None, event.train):
+            raise BadRow("bad_weight", "a turn that calls tools is trained in part")
+        self.train = event.train
+        if isinstance(event, Call):
+            if self.said is not None:
+                self.thoughts.append(self.said)
+                self.said = None
+            self.calls.append((self._thought(f"I need to call {event.name}."), event))
+            return
+        if self.calls:
+            raise BadRow("call_without_observation", f"{self.calls[0][1].name} returned nothing")
+        if isinstance(event, Thought):
+            if event.text.strip():
+                self.thoughts.append(event.text)
+        elif self.said is not None:
+            raise BadRow("roles_not_alternating", "two turns in a row are both assistant's")
+        else:
+            self.said = event.content
+
+    def _thought(self, otherwise: str) -> str:
+        """What was thought since the last step, or a stock phrase."""
+        texts = [text.strip().removeprefix("Thought:").strip() for text in self.thoughts]
+        self.thoughts = []
+        return _inside("\n\n".join(filter(None, texts))) or otherwise
+
+    def _answer_call(self, observation: Observation) -> None:
+        if not self.calls:
+            raise BadRow("observation_without_call", "a tool answers that was not called")
+        ids = [call.id for _, call in self.calls]
+        number = ids.index(observation.id) if observation.id in ids else 0
+        self._step(*self.calls.pop(number), f" {_inside(observation.text.strip())}")
+
+    def _step(self, thought: str, call: Call, observation: str) -> None:
+        self.steps.append(
+            f"Thought: {thought}\nAction: {call.name}\nAction Input: {call.arguments}\n"
+            f"Observation:{observation}"
+        )
+
+    def close(self, last: bool) -> Iterator[Message]:
+        """The turn as it is written; none where the assistant had no turn.
+
+        The very last call may stay unanswered: the turn ends where generation stops.
+        """
+        if self.train is None:
+            return
+        if self.calls:
+            if not last or len(self.calls) > 1:
+                raise BadRow(
+                    "call_without_observation", f"{self.calls[0][1].name} returned nothing"
+                )
+            self._step(*self.calls[0], "")
+        elif self.said is None:
+            if self.steps:
+                raise BadRow("unanswered_observation", "no call or answer follows an observation")
+            raise BadRow("empty_assistant", "the assistant thinks and says nothing")
+        elif not self.said.strip():
+            raise BadRow("empty_assistant", "an assistant turn is empty")
+        elif self.steps or (self.with_tools and self.thoughts):
+            thought = self._thought(LAST_THOUGHT)
+            self.steps.append(f"Thought: {thought}\nFinal Answer: {_inside(self.said)}")
+        elif self.thoughts:
+            thought = "\n\n".join(self.thoughts)
+            self.steps.append(f"<think>\n{thought}\n</think>\n\n{self.said}")
+        else:
+            self.steps.append(self.said)
+        yield Message("assistant", "\n".join(self.steps), self.train)
+
+
+def _inside(text: str) -> str:
+    """A text that may stand inside a turn: no line of it begins with a word of the form."""
+    return MARK.sub("\n ", text)
