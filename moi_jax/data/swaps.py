@@ -13,8 +13,8 @@ from moi_jax.data import packing
 # Work of one round in pairs of instructions compared, partners a row sees in it at most, and
 # rounds at most.
 ROUND_PAIRS = 1 << 22
-PARTNERS = 64
-ROUNDS = 64
+PARTNERS = 256
+ROUNDS = 32
 IDLE_ROUNDS = 3  # in a row without a swap: other partners would not help either
 
 
@@ -165,6 +165,7 @@ def _by_room(
 # Share of the tokens' room that filling aims at: the fewer tokens are left free, the harder the
 # last swaps are to find.
 AIM = 0.999
+HOSTS_TRIED = 6  # rows a group is moved to, one after another
 
 
 def fill_rows(
@@ -215,42 +216,44 @@ def _without_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One try of `fill_rows`: members and row_of after so many rows were emptied.
 
-    Groups that find no room stand in rows of their own.
+    A group whose host stays too long moves on to another one. Those that find no room stand in
+    rows of their own.
     """
-    group_sizes = lengths[members].sum(axis=1, dtype=np.int64)
-    by_size = np.argsort(np.bincount(row_of, weights=group_sizes), kind="stable")
-    homeless = np.flatnonzero(np.isin(row_of, by_size[:emptied]))
-    homeless = homeless[np.argsort(-group_sizes[homeless], kind="stable")]
-    row_of = row_of.copy()
-    row_of[homeless] = -1
-    guests = _host(members, row_of, homeless, by_size[emptied:])
-
-    placed = np.flatnonzero(row_of >= 0)
-    hosts, dense = np.unique(row_of[placed], return_inverse=True)
-    host_of_guest = np.searchsorted(hosts, row_of[guests])
-    inside = members[placed]
-    sizes = np.bincount(dense, weights=group_sizes[placed]).astype(np.int64)
-    layout = Layout(inside, dense, sizes, lengths, same_column)
-    shorten(layout, sequence_length, rng)
     members = members.copy()
-    members[placed], row_of[placed] = inside, dense
-    # Guests of rows that are still too long leave again.
-    row_of[guests[layout.sizes[host_of_guest] > sequence_length]] = -1
+    by_size = np.argsort(np.bincount(row_of, weights=lengths[members].sum(axis=1)), kind="stable")
+    number = np.full(len(by_size), -1)
+    number[by_size[emptied:]] = np.arange(len(by_size) - emptied)  # the emptiest host first
+    row_of, hosts = number[row_of], np.arange(len(by_size) - emptied)
+    for _ in range(HOSTS_TRIED):
+        guests = _host(members, row_of, lengths, hosts)
+        if not len(guests):
+            break
+        hosts = np.setdiff1d(hosts, row_of[guests])
+        placed = np.flatnonzero(row_of >= 0)
+        inside = members[placed]
+        sizes = np.bincount(row_of[placed], weights=lengths[inside].sum(axis=1)).astype(np.int64)
+        layout = Layout(inside, row_of[placed], sizes, lengths, same_column)
+        shorten(layout, sequence_length, rng)
+        members[placed] = inside
+        row_of[guests[layout.sizes[row_of[guests]] > sequence_length]] = -1
+        hosts = hosts[np.argsort(layout.sizes[hosts], kind="stable")]
     outside = np.flatnonzero(row_of < 0)
     if len(outside):
-        outside_sizes = lengths[members[outside]].sum(axis=1, dtype=np.int64)
-        own = packing.best_fit(members[outside], outside_sizes, sequence_length)
-        row_of[outside] = len(hosts) + own
+        sizes = lengths[members[outside]].sum(axis=1, dtype=np.int64)
+        own = packing.best_fit(members[outside], sizes, sequence_length)
+        row_of[outside] = int(row_of.max()) + 1 + own
     return members, row_of
 
 
 def _host(
-    members: np.ndarray, row_of: np.ndarray, homeless: np.ndarray, hosts: np.ndarray
+    members: np.ndarray, row_of: np.ndarray, lengths: np.ndarray, hosts: np.ndarray
 ) -> np.ndarray:
-    """Gives each group a host of its own, in order, that holds none of its instructions.
+    """Gives groups without a row (-1) a host of its own, in order, that holds none of its members.
 
     Sets row_of of those that found one, in place, and returns them.
     """
+    homeless = np.flatnonzero(row_of < 0)
+    homeless = homeless[np.argsort(-lengths[members[homeless]].sum(axis=1), kind="stable")]
     order = np.argsort(row_of, kind="stable")
     starts = np.searchsorted(row_of[order], hosts)
     ends = np.searchsorted(row_of[order], hosts, side="right")

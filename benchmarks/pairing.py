@@ -1,0 +1,74 @@
+"""How random pairing stays when rows are filled: python benchmarks/pairing.py CONFIG [KEY=VALUE]
+
+Plans the first epoch of a balanced config for twenty seeds and prints
+
+* fill, and the share of instructions that changed chunk to fill rows;
+* for the lengths of any two partners of a chunk, in fifths of their domain, the total variation
+  distance from independence (the largest over pairs of domains), beside that of the chunks as
+  drawn, which is chance alone;
+* the correlation of an instruction's length with the place of its chunk in the row, in tokens.
+"""
+
+import argparse
+from itertools import combinations
+
+import numpy as np
+from rich.console import Console
+
+from moi_jax.config_file import load_config
+from moi_jax.data import mixture
+from moi_jax.data.plan import EpochPlan, plan_epoch
+from moi_jax.errors import run_command
+from moi_jax.training.inputs import open_inputs, resolve
+
+SEEDS = 20
+FIFTHS = (0.2, 0.4, 0.6, 0.8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    config = load_config(args.config, [*args.overrides, "data.order=config"])
+    inputs = open_inputs(resolve(config), Console(quiet=True))
+    corpus, data = inputs.corpus, inputs.config.data
+    width = len(corpus.names)
+    planned, drawn, fills, moved, places = [], [], [], [], []
+    for seed in range(SEEDS):
+        plan = plan_epoch(corpus, data, seed, 0)
+        planned.append(corpus.lengths[plan.instructions.reshape(-1, width)])
+        drawn.append(corpus.lengths[mixture.draw_groups(corpus, data, seed, 0)])
+        fills.append(plan.fill)
+        moved.append(plan.moved / len(plan.instructions))
+        places.append(place_correlations(plan, planned[-1]))
+    print(f"{data.sequence_length} tokens a row, {SEEDS} seeds, {len(planned[0]):,} chunks each")
+    print(f"fill {np.mean(fills):.2%} ({min(fills):.2%} to {max(fills):.2%})")
+    print(f"changed chunk: {np.mean(moved):.2%} of the instructions")
+    print(f"partners: distance {distance(planned):.4f}, as drawn {distance(drawn):.4f}")
+    for name, correlation in zip(corpus.names, np.mean(places, axis=0), strict=True):
+        print(f"place in the row against length, {name}: correlation {correlation:+.3f}")
+
+
+def distance(lengths: list[np.ndarray]) -> float:
+    """Largest total variation distance from independence over pairs of columns."""
+    table = np.concatenate(lengths)
+    fifths = [np.searchsorted(np.quantile(c, FIFTHS), c, side="right") for c in table.T]
+    worst = 0.0
+    for a, b in combinations(range(table.shape[1]), 2):
+        joint = np.bincount(fifths[a] * 5 + fifths[b], minlength=25).reshape(5, 5) / len(table)
+        independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+        worst = max(worst, float(np.abs(joint - independent).sum() / 2))
+    return worst
+
+
+def place_correlations(plan: EpochPlan, lengths: np.ndarray) -> list[float]:
+    """By column the correlation of lengths with the tokens before the chunk in its row."""
+    ends = np.cumsum(lengths.sum(axis=1))
+    starts = np.append(0, ends[:-1])
+    before = starts - np.repeat(starts[plan.row_starts[:-1]], np.diff(plan.row_starts))
+    return [float(np.corrcoef(before, column)[0, 1]) for column in lengths.T]
+
+
+if __name__ == "__main__":
+    run_command(main)
