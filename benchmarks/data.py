@@ -8,7 +8,7 @@ copies the tokens), seqpacker. Speed once more on the lengths tiled to about a m
 Preparing: conversations/s on GSM8K's rows, from JSONL to the cache on disk, against the tokenise
 step of TRL's SFTTrainer with assistant_only_loss; its reading of the JSONL is not counted.
 
-All contenders take turns in one process, after `pip install -e ".[test,peers]"`.
+All contenders take turns in one process. Install them by `pip install -e ".[test,peers]"`.
 """
 
 # The peers are imported inside functions: the processes that prepare import this file anew.
@@ -31,7 +31,7 @@ from moi_jax.config_file import load_config, make_config
 from moi_jax.data.cache import prepare
 from moi_jax.data.plan import Corpus, plan_epoch
 from moi_jax.data.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, load_tokenizer
-from moi_jax.errors import run_command
+from moi_jax.errors import UserError, run_command
 
 PUBLIC_SETS = Path(__file__).parent.parent / "configs" / "public_sets.yaml"
 PACKAGES = ("trl", "datasets", "transformers", "tokenizers", "grain", "seqpacker")
@@ -143,6 +143,8 @@ def compare_packing(corpus: Corpus, data: Data, turns: int, with_grain: bool) ->
 def conversations(root: Path, count: int) -> Iterator[dict[str, Any]]:
     """GSM8K's rows over and over, numbered so that no two are equal."""
     files = sorted(root.glob("math/gsm8k_train_*.jsonl"))
+    if not files:
+        raise UserError(f"--root {root} holds no math/gsm8k_train_*.jsonl, GSM8K's rows")
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     for number, line in enumerate(itertools.islice(itertools.cycle(lines), count)):
         row = json.loads(line)
@@ -206,31 +208,25 @@ def compare_preparing(args: argparse.Namespace, directory: Path) -> dict[str, An
         OURS: our_prepare(rows, args.tokenizer, args.workers),
         TOKENISE: trl_tokenise(rows, args.tokenizer, args.workers),
     }
-    figures = take_turns(contenders, args.prepare, args.turns)
-    return {"conversations": args.prepare, "workers": args.workers, "figures": figures}
+    made = take_turns(contenders, args.prepare, args.turns)
+    return {"conversations": args.prepare, "workers": args.workers, "figures": made}
 
 
-def bars(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def bars(report: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
     """What is promised, the figure, the bar, and whether it holds."""
-    lines = []
-
-    def hold(what: str, figure: str, bar: str, held: bool) -> None:
-        lines.append((what, figure, bar, "held" if held else "missed"))
-
     for packing in report["packing"]:
         fill = {name: figure["fill"] for name, figure in packing["figures"].items()}
         what, ours, shown = f"fill at {packing['row']}", fill[OURS], f"{fill[OURS]:.2%}"
         bar, best = FILL_BARS[packing["row"]], fill[TRL_BEST] - BEST_CASE_BAR
-        hold(what, shown, f">= {bar:.1%}", ours >= bar)
-        hold(what, shown, f"> {fill[TRL]:.2%}, {TRL}", ours > fill[TRL])
-        hold(what, shown, f">= {best:.2%}, {TRL_BEST}, less {BEST_CASE_BAR:.1%}", ours >= best)
+        yield what, shown, f">= {bar:.1%}", ours >= bar
+        yield what, shown, f"> {fill[TRL]:.2%}, {TRL}", ours > fill[TRL]
+        yield what, shown, f">= {best:.2%}, {TRL_BEST}, less {BEST_CASE_BAR:.1%}", ours >= best
     for packing in report["tiled"]:
         times = min(packing["figures"][name]["ours_over_theirs"] for name in (TRL, TRL_BEST))
         what = f"planning at {packing['row']}, tiled, over TRL's faster"
-        hold(what, f"{times:.1f} x", f">= {PLANNING_BAR} x", times >= PLANNING_BAR)
+        yield what, f"{times:.1f} x", f">= {PLANNING_BAR} x", times >= PLANNING_BAR
     times = report["preparing"]["figures"][TOKENISE]["ours_over_theirs"]
-    hold("prepare over TRL", f"{times:.1f} x", f">= {PREPARE_BAR} x", times >= PREPARE_BAR)
-    return lines
+    yield "prepare over TRL", f"{times:.1f} x", f">= {PREPARE_BAR} x", times >= PREPARE_BAR
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -256,9 +252,9 @@ def show(report: dict[str, Any]) -> None:
             f"({packing['unplaced']} unplaced, {packing['moved_share']:.2%} moved)"
         )
         compared(title, "rows", "instructions", packing["figures"])
-    count, workers = (report["preparing"][key] for key in ("conversations", "workers"))
-    title = f"Preparing {count:,} conversations in {workers} processes"
-    compared(title, "tokens", "conversations", report["preparing"]["figures"])
+    one = report["preparing"]
+    title = f"Preparing {one['conversations']:,} conversations in {one['workers']} processes"
+    compared(title, "tokens", "conversations", one["figures"])
     table("Bars", ["what", "figure", "bar", ""], report["bars"])
     packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     print(f"\n{report['cores']} cores, {packages}")
@@ -290,7 +286,7 @@ def main() -> None:
             larger = tiled(corpus, args.tile)
             report["packing"].append(compare_packing(corpus, data, args.turns, with_grain=True))
             report["tiled"].append(compare_packing(larger, data, args.turns, with_grain=False))
-    report["bars"] = bars(report)
+    report["bars"] = [(*bar, "held" if held else "missed") for *bar, held in bars(report)]
     if args.json:
         print(json.dumps(report))
     else:
