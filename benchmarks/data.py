@@ -29,7 +29,8 @@ from rich.console import Console
 from moi_jax.config import Data
 from moi_jax.config_file import load_config, make_config
 from moi_jax.data.cache import prepare
-from moi_jax.data.plan import Corpus, plan_epoch
+from moi_jax.data.corpus import Corpus
+from moi_jax.data.plan import plan_epoch
 from moi_jax.data.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, load_tokenizer
 from moi_jax.errors import UserError, run_command
 
