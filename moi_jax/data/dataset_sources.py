@@ -146,14 +146,12 @@ def _open_tfds(root: Path, source: Source, name: str, data_dir: Path) -> SourceF
             f"TFDS has its own"
         ) from None
     except Exception as error:
-        raise UserError(
-            f"tfds: {name}: {_one_line(error)}; see manual_dir in docs/tfds.md"
-        ) from error
+        raise UserError(f"tfds: {name}: {_one_line(error)}") from error
     whole = builder.info.splits[source.split.partition("[")[0]] if "[" in source.split else split
     held = whole.num_bytes * split.num_examples // max(whole.num_examples, 1)
     files = tuple(Path(path) for path in split.filepaths)
     place = Path(builder.data_dir) / source.split
-    return _TfdsFile(f"tfds:{name}[{source.split}]", place, files, source.split, held)
+    return _TfdsFile(f"tfds:{name}:{source.split}", place, files, source.split, held)
 
 
 def _builder(name: str, data_dir: Path) -> Any:
@@ -231,7 +229,7 @@ def _open_hf(root: Path, source: Source, name: str) -> SourceFile:
     files = tuple(Path(file["filename"]) for file in dataset.cache_files)
     label = "/".join(filter(None, (name, source.subset)))
     place = (local if local.is_dir() else Path(name)) / (source.subset or "") / source.split
-    shown = f"hf:{label}[{source.split}]"
+    shown = f"hf:{label}:{source.split}"
     return _HfFile(shown, place, files, source.split, dataset.data.nbytes, dataset)
 
 

@@ -73,8 +73,7 @@ class JsonRows(tfds.core.GeneratorBasedBuilder):
         except AssertionError:  # what TFDS raises for a folder that is not there
             if not self.URLS:
                 raise FileNotFoundError(self.MANUAL_DOWNLOAD_INSTRUCTIONS) from None
-            # Asked first: TFDS tries for minutes where there is no network.
-            requests.head(next(iter(self.URLS.values())), timeout=SECONDS)
+            self._check_network()
             # A file of several splits is downloaded once: its address is the same.
             downloaded = dl_manager.download(dict(self.URLS))
             return {split: [Path(path)] for split, path in downloaded.items()}
@@ -83,6 +82,18 @@ class JsonRows(tfds.core.GeneratorBasedBuilder):
             wanted = " or ".join(dict.fromkeys(chain(*self.FILES.values())))
             raise FileNotFoundError(f"there is no {wanted} in {manual_dir}")
         return found
+
+    def _check_network(self) -> None:
+        """Fails soon and with the way out, where TFDS tries for minutes."""
+        url = next(iter(self.URLS.values()))
+        try:
+            requests.head(url, timeout=SECONDS)
+        except requests.RequestException as error:
+            server = url.split("/")[2]
+            raise ConnectionError(
+                f"{server} cannot be reached ({type(error).__name__}). "
+                f"{self.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+            ) from None
 
     def _generate_examples(self, rows: Iterable[dict[str, Any]]) -> Iterator[Any]:
         for number, row in enumerate(rows):
