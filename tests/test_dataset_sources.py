@@ -178,6 +178,12 @@ def test_a_typed_set_comes_as_plain_rows(tmp_path):
     assert detect_format(file) == "messages"
 
 
+def test_a_set_that_was_built_elsewhere_is_read_without_its_code(tmp_path, monkeypatch):
+    rows = contents(opened(tmp_path, tfds="typed_turns/b"))
+    monkeypatch.delitem(tfds.core.registered._DATASET_REGISTRY, "typed_turns")
+    assert contents(opened(tmp_path, tfds="typed_turns/b")) == rows
+
+
 def test_a_damaged_set_is_named(tmp_path):
     file = gsm8k(tmp_path)
     content = file.files[0].read_bytes()

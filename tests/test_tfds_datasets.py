@@ -1,9 +1,11 @@
 """The TFDS builders: each from a tiny hand-written file, read back as the rows written."""
 
 import gzip
+import http.server
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,51 @@ def test_every_checksum_is_of_an_address_in_use(name):
 def test_gsm8k_test_and_mbpp_have_checksums():
     assert [info.size for info in builder_class("gsm8k").url_infos.values()] == [749738]
     assert [info.size for info in builder_class("mbpp").url_infos.values()] == [563743]
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves tmp_path/served, and lists what was fetched (not merely asked about)."""
+    (tmp_path / "served").mkdir()
+    fetched: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any):
+            super().__init__(*args, directory=str(tmp_path / "served"))
+
+        def log_request(self, code: Any = "-", size: Any = "-") -> None:
+            if self.command == "GET":
+                fetched.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}", fetched
+        served.shutdown()
+
+
+def test_a_file_of_several_splits_is_downloaded_once(server, tmp_path, monkeypatch):
+    address, fetched = server
+    rows = [{"text": "T", "task_id": number} for ids in MBPP.values() for number in ids]
+    write_lines(tmp_path / "served" / "mbpp.jsonl", rows)
+    urls = dict.fromkeys(MBPP, f"{address}/mbpp.jsonl")
+    monkeypatch.setattr(builder_class("mbpp"), "URLS", urls)
+    builder = builder_class("mbpp")(data_dir=tmp_path / "built", file_format="array_record")
+    builder.download_and_prepare()
+    assert {split: [row["task_id"] for row in rows_of(builder, split)] for split in MBPP} == MBPP
+    assert fetched == ["/mbpp.jsonl"]
+
+
+def test_a_download_that_differs_from_its_checksum_is_refused(server, tmp_path, monkeypatch):
+    address, _ = server
+    write_lines(tmp_path / "served" / "test.jsonl", GSM8K)
+    gsm8k = builder_class("gsm8k")
+    url = f"{address}/test.jsonl"
+    monkeypatch.setattr(gsm8k, "URLS", {"test": url})
+    (known,) = gsm8k.url_infos.values()
+    monkeypatch.setattr(gsm8k, "url_infos", {url: known})
+    builder = gsm8k(data_dir=tmp_path / "built", file_format="array_record")
+    with pytest.raises(Exception, match="checksum"):
+        builder.download_and_prepare()
 
 
 def test_a_broken_line_is_named(tmp_path):

@@ -68,9 +68,7 @@ class _DatasetFile(SourceFile):
         return digest.hexdigest()
 
     def rows(self, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
-        """All the rows, each as JSON: what `parse` guards against comes in other guises too."""
-        if start or end is not None:
-            raise ValueError("a dataset is read as a whole")
+        """All the rows, whatever the range; each as JSON, so that `parse` is the one border."""
         for line, raw in enumerate(self._json(), 1):
             yield RawRow(line, len(raw), raw)
 
@@ -126,9 +124,9 @@ def _open_tfds(root: Path, source: Source, name: str, data_dir: Path) -> SourceF
             raise UserError(f"tfds: {name}: manual_dir {manual_dir} is no directory")
         # A folder of its own: other copies are other data.
         data_dir = data_dir / f"manual-{_content(manual_dir)}"
-    data_dir.mkdir(parents=True, exist_ok=True)
     # The code of a set and what it downloads may raise anything; to the user it is one line.
     try:
+        data_dir.mkdir(parents=True, exist_ok=True)
         builder = _builder(name, data_dir)
         with FileLock(data_dir / f"{builder.name}.lock"):
             builder.download_and_prepare(
@@ -155,12 +153,16 @@ def _open_tfds(root: Path, source: Source, name: str, data_dir: Path) -> SourceF
 
 
 def _builder(name: str, data_dir: Path) -> Any:
-    """The builder of name or name/config, ours before the one of the same name in TFDS."""
+    """The builder of name or name/config, ours before the one of the same name in TFDS.
+
+    A set that lies in `data_dir` already is read even where its code cannot be imported.
+    """
     import tensorflow_datasets as tfds
 
-    name, _, config = name.partition("/")
-    ours = name in tfds_datasets.NAMES
-    builder_class = tfds_datasets.builder_class(name) if ours else tfds.builder_cls(name)
+    short, _, config = name.partition("/")
+    if short not in tfds_datasets.NAMES:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    builder_class = tfds_datasets.builder_class(short)
     return builder_class(config=config or None, data_dir=data_dir, file_format="array_record")
 
 
