@@ -45,7 +45,7 @@ def files_below(directory: Path, patterns: Sequence[str]) -> list[SourceFile]:
     found: dict[str, SourceFile] = {}
     for pattern in patterns:
         try:
-            (files,) = expand(directory, [Source(path=pattern)])
+            (files,) = expand(directory, [Source(path=pattern)], directory)
         except UserError:
             continue  # nothing of this kind is there
         found |= {file.name: file for file in files}

@@ -53,6 +53,7 @@ class Source(Section):
     path: str | None = None  # a glob below data.root
     tfds: str | None = None  # a TFDS builder: name or name/config
     hf: str | None = None  # a dataset of the Hugging Face hub by its id, or a local directory
+    manual_dir: Path | None = None  # of tfds: local copies of its files, below data.root
     subset: str | None = None  # of hf
     split: str = "train"  # of tfds and hf
     format: str = "auto"
@@ -64,6 +65,10 @@ class Source(Section):
     def check(self) -> "Source":
         if sum(kind is not None for kind in (self.path, self.tfds, self.hf)) != 1:
             raise ValueError("a source has exactly one of path, tfds, hf")
+        if self.manual_dir is not None and self.tfds is None:
+            raise ValueError("manual_dir is of tfds sources")
+        if self.subset is not None and self.hf is None:
+            raise ValueError("subset is of hf sources; tfds has name/config")
         return self
 
 

@@ -13,7 +13,8 @@ COMMANDS = {"train", "prepare", "convert", "preview"}
 SHARED = {"config", "config_file", "errors", "console"}
 MAY_IMPORT = {
     "models": SHARED,
-    "data": SHARED,
+    "tfds_datasets": set(),
+    "data": SHARED | {"tfds_datasets"},
     "training": SHARED | {"models", "data"},
     "evaluation": SHARED | {"data", "models", "sampling"},
     "sampling": SHARED | {"models"},

@@ -255,7 +255,7 @@ def test_unknown_keys_are_refused_with_the_formats_known(tmp_path: Path) -> None
 
 def test_unknown_format_name_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'alpacca'.*auto.*alpaca"):
-        expand(tmp_path, [Source(path="*", format="alpacca")])
+        expand(tmp_path, [Source(path="*", format="alpacca")], tmp_path)
 
 
 def test_expand_sorts_below_the_root_and_refuses_an_empty_match(
@@ -265,12 +265,12 @@ def test_expand_sorts_below_the_root_and_refuses_an_empty_match(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setenv("HOME", str(tmp_path))
-    found = expand(Path("~/d"), [Source(path="*"), Source(path="**/c.jsonl")])
+    found = expand(Path("~/d"), [Source(path="*"), Source(path="**/c.jsonl")], tmp_path)
     assert [[file.name for file in part] for part in found] == [
         ["a.jsonl", "b.jsonl"], ["e/c.jsonl"],
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"no file matches 'x\*\.jsonl'"):
-        expand(Path("~/d"), [Source(path="x*.jsonl")])
+        expand(Path("~/d"), [Source(path="x*.jsonl")], tmp_path)
 
 
 ROLES = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", "function_call"])

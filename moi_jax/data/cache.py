@@ -112,7 +112,9 @@ def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[D
     """
     if not data.domains:
         raise UserError("data.domains is empty; name at least one domain with its sources")
-    expanded = [sources.expand(data.root, domain.sources) for domain in data.domains]
+    expanded = [
+        sources.expand(data.root, domain.sources, data.cache_dir) for domain in data.domains
+    ]
     _refuse_files_standing_twice(data, expanded)
     caches = []
     with Progress(console=console, disable=not console.is_terminal) as progress:

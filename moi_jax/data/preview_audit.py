@@ -112,7 +112,7 @@ def read_domain(
     """Reads the files of a domain row by row; keeps the instructions whose number is wanted."""
     found = PlainDomain()
     render = _renderer(tokenizer, targets)
-    files = sources.expand(data.root, domain.sources)
+    files = sources.expand(data.root, domain.sources, data.cache_dir)
     for source, part in zip(domain.sources, files, strict=True):
         kept = 0
         for file in part:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from moi_jax.config import Source
 from moi_jax.data import formats
 from moi_jax.data.conversations import BadRow, Conversation
+from moi_jax.data.dataset_sources import open_dataset
 from moi_jax.data.formats import FORMATS
 from moi_jax.data.readers import RawRow, SourceFile, parse
 from moi_jax.errors import UserError
@@ -26,8 +27,10 @@ class Row(NamedTuple):
     trimmed: bool = False  # a trailing user turn was left out
 
 
-def expand(root: Path, sources: Sequence[Source]) -> list[list[SourceFile]]:
+def expand(root: Path, sources: Sequence[Source], cache_dir: Path) -> list[list[SourceFile]]:
     """The files of each source, sorted by their names relative to `root`, which may begin with ~.
+
+    A source of kind tfds that is not built yet is built now, below `cache_dir`.
 
     Raises:
       UserError: a pattern matches no file, or a format is not known.
@@ -36,12 +39,14 @@ def expand(root: Path, sources: Sequence[Source]) -> list[list[SourceFile]]:
     found = []
     for source in sources:
         if source.format != "auto" and source.format not in FORMATS:
+            name = source.path or source.tfds or source.hf
             raise UserError(
-                f"source {source.path}: unknown format {source.format!r}; "
-                f"use auto or one of {', '.join(FORMATS)}"
+                f"source {name}: unknown format {source.format!r}; use auto or one of "
+                f"{', '.join(FORMATS)}"
             )
         if source.path is None:
-            raise UserError("sources of tfds and hf are not built yet; use path")
+            found.append([open_dataset(root, source, cache_dir)])
+            continue
         names = glob.glob(source.path, root_dir=root, recursive=True)
         files = sorted({name for name in names if (root / name).is_file()})
         if not files:

@@ -1,0 +1,1 @@
+"""Glaive tool calls, the demo of LLaMA-Factory; rows {conversations, tools}."""

@@ -1,0 +1,1 @@
+"""GPTeacher code instructions in many languages; rows {instruction, input, response}."""

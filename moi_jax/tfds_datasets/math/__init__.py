@@ -1,0 +1,1 @@
+"""MATH (Hendrycks et al.): competition problems; rows {problem, level, type, solution}."""

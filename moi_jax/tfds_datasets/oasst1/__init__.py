@@ -1,0 +1,1 @@
+"""OpenAssistant Conversations (oasst1): message trees; rows {message_tree_id, prompt, ...}."""
