@@ -17,7 +17,8 @@ import numpy as np
 
 from moi_jax.config import Data, Train
 from moi_jax.data import mixture, packing
-from moi_jax.data.cache import DomainCache, Selection, loss_column
+from moi_jax.data.domain_cache import DomainCache, loss_column
+from moi_jax.data.selection import Selection
 from moi_jax.errors import UserError
 
 

@@ -43,16 +43,31 @@ class SourceFile:
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def rows(self) -> Iterator[RawRow]:
-        """The rows that are not blank. Only b"\\n" ends a line: U+2028 is content.
+    @property
+    def splittable(self) -> bool:
+        """Whether `rows` reads any range of bytes without what stands before it."""
+        return True
+
+    def rows(self, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
+        """The rows that are not blank and whose first byte lies in [start, end).
+
+        Lines are counted from 1 at the first that begins there. Only b"\\n" ends a line: U+2028
+        is content.
 
         Raises:
           UserError: the file is a JSON array.
         """
-        first = True
+        first = not start
         with open(self.path, "rb") as file:
+            if start:
+                file.seek(start - 1)
+                file.readline()
+            position = file.tell()
             for line, raw in enumerate(file, 1):
-                if line == 1:
+                if end is not None and position >= end:
+                    return
+                position += len(raw)
+                if line == 1 and not start:
                     raw = raw.removeprefix(BOM)
                 if not raw.strip():
                     continue
