@@ -24,30 +24,7 @@ from moi_jax.config_file import make_config
 from moi_jax.data.cache import prepare
 from moi_jax.data.tokenizer import load_tokenizer
 
-WORDS = [
-    "the",
-    "of",
-    "a",
-    "to",
-    "and",
-    "in",
-    "is",
-    "it",
-    "you",
-    "that",
-    "he",
-    "was",
-    "for",
-    "on",
-    "are",
-    "with",
-    "as",
-    "they",
-    "be",
-    "at",
-    "one",
-    "have",
-]
+WORDS = "the of a to and in is it you that he was for on are with as they be at".split()  # noqa: SIM905
 
 
 def real_rows(directory: Path, count: int) -> Iterator[dict[str, str]]:
