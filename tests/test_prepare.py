@@ -256,10 +256,10 @@ if __name__ == "__main__":
 """
 
 
-def start(root: Path) -> subprocess.Popen:
+def start(root: Path, text: str = SCRIPT) -> subprocess.Popen:
     """A slow prepare in a process with two workers."""
     script = root.parent / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     return subprocess.Popen(
         [sys.executable, str(script), str(root)],
@@ -295,7 +295,7 @@ def test_a_killed_prepare_takes_its_workers_along_and_goes_on(
     workers = children(process.pid)
     assert len(workers) >= 2
     process.send_signal(how)
-    process.communicate()
+    process.communicate(timeout=60)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
     if how == signal.SIGINT:
         assert not list((root.parent / "cache" / "blocks").glob("*.part"))
@@ -320,6 +320,14 @@ def test_two_at_once_end_well(
     (cache,) = run(section(root, "a", decontaminate=slow))
     assert len(texts(cache)) == 30
     assert not list((root.parent / "cache").rglob("*.part"))
+
+
+def test_a_script_without_a_guard_is_told_and_does_not_hang(root: Path) -> None:
+    write(root / "a" / "1.jsonl", *rows(30))
+    process = start(root, SCRIPT.replace('__name__ == "__main__"', "True"))
+    _, errors = process.communicate(timeout=120)
+    assert b"UserError: a worker process died" in errors
+    assert b"(a script of your own needs `if __name__" in errors
 
 
 def test_shards_prepare_all_blocks_and_a_plain_prepare_assembles(

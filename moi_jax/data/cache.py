@@ -111,7 +111,8 @@ class _Job:
 
     def open(self, maker: BlockMaker) -> DomainCache | None:
         names = [file.name for file in chain(*self.files)]
-        return open_domain(self.domain.name, self.directory, maker.folder, names)
+        with domain_errors(self.domain.name):
+            return open_domain(self.domain.name, self.directory, maker.folder, names)
 
     @functools.cached_property
     def tasks(self) -> list[list[Task]]:
@@ -206,7 +207,10 @@ def _run(tasks: list[Task], maker: BlockMaker, console: Console) -> None:
     for task in left:
         sizes[task.domain] += task.size
     try:
-        with Progress(console=console, disable=not console.is_terminal) as progress:
+        with (
+            domain_errors(", ".join(sizes)),
+            Progress(console=console, disable=not console.is_terminal) as progress,
+        ):
             bars = {name: progress.add_task(name, total=size) for name, size in sizes.items()}
             advance = lambda task: progress.advance(bars[task.domain], task.size)  # noqa: E731
             run_tasks(left, maker, workers, advance)

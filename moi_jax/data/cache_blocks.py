@@ -8,6 +8,7 @@ was, and two at once do each other no harm. Domains and configs share blocks of 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -206,6 +207,14 @@ class BlockMaker:
         if directory.exists() and Finished.open(directory) is None:
             shutil.rmtree(directory)
         move_into_place(part, directory)
+
+    def save(self) -> Path:
+        """Writes the maker where `clear` removes it, for other processes to read."""
+        part = self.folder / f"maker.{self.run}{PART}"
+        part.mkdir(parents=True)
+        path = part / "maker.pickle"
+        path.write_bytes(pickle.dumps(self))
+        return path
 
     def clear(self) -> None:
         """Removes what this run left half built."""

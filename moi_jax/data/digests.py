@@ -10,6 +10,7 @@ import json
 import os
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from moi_jax.data.readers import SourceFile
@@ -44,8 +45,13 @@ class Digests:
         return digest
 
     def save(self) -> None:
-        """Keeps what was learnt; of two processes at once one may learn in vain."""
-        if self._new:
+        """Keeps what was learnt; of two processes at once one may learn in vain.
+
+        So it does where the cache may only be read.
+        """
+        if not self._new:
+            return
+        with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             part = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}")
             part.write_text(json.dumps({**self._known, **self._new}), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from moi_jax.data.cache_blocks import BlockMaker, Task
 from moi_jax.errors import UserError
@@ -36,7 +38,9 @@ def run_tasks(
     # Nothing is ever sent: the workers see the end of this process, or of its interest, as the
     # end of the pipe.
     reader, writer = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, _start, (reader, maker))
+    # By a file: a worker that died before it had read all of a large message would hang this
+    # process, which writes it into a pipe whose other end it holds, too.
+    pool = ProcessPoolExecutor(workers, context, _start, (reader, maker.save()))
     try:
         futures = [pool.submit(_do, task) for task in tasks]
         for task, future in zip(tasks, futures, strict=True):
@@ -57,12 +61,12 @@ def run_tasks(
         writer.close()
 
 
-def _start(reader: Connection, maker: BlockMaker) -> None:
+def _start(reader: Connection, path: Path) -> None:
     global _maker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
     threading.Thread(target=_end_with_parent, args=(reader,), daemon=True).start()
-    maker.tokenizer.use_one_thread()
-    _maker = maker
+    _maker = pickle.loads(path.read_bytes())
+    _maker.tokenizer.use_one_thread()
 
 
 def _end_with_parent(reader: Connection) -> None:

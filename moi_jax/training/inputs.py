@@ -66,7 +66,9 @@ class Inputs(Resolved):
     def fingerprints(self) -> dict[str, str]:
         """Of what must not change while a run goes on, though its path may."""
         prompts = self.items.prompts
-        held_out = self.config.data.held_out.model_dump()
+        data = self.config.data
+        shares = [source.held_out for domain in data.domains for source in domain.sources]
+        held_out = [(share or data.held_out).model_dump() for share in shares]
         return {
             "model": fingerprint(self.model.to_json()),
             "tokenizer": self.tokenizer.fingerprint,
