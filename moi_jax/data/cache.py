@@ -212,7 +212,10 @@ def _run(tasks: list[Task], maker: BlockMaker, console: Console) -> None:
             Progress(console=console, disable=not console.is_terminal) as progress,
         ):
             bars = {name: progress.add_task(name, total=size) for name, size in sizes.items()}
-            advance = lambda task: progress.advance(bars[task.domain], task.size)  # noqa: E731
+
+            def advance(task: Task) -> None:
+                progress.advance(bars[task.domain], task.size)
+
             run_tasks(left, maker, workers, advance)
     finally:
         maker.clear()
