@@ -41,7 +41,7 @@ class TokenizerConfig(Section):
 
 
 class HeldOut(Section):
-    """Share of each domain kept for evaluation: max(fraction, min rows), at most 10 %."""
+    """Share of each source kept for evaluation: max(fraction, min rows), at most 10 %."""
 
     fraction: float = Field(0.02, ge=0, le=0.1)
     min: Count = 16

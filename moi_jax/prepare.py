@@ -1,33 +1,86 @@
 """python -m moi_jax.prepare --config FILE: sources into the tokenised cache, with the mixture."""
 
 import argparse
+import json
+import time
+from pathlib import Path
 
 from moi_jax.config_file import load_config
-from moi_jax.errors import run_command
+from moi_jax.errors import UserError, run_command
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """i/n as two numbers."""
+    shard, shards = map(int, text.split("/"))
+    if not 1 <= shard <= shards:
+        raise ValueError
+    return shard, shards
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m moi_jax.prepare",
         description="Reads the sources of a config, renders and tokenises them into the cache, "
-        "plans the first epoch and shows the mixture. Training does the same by itself.",
+        "plans the first epoch and shows the mixture. Training does the same by itself. What was "
+        "cut short goes on where it was.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
     )
+    parser.add_argument(
+        "--workers", metavar="N", help="processes, data.workers; 1: in this process"
+    )
+    parser.add_argument(
+        "--decontaminate",
+        metavar="DIR",
+        help="benchmark files whose questions no row may hold, data.decontaminate.path",
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="i/n",
+        help="prepare the i-th of n shares of the blocks, i from 1 to n, as one of a job array "
+        "with one cache_dir, without the mixture; a prepare without --shard after them assembles",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write rows, mixture and seconds there as JSON"
+    )
     args = parser.parse_args()
-    config = load_config(args.config, args.overrides)
+    if args.shard and args.report:
+        raise UserError("--report belongs to the prepare without --shard, which knows the mixture")
+    if args.report and not args.report.absolute().parent.is_dir():
+        raise UserError(f"--report {args.report}: there is no such directory")
+    options = {"workers": args.workers, "decontaminate.path": args.decontaminate}
+    overrides = [f"data.{key}={value}" for key, value in options.items() if value is not None]
+    config = load_config(args.config, [*args.overrides, *overrides])
 
     from rich.console import Console
 
+    from moi_jax.data.cache import prepare_shard
     from moi_jax.data.run_plan import RunPlan
+    from moi_jax.data.selection import domain_report
     from moi_jax.training.inputs import open_inputs, resolve
 
     console = Console()
-    inputs = open_inputs(resolve(config), console)
+    resolved = resolve(config)
+    if args.shard:
+        prepare_shard(resolved.config.data, resolved.tokenizer, console, *args.shard)
+        return
+    begin = time.perf_counter()
+    inputs = open_inputs(resolved, console)
+    prepared = time.perf_counter()
     plan = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
-    inputs.show_mixture(plan, console)
+    mixture = inputs.show_mixture(plan, console)
+    if args.report:
+        seconds = {"prepare": prepared - begin, "plan": time.perf_counter() - prepared}
+        report = {
+            "domains": domain_report(inputs.caches, inputs.selections),
+            "files": {cache.name: cache.manifest["files"] for cache in inputs.caches},
+            "mixture": mixture,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        }
+        args.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

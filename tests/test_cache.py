@@ -8,6 +8,7 @@ import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from hypothesis.extra import numpy as hnp
 from rich.console import Console
 
 from moi_jax import config
-from moi_jax.data import cache as cache_module
-from moi_jax.data.cache import DomainCache, domain_report, prepare, select
-from moi_jax.data.cache_writer import DomainWriter, from_record, to_record
+from moi_jax.data import cache_blocks, domain_cache
+from moi_jax.data.cache import DomainCache, prepare
+from moi_jax.data.cache_writer import BlockWriter, from_record, to_record
 from moi_jax.data.chatml import Instruction, loss_tokens, render
 from moi_jax.data.conversations import Conversation, Message, content_hash
+from moi_jax.data.selection import domain_report, select
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 
@@ -182,11 +184,11 @@ def test_on_bad_row_error_refuses_an_empty_file_cached_or_not(root: Path) -> Non
 
 def test_domain_without_usable_rows_is_refused_with_counts(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", ""), b"7")
-    with pytest.raises(
-        UserError, match=r"domain a .* a/1\.jsonl: 2 read, .*empty_assistant 1, not_an_object 1"
-    ):
-        run(section(root, "a"))
-    assert list((root.parent / "cache").iterdir()) == []
+    for _ in ("made", "cached"):
+        with pytest.raises(
+            UserError, match=r"domain a .* a/1\.jsonl: 2 read, .*empty_assistant 1, not_an_object 1"
+        ):
+            run(section(root, "a"))
 
 
 def test_domain_of_empty_files_alone_is_refused(root: Path) -> None:
@@ -310,7 +312,7 @@ def test_second_prepare_reads_the_cache_and_says_so(
 ) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."), chat("Hi", ""))
     (first,) = run(section(root, "a"))
-    monkeypatch.setattr(DomainWriter, "add_file", None)
+    monkeypatch.setattr(BlockWriter, "add", None)
     output = io.StringIO()
     (second,) = prepare(section(root, "a"), TOKENIZER, Console(file=output))
     assert output.getvalue().startswith("a: cached, 1 of 2 rows kept")
@@ -321,33 +323,36 @@ def test_second_prepare_reads_the_cache_and_says_so(
 def test_interrupted_prepare_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
 
-    def interrupt(writer: DomainWriter) -> None:
+    def interrupt(writer: BlockWriter, lines: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(DomainWriter, "close", interrupt)
+    monkeypatch.setattr(BlockWriter, "close", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(section(root, "a"))
-    assert list((root.parent / "cache").iterdir()) == []
+    assert list((root.parent / "cache" / "blocks").iterdir()) == []
     monkeypatch.undo()
     assert len(run(section(root, "a"))[0].lengths) == 1
 
 
+@pytest.mark.parametrize("module", [cache_blocks, domain_cache])
 def test_prepare_that_comes_second_takes_the_first_ones_cache(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
 ) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
-    move = cache_module._move_into_place
+    move = cache_blocks.move_into_place
     others: list[DomainCache] = []
 
     def be_overtaken(part: Path, directory: Path) -> None:
-        monkeypatch.setattr(cache_module, "_move_into_place", move)
+        monkeypatch.undo()
         others.extend(run(section(root, "a")))
         move(part, directory)
 
-    monkeypatch.setattr(cache_module, "_move_into_place", be_overtaken)
+    monkeypatch.setattr(module, "move_into_place", be_overtaken)
     (cache,) = run(section(root, "a"))
     assert texts(cache) == texts(others[0])
-    assert list((root.parent / "cache").iterdir()) == [cache.directory]
+    (block,) = cache.blocks
+    found = {path for path in (root.parent / "cache").rglob("*") if path.is_dir()}
+    assert found == {cache.directory, block.parent, block}
 
 
 def test_cache_is_read_from_threads_and_a_spawned_process(root: Path) -> None:
@@ -412,7 +417,8 @@ def test_number_held_out(
 def memory_cache(name: str, hashes: Any, losses: tuple[int, int] = (4, 6)) -> DomainCache:
     hashes = np.array([[h, h] for h in hashes], np.uint64)
     lengths = np.tile(np.array([10, *losses], np.int32), (len(hashes), 1))
-    return DomainCache(name, Path(), "", lengths, hashes, {})
+    starts = np.array([0, len(hashes)])
+    return DomainCache(name, Path(), "", lengths, hashes, {}, starts, (Path(),), starts)
 
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=60)
@@ -495,13 +501,22 @@ def test_a_replaced_system_text_does_not_tell_two_rows_apart(root: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["manifest.json", "lengths.npy", "hashes.npy", "instructions.array_record"]
+    "name",
+    [
+        "{domain}/manifest.json",
+        "{domain}/blocks.json",
+        "{domain}/lengths.npy",
+        "{domain}/hashes.npy",
+        "{block}/counts.json",
+        "{block}/lengths.npy",
+        "{block}/instructions.array_record",
+    ],
 )
 def test_a_cache_that_was_cut_short_is_made_anew(root: Path, name: str) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."), chat("Bye", "Bye."))
     (first,) = run(section(root, "a"))
     expected = texts(first)
-    path = first.directory / name
+    path = Path(name.format(domain=first.directory, block=first.blocks[0]))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (again,) = run(section(root, "a"))
     assert texts(again) == expected
@@ -510,22 +525,23 @@ def test_a_cache_that_was_cut_short_is_made_anew(root: Path, name: str) -> None:
 def test_a_cache_damaged_inside_is_named_when_it_is_read(root: Path) -> None:
     write(root / "a" / "1.jsonl", *(chat(f"Question {n}", f"Answer {n}") for n in range(200)))
     (cache,) = run(section(root, "a"))
-    path = cache.directory / "instructions.array_record"
+    path = cache.blocks[0] / "instructions.array_record"
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 2000] = bytes(2000)
     path.write_bytes(content)
-    cache_module._reader.cache_clear()
-    with pytest.raises(UserError, match=f"cache of domain a is damaged.*delete {cache.directory}"):
+    domain_cache._reader.cache_clear()
+    with pytest.raises(UserError, match=f"cache of domain a is damaged.*delete {cache.blocks[0]}"):
         cache.read(range(200))
 
 
 def test_a_folder_left_by_a_killed_process_is_swept_after_a_day(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
-    old, young = (root.parent / "cache" / f"{name}.part" for name in ("old", "young"))
-    for part in (old, young):
-        part.mkdir(parents=True)
-    os.utime(old, times=(time.time() - 2 * 24 * 3600,) * 2)
+    for folder in (root.parent / "cache", root.parent / "cache" / "blocks"):
+        old, young = (folder / f"{name}.part" for name in ("old", "young"))
+        for part in (old, young):
+            part.mkdir(parents=True)
+        os.utime(old, times=(time.time() - 2 * 24 * 3600,) * 2)
     run(section(root, "a"))
-    assert not old.exists()
-    assert young.exists()
+    found = [path.name for path in (root.parent / "cache").rglob("*.part")]
+    assert found == ["young.part", "young.part"]

@@ -16,6 +16,7 @@ from moi_jax.data.chatml import TARGETS, Instruction, label_mask
 from moi_jax.data.corpus import Corpus
 from moi_jax.data.loader import Batch, Placed, RowSource, assemble, batch_dataset
 from moi_jax.data.run_plan import RunPlan
+from moi_jax.data.selection import select
 from moi_jax.data.tokenizer import load_tokenizer
 
 from plan_helpers import NAMES, data_section
@@ -319,7 +320,7 @@ def test_the_shipped_samples_stream_from_their_cache(tmp_path, targets):
     )
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
     caches = cache.prepare(config.data, tokenizer, Console(quiet=True))
-    selections = cache.select(caches, HeldOut(), targets)
+    selections = select(caches, HeldOut(), targets)
     corpus = Corpus.of_training(caches, selections, targets)
     run = RunPlan(corpus, config.data, config.train)
     source = RowSource(run, caches, [s.train for s in selections], config.loss, tokenizer.endoftext)

@@ -1,27 +1,37 @@
-"""Writing one domain's cache folder: rows in, records, lengths, hashes and a manifest out."""
+"""Writing one block of the cache: rows in, records, lengths, hashes and counts out."""
+
+from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_record.python import array_record_module
 
 from moi_jax import config
-from moi_jax.data import chatml, sources
+from moi_jax.data import chatml
 from moi_jax.data.chatml import Instruction
 from moi_jax.data.conversations import BadRow, Conversation, content_hash
-from moi_jax.data.readers import SourceFile
+from moi_jax.data.sources import Row
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 
-BATCH = 1_000  # rows rendered at once
-EXAMPLES = 5  # dropped rows of each reason that the manifest tells
+if TYPE_CHECKING:
+    from moi_jax.data.decontamination import Benchmarks
+
+RECORDS, LENGTHS, HASHES = "instructions.array_record", "lengths.npy", "hashes.npy"
+COUNTS = "counts.json"
+BATCH, BATCH_BYTES = 1_000, 2**22  # rows rendered at once, and their bytes about
+EXAMPLES = 5  # rows of each reason that the manifest tells
 # Dropped because the config asks for it, not because the row is bad.
-BY_CONFIG = {"has_system", "too_long"}
+BY_CONFIG = {"has_system", "too_long", "contaminated"}
+# Counted of the rows that are kept.
+NOTES = ("own_system", "trimmed_user_turn", "truncated_turns", "contaminated")
 
 
 def to_record(instruction: Instruction) -> bytes:
@@ -41,101 +51,61 @@ def from_record(record: bytes) -> Instruction:
     return Instruction(numbers[:length], system_length, numbers[length:].reshape(-1, 3), text)
 
 
-def bad_row_error(path: Path, line: int, reason: str, detail: str) -> UserError:
+def bad_row_error(place: str, reason: str, detail: str) -> UserError:
     """What data.on_bad_row: error says of a row."""
-    return UserError(
-        f"{path}:{line}: {reason}: {detail}; mend the row or set data.on_bad_row: drop"
-    )
+    return UserError(f"{place}: {reason}: {detail}; mend the row or set data.on_bad_row: drop")
 
 
-def empty_file_error(path: Path) -> UserError:
-    """What data.on_bad_row: error says of a file without a row."""
-    return UserError(f"{path} is empty; leave it out or set data.on_bad_row: drop")
-
-
-class DomainWriter:
-    """Writes one domain's folder, file by file and batch by batch, in near-constant memory."""
+class BlockWriter:
+    """Writes the folder of one block, batch by batch."""
 
     def __init__(
-        self, directory: Path, data: config.Data, prompt: str | None, tokenizer: Tokenizer
+        self,
+        directory: Path,
+        data: config.Data,
+        prompt: str | None,
+        tokenizer: Tokenizer,
+        benchmarks: Benchmarks | None,
+        place: Callable[[int], str],
     ):
-        self.directory, self.data = directory, data
-        self.prompt, self.tokenizer = prompt, tokenizer
+        """`place` says where a line of the block is, for the row that ends the command."""
+        self.directory, self.data, self.prompt = directory, data, prompt
+        self.tokenizer, self.benchmarks, self.place = tokenizer, benchmarks, place
         self.limit = data.max_instruction_tokens or data.sequence_length
         self.records = array_record_module.ArrayRecordWriter(
-            str(directory / "instructions.array_record"), "group_size:1"
+            str(directory / RECORDS), "group_size:1"
         )
-        self.lengths = [np.zeros((0, 3), np.int32)]
-        self.hashes = [np.zeros((0, 2), np.uint64)]
+        self.read = self.kept = 0
+        self.lengths, self.hashes = array("i"), array("Q")  # rows of 3 and of 2
         self.dropped: Counter[str] = Counter()
-        self.examples: list[dict[str, Any]] = []
-        self.files: list[dict[str, Any]] = []
-        self.empty_files: list[str] = []
-        self.counts = {"own_system": 0, "trimmed_user_turn": 0, "truncated_turns": 0}
+        self.examples: dict[str, list[dict[str, Any]]] = {}
+        self.notes = dict.fromkeys(NOTES, 0)
 
-    def add_file(
-        self,
-        file: SourceFile,
-        source: config.Source,
-        room: int | None,
-        advance: Callable[[int], None],
-    ) -> int:
-        """Adds a file's rows, at most `room` of them; returns how many.
-
-        `advance` is told the bytes of source read.
+    def add(self, rows: Iterable[Row], room: int | None) -> None:
+        """Adds rows until `room` are kept.
 
         Raises:
-          UserError: the file has no known format, or a row is refused by the config.
+          UserError: a row is refused by the config.
         """
-        name = file.name
-        form = sources.detect_format(file) if source.format == "auto" else source.format
-        read = kept = 0
-        rows = (sources.convert(row, form) for row in file.rows())
-        while kept != room and (batch := list(islice(rows, BATCH))):
-            batch_read, batch_kept = self._add_batch(
-                name, batch, None if room is None else room - kept
+        for batch in _batches(rows):
+            instructions = iter(
+                chatml.render(
+                    [r.conversation for r in batch if isinstance(r.conversation, Conversation)],
+                    self.tokenizer,
+                    self.prompt,
+                    self.data.row_system,
+                )
             )
-            read, kept = read + batch_read, kept + batch_kept
-            advance(sum(row.size for row in batch))
-        if not read and room != 0:
-            if self.data.on_bad_row == "error":
-                raise empty_file_error(self.data.root / name)
-            self.empty_files.append(name)
-        self.files.append({"name": name, "format": form, "read": read, "kept": kept})
-        return kept
-
-    def _add_batch(self, name: str, rows: list[sources.Row], room: int | None) -> tuple[int, int]:
-        """Adds rows until `room` are kept; returns how many were read and kept."""
-        conversations = [r.conversation for r in rows if isinstance(r.conversation, Conversation)]
-        instructions = iter(
-            chatml.render(conversations, self.tokenizer, self.prompt, self.data.row_system)
-        )
-        lengths: list[tuple[int, int, int]] = []
-        hashes: list[tuple[int, int]] = []
-        read = 0
-        for row in rows:
-            if len(hashes) == room:
-                break
-            read += 1
-            conversation = row.conversation
-            try:
-                if isinstance(conversation, BadRow):
-                    raise conversation
-                instruction, conversation = self._fit(next(instructions), conversation)
-            except BadRow as bad:
-                self._drop(name, row.line, bad)
-                continue
-            self.records.write(to_record(instruction))
-            lengths.append((len(instruction.tokens), *chatml.loss_tokens(instruction)))
-            turns = content_hash(conversation.turns)
-            # A system text that the domain's prompt replaces is no part of what is trained on.
-            replaced = self.data.row_system == "replace" and bool(self.prompt)
-            hashes.append((turns if replaced else content_hash(conversation.messages), turns))
-            self.counts["own_system"] += bool(instruction.row_system)
-            self.counts["trimmed_user_turn"] += row.trimmed
-        self.lengths.append(np.array(lengths, np.int32).reshape(-1, 3))
-        self.hashes.append(np.array(hashes, np.uint64).reshape(-1, 2))
-        return read, len(hashes)
+            for row in batch:
+                if self.kept == room:
+                    return
+                self.read += 1
+                try:
+                    if isinstance(row.conversation, BadRow):
+                        raise row.conversation
+                    self._keep(row, *self._fit(next(instructions), row.conversation))
+                except BadRow as bad:
+                    self._drop(row.line, bad)
 
     def _fit(
         self, instruction: Instruction, conversation: Conversation
@@ -151,37 +121,82 @@ class DomainWriter:
             instruction, exchanges = chatml.first_exchanges(instruction, self.tokenizer, self.limit)
         if not exchanges:
             raise BadRow("too_long", f"{length} tokens, at most {self.limit}")
-        self.counts["truncated_turns"] += 1
         return instruction, conversation.first_exchanges(exchanges)
 
-    def _drop(self, name: str, line: int, bad: BadRow) -> None:
+    def _keep(self, row: Row, instruction: Instruction, conversation: Conversation) -> None:
+        assert isinstance(row.conversation, Conversation)
+        contaminated = self._contaminated(row.line, conversation)
+        self.records.write(to_record(instruction))
+        self.lengths.extend((len(instruction.tokens), *chatml.loss_tokens(instruction)))
+        turns = whole = content_hash(conversation.turns)
+        # A system text that the domain's prompt replaces is no part of what is trained on.
+        if conversation.system is not None and not (
+            self.data.row_system == "replace" and self.prompt
+        ):
+            whole = content_hash(conversation.messages)
+        self.hashes.extend((whole, turns))
+        self.kept += 1
+        self.notes["own_system"] += bool(instruction.row_system)
+        self.notes["trimmed_user_turn"] += row.trimmed
+        self.notes["truncated_turns"] += conversation is not row.conversation
+        self.notes["contaminated"] += contaminated
+
+    def _contaminated(self, line: int, conversation: Conversation) -> bool:
+        """Whether the row holds a benchmark's question and is kept; BadRow where it is not kept."""
+        if self.benchmarks is None:
+            return False
+        for message in conversation.turns:
+            if question := self.benchmarks.hit(message.content):
+                bad = BadRow("contaminated", f"shares 13 words in a row with {question}")
+                if self.data.decontaminate.on_hit == "drop":
+                    raise bad
+                self._note(line, bad)
+                return True
+        return False
+
+    def _drop(self, line: int, bad: BadRow) -> None:
         if bad.reason == "too_long" and self.data.too_long == "error":
             raise UserError(
-                f"{self.data.root / name}:{line}: {bad.detail}; raise data.max_instruction_tokens "
+                f"{self.place(line)}: {bad.detail}; raise data.max_instruction_tokens "
                 f"or set data.too_long: truncate_turns or drop"
             )
         if bad.reason not in BY_CONFIG and self.data.on_bad_row == "error":
-            raise bad_row_error(self.data.root / name, line, bad.reason, bad.detail)
+            raise bad_row_error(self.place(line), bad.reason, bad.detail)
         self.dropped[bad.reason] += 1
-        if self.dropped[bad.reason] <= EXAMPLES:
-            self.examples.append(
-                {"reason": bad.reason, "file": name, "line": line, "detail": bad.detail}
-            )
+        self._note(line, bad)
 
-    def close(self) -> dict[str, Any]:
-        """Writes what is not written yet; returns the manifest."""
+    def _note(self, line: int, bad: BadRow) -> None:
+        examples = self.examples.setdefault(bad.reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append({"reason": bad.reason, "line": line, "detail": bad.detail})
+
+    def close(self, lines: int) -> None:
+        """Writes what is not written yet. `lines` begin in the block, blank ones too."""
         self.records.close()
-        np.save(self.directory / "lengths.npy", np.concatenate(self.lengths))
-        np.save(self.directory / "hashes.npy", np.concatenate(self.hashes))
-        manifest = {
-            "read": sum(file["read"] for file in self.files),
-            "kept": sum(file["kept"] for file in self.files),
-            "dropped": dict(sorted(self.dropped.items())),
-            **self.counts,
-            "empty_files": self.empty_files,
-            "files": self.files,
-            "examples": self.examples,
+        np.save(self.directory / LENGTHS, np.array(self.lengths, np.int32).reshape(-1, 3))
+        np.save(self.directory / HASHES, np.array(self.hashes, np.uint64).reshape(-1, 2))
+        counts = {
+            "read": self.read,
+            "kept": self.kept,
+            "lines": lines,
+            "dropped": self.dropped,
+            **self.notes,
+            "examples": sorted(chain(*self.examples.values()), key=lambda row: row["line"]),
+            # What tells a folder that was cut short.
+            "bytes": {
+                name: (self.directory / name).stat().st_size for name in (RECORDS, LENGTHS, HASHES)
+            },
         }
-        text = json.dumps(manifest, indent=2)
-        (self.directory / "manifest.json").write_text(text + "\n", encoding="utf-8")
-        return manifest
+        (self.directory / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += row.size
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

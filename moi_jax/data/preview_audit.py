@@ -18,6 +18,7 @@ import numpy as np
 from moi_jax.config import Data, Domain
 from moi_jax.data import sources
 from moi_jax.data.conversations import BadRow, Conversation, Message
+from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.loader import Batch, RowSource
 from moi_jax.data.plan import EpochPlan
 from moi_jax.data.tokenizer import Tokenizer
@@ -112,6 +113,9 @@ def read_domain(
     """Reads the files of a domain row by row; keeps the instructions whose number is wanted."""
     found = PlainDomain()
     render = _renderer(tokenizer, targets)
+    benchmarks = None
+    if data.decontaminate.path and data.decontaminate.on_hit == "drop":
+        benchmarks = Benchmarks.read(data.decontaminate.path.expanduser())
     files = sources.expand(data.root, domain.sources, data.cache_dir)
     for source, part in zip(domain.sources, files, strict=True):
         kept = 0
@@ -121,7 +125,7 @@ def read_domain(
                 if kept == source.max_rows:
                     break
                 row = sources.convert(raw, form)
-                rendered = _usable(row.conversation, data, domain, render)
+                rendered = _usable(row.conversation, data, domain, render, benchmarks)
                 if rendered is None:
                     continue
                 tokens, labels = rendered
@@ -139,7 +143,11 @@ Render = Callable[[Sequence[Message], str | None], Rendered]
 
 
 def _usable(
-    conversation: Conversation | BadRow, data: Data, domain: Domain, render: Render
+    conversation: Conversation | BadRow,
+    data: Data,
+    domain: Domain,
+    render: Render,
+    benchmarks: Benchmarks | None,
 ) -> Rendered | None:
     """What the config keeps of a row; None where it is dropped."""
     if isinstance(conversation, BadRow):
@@ -156,6 +164,8 @@ def _usable(
             return None
         turns = turns[:-2]
         rendered = render(turns, system)
+    if benchmarks and any(benchmarks.hit(turn.content) for turn in turns):
+        return None
     return rendered
 
 

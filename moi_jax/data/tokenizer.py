@@ -5,7 +5,7 @@ import hashlib
 import os
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,6 +75,9 @@ class Tokenizer(ABC):
                 raise UserError(f"{name} has no special token {special}, which ChatML needs")
             setattr(self, special.strip("<|>"), number)
 
+    def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[dict[str, str]]]:
+        return Tokenizer.from_files, (self.files,)
+
     @abstractmethod
     def _open(self, name: str, text: str) -> None:
         """Reads the vocabulary from the text of the file `name`; sets `vocab_size`."""
@@ -85,6 +88,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all cores."""
+
+    @abstractmethod
+    def use_one_thread(self) -> None:
+        """Keeps `encode_batch` to one core: for a process beside which others encode."""
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -125,6 +132,9 @@ class JsonTokenizer(Tokenizer):
         normal = [unicodedata.normalize("NFC", text) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(normal)]
 
+    def use_one_thread(self) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library looks at each call
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._backend.encode(unicodedata.normalize("NFC", text))
         return encoding.ids, encoding.offsets
@@ -146,6 +156,7 @@ class TiktokenTokenizer(Tokenizer):
         complete = all(bytes([byte]) in ranks for byte in range(256))
         if sorted(ranks.values()) != list(range(len(lines))) or not complete:
             raise UserError(f"{name} is no tokenizer: a rank or one of the 256 bytes is missing")
+        self._threads = os.cpu_count() or 1
         self._specials = {s: len(ranks) + n for n, s in enumerate(QWEN_SPECIALS)}
         self._backend = tiktoken.Encoding(
             name,
@@ -160,12 +171,15 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         normal = [unicodedata.normalize("NFC", text) for text in texts]
-        if len(normal) <= TEXTS_PER_TASK:
+        if len(normal) <= TEXTS_PER_TASK or self._threads == 1:
             return self._encode_task(normal)
         # tiktoken's own batch makes a task of each text, which eats what the threads win.
         tasks = [normal[n : n + TEXTS_PER_TASK] for n in range(0, len(normal), TEXTS_PER_TASK)]
-        with ThreadPoolExecutor(min(len(tasks), os.cpu_count() or 1)) as threads:
+        with ThreadPoolExecutor(min(len(tasks), self._threads)) as threads:
             return [ids for task in threads.map(self._encode_task, tasks) for ids in task]
+
+    def use_one_thread(self) -> None:
+        self._threads = 1
 
     def _encode_task(self, texts: list[str]) -> list[list[int]]:
         return [self._backend.encode_ordinary(text) for text in texts]

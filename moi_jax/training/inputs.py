@@ -11,11 +11,12 @@ from rich.console import Console
 from moi_jax.config import Config
 from moi_jax.config_file import load_config
 from moi_jax.console import say
-from moi_jax.data.cache import DomainCache, Selection, domain_report, prepare, select
+from moi_jax.data.cache import DomainCache, prepare
 from moi_jax.data.corpus import Corpus
 from moi_jax.data.loader import Batch, RowSource, batch_dataset
 from moi_jax.data.prompts import fingerprint, prompts_item
 from moi_jax.data.run_plan import RunPlan
+from moi_jax.data.selection import Selection, domain_report, select
 from moi_jax.data.statistics import mixture_statistics, print_mixture, print_sources
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
@@ -79,7 +80,9 @@ class Inputs(Resolved):
     def fingerprints(self) -> dict[str, str]:
         """Of what must not change while a run goes on, though its path may."""
         prompts = self.items.prompts
-        held_out = self.config.data.held_out.model_dump()
+        data = self.config.data
+        shares = [source.held_out for domain in data.domains for source in domain.sources]
+        held_out = [(share or data.held_out).model_dump() for share in shares]
         return {
             "model": fingerprint(self.model.to_json()),
             "tokenizer": self.tokenizer.fingerprint,
@@ -167,7 +170,7 @@ def open_inputs(resolved: Resolved, console: Console) -> Inputs:
     """
     config = resolved.config
     caches = prepare(config.data, resolved.tokenizer, console)
-    selections = select(caches, config.data.held_out, config.loss.targets)
+    selections = select(caches, config.data.held_out, config.loss.targets, config.data.domains)
     corpus = Corpus.of_training(caches, selections, config.loss.targets)
     return Inputs(config, resolved.model, resolved.tokenizer, caches, selections, corpus)
 

@@ -1,0 +1,233 @@
+"""Blocks: the parts of files that are prepared whole, each kept under a key of its content.
+
+A block is a range of bytes of a file that can be split, or a whole file. Its folder is written
+beside its place and moved there when it is whole, so a prepare that was cut short goes on where it
+was, and two at once do each other no harm. Domains and configs share blocks of one key.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moi_jax import config
+from moi_jax.data import sources
+from moi_jax.data.cache_writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
+from moi_jax.data.readers import SourceFile
+from moi_jax.data.tokenizer import Tokenizer
+from moi_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from moi_jax.data.decontamination import Benchmarks
+
+BLOCK_BYTES = 2**23
+PART = ".part"  # ends the name of a folder that is being built
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of `file` that begin in the bytes [start, end).
+
+    Attributes:
+      format: how rows are read; None where no row of the file can be.
+      key: sha256 hex of all that decides the content, but for the most rows to keep.
+    """
+
+    file: SourceFile
+    format: str | None
+    start: int
+    end: int
+    key: str
+
+    def rows(self) -> Iterator[sources.Row]:
+        whole = not self.file.splittable
+        raw = self.file.rows() if whole else self.file.rows(self.start, self.end)
+        return (sources.convert(row, self.format) for row in raw)
+
+    def lines(self) -> int:
+        """The lines that begin in the block, blank ones too."""
+        return lines_beginning(self.file.path, self.start, self.end) if self.file.splittable else 0
+
+    def place(self, line: int) -> str:
+        """Where a line of the block is in the file."""
+        before = lines_beginning(self.file.path, 0, self.start) if self.start else 0
+        return f"{self.file.path}:{before + line}"
+
+
+@contextmanager
+def domain_errors(domain: str) -> Iterator[None]:
+    """Names what of a domain cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"domain {domain}: cannot read or write {error.filename}: {error.strerror}"
+        ) from None
+
+
+def ranges(file: SourceFile) -> list[tuple[int, int]]:
+    """The bytes [start, end) of the blocks of a file."""
+    size = file.size
+    if not file.splittable or size <= BLOCK_BYTES:
+        return [(0, size)]
+    starts = range(0, size, BLOCK_BYTES)
+    return [(start, min(start + BLOCK_BYTES, size)) for start in starts]
+
+
+def lines_beginning(path: Path, start: int, end: int) -> int:
+    """The number of lines whose first byte lies in [start, end)."""
+    count = int(start == 0 < end)
+    # A line begins after each newline.
+    position, last = max(start - 1, 0), end - 1
+    with open(path, "rb") as file:
+        file.seek(position)
+        while position < last and (content := file.read(min(2**20, last - position))):
+            count += content.count(b"\n")
+            position += len(content)
+    return count
+
+
+@dataclass(frozen=True)
+class Task:
+    """Blocks that one process does one after another: one, or all of a source with max_rows.
+
+    Attributes:
+      domain, prompt: of the rows.
+      room: the most rows that all the blocks keep; those after are not read.
+    """
+
+    domain: str
+    prompt: str | None
+    blocks: tuple[Block, ...]
+    room: int | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of source."""
+        return sum(block.end - block.start for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A block on disk: its folder, and what was counted when it was written."""
+
+    directory: Path
+    counts: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> Finished | None:
+        """None where the folder is not there, or was cut short by a full disk or a copy."""
+        try:
+            counts = json.loads((directory / COUNTS).read_text(encoding="utf-8"))
+            whole = all(
+                (directory / name).stat().st_size == size for name, size in counts["bytes"].items()
+            )
+        except (OSError, ValueError, KeyError, AttributeError):
+            return None
+        return cls(directory, counts) if whole else None
+
+    @property
+    def records(self) -> Path:
+        return self.directory / RECORDS
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths and hashes, as in `DomainCache`."""
+        return np.load(self.directory / LENGTHS), np.load(self.directory / HASHES)
+
+
+@dataclass(frozen=True)
+class BlockMaker:
+    """Does tasks, in this process or, pickled, in another.
+
+    Attributes:
+      folder: holds a folder for each block.
+      run: ends, with `PART`, the names of the folders that are being built.
+    """
+
+    folder: Path
+    data: config.Data
+    tokenizer: Tokenizer
+    benchmarks: Benchmarks | None
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def do(self, task: Task) -> None:
+        """Writes those blocks of the task that are not there.
+
+        Raises:
+          UserError: a row or a file is refused, or cannot be read or written.
+        """
+        try:
+            with domain_errors(task.domain):
+                for block, room, directory in self._walk(task):
+                    if Finished.open(directory) is None:
+                        self._write(task, block, room, directory)
+        except RuntimeError as error:  # what ArrayRecord raises, say when a disk is full
+            raise UserError(
+                f"domain {task.domain}: cannot write below {self.folder}: {error}"
+            ) from None
+
+    def finished(self, task: Task) -> list[Finished] | None:
+        """The blocks of the task that its room lets in; None where one is not there."""
+        found = []
+        for _, _, directory in self._walk(task):
+            if (block := Finished.open(directory)) is None:
+                return None
+            found.append(block)
+        return found
+
+    def _walk(self, task: Task) -> Iterator[tuple[Block, int | None, Path]]:
+        """Each block, its room and its folder, which must be there when the next is asked for."""
+        room = task.room
+        for block in task.blocks:
+            if room == 0:
+                return
+            directory = self.folder / (block.key if room is None else f"{block.key}-{room}")
+            yield block, room, directory
+            if room is not None:
+                done = Finished.open(directory)
+                room -= done.counts["kept"] if done else 0
+
+    def _write(self, task: Task, block: Block, room: int | None, directory: Path) -> None:
+        part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.{self.run}{PART}")
+        part.mkdir(parents=True)
+        writer = BlockWriter(
+            part, self.data, task.prompt, self.tokenizer, self.benchmarks, block.place
+        )
+        writer.add(block.rows(), room)
+        writer.close(block.lines())
+        if directory.exists() and Finished.open(directory) is None:
+            shutil.rmtree(directory)
+        move_into_place(part, directory)
+
+    def save(self) -> Path:
+        """Writes the maker where `clear` removes it, for other processes to read."""
+        part = self.folder / f"maker.{self.run}{PART}"
+        part.mkdir(parents=True)
+        path = part / "maker.pickle"
+        path.write_bytes(pickle.dumps(self))
+        return path
+
+    def clear(self) -> None:
+        """Removes what this run left half built."""
+        for part in self.folder.glob(f"*.{self.run}{PART}"):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def move_into_place(part: Path, directory: Path) -> None:
+    """Moves a folder that is whole to where it is looked for."""
+    try:
+        part.rename(directory)
+    except OSError:
+        # Another process was first, with the same content; else the failure is a true one.
+        if not directory.exists():
+            raise
+        shutil.rmtree(part)

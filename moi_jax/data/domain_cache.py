@@ -1,0 +1,201 @@
+"""A domain in the cache: what is known of its instructions, and where their tokens are."""
+
+import functools
+import json
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from moi_jax.data import chatml
+from moi_jax.data.cache_blocks import PART, Block, Finished, move_into_place
+from moi_jax.data.cache_writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
+from moi_jax.data.chatml import Instruction
+from moi_jax.errors import UserError
+
+MANIFEST, BLOCKS = "manifest.json", "blocks.json"
+
+
+@dataclass(frozen=True)
+class DomainCache:
+    """A domain's instructions on disk, what is known of each, and how they came about.
+
+    Attributes:
+      name: the domain.
+      directory: holds lengths.npy, hashes.npy, manifest.json, blocks.json.
+      key: sha256 hex of all that decides the content.
+      lengths: int32[n, 3], tokens and loss tokens under `assistant` and `qwen_official`.
+      hashes: uint64[n, 2], `content_hash` of each conversation as kept: of all its messages, and
+        of its turns without a system text of its own.
+      manifest: rows read, kept and dropped by reason, and a table of the files.
+      source_starts: int64[sources + 1]; those of source i are [source_starts[i],
+        source_starts[i + 1]).
+      blocks: the folders with the records.
+      block_starts: int64[blocks + 1]; those of block i are [block_starts[i], block_starts[i + 1]).
+    """
+
+    name: str
+    directory: Path
+    key: str
+    lengths: np.ndarray
+    hashes: np.ndarray
+    manifest: dict[str, Any]
+    source_starts: np.ndarray
+    blocks: tuple[Path, ...]
+    block_starts: np.ndarray
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Instruction]:
+        """The instructions at `indices`, in one read a block; for any thread, spawned processes.
+
+        A forked process may hang: the locks of ArrayRecord's reader do not survive a fork.
+        """
+        wanted = np.asarray(indices, np.int64)
+        block_of = np.searchsorted(self.block_starts, wanted, side="right") - 1
+        order = np.argsort(block_of, kind="stable")
+        found: dict[int, Instruction] = {}
+        for places in np.split(order, np.flatnonzero(np.diff(block_of[order])) + 1):
+            if not len(places):
+                continue
+            block = int(block_of[places[0]])
+            inside = (wanted[places] - self.block_starts[block]).tolist()
+            instructions = self._read_block(self.blocks[block], inside)
+            found.update(zip(places.tolist(), instructions, strict=True))
+        return [found[place] for place in range(len(wanted))]
+
+    def _read_block(self, block: Path, inside: list[int]) -> list[Instruction]:
+        try:
+            return [from_record(record) for record in _reader(block / RECORDS).read(inside)]
+        except RuntimeError as error:  # what ArrayRecord raises
+            raise UserError(
+                f"the cache of domain {self.name} is damaged ({error}); delete {block} "
+                f"and it is made anew"
+            ) from None
+
+
+@functools.lru_cache(maxsize=256)
+def _reader(path: Path) -> array_record_module.ArrayRecordReader:
+    # Kept open out of the DomainCache, which so can be pickled. The options are for random access.
+    options = "readahead_buffer_size:0,max_parallelism:0"
+    return array_record_module.ArrayRecordReader(str(path), options)
+
+
+def loss_column(targets: str) -> int:
+    """The column of `lengths` with the loss tokens under loss.targets."""
+    return 1 + list(chatml.TARGETS).index(targets)
+
+
+def open_domain(
+    name: str, directory: Path, folder: Path, files: Sequence[str]
+) -> DomainCache | None:
+    """The domain's cache; None where it is not there or damaged, which removes it.
+
+    Args:
+      folder: of the blocks.
+      files: the names that the files have now.
+    """
+    if not directory.exists():
+        return None
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        names = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
+        lengths, hashes = np.load(directory / LENGTHS), np.load(directory / HASHES)
+        blocks = [Finished.open(folder / block) for block in names]
+        kept = [block.counts["kept"] if block else -1 for block in blocks]
+        if -1 in kept or not len(lengths) == len(hashes) == sum(kept) == manifest["kept"]:
+            raise ValueError("the files of the cache differ in length")
+        _rename(manifest, files)
+        source_starts = np.cumsum([0, *manifest["sources"]], dtype=np.int64)
+    except (EOFError, KeyError, OSError, ValueError):
+        # Cut short by a full disk or a copy: what is in the cache can always be made again.
+        shutil.rmtree(directory)
+        return None
+    # A folder made anew must not be read by a reader of the old one.
+    _reader.cache_clear()
+    return DomainCache(
+        name,
+        directory,
+        directory.name,
+        lengths,
+        hashes,
+        manifest,
+        source_starts,
+        tuple(folder / block for block in names),
+        np.cumsum([0, *kept], dtype=np.int64),
+    )
+
+
+def _rename(manifest: dict[str, Any], names: Sequence[str]) -> None:
+    """Gives the files the names they have now: the same bytes may have moved since."""
+    current = {file["name"]: name for file, name in zip(manifest["files"], names, strict=True)}
+    for file in manifest["files"]:
+        file["name"] = current[file["name"]]
+    for row in manifest["examples"]:
+        row["file"] = current[row["file"]]
+    manifest["empty_files"] = [current[name] for name in manifest["empty_files"]]
+
+
+Found = tuple[Block, Finished | None]  # None of a block after the last that max_rows lets in
+
+
+def write_domain(directory: Path, sources: Sequence[Sequence[Found]]) -> None:
+    """Writes a domain's folder from the blocks of its sources, beside its place until it is whole.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    blocks = [block for _, block in chain(*sources) if block]
+    arrays = [(np.zeros((0, 3), np.int32), np.zeros((0, 2), np.uint64))]
+    arrays += [block.arrays() for block in blocks]
+    part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}{PART}")
+    part.mkdir(parents=True)
+    try:
+        for name, content in zip((LENGTHS, HASHES), zip(*arrays, strict=True), strict=True):
+            np.save(part / name, np.concatenate(content))
+        names = [block.directory.name for block in blocks]
+        for name, values in ((MANIFEST, _manifest(sources)), (BLOCKS, names)):
+            (part / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        move_into_place(part, directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _manifest(sources: Sequence[Sequence[Found]]) -> dict[str, Any]:
+    """What was counted in the blocks, added up, with the lines of examples as they are in files."""
+    files: dict[str, dict[str, Any]] = {}
+    sums: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    lines: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    examples, reached = [], set()
+    for block, finished in chain(*sources):
+        name = block.file.name
+        file = files.setdefault(name, {"name": name, "format": block.format, "read": 0, "kept": 0})
+        if finished is None:
+            continue
+        counts = finished.counts
+        reached.add(name)
+        file["read"] += counts["read"]
+        file["kept"] += counts["kept"]
+        sums.update({key: counts[key] for key in ("read", "kept", *NOTES)})
+        dropped.update(counts["dropped"])
+        for row in counts["examples"]:
+            seen[row["reason"]] += 1
+            if seen[row["reason"]] <= EXAMPLES:
+                examples.append({**row, "file": name, "line": lines[name] + row["line"]})
+        lines[name] += counts["lines"]
+    return {
+        **{key: sums[key] for key in ("read", "kept")},
+        "dropped": dict(sorted(dropped.items())),
+        **{key: sums[key] for key in NOTES},
+        "empty_files": [name for name, f in files.items() if name in reached and not f["read"]],
+        "files": list(files.values()),
+        "sources": [sum(f.counts["kept"] for _, f in found if f) for found in sources],
+        "examples": examples,
+    }

@@ -1,0 +1,128 @@
+"""Selection: what of the cached instructions is trained on, what is held out, and what is left."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moi_jax import config
+from moi_jax.data.domain_cache import DomainCache, loss_column
+from moi_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a domain's cache is trained on and what is held out: ascending indices, int64."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    duplicates: int
+    no_loss_tokens: int
+
+
+def select(
+    caches: Sequence[DomainCache],
+    held_out: config.HeldOut,
+    targets: str,
+    domains: Sequence[config.Domain] = (),
+) -> list[Selection]:
+    """Leaves out instructions without labels and duplicates, and holds some out by content.
+
+    The first of equal conversations over all domains stays. Each source gives its share. Which
+    are held out is decided by the hash of their turns alone, never by position or seed;
+    conversations with the same turns are all held out, in any domain and under any system text,
+    or none is.
+
+    Args:
+      caches: in config order.
+      held_out: how many are held out: max(fraction, min rows), at most 10 % of the source.
+      targets: loss.targets.
+      domains: of the caches; their sources may name a share of their own.
+
+    Raises:
+      UserError: nothing is left of a domain.
+    """
+    column = loss_column(targets)
+    candidates = [np.flatnonzero(cache.lengths[:, column]) for cache in caches]
+    hashes = [cache.hashes[rows, 0] for cache, rows in zip(caches, candidates, strict=True)]
+    first = np.zeros(sum(map(len, hashes)), bool)
+    first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
+    offsets = np.cumsum([len(rows) for rows in candidates])[:-1]
+    kept_rows = []
+    for cache, rows, unique in zip(caches, candidates, np.split(first, offsets), strict=True):
+        kept_rows.append(rows[unique])
+        if not unique.any():
+            raise UserError(
+                f"domain {cache.name} has nothing to train on: {len(cache.hashes) - len(rows)} "
+                f"rows without loss tokens, {len(rows)} equal to rows of earlier domains"
+            )
+    turns = [cache.hashes[kept, 1] for cache, kept in zip(caches, kept_rows, strict=True)]
+    shares = [[source.held_out or held_out for source in domain.sources] for domain in domains]
+    shares = shares or [[held_out] * (len(cache.source_starts) - 1) for cache in caches]
+    held_turns = []
+    for cache, kept, domain, own in zip(caches, kept_rows, turns, shares, strict=True):
+        by_source = np.split(domain, np.searchsorted(kept, cache.source_starts[1:-1]))
+        held_turns += [_held_out_turns(*pair) for pair in zip(by_source, own, strict=True)]
+    all_held_turns = np.concatenate(held_turns)
+    selections = []
+    for cache, rows, kept, domain in zip(caches, candidates, kept_rows, turns, strict=True):
+        held = np.isin(domain, all_held_turns)
+        selections.append(
+            Selection(
+                train=kept[~held],
+                held_out=kept[held],
+                duplicates=len(rows) - len(kept),
+                no_loss_tokens=len(cache.hashes) - len(rows),
+            )
+        )
+    return selections
+
+
+def _held_out_turns(turns: np.ndarray, held_out: config.HeldOut) -> np.ndarray:
+    """The hashes of the turns that a source holds out, the smallest when mixed."""
+    order = np.argsort(_mix(turns))
+    count = _held_out_count(len(turns), held_out)
+    # Equal turns stay together, on the training side when they would be too many.
+    while 0 < count < len(turns) and turns[order[count]] == turns[order[count - 1]]:
+        count -= 1
+    return turns[order[:count]]
+
+
+def _held_out_count(rows: int, held_out: config.HeldOut) -> int:
+    # Rounded first: 0.07 * 100 is 7.000000000000001.
+    share = math.ceil(round(held_out.fraction * rows, 6))
+    return min(max(share, held_out.min), rows // 10)
+
+
+def _mix(hashes: np.ndarray) -> np.ndarray:
+    """splitmix64 (Steele et al. 2014), so that held-out rows are no prefix of the hash order."""
+    mixed = hashes + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def domain_report(
+    caches: Sequence[DomainCache], selections: Sequence[Selection]
+) -> dict[str, dict[str, Any]]:
+    """Per domain where its rows went: read = sum of dropped + held_out + train."""
+    return {
+        cache.name: {
+            "read": cache.manifest["read"],
+            "dropped": {
+                **cache.manifest["dropped"],
+                "duplicate": selection.duplicates,
+                "no_loss_tokens": selection.no_loss_tokens,
+            },
+            "held_out": len(selection.held_out),
+            "train": len(selection.train),
+            "own_system": cache.manifest["own_system"],
+            "trimmed_user_turn": cache.manifest["trimmed_user_turn"],
+            "truncated_turns": cache.manifest["truncated_turns"],
+            "contaminated": cache.manifest["contaminated"],
+            "empty_files": cache.manifest["empty_files"],
+        }
+        for cache, selection in zip(caches, selections, strict=True)
+    }
