@@ -480,3 +480,17 @@ def test_wrong_arguments_are_named(root: Path, arguments: list[str], message: st
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_tfds_set_is_built_and_prepared_like_a_file(root: Path) -> None:
+    pairs = [
+        {"question": f"{n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(20)
+    ]
+    write(root / "copies" / "train.jsonl", *pairs)
+    write(root / "copies" / "test.jsonl", *pairs[:1])
+    write(root / "a" / "1.jsonl", *pairs)
+    source = {"path": None, "tfds": "gsm8k", "manual_dir": "copies"}
+    (built,) = run(section(root, "a", source=source))
+    (plain,) = run(section(root, "a"))
+    assert texts(built) == texts(plain)
+    assert built.manifest["files"][0]["format"] == "question_answer"

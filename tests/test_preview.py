@@ -149,11 +149,28 @@ def test_the_audit_passes_for_every_strategy_and_loss(ragged, strategy, normaliz
         ["data.system_prompts=none", "loss.targets=qwen_official"],
         ["data.system_prompts=default"],
         ["data.too_long=drop", "loss.normalization=domain"],
+        ["data.sampling=weights", "data.unit=loss_tokens", "data.chunk_size=2"],
+        ["data.stages=[{begins: 0}, {begins: 5, sampling: temperature, temperature: 2.0}]"],
+        ["data.decontaminate.path=ROOT/benchmarks", "data.domains.0.sources.0.weight=2"],
     ],
     ids=" ".join,
 )
 def test_the_audit_passes_under_every_switch_of_the_data(ragged, overrides):
-    inputs, source = opened(ragged, *overrides)
+    benchmarks = ragged.parent / "benchmarks"
+    benchmarks.mkdir(exist_ok=True)
+    rows = [
+        json.loads(line) for line in (ragged.parent / "code.jsonl").read_text().split("\n") if line
+    ]
+    asked = [row["messages"][0]["content"] for row in rows[:20]]
+    asked = [text for text in asked if len(text.split()) > 13]
+    (benchmarks / "test.jsonl").write_text(
+        "".join(json.dumps({"question": text}) + "\n" for text in asked)
+    )
+    inputs, source = opened(
+        ragged, *(text.replace("ROOT", str(ragged.parent)) for text in overrides)
+    )
+    contaminated = [cache.manifest["dropped"].get("contaminated", 0) for cache in inputs.caches]
+    assert any(contaminated) == ("decontaminate" in overrides[0])
     assert audited(inputs, source, some_rows(source)) is None
 
 
