@@ -28,9 +28,9 @@ from rich.console import Console
 
 from moi_jax.config import Data
 from moi_jax.config_file import load_config, make_config
-from moi_jax.data.cache import prepare
-from moi_jax.data.corpus import Corpus
-from moi_jax.data.plan import plan_epoch
+from moi_jax.data.cache.prepare import prepare
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.epoch import plan_epoch
 from moi_jax.data.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, load_tokenizer
 from moi_jax.errors import UserError, run_command
 
@@ -135,7 +135,7 @@ def compare_packing(corpus: Corpus, data: Data, turns: int, with_grain: bool) ->
     return {
         "row": row,
         "instructions": len(lengths),
-        "unplaced": plan.unplaced_instructions,
+        "unplaced": len(plan.unplaced),
         "moved_share": plan.moved / len(lengths),
         "figures": figures,
     }

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from moi_jax.config_file import make_config
-from moi_jax.data.corpus import Corpus
-from moi_jax.data.plan import plan_epoch
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.epoch import plan_epoch
 
 NAMES = ("chat", "code", "maths", "tools")
 SEQUENCE_LENGTH = 4096

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from moi_jax.config import Source
 from moi_jax.data.conversations import BadRow, content_hash
-from moi_jax.data.readers import SourceFile
-from moi_jax.data.sources import convert, detect_format, expand
+from moi_jax.data.sources.readers import SourceFile
+from moi_jax.data.sources.rows import convert, detect_format, expand
 from moi_jax.errors import UserError
 
 PATTERNS = ("**/*.json", "**/*.jsonl", "**/*.gz", "**/*.zst", "**/*.parquet", "**/*array_record*")

@@ -7,9 +7,9 @@ from rich.console import Console
 
 from moi_jax.config import STRATEGIES
 from moi_jax.config_file import load_config
-from moi_jax.data.preview_picture import draw_row
-from moi_jax.data.preview_row import view_row
-from moi_jax.data.run_plan import RunPlan
+from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.preview.picture import draw_row
+from moi_jax.data.preview.row import view_row
 from moi_jax.training.inputs import open_inputs, resolve
 
 HERE = Path(__file__).parent

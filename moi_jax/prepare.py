@@ -57,9 +57,9 @@ def main() -> None:
 
     from rich.console import Console
 
-    from moi_jax.data.cache import prepare_shard
-    from moi_jax.data.run_plan import RunPlan
-    from moi_jax.data.selection import domain_report
+    from moi_jax.data.cache.prepare import prepare_shard
+    from moi_jax.data.cache.selection import domain_report
+    from moi_jax.data.planning.run import RunPlan
     from moi_jax.training.inputs import open_inputs, resolve
 
     console = Console()

@@ -12,7 +12,7 @@ from moi_jax.errors import UserError, run_command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moi_jax.data.run_plan import RunPlan
+    from moi_jax.data.planning.run import RunPlan
     from moi_jax.training.inputs import Inputs
 
 ROWS = 2  # shown when neither --rows nor --row is given
@@ -26,8 +26,8 @@ def main() -> int:
 
     from rich.console import Console
 
-    from moi_jax.data.preview_picture import check_picture
-    from moi_jax.data.run_plan import RunPlan
+    from moi_jax.data.planning.run import RunPlan
+    from moi_jax.data.preview.picture import check_picture
     from moi_jax.training.inputs import open_inputs, resolve
 
     for picture in (args.png, args.histogram):
@@ -118,8 +118,8 @@ def _show_rows(
     inputs: "Inputs", run: "RunPlan", args: argparse.Namespace, console: "Console"
 ) -> None:
     from moi_jax.console import say
-    from moi_jax.data.preview_picture import draw_row
-    from moi_jax.data.preview_row import print_legend, print_row, view_row
+    from moi_jax.data.preview.picture import draw_row
+    from moi_jax.data.preview.row import print_legend, print_row, view_row
 
     source, first = inputs.row_source(run), args.row or 0
     if first >= run.total_rows:
@@ -139,8 +139,8 @@ def _show_statistics(
     inputs: "Inputs", run: "RunPlan", args: argparse.Namespace, console: "Console"
 ) -> None:
     from moi_jax.console import say
-    from moi_jax.data.preview_picture import draw_lengths
-    from moi_jax.data.preview_statistics import length_statistics, print_accounts, print_lengths
+    from moi_jax.data.preview.picture import draw_lengths
+    from moi_jax.data.preview.statistics import length_statistics, print_accounts, print_lengths
 
     mixture = inputs.show_mixture(run, console)
     lengths = length_statistics(inputs.corpus)
@@ -157,7 +157,7 @@ def _audit(inputs: "Inputs", run: "RunPlan", count: int, seed: int, console: "Co
     import random
 
     from moi_jax.console import say
-    from moi_jax.data.preview_audit import audit
+    from moi_jax.data.preview.audit import audit
 
     rows = sorted(random.Random(seed).sample(range(run.total_rows), min(count, run.total_rows)))
     train = [selection.train for selection in inputs.selections]

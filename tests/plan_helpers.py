@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moi_jax.config import Data
 from moi_jax.config_file import make_config
-from moi_jax.data.corpus import Corpus
-from moi_jax.data.plan import EpochPlan, plan_epoch
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.epoch import EpochPlan, plan_epoch
 from moi_jax.errors import UserError
 
 # Tests measure no time: a busy machine is no failure.

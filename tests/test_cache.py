@@ -19,12 +19,13 @@ from hypothesis.extra import numpy as hnp
 from rich.console import Console
 
 from moi_jax import config
-from moi_jax.data import cache_blocks, domain_cache
-from moi_jax.data.cache import DomainCache, prepare
-from moi_jax.data.cache_writer import BlockWriter, from_record, to_record
+from moi_jax.data.cache import blocks as cache_blocks
+from moi_jax.data.cache import domain as domain_cache
+from moi_jax.data.cache.prepare import DomainCache, prepare
+from moi_jax.data.cache.selection import domain_report, select
+from moi_jax.data.cache.writer import BlockWriter, from_record, to_record
 from moi_jax.data.chatml import Instruction, loss_tokens, render
 from moi_jax.data.conversations import Conversation, Message, content_hash
-from moi_jax.data.selection import domain_report, select
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 

@@ -11,8 +11,8 @@ import pytest
 from moi_jax.config import Source
 from moi_jax.config_file import make_config
 from moi_jax.data.conversations import Conversation, Message
-from moi_jax.data.readers import SourceFile, parse
-from moi_jax.data.sources import convert, detect_format, expand
+from moi_jax.data.sources.readers import SourceFile, parse
+from moi_jax.data.sources.rows import convert, detect_format, expand
 from moi_jax.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="the extra tfds is not installed")

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from moi_jax.data import chatml, formats, sources
+from moi_jax.data import chatml
 from moi_jax.data.conversations import BadRow, Conversation, Message
-from moi_jax.data.formats import FORMATS, to_conversation
-from moi_jax.data.readers import SourceFile
+from moi_jax.data.sources import formats, rows
+from moi_jax.data.sources.formats import FORMATS, to_conversation
+from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -287,15 +288,15 @@ def test_row_of_the_page_is_read_as_the_page_says(
 ) -> None:
     (tmp_path / "row.json").write_text(row, encoding="utf-8")
     file = SourceFile("row.json", tmp_path / "row.json")
-    assert sources.detect_format(file) == name
+    assert rows.detect_format(file) == name
     (raw,) = file.rows()
-    conversation = sources.convert(raw, name).conversation
+    conversation = rows.convert(raw, name).conversation
     assert isinstance(conversation, Conversation), conversation
     assert rendered(conversation) == text
 
 
 def test_page_tells_every_reason() -> None:
-    modules = [*(ROOT / "moi_jax" / "data").glob("*.py")]
+    modules = [*(ROOT / "moi_jax" / "data").rglob("*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in modules)
     reasons = set(re.findall(r'BadRow\(\s*"(\w+)"', code))
     reasons |= set(re.findall(r'(?:decode|compact|named_function)\(.*"(\w+)"\)', code))

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from moi_jax.config import HeldOut, Loss, Train
 from moi_jax.config_file import make_config
-from moi_jax.data import cache, loader
+from moi_jax.data import loader
+from moi_jax.data.cache.prepare import prepare
+from moi_jax.data.cache.selection import select
 from moi_jax.data.chatml import TARGETS, Instruction, label_mask
-from moi_jax.data.corpus import Corpus
 from moi_jax.data.loader import Batch, Placed, RowSource, assemble, batch_dataset
-from moi_jax.data.run_plan import RunPlan
-from moi_jax.data.selection import select
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.run import RunPlan
 from moi_jax.data.tokenizer import load_tokenizer
 
 from plan_helpers import NAMES, data_section
@@ -319,7 +320,7 @@ def test_the_shipped_samples_stream_from_their_cache(tmp_path, targets):
         }
     )
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
-    caches = cache.prepare(config.data, tokenizer, Console(quiet=True))
+    caches = prepare(config.data, tokenizer, Console(quiet=True))
     selections = select(caches, HeldOut(), targets)
     corpus = Corpus.of_training(caches, selections, targets)
     run = RunPlan(corpus, config.data, config.train)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moi_jax.data import mixture
+from moi_jax.data.planning import mixture
 from moi_jax.errors import UserError
 
 from plan_helpers import corpora, corpus_of, data_section

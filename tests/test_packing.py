@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moi_jax.data import packing
+from moi_jax.data.planning import packing
 
 from plan_helpers import groups
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from moi_jax.data import mixture
-from moi_jax.data.plan import EpochPlan, plan_epoch
-from moi_jax.data.statistics import mixture_statistics, print_mixture
+from moi_jax.data.planning import mixture
+from moi_jax.data.planning.epoch import EpochPlan, plan_epoch
+from moi_jax.data.planning.statistics import mixture_statistics, print_mixture
 from moi_jax.errors import UserError
 
 from plan_helpers import corpora, corpus_of, data_section, plan_or_reject, switches

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,14 +21,14 @@ from rich.console import Console
 from test_cache import SAMPLES, TOKENIZER, chat, section, texts, write
 
 from moi_jax import config
-from moi_jax.data import cache as cache_module
-from moi_jax.data import cache_blocks
-from moi_jax.data.cache import DomainCache, prepare, prepare_shard
-from moi_jax.data.cache_blocks import lines_beginning
-from moi_jax.data.cache_writer import BlockWriter
-from moi_jax.data.digests import Digests
-from moi_jax.data.readers import SourceFile
-from moi_jax.data.selection import domain_report, select
+from moi_jax.data.cache import blocks as cache_blocks
+from moi_jax.data.cache import prepare as cache_module
+from moi_jax.data.cache.blocks import lines_beginning
+from moi_jax.data.cache.digests import Digests
+from moi_jax.data.cache.prepare import DomainCache, prepare, prepare_shard
+from moi_jax.data.cache.selection import domain_report, select
+from moi_jax.data.cache.writer import BlockWriter
+from moi_jax.data.sources.readers import SourceFile
 from moi_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +153,7 @@ class Hostile:
     skipped: tuple[str, ...] = ()
 
     def hit(self, text: str) -> None:
-        if self.what == "kill":
+        if self.what == "kill" and multiprocessing.parent_process():
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
 
@@ -401,8 +402,8 @@ def test_max_rows_is_of_each_source(root: Path, tiny_blocks: None) -> None:
 def test_a_large_file_is_hashed_again_only_when_it_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moi_jax.data.digests.REMEMBERED_BYTES", 1)
-    monkeypatch.setattr("moi_jax.data.digests.STILL_SECONDS", 0.1)
+    monkeypatch.setattr("moi_jax.data.cache.digests.REMEMBERED_BYTES", 1)
+    monkeypatch.setattr("moi_jax.data.cache.digests.STILL_SECONDS", 0.1)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"one")
     hashed = []

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from moi_jax.config_file import load_config
 from moi_jax.data import loader
-from moi_jax.data.preview_audit import audit
-from moi_jax.data.preview_picture import attention, draw_lengths, draw_row
-from moi_jax.data.preview_row import print_row, view_row
-from moi_jax.data.preview_statistics import accounts
-from moi_jax.data.run_plan import RunPlan
+from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.preview.audit import audit
+from moi_jax.data.preview.picture import attention, draw_lengths, draw_row
+from moi_jax.data.preview.row import print_row, view_row
+from moi_jax.data.preview.statistics import accounts
 from moi_jax.errors import UserError
 from moi_jax.training.inputs import open_inputs, resolve
 
@@ -489,7 +489,7 @@ def test_a_picture_that_cannot_be_written_is_the_users_mistake(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     _, source = opened(tiny)
-    from moi_jax.data.preview_picture import check_picture
+    from moi_jax.data.preview.picture import check_picture
 
     with pytest.raises(UserError, match="cannot write"):
         check_picture(tmp_path / "file" / "row.png")

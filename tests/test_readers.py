@@ -19,10 +19,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moi_jax.data import containers
 from moi_jax.data.conversations import BadRow
-from moi_jax.data.readers import SourceFile, parse
-from moi_jax.data.sources import convert, detect_format
+from moi_jax.data.sources import containers
+from moi_jax.data.sources.readers import SourceFile, parse
+from moi_jax.data.sources.rows import convert, detect_format
 from moi_jax.errors import UserError
 
 ROWS = [{"question": f"{n} + 1?\n", "answer": "é" * n} for n in range(40)]

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from test_plan import LENGTH, assert_same, rows_of
 
 from moi_jax.config import Train
-from moi_jax.data import run_plan
-from moi_jax.data.plan import plan_epoch
-from moi_jax.data.run_plan import RunPlan
+from moi_jax.data.planning import run as run_plan
+from moi_jax.data.planning.epoch import plan_epoch
+from moi_jax.data.planning.run import RunPlan
 from moi_jax.errors import UserError
 
 from plan_helpers import corpora, corpus_of, data_section, switches

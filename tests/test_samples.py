@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from moi_jax.data.make_samples import SAMPLES, make_samples
+from moi_jax.data.samples.make import SAMPLES, make_samples
 
 DOMAINS = ("chat", "code", "maths", "tools")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from moi_jax.config import Source
 from moi_jax.data.conversations import BadRow, Conversation, Message, content_hash
-from moi_jax.data.formats import FORMATS, to_conversation
-from moi_jax.data.readers import SourceFile
-from moi_jax.data.sources import Row, convert, detect_format, expand
+from moi_jax.data.sources.formats import FORMATS, to_conversation
+from moi_jax.data.sources.readers import SourceFile
+from moi_jax.data.sources.rows import Row, convert, detect_format, expand
 from moi_jax.errors import UserError
 
 # A slow machine is no failure.

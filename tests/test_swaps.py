@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moi_jax.data import mixture, packing, swaps
-from moi_jax.data.corpus import Corpus
-from moi_jax.data.plan import plan_epoch
+from moi_jax.data.planning import mixture, packing, swaps
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.epoch import plan_epoch
 
 from plan_helpers import corpora, data_section
 

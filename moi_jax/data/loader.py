@@ -9,8 +9,8 @@ import numpy as np
 
 from moi_jax.config import Loss
 from moi_jax.data.chatml import Instruction, label_mask
-from moi_jax.data.plan import EpochPlan
-from moi_jax.data.run_plan import RunPlan
+from moi_jax.data.planning.epoch import EpochPlan
+from moi_jax.data.planning.run import RunPlan
 
 
 class Batch(NamedTuple):

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from moi_jax import config
-from moi_jax.data.cache import resolve_prompt
+from moi_jax.data.cache.prepare import resolve_prompt
 from moi_jax.data.chatml import RENDERER_VERSION
 
 CHAT_TEMPLATE = "chatml"

@@ -11,13 +11,13 @@ from rich.console import Console
 from moi_jax.config import Config
 from moi_jax.config_file import load_config
 from moi_jax.console import say
-from moi_jax.data.cache import DomainCache, prepare
-from moi_jax.data.corpus import Corpus
+from moi_jax.data.cache.prepare import DomainCache, prepare
+from moi_jax.data.cache.selection import Selection, domain_report, select
 from moi_jax.data.loader import Batch, RowSource, batch_dataset
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.planning.statistics import mixture_statistics, print_mixture, print_sources
 from moi_jax.data.prompts import fingerprint, prompts_item
-from moi_jax.data.run_plan import RunPlan
-from moi_jax.data.selection import Selection, domain_report, select
-from moi_jax.data.statistics import mixture_statistics, print_mixture, print_sources
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig, preset

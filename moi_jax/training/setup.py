@@ -16,7 +16,7 @@ from rich.console import Console
 from moi_jax.config_file import load_config
 from moi_jax.console import say
 from moi_jax.data.loader import Batch, batch_dataset
-from moi_jax.data.run_plan import RunPlan
+from moi_jax.data.planning.run import RunPlan
 from moi_jax.errors import UserError
 from moi_jax.models import axes
 from moi_jax.models.decoder import Decoder

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from moi_jax.config import Data
 from moi_jax.console import say
-from moi_jax.data.cache import DomainCache
-from moi_jax.data.mixture import asked_shares
-from moi_jax.data.plan import EpochPlan
+from moi_jax.data.cache.prepare import DomainCache
+from moi_jax.data.planning.epoch import EpochPlan
+from moi_jax.data.planning.mixture import asked_shares
 
 
 def mixture_statistics(

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moi_jax import config
-from moi_jax.data import sources
-from moi_jax.data.cache_writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
-from moi_jax.data.readers import SourceFile
+from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
+from moi_jax.data.sources.readers import SourceFile
+from moi_jax.data.sources.rows import Row, convert
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 
@@ -48,10 +48,10 @@ class Block:
     end: int
     key: str
 
-    def rows(self) -> Iterator[sources.Row]:
+    def rows(self) -> Iterator[Row]:
         whole = not self.file.splittable
         raw = self.file.rows() if whole else self.file.rows(self.start, self.end)
-        return (sources.convert(row, self.format) for row in raw)
+        return (convert(row, self.format) for row in raw)
 
     def lines(self) -> int:
         """The lines that begin in the block, blank ones too."""
@@ -72,6 +72,11 @@ def domain_errors(domain: str) -> Iterator[None]:
         raise UserError(
             f"domain {domain}: cannot read or write {error.filename}: {error.strerror}"
         ) from None
+
+
+def full_blocks(size: int) -> int:
+    """How many blocks so many bytes would make, rounded up."""
+    return -(-size // BLOCK_BYTES)
 
 
 def ranges(file: SourceFile) -> list[tuple[int, int]]:

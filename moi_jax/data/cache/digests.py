@@ -13,7 +13,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from moi_jax.data.readers import SourceFile
+from moi_jax.data.sources.readers import SourceFile
 
 REMEMBERED_BYTES = 2**23  # smaller files are hashed each time
 STILL_SECONDS = 2.0

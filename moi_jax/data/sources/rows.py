@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moi_jax.config import Source
-from moi_jax.data import formats
 from moi_jax.data.conversations import BadRow, Conversation
-from moi_jax.data.dataset_sources import open_dataset
-from moi_jax.data.formats import FORMATS
-from moi_jax.data.readers import RawRow, SourceFile, parse
+from moi_jax.data.sources import formats
+from moi_jax.data.sources.datasets import open_dataset
+from moi_jax.data.sources.formats import FORMATS
+from moi_jax.data.sources.readers import RawRow, SourceFile, parse
 from moi_jax.errors import UserError
 
 ROWS_TO_DETECT = 100  # readable rows looked at for the format of a file

@@ -15,8 +15,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from moi_jax.data import chatml
-from moi_jax.data.cache_blocks import PART, Block, Finished, move_into_place
-from moi_jax.data.cache_writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
+from moi_jax.data.cache.blocks import PART, Block, Finished, move_into_place
+from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
 from moi_jax.data.chatml import Instruction
 from moi_jax.errors import UserError
 

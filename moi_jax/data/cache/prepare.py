@@ -22,15 +22,25 @@ from rich.progress import Progress
 
 from moi_jax import config
 from moi_jax.console import say
-from moi_jax.data import cache_blocks, chatml, sources
-from moi_jax.data.cache_blocks import PART, Block, BlockMaker, Finished, Task, domain_errors
-from moi_jax.data.cache_writer import BY_CONFIG, bad_row_error
+from moi_jax.data import chatml
+from moi_jax.data.cache.blocks import (
+    PART,
+    Block,
+    BlockMaker,
+    Finished,
+    Task,
+    domain_errors,
+    full_blocks,
+    ranges,
+)
+from moi_jax.data.cache.digests import Digests
+from moi_jax.data.cache.domain import DomainCache, open_domain, write_domain
+from moi_jax.data.cache.workers import run_tasks
+from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error
 from moi_jax.data.decontamination import Benchmarks
-from moi_jax.data.digests import Digests
-from moi_jax.data.domain_cache import DomainCache, open_domain, write_domain
-from moi_jax.data.readers import SourceFile
+from moi_jax.data.sources.readers import SourceFile
+from moi_jax.data.sources.rows import detect_format, expand
 from moi_jax.data.tokenizer import Tokenizer
-from moi_jax.data.workers import run_tasks
 from moi_jax.errors import UserError
 
 CACHE_FORMAT = 3
@@ -137,10 +147,10 @@ class _Job:
 
     def _blocks(self, file: SourceFile, digest: str, form: str | None) -> list[Block]:
         if form == "auto":
-            form = sources.detect_format(file)
+            form = detect_format(file)
         return [
             Block(file, form, *part, _hash([self.recipe, form, digest, *part]))
-            for part in cache_blocks.ranges(file)
+            for part in ranges(file)
         ]
 
 
@@ -151,9 +161,7 @@ def _hash(content: Any) -> str:
 def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockMaker]:
     if not data.domains:
         raise UserError("data.domains is empty; name at least one domain with its sources")
-    expanded = [
-        sources.expand(data.root, domain.sources, data.cache_dir) for domain in data.domains
-    ]
+    expanded = [expand(data.root, domain.sources, data.cache_dir) for domain in data.domains]
     _refuse_files_standing_twice(data, expanded)
     cache_dir, benchmarks = data.cache_dir.expanduser(), None
     if data.decontaminate.path:
@@ -204,7 +212,7 @@ def _run(tasks: list[Task], maker: BlockMaker, console: Console) -> None:
     _sweep(maker.folder)
     _sweep(maker.folder.parent)
     most = maker.data.workers or _cores()
-    useful = -(-sum(task.size for task in left) // cache_blocks.BLOCK_BYTES)
+    useful = full_blocks(sum(task.size for task in left))
     workers = max(1, min(most, useful, len(left)))
     sizes: Counter[str] = Counter()
     for task in left:

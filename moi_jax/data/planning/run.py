@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from moi_jax.config import Data, Train
-from moi_jax.data.corpus import Corpus
-from moi_jax.data.mixture import epoch_counts
-from moi_jax.data.plan import EpochPlan, last_epoch, plan_epoch
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.epoch import EpochPlan, last_epoch, plan_epoch
+from moi_jax.data.planning.mixture import epoch_counts
 from moi_jax.errors import UserError
 
 # Full plans held: the epoch being read, the next one, and the last one, for which threads that

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from moi_jax import tfds_datasets
 from moi_jax.config import Source
-from moi_jax.data.readers import RawRow, SourceFile
+from moi_jax.data.sources.readers import RawRow, SourceFile
 from moi_jax.errors import UserError
 
 HELD = 1000  # rows of a Hugging Face dataset in memory at a time

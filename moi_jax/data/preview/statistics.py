@@ -7,8 +7,8 @@ import numpy as np
 from rich.console import Console
 
 from moi_jax.console import say
-from moi_jax.data.corpus import Corpus
-from moi_jax.data.statistics import figures_table
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.statistics import figures_table
 
 
 def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from moi_jax.config import Data, Domain
-from moi_jax.data import sources
 from moi_jax.data.conversations import BadRow, Conversation, Message
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.loader import Batch, RowSource
-from moi_jax.data.plan import EpochPlan
+from moi_jax.data.planning.epoch import EpochPlan
+from moi_jax.data.sources.rows import convert, detect_format, expand
 from moi_jax.data.tokenizer import Tokenizer
 
 # Weights are quotients: these may be rounded in another order.
@@ -116,15 +116,15 @@ def read_domain(
     benchmarks = None
     if data.decontaminate.path and data.decontaminate.on_hit == "drop":
         benchmarks = Benchmarks.read(data.decontaminate.path.expanduser())
-    files = sources.expand(data.root, domain.sources, data.cache_dir)
+    files = expand(data.root, domain.sources, data.cache_dir)
     for source, part in zip(domain.sources, files, strict=True):
         kept = 0
         for file in part:
-            form = sources.detect_format(file) if source.format == "auto" else source.format
+            form = detect_format(file) if source.format == "auto" else source.format
             for raw in file.rows():
                 if kept == source.max_rows:
                     break
-                row = sources.convert(raw, form)
+                row = convert(raw, form)
                 rendered = _usable(row.conversation, data, domain, render, benchmarks)
                 if rendered is None:
                     continue

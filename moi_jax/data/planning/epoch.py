@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from moi_jax.config import Data
-from moi_jax.data import mixture, packing, swaps
-from moi_jax.data.corpus import Corpus
-from moi_jax.data.mixture import Stream
+from moi_jax.data.planning import mixture, packing, swaps
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.mixture import Stream
 from moi_jax.errors import UserError
 
 

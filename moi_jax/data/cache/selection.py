@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moi_jax import config
-from moi_jax.data.domain_cache import DomainCache, loss_column
+from moi_jax.data.cache.domain import DomainCache, loss_column
 from moi_jax.errors import UserError
 
 

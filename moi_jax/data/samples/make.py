@@ -1,4 +1,4 @@
-"""Writes the sample set: python -m moi_jax.data.make_samples [--out DIR]
+"""Writes the sample set: python -m moi_jax.data.samples.make [--out DIR]
 
 chat.jsonl and functions.txt are written by hand and are read beside this module; code.jsonl,
 maths.jsonl, tools.jsonl and the tokenizer follow from them and a fixed seed, byte for byte.
@@ -13,10 +13,10 @@ from random import Random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from moi_jax.data.sample_maths import maths_pairs
-from moi_jax.data.sample_tools import tool_pairs
+from moi_jax.data.samples.maths import maths_pairs
+from moi_jax.data.samples.tools import tool_pairs
 
-SAMPLES = Path(__file__).parent / "samples"
+SAMPLES = Path(__file__).parent
 SEED = 2404
 VOCABULARY = 2048
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the last ids, in this order
@@ -162,7 +162,7 @@ def make_samples(out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
-        prog="python -m moi_jax.data.make_samples", description=__doc__
+        prog="python -m moi_jax.data.samples.make", description=__doc__
     )
     parser.add_argument("--out", type=Path, default=SAMPLES, metavar="DIR")
     make_samples(parser.parse_args().out)

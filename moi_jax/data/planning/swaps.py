@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moi_jax.data import packing
+from moi_jax.data.planning import packing
 
 # Work of one round in pairs of instructions compared, partners a row sees in it at most, and
 # rounds at most.

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from moi_jax.data.corpus import Corpus
-from moi_jax.data.preview_row import RowView
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.preview.row import RowView
 from moi_jax.errors import UserError
 
 # After Okabe and Ito, told apart by colour-blind readers too; more domains share a scale.

@@ -17,7 +17,7 @@ from moi_jax import config
 from moi_jax.data import chatml
 from moi_jax.data.chatml import Instruction
 from moi_jax.data.conversations import BadRow, Conversation, content_hash
-from moi_jax.data.sources import Row
+from moi_jax.data.sources.rows import Row
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 

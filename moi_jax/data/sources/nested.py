@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moi_jax.data.conversations import BadRow
-from moi_jax.data.readers import decode
+from moi_jax.data.sources.readers import decode
 
 Row = Mapping[str, Any]
 

@@ -6,8 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
-from moi_jax.data.domain_cache import DomainCache, loss_column
-from moi_jax.data.selection import Selection
+from moi_jax.data.cache.domain import DomainCache, loss_column
+from moi_jax.data.cache.selection import Selection
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Conversations rendered and tokenised once, kept on disk, and what of them is trained on."""

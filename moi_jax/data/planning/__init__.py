@@ -1,0 +1,1 @@
+"""Which instruction stands in which group in which row, from lengths alone."""

@@ -1,0 +1,1 @@
+"""The sample set and its makers."""
