@@ -44,7 +44,7 @@ def same_parameters(left, right):
 
 # Two epochs and a last batch that is not full, in microbatches, over two devices.
 HARD = {
-    "train": {"steps": None, "epochs": 2, "global_batch_rows": 4, "microbatch_rows": 2},
+    "train": {"steps": None, "epochs": 2, "global_batch_rows": 6, "microbatch_rows": 2},
     "mesh": {"fsdp": 2},
 }
 TWO_DEVICES = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

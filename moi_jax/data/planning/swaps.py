@@ -13,7 +13,7 @@ from moi_jax.data.planning import packing
 # Work of one round in pairs of instructions compared, partners a row sees in it at most, and
 # rounds at most.
 ROUND_PAIRS = 1 << 22
-PARTNERS = 256
+PARTNERS = 48
 ROUNDS = 32
 IDLE_ROUNDS = 3  # in a row without a swap: other partners would not help either
 
