@@ -19,7 +19,8 @@ from moi_jax.data.run_plan import RunPlan
 from moi_jax.data.statistics import mixture_statistics, print_mixture, print_sources
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
-from moi_jax.models.config import ModelConfig, preset
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.presets import preset
 from moi_jax.training.checkpoints import ModelItems, newest_step, read_items
 
 
