@@ -73,12 +73,12 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{where} has no model_type; is it the config.json of a model?")
     families = {family.model_type: family for family in FAMILIES.values()}
-    if values["model_type"] not in families:
+    family = families.get(str(values["model_type"]))
+    if family is None:
         raise UserError(
             f"{where}: model_type {values['model_type']!r} is not built yet; those that are: "
             f"{', '.join(map(repr, families))} (dense ones, no mixtures of experts)"
         )
-    family = families[values["model_type"]]
     values = family.defaults | {key: value for key, value in values.items() if value is not None}
     _refuse_unsupported(values, family, where)
     scaling = None
@@ -118,7 +118,9 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     values = {keys[0]: fields[field] for field, keys in family.keys.items() if field in fields}
     if config.rope_scaling:
         values["rope_scaling"] = {**fields["rope_scaling"], "rope_type": "llama3"}
-    return {"architectures": [family.architecture], **family.written, **values}
+    return dict(
+        sorted(({"architectures": [family.architecture]} | family.written | values).items())
+    )
 
 
 def in_family(config: ModelConfig, name: str) -> ModelConfig:

@@ -88,10 +88,14 @@ def _stacked(
     parameter = np.empty(declare(config)[path].shape, dtype)
     for name, tensor, layer in _instances(config):
         if path in tensor.paths:
-            place = parameter if layer is None else parameter[layer]
-            part = np.split(read(name), len(tensor.paths))[tensor.paths.index(path)]
-            place[...] = (part.T if tensor.inputs else part).reshape(place.shape)
+            _place(read(name), tensor, path, parameter if layer is None else parameter[layer])
     return parameter
+
+
+def _place(published: np.ndarray, tensor: HFTensor, path: str, place: np.ndarray) -> None:
+    """Copies the rows of a published tensor that are `path`'s into one layer of ours."""
+    rows = np.split(published, len(tensor.paths))[tensor.paths.index(path)]
+    place[...] = (rows.T if tensor.inputs else rows).reshape(place.shape)
 
 
 def _published(parameter: np.ndarray, tensor: HFTensor) -> np.ndarray:
