@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,10 @@ import numpy as np
 import pytest
 
 from moi_jax.errors import UserError
-from moi_jax.models import rotary
+from moi_jax.models import loss, rotary
 from moi_jax.models.config import ModelConfig, in_family, read_hf_config, to_hf_config
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.families import FAMILIES
-from moi_jax.models.loss import token_nll
 from moi_jax.models.parameters import abstract_parameters, declare, map_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.models.published import read_published
@@ -127,12 +127,12 @@ def test_loss_and_gradients_equal_transformers(case):
     segment_ids = np.ones_like(tokens)
     positions = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0)
 
-    def loss(parameters):
+    def mean_loss(parameters):
         decoder = Decoder(config, parameters, remat="full")
         hidden = decoder.hidden_states(tokens, positions, segment_ids, training=True)
-        return jnp.mean(token_nll(hidden[:, :-1], decoder.head_weight(), tokens[:, 1:]))
+        return jnp.mean(loss.token_nll(hidden[:, :-1], decoder.head_weight(), tokens[:, 1:]))
 
-    ours, gradients = jax.jit(jax.value_and_grad(loss))(parameters)
+    ours, gradients = jax.jit(jax.value_and_grad(mean_loss))(parameters)
     model.zero_grad()
     batch = torch.tensor(tokens).long()
     theirs = model(batch, labels=batch).loss
@@ -383,26 +383,26 @@ def test_a_tied_model_has_no_head_parameter():
 
 
 def program_and_gradients(config, mesh_axes):
-    """Text of the program a device runs, and the gradients of a loss in all parameters."""
+    """Text of the program a device runs, and the gradients of the loss in all parameters."""
     from moi_jax import config as config_lib
     from moi_jax.training.sharding import make_mesh, parameter_shardings
     from moi_jax.training.state import random_parameters
 
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 12)).astype(np.int32)
 
-    def loss(parameters, tokens):
+    def mean_loss(parameters, tokens):
         decoder = Decoder(config, parameters)
         segment_ids = jnp.ones_like(tokens)
         positions = rotary.segment_positions(segment_ids)
         hidden = decoder.hidden_states(tokens, positions, segment_ids, training=True)
-        return jnp.mean(token_nll(hidden, decoder.head_weight(), tokens))
+        return jnp.mean(loss.token_nll(hidden, decoder.head_weight(), tokens))
 
     mesh = make_mesh(config_lib.Mesh(**mesh_axes))
     with jax.set_mesh(mesh):
         shardings = parameter_shardings(config, mesh)
         rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
         parameters = random_parameters(config, 0, "float32", mesh)
-        step = jax.jit(jax.grad(loss), in_shardings=(shardings, rows), out_shardings=shardings)
+        step = jax.jit(jax.grad(mean_loss), in_shardings=(shardings, rows), out_shardings=shardings)
         program = step.lower(parameters, tokens).compile()
         gradients = program(parameters, jax.device_put(tokens, rows))
         return program.as_text(), jax.device_get(gradients)
@@ -414,12 +414,19 @@ def on_one_device():
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_a_tied_table_and_its_gradient_are_never_whole_on_a_device(on_one_device, axes):
-    """[V, D] serves the lookup split along D and the head split along V, and no shard is more."""
+def test_a_tied_table_and_its_gradient_are_never_whole_on_a_device(
+    on_one_device, axes, monkeypatch
+):
+    """[V, D] serves the lookup split along D and the head split along V, and no shard is more.
+
+    Nor is what was looked up whole, [8 rows, 12, D], on its way from parts of D to parts of B.
+    """
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)  # the loss gathers the rows of a chunk
     text, gradients = program_and_gradients(TIED, axes)
     shapes = [list(map(int, s.split(","))) for s in re.findall(r"\w+\[([\d,]+)\]", text)]
     entries = TIED.vocab_size * TIED.hidden_size // axes.get("tensor", 1)
     assert not [shape for shape in shapes if np.prod(shape) >= entries]
+    assert [8, 12, TIED.hidden_size] not in shapes
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), gradients, on_one_device)
 
 
@@ -427,6 +434,23 @@ def test_an_own_head_and_the_embedding_are_never_whole_on_a_device():
     config = dataclasses.replace(TIED, tied_head=False)
     text, _ = program_and_gradients(config, {"fsdp": 8})
     assert not re.findall(r"\w+\[(?:1016,40|40,1016)\]", text)
+
+
+def test_every_block_of_the_page_on_porting_is_run_or_stands_in_the_source():
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "port-a-model.md").read_text(encoding="utf-8")
+    files = [Path(__file__), *(root / "moi_jax" / "models").rglob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == page.count("```") // 2 == 6
+    for block in blocks:
+        if block.startswith("from "):
+            exec(block, {})
+        else:
+            assert any(f"\n{block}" in source for source in sources), block
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == FAMILIES.keys()
+    for path in re.findall(r"`((?:moi_jax|tests)/[\w/]+\.py)`", page):
+        assert (root / path).is_file(), path
 
 
 def test_biases_and_head_norms_are_declared_where_the_family_has_them():
