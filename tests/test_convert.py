@@ -103,7 +103,7 @@ def only_pickles(folder):
         (edit_config(model_type="mamba"), "model_type 'mamba' is not built yet"),
         (edit_config(num_hidden_layers=4), "lacks 8 tensors by its config"),
         (edit_config(num_hidden_layers=2), "has unexpected 8 tensors"),
-        (edit_config(num_hidden_layers=2.5), "num_layers is 2.5, not a whole number"),
+        (edit_config(num_hidden_layers=2.5), "num_hidden_layers is 2.5, not a whole number"),
         (edit_config(intermediate_size=512), "has shape (96, 128), config.json says (96, 256)"),
         (edit_config(quantization_config={"bits": 4}), "quantised weights are not supported"),
         (only_pickles, "pickled weights can run code and are not read"),

@@ -7,9 +7,9 @@ import numpy as np
 import safetensors
 
 from moi_jax.errors import UserError
-from moi_jax.models import qwen
 from moi_jax.models.config import ModelConfig, read_hf_config
-from moi_jax.models.parameters import Tree
+from moi_jax.models.parameters import Tree, map_parameters
+from moi_jax.models.weights import import_parameters, published_shapes
 
 
 def read_published(directory: Path, dtype: np.typing.DTypeLike | None) -> tuple[ModelConfig, Tree]:
@@ -27,14 +27,16 @@ def read_published(directory: Path, dtype: np.typing.DTypeLike | None) -> tuple[
         raise UserError(f"{config_path} does not exist; name a directory with config.json")
     config = read_hf_config(config_path.read_bytes(), str(config_path))
     shards = _shards(directory)
-    _check_names(directory, set(shards), set(qwen.published_shapes(config)))
-    _check_shapes(shards, qwen.published_shapes(config))
+    expected = published_shapes(config)
+    _check_names(directory, set(shards), set(expected))
+    _check_shapes(shards, expected)
 
     def read(name: str) -> np.ndarray:
         with safetensors.safe_open(shards[name], framework="numpy") as shard:
             return shard.get_tensor(name)
 
-    return config, qwen.import_tensors(config, read, dtype or read("lm_head.weight").dtype)
+    flat = dict(import_parameters(config, read, dtype or read(next(iter(expected))).dtype))
+    return config, map_parameters(config, lambda path, _: flat[path])
 
 
 def _shards(directory: Path) -> dict[str, Path]:
