@@ -77,7 +77,7 @@ def test_rows_and_labels_equal_the_official_preprocessing(
 ) -> None:
     for chat in golden_chats(golden):
         official = chat[f"preprocess_max_len_{max_len}"]
-        real = sum(token != qwen.endoftext for token in official["input_ids"])
+        real = sum(token != qwen.template.pad for token in official["input_ids"])
         turns = [turn["value"] for turn in chat["conversations"]]
         (row,) = render([conversation(*turns)], qwen, chat["system"], "append")
         assert row.tokens[:real].tolist() == official["input_ids"][:real]
@@ -102,7 +102,7 @@ def test_prompt_is_the_beginning_of_the_training_row() -> None:
     chat = conversation("Hi", "Hello.", "More", "Yes.")
     row = one(chat)
     prompt = render_prompt(chat.messages[:-1], TOKENIZER, "Be kind.")
-    answer = [*TOKENIZER.encode("Yes."), TOKENIZER.im_end, *TOKENIZER.encode("\n")]
+    answer = [*TOKENIZER.encode("Yes."), TOKENIZER.template.end, *TOKENIZER.encode("\n")]
     assert prompt + answer == row.tokens.tolist()
 
 
@@ -224,7 +224,7 @@ def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list
 
     turns = [] if system is None else [Message("system", system)]
     for message in (*turns, *chat.turns):
-        put([TOKENIZER.im_start], False, message.train)
+        put([TOKENIZER.template.turn], False, message.train)
         put(TOKENIZER.encode(message.role), False, False)
         put(TOKENIZER.encode("\n"), False, False)
         trained = message.role == "assistant" and message.train
@@ -243,7 +243,7 @@ def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list
                 observed |= opened <= begin < closed
                 at = closed
             put([token], trained and not observed, trained)
-        put([TOKENIZER.im_end], trained, message.train)
+        put([TOKENIZER.template.end], trained, message.train)
         put(TOKENIZER.encode("\n"), False, message.train)
     return tokens, assistant, official
 

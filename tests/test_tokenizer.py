@@ -49,8 +49,8 @@ def golden_tokens(golden: Path) -> dict:
 def test_qwen_ids_equal_the_reference(golden_tokens: dict) -> None:
     qwen = load("qwen")
     meta, strings = golden_tokens["meta"], golden_tokens["strings"]
-    assert (qwen.vocab_size, qwen.endoftext) == (meta["n_vocab"], meta["eod_id"])
-    assert (qwen.im_start, qwen.im_end) == (meta["im_start"], meta["im_end"])
+    assert (qwen.vocab_size, qwen.template.pad) == (meta["n_vocab"], meta["eod_id"])
+    assert (qwen.template.turn, qwen.template.end) == (meta["im_start"], meta["im_end"])
     assert meta["pat_str"] == QWEN_PATTERN
     assert qwen.encode_batch([s["text"] for s in strings]) == [s["ids_no_special"] for s in strings]
     for string in strings:
@@ -61,7 +61,8 @@ def test_qwen_ids_equal_the_reference(golden_tokens: dict) -> None:
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
-    specials = {tokenizer.im_start, tokenizer.im_end, tokenizer.endoftext}
+    specials = set(tokenizer.template.controls)
+    assert len(specials) == 3
     text = "a<|im_start|>system\nb<|im_end|><|endoftext|>"
     for ids in (
         tokenizer.encode(text),
@@ -73,7 +74,8 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
 
 
 def test_decode_shows_special_tokens(tokenizer: Tokenizer) -> None:
-    ids = [tokenizer.im_start, *tokenizer.encode("user"), tokenizer.im_end, tokenizer.endoftext]
+    turn, end, pad = (getattr(tokenizer.template, name) for name in ("turn", "end", "pad"))
+    ids = [turn, *tokenizer.encode("user"), end, pad]
     assert tokenizer.decode(ids) == "<|im_start|>user<|im_end|><|endoftext|>"
 
 
@@ -131,7 +133,8 @@ def test_fingerprint_depends_on_the_deciding_file_alone() -> None:
 def test_tiktoken_specials_follow_the_ranks() -> None:
     tiny = Tokenizer.from_files({"qwen.tiktoken": TINY_RANKS})
     assert tiny.encode("abba") == [256, ord("b"), ord("a")]
-    assert (tiny.endoftext, tiny.im_start, tiny.im_end) == (257, 258, 259)
+    assert tiny.template.controls == (257, 258, 259)
+    assert (tiny.template.pad, tiny.template.turn, tiny.template.end) == (257, 258, 259)
     assert tiny.vocab_size == 257 + 208
 
 
@@ -178,12 +181,18 @@ def test_broken_file_is_refused_by_name(tmp_path: Path, name: str, text: str) ->
         load_tokenizer(tmp_path)
 
 
-def test_vocabulary_without_chatml_tokens_is_refused() -> None:
+def test_vocabulary_without_the_templates_tokens_encodes_but_renders_nothing() -> None:
     text = (SAMPLES / "tokenizer.json").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match=r"no special token <\|im_end\|>"):
-        Tokenizer.from_files({"tokenizer.json": text.replace("<|im_end|>", "<|end|>")})
     spec = json.loads(text)
     for token in spec["added_tokens"]:
         token["special"] = False
-    with pytest.raises(UserError, match="no special token"):
-        Tokenizer.from_files({"tokenizer.json": json.dumps(spec)})
+    for lacking in (text.replace("<|im_end|>", "<|end|>"), json.dumps(spec)):
+        files = {"tokenizer.json": lacking}
+        plain = Tokenizer.from_files(files)
+        assert plain.encode("Hello") == load("samples").encode("Hello")
+        with pytest.raises(UserError, match="special tokens of no chat template"):
+            _ = plain.template
+        with pytest.raises(UserError, match=r"no special token <\|im_(end|start)\|>.*chatml needs"):
+            Tokenizer.from_files(files, "chatml")
+    with pytest.raises(UserError, match=r"no special token <\|begin_of_text\|>.*llama3 needs"):
+        load("samples").with_template("llama3")
