@@ -116,7 +116,7 @@ def render(
             if message.role == "assistant" and message.train:
                 spans += _answer_spans(template.text(message.content), start, end + 1, tokenizer)
                 end += 1
-            if labels:
+            if labels and end < len(tokens):
                 spans.append((end, len(tokens), QWEN_OFFICIAL))
         instructions.append(
             Instruction(
