@@ -233,7 +233,7 @@ class GgufCheckpoint:
             return None
         factors = np.asarray(self._rope_factors.data, np.float32)
         scaling = {
-            "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0,
+            "rope_type": "llama3", "factor": round(float(factors.max()), 3), "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         }  # fmt: skip
         expected = _llama3_factors(values["rope_theta"], values["head_dim"], scaling)
