@@ -40,6 +40,7 @@ def import_checkpoint(
     import ml_dtypes  # brings bfloat16 to numpy
     import numpy as np
 
+    from moi_jax.data.jinja_templates import check_template
     from moi_jax.data.prompts import prompts_item
     from moi_jax.data.tokenizer import load_tokenizer
     from moi_jax.models.published import read_published
@@ -56,7 +57,11 @@ def import_checkpoint(
             f"the tokenizer has {files.vocab_size} ids, the embedding in {directory} only "
             f"{model.vocab_size} rows; is it the tokenizer of this model?"
         )
-    prompts = prompts_item(model.default_system_prompt)
+    report = check_template(files.files, files)
+    default = report.default_system_prompt if report.own else model.default_system_prompt
+    if report.difference:
+        print(f"chat template: {report.template} is the nearest; {report.difference}")
+    prompts = prompts_item(default, report.template)
     save_model(out, parameters, ModelItems(model, files.files, prompts))
     print(f"wrote {out}: {model.num_layers} layers, width {model.hidden_size}")
 

@@ -22,7 +22,6 @@ from rich.progress import Progress
 
 from moi_jax import config
 from moi_jax.console import say
-from moi_jax.data import chatml
 from moi_jax.data.cache.blocks import (
     PART,
     Block,
@@ -43,7 +42,7 @@ from moi_jax.data.sources.rows import detect_format, expand
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 ABANDONED_SECONDS = 24 * 3600
 
 
@@ -172,8 +171,8 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockMak
         prompt = resolve_prompt(data, domain)
         recipe = {
             "cache_format": CACHE_FORMAT,
-            "renderer": chatml.RENDERER_VERSION,
-            "template": "chatml",
+            "renderer": tokenizer.template.version,
+            "template": tokenizer.template.name,
             "tokenizer": tokenizer.fingerprint,
             "prompt": prompt,
             "row_system": data.row_system,
