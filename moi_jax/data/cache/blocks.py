@@ -29,7 +29,10 @@ from moi_jax.errors import UserError
 if TYPE_CHECKING:
     from moi_jax.data.decontamination import Benchmarks
 
+# The most bytes of a block; of a file of less than sixteen such ones fewer, so that the last blocks
+# keep all cores busy, but at least these.
 BLOCK_BYTES = 2**23
+LEAST_BYTES = 2**21
 PART = ".part"  # ends the name of a folder that is being built
 
 
@@ -82,10 +85,10 @@ def full_blocks(size: int) -> int:
 def ranges(file: SourceFile) -> list[tuple[int, int]]:
     """The bytes [start, end) of the blocks of a file."""
     size = file.size
-    if not file.splittable or size <= BLOCK_BYTES:
+    width = min(BLOCK_BYTES, max(LEAST_BYTES, size // 16))
+    if not file.splittable or size <= width:
         return [(0, size)]
-    starts = range(0, size, BLOCK_BYTES)
-    return [(start, min(start + BLOCK_BYTES, size)) for start in starts]
+    return [(start, min(start + width, size)) for start in range(0, size, width)]
 
 
 def lines_beginning(path: Path, start: int, end: int) -> int:
