@@ -263,6 +263,48 @@ def test_a_checkpoint_from_before_the_families_is_read():
     assert ModelConfig.from_json(values) == PRESETS["qwen-7b"]
 
 
+# Files as they were published, without the ids of special tokens and versions.
+PUBLISHED = {
+    "qwen2.5-1.5b": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu",
+        "hidden_size": 1536, "initializer_range": 0.02, "intermediate_size": 8960,
+        "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2",
+        "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "qwen3-32b": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+        "intermediate_size": 25600, "max_position_embeddings": 40960, "max_window_layers": 64,
+        "model_type": "qwen3", "num_attention_heads": 64, "num_hidden_layers": 64,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+        "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "smollm2-1.7b": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 8192, "max_position_embeddings": 8192, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 24,
+        "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 130000, "tie_word_embeddings": True,
+        "use_cache": True, "vocab_size": 49152,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_json_is_the_preset_and_is_written_with_its_keys(name):
+    published = PUBLISHED[name]
+    config = read_hf_config(json.dumps(published), name)
+    assert config == PRESETS[name]
+    # What has no effect is left out: windows not in use, the slicing of pretraining.
+    idle = {"max_window_layers", "sliding_window", "pretraining_tp"}
+    assert to_hf_config(config) == {k: v for k, v in published.items() if k not in idle}
+
+
 def test_both_layouts_of_the_rotary_keys_are_read():
     old = to_hf_config(PRESETS["llama-3.1-8b"])
     new = {key: value for key, value in old.items() if not key.startswith("rope_")}
@@ -285,6 +327,11 @@ def test_missing_keys_mean_what_they_mean_in_transformers():
     assert read("llama-3.2-3b", "head_dim").head_dim == 128
     unset = {**to_hf_config(llama), "head_dim": None, "num_key_value_heads": None}
     assert read_hf_config(json.dumps(unset), "") == llama
+    scaled = to_hf_config(PRESETS["llama-3.1-8b"])
+    del scaled["rope_scaling"]["original_max_position_embeddings"]
+    for change, length in ({}, 131072), ({"original_max_position_embeddings": 4096}, 4096):
+        config = read_hf_config(json.dumps(scaled | change), "")
+        assert config.rope_scaling.original_max_position_embeddings == length
 
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -316,7 +363,9 @@ REFUSED = [
     ("qwen2.5-7b", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 27},
      "use_sliding_window is true"),
     ("qwen3-8b", {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window is tr"),
-    ("qwen3-8b", {"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'"),
+    ("qwen3-8b", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other"),
+    ("qwen3-8b", {"layer_types": 5}, "layer_types other than 'full_attention'"),
+    ("qwen2.5-7b", {"num_attention_heads": 27}, "hidden_size does not divide into the attention"),
     ("llama-3-8b", {"sliding_window": 4096}, "sliding_window 4096 is not supported"),
     ("qwen2.5-7b", {"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
     ("llama-3-8b", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),

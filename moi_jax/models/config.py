@@ -90,7 +90,10 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
         if field not in ("head_dim", "num_kv_heads") or keys[0] in values
     }
     fields.setdefault("num_kv_heads", fields["num_heads"])
-    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_heads"])
+    if "head_dim" not in fields:
+        fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_heads"])
+        if rest:
+            raise UserError(f"{where}: hidden_size does not divide into the attention heads")
     # Qwen v1's figure counts both matrices of the gated MLP.
     fields["mlp_width"] //= family.mlp_matrices
     _refuse_windows(values, fields["num_layers"], where)
@@ -158,11 +161,11 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
 
 def _refuse_windows(values: dict[str, Any], layers: int, where: str) -> None:
     """Raises UserError where a layer's attention is not over the whole segment."""
-    kinds = set(map(str, values.get("layer_types", ()))) - {"full_attention"}
-    if kinds:
-        raise UserError(f"{where}: layer_types has {min(kinds)!r}, which is not supported")
+    kinds = values.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{where}: layer_types other than 'full_attention' are not supported")
     window = values.get("use_sliding_window") and values.get("sliding_window")
-    if window and values.get("max_window_layers", 0) < layers:
+    if window and _number(values, "max_window_layers", True, where) < layers:
         raise UserError(
             f"{where}: use_sliding_window is true; sliding windows in use are not supported"
         )
