@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import moi_jax
-from moi_jax.data.chatml import render_prompt
 from moi_jax.data.conversations import Message
+from moi_jax.data.rendering import render_prompt
 from moi_jax.errors import UserError, run_command
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.gguf import GgufCheckpoint, open_gguf

@@ -24,8 +24,8 @@ from moi_jax.data.cache import domain as domain_cache
 from moi_jax.data.cache.prepare import DomainCache, prepare
 from moi_jax.data.cache.selection import domain_report, select
 from moi_jax.data.cache.writer import BlockWriter, from_record, to_record
-from moi_jax.data.chatml import Instruction, loss_tokens, render
 from moi_jax.data.conversations import Conversation, Message, content_hash
+from moi_jax.data.rendering import Instruction, loss_tokens, render
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moi_jax.data import chatml
+from moi_jax.data import rendering
 from moi_jax.data.conversations import BadRow, Conversation, Message
 from moi_jax.data.sources import formats, rows
 from moi_jax.data.sources.formats import FORMATS, to_conversation
@@ -181,7 +181,7 @@ def test_words_of_the_form_inside_a_text_are_moved_off_the_line_start() -> None:
     expected = STEP.format(moved, f" {moved}") + END.replace("4", moved)
     assert answer(row) == expected
     # The mask of observations sees the one there is, whole.
-    (found,) = chatml.OBSERVATION.finditer(expected)
+    (found,) = rendering.OBSERVATION.finditer(expected)
     assert found.group(1) == f" {moved}"
 
 
@@ -259,8 +259,8 @@ def tokenizer():
 def rendered(conversation: Conversation) -> str:
     """The tokens as text, what carries loss between ⟦ and ⟧, as the page shows them."""
     prompt = "You are a helpful assistant."
-    (row,) = chatml.render([conversation], tokenizer(), prompt, "append")
-    labels = chatml.label_mask(row, "assistant").tolist()
+    (row,) = rendering.render([conversation], tokenizer(), prompt, "append")
+    labels = rendering.label_mask(row, "assistant").tolist()
     text, begin = "", 0
     for end in range(1, len(labels) + 1):
         if end == len(labels) or labels[end] != labels[begin]:

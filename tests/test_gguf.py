@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moi_jax.data.chatml import render_prompt
 from moi_jax.data.conversations import Message
 from moi_jax.data.jinja_templates import check_template
+from moi_jax.data.rendering import render_prompt
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 from moi_jax.models.gguf import open_gguf

@@ -11,7 +11,7 @@ from rich.console import Console
 from moi_jax.config_file import make_config
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import select
-from moi_jax.data.chatml import label_mask, with_system_prompt
+from moi_jax.data.rendering import label_mask, with_system_prompt
 from moi_jax.data.tokenizer import load_tokenizer
 from moi_jax.evaluation.held_out import HeldOut
 from moi_jax.models.decoder import Decoder

@@ -14,10 +14,10 @@ from moi_jax.config_file import make_config
 from moi_jax.data import loader
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import select
-from moi_jax.data.chatml import TARGETS, Instruction, label_mask
 from moi_jax.data.loader import Batch, Placed, RowSource, assemble, batch_dataset
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.rendering import TARGETS, Instruction, label_mask
 from moi_jax.data.tokenizer import load_tokenizer
 
 from plan_helpers import NAMES, data_section

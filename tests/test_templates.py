@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from moi_jax.config_file import load_config
-from moi_jax.data.chatml import render, render_prompt
 from moi_jax.data.conversations import Conversation, Message
 from moi_jax.data.jinja_templates import TemplateReport, check_template, export_jinja
 from moi_jax.data.planning.run import RunPlan
 from moi_jax.data.preview.audit import audit
 from moi_jax.data.prompts import prompts_item, saved_template
+from moi_jax.data.rendering import render, render_prompt
 from moi_jax.data.templates import TEMPLATES
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
@@ -94,7 +94,7 @@ def checked(tokenizer: Tokenizer, template: object, **more: object) -> TemplateR
         ([{"name": "tool_use", "template": ""}, {"name": "default", "template": PLAIN}], None),
     ],
 )
-def test_chatml_of_a_checkpoint_is_known_with_its_default_prompt(
+def test_rendering_of_a_checkpoint_is_known_with_its_default_prompt(
     template: object, default: str | None
 ) -> None:
     report = checked(CHATML, template)

@@ -10,8 +10,8 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moi_jax.data.chatml import render, render_prompt
 from moi_jax.data.conversations import Conversation, Message
+from moi_jax.data.rendering import render, render_prompt
 from moi_jax.data.templates import ROLE, TEMPLATES
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.data.vocabulary_files import NAMED, read_object, token_text

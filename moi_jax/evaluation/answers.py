@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from moi_jax import config
 from moi_jax.data.cache.prepare import resolve_prompt
-from moi_jax.data.chatml import render_prompt
 from moi_jax.data.conversations import Message
+from moi_jax.data.rendering import render_prompt
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree

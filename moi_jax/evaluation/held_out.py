@@ -10,8 +10,8 @@ from moi_jax import config
 from moi_jax.console import say
 from moi_jax.data.cache.prepare import DomainCache, resolve_prompt
 from moi_jax.data.cache.selection import Selection
-from moi_jax.data.chatml import Instruction, with_system_prompt
 from moi_jax.data.loader import Batch, Placed, assemble
+from moi_jax.data.rendering import Instruction, with_system_prompt
 from moi_jax.data.tokenizer import Tokenizer
 
 # Rows are cut to the shortest of these widths, times two and so on, that holds them.

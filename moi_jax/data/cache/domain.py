@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from moi_jax.data import chatml
+from moi_jax.data import rendering
 from moi_jax.data.cache.blocks import PART, Block, Finished, move_into_place
 from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
-from moi_jax.data.chatml import Instruction
+from moi_jax.data.rendering import Instruction
 from moi_jax.errors import UserError
 
 MANIFEST, BLOCKS = "manifest.json", "blocks.json"
@@ -88,7 +88,7 @@ def _reader(path: Path) -> array_record_module.ArrayRecordReader:
 
 def loss_column(targets: str) -> int:
     """The column of `lengths` with the loss tokens under loss.targets."""
-    return 1 + list(chatml.TARGETS).index(targets)
+    return 1 + list(rendering.TARGETS).index(targets)
 
 
 def open_domain(

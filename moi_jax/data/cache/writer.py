@@ -14,9 +14,9 @@ import numpy as np
 from array_record.python import array_record_module
 
 from moi_jax import config
-from moi_jax.data import chatml
-from moi_jax.data.chatml import Instruction
+from moi_jax.data import rendering
 from moi_jax.data.conversations import BadRow, Conversation, content_hash
+from moi_jax.data.rendering import Instruction
 from moi_jax.data.sources.rows import Row
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
@@ -89,7 +89,7 @@ class BlockWriter:
         """
         for batch in _batches(rows):
             instructions = iter(
-                chatml.render(
+                rendering.render(
                     [r.conversation for r in batch if isinstance(r.conversation, Conversation)],
                     self.tokenizer,
                     self.prompt,
@@ -118,7 +118,9 @@ class BlockWriter:
             return instruction, conversation
         exchanges = 0
         if self.data.too_long == "truncate_turns":
-            instruction, exchanges = chatml.first_exchanges(instruction, self.tokenizer, self.limit)
+            instruction, exchanges = rendering.first_exchanges(
+                instruction, self.tokenizer, self.limit
+            )
         if not exchanges:
             raise BadRow("too_long", f"{length} tokens, at most {self.limit}")
         return instruction, conversation.first_exchanges(exchanges)
@@ -127,7 +129,7 @@ class BlockWriter:
         assert isinstance(row.conversation, Conversation)
         contaminated = self._contaminated(row.line, conversation)
         self.records.write(to_record(instruction))
-        self.lengths.extend((len(instruction.tokens), *chatml.loss_tokens(instruction)))
+        self.lengths.extend((len(instruction.tokens), *rendering.loss_tokens(instruction)))
         turns = whole = content_hash(conversation.turns)
         # A system text that the domain's prompt replaces is no part of what is trained on.
         if conversation.system is not None and not (

@@ -13,7 +13,7 @@ from moi_jax.data.conversations import BadRow, Message
 from moi_jax.data.sources.readers import decode
 
 # The words that structure a turn; inside a text they are moved off the line's beginning, so that
-# neither a reader of the turn nor the mask of observations (chatml.py) takes them for structure.
+# neither a reader of the turn nor the mask of observations (rendering.py) takes them for structure.
 MARK = re.compile(r"\n(?=(?:Thought|Action|Action Input|Observation|Final Answer):)")
 LAST_THOUGHT = "I now know the final answer."
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moi_jax.data.chatml import (
+from moi_jax.data.conversations import Conversation, Message
+from moi_jax.data.rendering import (
     Instruction,
     first_exchanges,
     label_mask,
@@ -19,7 +20,6 @@ from moi_jax.data.chatml import (
     system_text,
     with_system_prompt,
 )
-from moi_jax.data.conversations import Conversation, Message
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 from template_helpers import SAMPLES, llama3_tokenizer
