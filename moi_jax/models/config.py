@@ -121,6 +121,19 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{where} has no model_type; is it the config.json of a model?")
+    if values["model_type"] == "qwen2":  # until the families are merged
+        return _qwen_v1(
+            family="qwen2",
+            vocab_size=values["vocab_size"],
+            num_layers=values["num_hidden_layers"],
+            hidden_size=values["hidden_size"],
+            num_heads=values["num_attention_heads"],
+            head_dim=values["hidden_size"] // values["num_attention_heads"],
+            mlp_width=values["intermediate_size"],
+            seq_length=values["max_position_embeddings"],
+            dynamic_ntk=False,
+            logn_attention=False,
+        )
     if values["model_type"] != "qwen":
         raise UserError(
             f"{where}: model_type {values['model_type']!r} is not built yet; "
@@ -147,3 +160,45 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
             )
     # The published figure counts both halves of the gated MLP.
     return _qwen_v1(**fields, mlp_width=width // 2)
+
+
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a published checkpoint of this architecture."""
+    if config.family == "qwen2":
+        return {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "intermediate_size": config.mlp_width,
+            "max_position_embeddings": config.seq_length,
+            "rope_theta": config.rope_base,
+            "rms_norm_eps": config.norm_eps,
+            "tie_word_embeddings": False,
+            "initializer_range": config.initializer_range,
+        }
+    keys = {ours: names[0] for ours, names in _QWEN_V1_KEYS.items()}
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        **{key: getattr(config, ours) for ours, key in keys.items()},
+        "intermediate_size": 2 * config.mlp_width,
+        "no_bias": True,
+        "tie_word_embeddings": False,
+    }
+
+
+def in_family(config: ModelConfig, name: str) -> ModelConfig:
+    """The same parameters as a model of another family, for tools that lack their own.
+
+    Raises:
+      UserError: the other family cannot express this architecture.
+    """
+    if name == config.family:
+        return config
+    if (config.family, name) != ("qwen_v1", "qwen2"):
+        raise UserError(f"a model of the family {config.family} cannot be written as {name!r}")
+    return dataclasses.replace(config, family=name, dynamic_ntk=False, logn_attention=False)
