@@ -19,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moi_jax import config as config_lib
 from moi_jax.data.tokenizer import Tokenizer
-from moi_jax.errors import UserError, cannot_write
+from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree, abstract_parameters, declare
@@ -67,12 +67,11 @@ def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -
       stream: (dotted path, array of `dtype`) of every parameter of the model, in any order.
 
     Raises:
-      UserError: `path` cannot be written.
+      OSError: `path` cannot be written.
     """
-    try:
-        save_parameters(path, items.model, stream, dtype, items.to_args())
-    except (OSError, ValueError) as error:
-        raise cannot_write(path, error) from None
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), ocp.args.Composite(**items.to_args()))
+    save_parameters(path / "parameters", items.model, stream, dtype)
 
 
 class RunCheckpoints:

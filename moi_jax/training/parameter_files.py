@@ -23,34 +23,33 @@ from moi_jax.models.parameters import Parameter, Tree, declare, map_parameters
 CHUNK_BYTES = 16 << 20
 # Written at a time: enough chunks to keep the cores busy.
 BLOCK_BYTES = 128 << 20
+# Of a file of the store, which is put together in memory.
+FILE_BYTES = 256 << 20
 
 Stream = Iterable[tuple[str, np.ndarray]]  # of (dotted path, parameter)
 
 
-def save_parameters(
-    step: Path,
-    config: ModelConfig,
-    stream: Stream,
-    dtype: np.dtype,
-    json_items: dict[str, ocp.args.JsonSave],
-) -> None:
-    """Writes a step of `parameters`, which come one at a time, and items of JSON.
+def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype: np.dtype) -> None:
+    """Writes the item `parameters` of a step into `directory`, which it makes.
 
     Args:
       stream: each parameter of `config` once, in any order, in `dtype`.
 
     Raises:
-      OSError, ValueError: the files cannot be written.
+      OSError: the files cannot be written.
     """
     registry = ocp.type_handlers.create_type_handler_registry((Expected, StreamHandler(stream)))
-    handler = ocp.CompositeCheckpointHandler(
-        parameters=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        **{name: ocp.JsonCheckpointHandler() for name in json_items},
-    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     tree = map_parameters(config, lambda _, p: Expected(p.shape, dtype))
-    parameters = ocp.args.PyTreeSave(tree, save_args=save_args(config, dtype))
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(step.absolute(), ocp.args.Composite(parameters=parameters, **json_items))
+    directory.mkdir()
+    # By the handler itself: a checkpointer makes the directory in a thread of its own, and an
+    # error here would leave the threads of its other items waiting for minutes.
+    place = epath.Path(directory.absolute())
+    args = ocp.args.PyTreeSave(
+        tree, save_args=save_args(config, dtype), ocdbt_target_data_file_size=FILE_BYTES
+    )
+    handler.save(place, args=args)
+    handler.finalize(place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +82,16 @@ class StreamHandler(ocp.type_handlers.NumpyHandler):
         for path, array in self._stream:
             value, info, arg = waiting.pop(path)
             assert (array.shape, array.dtype) == (value.shape, value.dtype), path
-            await info.await_path_creation()
             spec = ocp.type_handlers.get_json_tspec_write(
                 info, True, array.shape, array.shape, array.dtype, process_index=0, arg=arg
             )
-            stored = await ts.open(spec, create=True, context=info.ts_context)
-            chunk_rows = stored.spec().to_json()["metadata"]["chunks"][0]
-            for block in _blocks(array, chunk_rows):
-                await stored[block].write(array[block])
+            try:
+                stored = await ts.open(spec, create=True, context=info.ts_context)
+                chunk_rows = stored.spec().to_json()["metadata"]["chunks"][0]
+                for block in _blocks(array, chunk_rows):
+                    await stored[block].write(array[block])
+            except ValueError as error:  # as which tensorstore reports a full disk, too
+                raise OSError(str(error)) from None
             del array  # else it would stay until the next one is made
         assert not waiting, sorted(waiting)
         return []
