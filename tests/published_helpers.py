@@ -18,10 +18,10 @@ from moi_jax.models.weights import published_shapes
 from run_helpers import ENVIRONMENT, ROOT, SAMPLES
 
 
-def convert(*arguments, **options) -> subprocess.CompletedProcess[str]:
+def convert(*arguments) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "moi_jax.convert", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False, **options,
+        capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False,
     )  # fmt: skip
 
 
