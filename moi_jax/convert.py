@@ -3,23 +3,22 @@
 import argparse
 import ctypes
 import json
+import math
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moi_jax.errors import UserError, cannot_write, run_command
+from moi_jax.errors import UserError, run_command
+from moi_jax.new_directory import check_new, new_directory, write_texts
 
 if TYPE_CHECKING:
     import numpy as np
 
     from moi_jax.models.published import Published
-    from moi_jax.training.checkpoints import ModelItems
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 DTYPES = ("float32", "bfloat16")
@@ -123,7 +122,7 @@ def import_checkpoint(
       UserError: a file is missing or damaged, or `out` exists or cannot be written; nothing is
         left behind.
     """
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401  # brings bfloat16 to numpy
     import numpy as np
 
     from moi_jax.data.prompts import prompts_item
@@ -146,16 +145,14 @@ def import_checkpoint(
             f"the tokenizer has {files.vocab_size} ids, the embedding in {source} only "
             f"{model.vocab_size} rows; is it the tokenizer of this model?"
         )
-    wanted = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}.get(
-        dtype or "", published.common_dtype
-    )
+    wanted = np.dtype(dtype or published.common_dtype)
     prompts = prompts_item(model.default_system_prompt)
     provenance = read_provenance(source, published.token_ids)
     items = ModelItems(model, files.files, prompts, provenance)
-    with _new_directory(out) as staging, _reading(published) as read:
+    with new_directory(out) as staging, _reading(published) as read:
         save_model(staging, import_parameters(model, read, wanted), wanted, items)
         (staging / "README.md").write_text(model_card(items), encoding="utf-8")
-        _write_texts(staging, provenance["files"])
+        write_texts(staging, provenance["files"])
     print(f"wrote {out}: {model.num_layers} layers, width {model.hidden_size}, {wanted}")
 
 
@@ -176,96 +173,36 @@ def export_checkpoint(
       UserError: `checkpoint` is damaged, or `out` exists or cannot be written; nothing is left
         behind.
     """
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401  # brings bfloat16 to numpy
     import numpy as np
 
+    from moi_jax.console import byte_bar
     from moi_jax.models.config import in_family
     from moi_jax.models.published_writer import write_tensors
     from moi_jax.models.weights import export_tensors, published_shapes
     from moi_jax.training.checkpoints import find_step, read_items, stored_parameters
     from moi_jax.training.model_card import model_card
+    from moi_jax.training.published_files import published_files, where_exact
 
     check_new(out)
     step = find_step(checkpoint)
     items = read_items(step)
     model = in_family(items.model, as_family or items.model.family)
     stored = stored_parameters(step, items.model)
-    wanted = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}.get(
-        dtype or "", stored.dtype
-    )
+    wanted = np.dtype(dtype or stored.dtype)
     shapes = published_shapes(model)
-    total = sum(int(np.prod(shape)) for shape in shapes.values()) * wanted.itemsize
-    with _new_directory(out) as staging, _byte_bar("writing", total) as wrote:
+    total = sum(math.prod(shape) for shape in shapes.values()) * wanted.itemsize
+    with new_directory(out) as staging, byte_bar("writing", total) as wrote:
         staging.mkdir()
         tensors = export_tensors(items.model, stored.get, as_family)
         write_tensors(staging, shapes, wanted, tensors, max_shard_size, wrote)
         (staging / "README.md").write_text(model_card(items, step), encoding="utf-8")
-        _write_texts(staging, _published_files(items, as_family, str(wanted), step))
+        write_texts(staging, published_files(items, as_family, str(wanted), step))
     print(f"wrote {out}: {len(shapes)} tensors, {total / 1e9:.2f} GB, {wanted}")
     if model != items.model:
-        print(_where_exact(items))
+        print(where_exact(items))
     if items.provenance and not items.provenance["files"]:
         _warn(f"{items.provenance['base']} came without a licence file; find out its terms first")
-
-
-def _published_files(
-    items: "ModelItems", as_family: str | None, dtype: str, step: Path
-) -> dict[str, str]:
-    """Name -> text of all but the weights and the card."""
-    from moi_jax.data.tokenizer import Tokenizer
-    from moi_jax.models.config import in_family, to_hf_config
-
-    stops = Tokenizer.from_files(items.tokenizer)
-    config = {
-        **to_hf_config(in_family(items.model, as_family or items.model.family)),
-        "torch_dtype": dtype,
-        **items.provenance.get("token_ids", {}),
-    }
-    generation = items.provenance.get("generation_config")
-    trained = (step / "config").is_dir()
-    if generation is None or trained:
-        # A base model stops at its own end alone; a trained one has learnt to end its turns.
-        ends = [stops.im_end, stops.endoftext]
-        before = (generation or {}).get("eos_token_id", [])
-        before = before if isinstance(before, list) else [before]
-        generation = {
-            "pad_token_id": stops.endoftext,
-            **(generation or {}),
-            "eos_token_id": ends + [end for end in before if end not in ends],
-        }
-    return {
-        "config.json": json.dumps(config, indent=2) + "\n",
-        "generation_config.json": json.dumps(generation, indent=2) + "\n",
-        **items.tokenizer,
-        "chat_template.jinja": _chat_template(items.prompts["default_system_prompt"]),
-        **items.provenance.get("files", {}),
-    }
-
-
-def _chat_template(default_system_prompt: str) -> str:
-    """ChatML for transformers, which gives a conversation without a system turn the default."""
-    default = ""
-    if default_system_prompt:
-        quoted = json.dumps(default_system_prompt, ensure_ascii=False)
-        default = (
-            "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\n' + "
-            + quoted
-            + " + '<|im_end|>\\n' }}{% endif %}"
-        )
-    return (
-        default + "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + "
-        "message.content + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
-
-
-def _where_exact(items: "ModelItems") -> str:
-    if not (items.model.dynamic_ntk or items.model.logn_attention):
-        return "as qwen2: exact, this model has neither dynamic NTK nor log-n attention"
-    return (
-        f"as qwen2: exact up to {items.model.seq_length} tokens; beyond, Qwen v1 has dynamic NTK "
-        f"and log-n attention, which Qwen2 has not"
-    )
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -292,6 +229,7 @@ def verify_checkpoint(
     import jax.numpy as jnp
     import numpy as np
 
+    from moi_jax.console import byte_bar
     from moi_jax.data.tokenizer import Tokenizer
     from moi_jax.evaluation import parity
     from moi_jax.models.config import in_family, read_hf_config
@@ -305,7 +243,7 @@ def verify_checkpoint(
     theirs = read_hf_config(read_bytes(path), str(path))
     model = in_family(items.model, theirs.family)
     stored = stored_parameters(step, items.model)
-    with _byte_bar("comparing", parity.total_bytes(TensorFiles(directory))) as advance:
+    with byte_bar("comparing", parity.total_bytes(TensorFiles(directory))) as advance:
         tensors = export_tensors(items.model, stored.get, theirs.family)
         report = {
             "checkpoint": str(step),
@@ -341,45 +279,15 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report["verdict"] == "equal" else 1
 
 
-def check_new(path: Path) -> None:
-    """Raises UserError where nothing can be written as `path`."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists; name a new directory, nothing is overwritten")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`: beside it, and it appears there only when whole."""
-    check_new(path)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield beside / "whole"
-        (beside / "whole").rename(path)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write_texts(directory: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (directory / Path(name).name).write_text(text, encoding="utf-8")
-
-
 @contextmanager
 def _reading(published: "Published") -> Iterator[Callable[[str], "np.ndarray"]]:
     """Reads the tensors of a published checkpoint with a bar of bytes; warns of NaN and inf."""
+    from moi_jax.console import byte_bar
     from moi_jax.models.published import count_not_finite
 
     seen: set[str] = set()
     damaged: dict[str, int] = {}
-    with _byte_bar("reading", published.nbytes) as advance:
+    with byte_bar("reading", published.nbytes) as advance:
 
         def read(name: str) -> "np.ndarray":
             value = published.read(name)
@@ -395,24 +303,6 @@ def _reading(published: "Published") -> Iterator[Callable[[str], "np.ndarray"]]:
         _warn(f"{name} has {count} values that are NaN or infinite")
     if len(damaged) > 5:
         _warn(f"{len(damaged)} tensors in all have values that are NaN or infinite")
-
-
-@contextmanager
-def _byte_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; call what it yields with the bytes done."""
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 def _warn(line: str) -> None:
