@@ -2,10 +2,19 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
     """A mistake the user can mend; the message is one line: what, where, and the way out."""
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """What a failed write says; libraries wrap the system's reason in lines of their own."""
+    reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    if "No space left" in reason:
+        reason = "no space left on the device"
+    return UserError(f"cannot write {path}: {reason[:200]}; nothing was left behind")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

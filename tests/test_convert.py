@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -9,38 +10,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import moi_jax
 from moi_jax.convert import import_checkpoint
 from moi_jax.errors import UserError
+from moi_jax.models.config import ModelConfig
 from moi_jax.models.published import read_published
+from moi_jax.training.checkpoints import read_items, stored_parameters
+from moi_jax.training.parameter_files import save_parameters
 
+from published_helpers import (
+    add_tokenizer,
+    convert,
+    edit_config,
+    edit_index,
+    edit_shard,
+    remove,
+    write,
+)
 from run_helpers import ENVIRONMENT, ROOT
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "moi_jax.convert", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture
 def published(golden, tmp_path):
     """Fixture B with a tokenizer of 259 ids, as a published folder."""
     shutil.copytree(golden / "B", tmp_path / "B")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(tmp_path / "B" / "tokenizer.json"))
+    add_tokenizer(tmp_path / "B")
     return tmp_path / "B"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_imported_checkpoint_gives_the_published_logits(golden, published, tmp_path, dtype):
-    done = run("import", published, "--out", tmp_path / "ckpt", "--dtype", dtype)
+    done = convert("import", published, "--out", tmp_path / "ckpt", "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     shutil.move(tmp_path / "ckpt", tmp_path / "moved")  # it stands alone
     model, tokenizer = moi_jax.load(tmp_path / "moved", dtype=dtype)
@@ -56,7 +57,7 @@ def test_a_checkpoint_loads_onto_a_mesh(published, tmp_path):
     from moi_jax import config as config_lib
     from moi_jax.training.sharding import make_mesh
 
-    run("import", published, "--out", tmp_path / "ckpt")
+    import_checkpoint(published, tmp_path / "ckpt")
     mesh = make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
     sharded, _ = moi_jax.load(tmp_path / "ckpt", mesh=mesh)
     whole, _ = moi_jax.load(tmp_path / "ckpt")
@@ -67,25 +68,99 @@ def test_a_checkpoint_loads_onto_a_mesh(published, tmp_path):
     )
 
 
+def test_one_layer_of_a_stored_parameter_is_read_by_itself(published, tmp_path):
+    import_checkpoint(published, tmp_path / "ckpt")
+    config, expected = read_published(published, None)
+    stored = stored_parameters(tmp_path / "ckpt", config)
+    np.testing.assert_array_equal(stored.get("layers.gate", 1), expected["layers"]["gate"][1])
+    np.testing.assert_array_equal(stored.get("head"), expected["head"])
+    assert stored.dtype == np.float32
+
+
+def test_large_parameters_are_stored_in_chunks_of_single_layers(published, tmp_path, monkeypatch):
+    from moi_jax.training import parameter_files
+
+    monkeypatch.setattr(parameter_files, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(parameter_files, "BLOCK_BYTES", 30_000)  # no multiple of a chunk
+    import_checkpoint(published, tmp_path / "ckpt")
+    config, expected = read_published(published, None)
+    stored = stored_parameters(tmp_path / "ckpt", config)
+    layers, rows, width = stored.arrays["layers.gate"].chunk_layout.read_chunk.shape
+    assert layers == 1
+    assert rows * width * 4 <= 10_000
+    rows, width = stored.arrays["embedding"].chunk_layout.read_chunk.shape
+    assert 1_000 < rows * width * 4 <= 10_000
+    model, _ = moi_jax.load(tmp_path / "ckpt")
+    np.testing.assert_array_equal(model.layers.gate[...], expected["layers"]["gate"])
+    np.testing.assert_array_equal(model.embedding[...], expected["embedding"])
+
+
+def test_saving_holds_one_parameter_at_a_time(tmp_path):
+    """The one before is let go of when the next is asked for."""
+    import weakref
+
+    from moi_jax.models.parameters import declare
+    from moi_jax.models.presets import preset
+
+    class Counted(np.ndarray):
+        pass
+
+    config = preset("tiny")
+    alive: list[weakref.ref] = []
+
+    def stream():
+        for path, parameter in declare(config).items():
+            assert not any(reference() is not None for reference in alive), path
+            value = np.zeros(parameter.shape, np.float32).view(Counted)
+            alive.append(weakref.ref(value))
+            yield path, value
+            del value
+
+    save_parameters(tmp_path / "parameters", config, stream(), np.dtype(np.float32))
+    assert len(alive) == len(declare(config))
+
+
+def test_licence_notice_and_terms_come_along(published, tmp_path):
+    (published / "LICENSE").write_text("do what is right")
+    (published / "NOTICE.txt").write_text("made by us")
+    (published / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# B\n")
+    import_checkpoint(published, tmp_path / "ckpt")
+    provenance = read_items(tmp_path / "ckpt").provenance
+    assert provenance["files"] == {"LICENSE": "do what is right", "NOTICE.txt": "made by us"}
+    assert (provenance["base"], provenance["license"]) == ("B", "apache-2.0")
+    assert provenance["generation_config"]["chat_format"] == "raw"
+    assert (tmp_path / "ckpt" / "LICENSE").read_text() == "do what is right"
+    card = (tmp_path / "ckpt" / "README.md").read_text()
+    assert 'license: "apache-2.0"' in card
+    assert "LICENSE, NOTICE.txt" in card
+    assert "You are a helpful assistant." in card
+
+
+def test_values_that_are_no_numbers_are_counted_by_tensor(published, tmp_path):
+    def spoil(held):
+        for name, values in damages.items():
+            if name in held:
+                held[name].reshape(-1)[: len(values)] = values
+
+    damages = {
+        "transformer.h.1.mlp.w1.weight": [np.nan, np.inf, -np.inf],
+        "transformer.h.1.ln_1.weight": [np.nan],
+    }
+    for number in (1, 2, 3):
+        edit_shard(number, spoil)(published)
+    done = convert("import", published, "--out", tmp_path / "ckpt")
+    assert done.returncode == 0, done.stderr
+    assert "mlp.w1.weight has 3 values that are NaN or infinite" in done.stderr
+    assert "h.1.ln_1.weight has 1 values that are NaN or infinite" in done.stderr
+
+
 def cut_short(folder):
     shard = folder / "model-00002-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
-def without_shard(folder):
-    (folder / "model-00003-of-00003.safetensors").unlink()
-
-
-def edit_config(**values):
-    def edit(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return edit
-
-
-def remove(name):
-    return lambda folder: (folder / name).unlink()
+def repeat_a_tensor(held):
+    held["transformer.wte.weight"] = np.zeros(2, np.float32)
 
 
 def only_pickles(folder):
@@ -94,23 +169,86 @@ def only_pickles(folder):
     (folder / "pytorch_model.bin").write_bytes(b"")
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (cut_short, "model-00002-of-00003.safetensors is damaged or cut short"),
-        (without_shard, "model-00003-of-00003.safetensors is named by"),
-        (remove("config.json"), "config.json does not exist"),
-        (edit_config(model_type="mamba"), "model_type 'mamba' is not built yet"),
-        (edit_config(num_hidden_layers=4), "lacks 8 tensors by its config"),
-        (edit_config(num_hidden_layers=2), "has unexpected 8 tensors"),
-        (edit_config(num_hidden_layers=2.5), "num_hidden_layers is 2.5, not a whole number"),
-        (edit_config(intermediate_size=512), "has shape (96, 128), config.json says (96, 256)"),
-        (edit_config(quantization_config={"bits": 4}), "quantised weights are not supported"),
-        (only_pickles, "pickled weights can run code and are not read"),
-        (remove("tokenizer.json"), "tokenizer"),
-    ],
-)
-def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(published, tmp_path, damage, message):
+def transpose_a_matrix(held):
+    held["lm_head.weight"] = np.ascontiguousarray(held["lm_head.weight"].T)
+
+
+def without_model_type(folder):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values["model_type"]
+    path.write_text(json.dumps(values))
+
+
+def many_ids(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["far"] = 512
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+SHARD = "model-00003-of-00003.safetensors"
+INDEX = "model.safetensors.index.json"
+DAMAGES = {
+    "a shard cut short": (cut_short, "model-00002-of-00003.safetensors is damaged or cut short"),
+    "a shard missing": (remove(SHARD), f"{SHARD} is named by {INDEX} but missing; copy it here"),
+    "an empty shard": (write(SHARD, b""), f"{SHARD} is damaged or cut short"),
+    "a shard of something else": (write(SHARD, b"<html>" * 99), f"{SHARD} is damaged or cut short"),
+    "index no JSON": (write(INDEX, b"{"), f"{INDEX} is damaged"),
+    "index without a map": (write(INDEX, b"{}"), f"{INDEX} is damaged (KeyError('weight_map'))"),
+    "index of an absent tensor": (
+        edit_index(lambda names: names.update({"transformer.extra": SHARD})),
+        f"{INDEX} says {SHARD} holds transformer.extra, which is not there",
+    ),
+    "index of a tensor elsewhere": (
+        edit_index(lambda names: names.update({"transformer.wte.weight": SHARD})),
+        f"{INDEX} says {SHARD} holds transformer.wte.weight, which is not there",
+    ),
+    "index out of its folder": (
+        edit_index(lambda names: names.update({"lm_head.weight": "../x.safetensors"})),
+        "names '../x.safetensors', which is outside its directory",
+    ),
+    "a tensor too many": (
+        edit_shard(3, lambda held: held.update({"transformer.more": np.zeros(2, np.float32)})),
+        "has unexpected 1 tensors by its config: transformer.more",
+    ),
+    "a tensor twice": (
+        edit_shard(3, repeat_a_tensor),
+        "transformer.wte.weight is in model-00001-of-00003.safetensors and in",
+    ),
+    "a tensor missing": (
+        lambda folder: [
+            edit_shard(3, lambda held: held.pop("lm_head.weight"))(folder),
+            edit_index(lambda names: names.pop("lm_head.weight"))(folder),
+        ],
+        "lacks 1 tensors by its config: lm_head.weight",
+    ),
+    "a matrix transposed": (edit_shard(3, transpose_a_matrix), "lm_head.weight has shape (96,"),
+    "quantised storage": (
+        edit_shard(3, lambda held: held.update({"lm_head.weight": np.zeros((512, 96), np.int8)})),
+        "lm_head.weight is stored as I8; quantised weights are not supported",
+    ),
+    "quantised by its config": (
+        edit_config(quantization_config={"bits": 4}),
+        "quantised weights are not supported",
+    ),
+    "no config": (remove("config.json"), "config.json does not exist"),
+    "config no JSON": (write("config.json", b"{"), "config.json is not valid JSON"),
+    "config without model_type": (without_model_type, "config.json has no model_type"),
+    "another architecture": (edit_config(model_type="mamba"), "model_type 'mamba' is not built"),
+    "more layers in config": (edit_config(num_hidden_layers=4), "lacks 8 tensors by its config"),
+    "fewer layers in config": (edit_config(num_hidden_layers=2), "has unexpected 8 tensors"),
+    "half a layer": (edit_config(num_hidden_layers=2.5), "2.5"),
+    "another width": (edit_config(intermediate_size=512), "config.json says"),
+    "pickles": (only_pickles, "pickled weights can run code and are not read"),
+    "no tokenizer": (remove("tokenizer.json"), "tokenizer"),
+    "tokenizer no JSON": (write("tokenizer.json", b"{"), "tokenizer.json is no tokenizer"),
+    "tokenizer of another": (many_ids, "the tokenizer has 513 ids, the embedding in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(published, tmp_path, what):
+    damage, message = DAMAGES[what]
     damage(published)
     with pytest.raises(UserError) as error:
         import_checkpoint(published, tmp_path / "ckpt")
@@ -119,9 +257,21 @@ def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(published, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["B"]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "nowhere is no directory and no .gguf file"),
+        ("weights.pt", "pickled weights can run code and are not read"),
+    ],
+)
+def test_a_source_that_is_no_checkpoint_is_one_line(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        import_checkpoint(tmp_path / name, tmp_path / "ckpt")
+
+
 def test_an_existing_target_is_not_overwritten(published, tmp_path):
     (tmp_path / "ckpt").mkdir()
-    done = run("import", published, "--out", tmp_path / "ckpt")
+    done = convert("import", published, "--out", tmp_path / "ckpt")
     assert (done.returncode, "nothing is overwritten" in done.stderr) == (2, True)
 
 
@@ -135,3 +285,56 @@ def test_a_target_that_cannot_be_written_is_one_line(published, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot write .*file/out"):
         import_checkpoint(published, tmp_path / "file" / "out")
+
+
+def test_a_file_that_fails_while_it_is_read_leaves_nothing(published, tmp_path, monkeypatch):
+    """As when a disk goes away: the headers were fine."""
+    from moi_jax.models.published import TensorFiles
+
+    def read(self, name):
+        if "h.2" in name:
+            raise UserError("the disk is gone")
+        return original(self, name)
+
+    original = TensorFiles.read
+    monkeypatch.setattr(TensorFiles, "read", read)
+    with pytest.raises(UserError, match="the disk is gone"):
+        import_checkpoint(published, tmp_path / "ckpt")
+    assert [p.name for p in tmp_path.iterdir()] == ["B"]
+
+
+SLOW = """
+import time
+from moi_jax.models.published import TensorFiles
+read = TensorFiles.read
+def slow(self, name):
+    print(name, flush=True)
+    time.sleep(0.5)
+    return read(self, name)
+TensorFiles.read = slow
+import sys, runpy
+sys.argv = ["convert", "import", sys.argv[1], "--out", sys.argv[2]]
+runpy.run_module("moi_jax.convert", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_import_leaves_nothing(published, tmp_path, sent):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, published, tmp_path / "ckpt"],
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for _ in range(3):
+        assert process.stdout.readline().strip()  # it is in the middle of the tensors
+    assert len(list(tmp_path.iterdir())) == 2  # the source, and what is half written
+    process.send_signal(sent)
+    assert process.wait(timeout=60) not in (0, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["B"]
+
+
+def test_old_checkpoints_without_provenance_are_read(published, tmp_path):
+    import_checkpoint(published, tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "ckpt" / "provenance")
+    items = read_items(tmp_path / "ckpt")
+    assert items.provenance == {}
+    assert isinstance(items.model, ModelConfig)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import LENGTH, assert_same, rows_of
 
 from moi_jax.config import Train
 from moi_jax.data.planning import run as run_plan
@@ -13,6 +12,7 @@ from moi_jax.data.planning.run import RunPlan
 from moi_jax.errors import UserError
 
 from plan_helpers import corpora, corpus_of, data_section, switches
+from test_plan import LENGTH, assert_same, rows_of
 
 
 @st.composite

@@ -22,6 +22,7 @@ from moi_jax.data.rendering import render, render_prompt
 from moi_jax.data.templates import TEMPLATES
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
+from moi_jax.models.parameters import declare
 from moi_jax.models.presets import preset
 from moi_jax.training.checkpoints import ModelItems, save_model
 from moi_jax.training.inputs import open_inputs, resolve
@@ -244,9 +245,11 @@ def test_another_rendering_of_the_saved_template_is_refused() -> None:
 
 
 def saved(path: Path, tokenizer: Tokenizer, prompts: dict) -> Path:
-    """A checkpoint without real parameters: what a run starts from besides them."""
+    """A checkpoint whose parameters are all zero."""
     model = dataclasses.replace(preset("tiny"), vocab_size=2064)
-    save_model(path, {"x": np.zeros(1)}, ModelItems(model, tokenizer.files, prompts))
+    zeros = ((name, np.zeros(p.shape, np.float32)) for name, p in declare(model).items())
+    items = ModelItems(model, tokenizer.files, prompts)
+    save_model(path, zeros, np.dtype(np.float32), items)
     return path
 
 

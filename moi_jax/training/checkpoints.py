@@ -1,18 +1,18 @@
 """Checkpoints: one orbax step holds all a model needs, so that its folder can be moved alone.
 
 Items of a step: `parameters`, `model` (architecture), `tokenizer` (its files), `prompts`
-(default and domain prompts, chat template); from training also `optimizer`, `position` (data
-position, seed) and `config`.
+(default and domain prompts, chat template), `provenance` (of the published weights it began from);
+from training also `optimizer`, `position` (data position, seed) and `config`.
 """
 
 import dataclasses
 import logging
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -22,7 +22,13 @@ from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
-from moi_jax.models.parameters import Tree, abstract_parameters
+from moi_jax.models.parameters import Tree, abstract_parameters, declare
+from moi_jax.training.parameter_files import (
+    StoredParameters,
+    Stream,
+    save_args,
+    save_parameters,
+)
 from moi_jax.training.sharding import parameter_shardings
 from moi_jax.training.state import TrainState
 
@@ -34,45 +40,38 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ModelItems:
-    """What makes parameters usable: architecture, tokenizer files, prompts and template."""
+    """What makes parameters usable: architecture, tokenizer files, prompts and template.
+
+    `provenance` is empty where the parameters began at random, see provenance.py.
+    """
 
     model: ModelConfig
     tokenizer: dict[str, str]
     prompts: Json
+    provenance: Json = dataclasses.field(default_factory=dict)
 
     def to_args(self) -> dict[str, ocp.args.JsonSave]:
         return {
             "model": ocp.args.JsonSave(self.model.to_json()),
             "tokenizer": ocp.args.JsonSave({"files": self.tokenizer}),
             "prompts": ocp.args.JsonSave(self.prompts),
+            "provenance": ocp.args.JsonSave(self.provenance),
         }
 
 
-def save_model(path: Path, parameters: Tree, items: ModelItems) -> None:
-    """Writes a checkpoint without training state; it appears under `path` only when whole.
+def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -> None:
+    """Writes a checkpoint without training state, holding one parameter at a time.
+
+    Args:
+      path: must not exist; it is there only when whole, else a folder beside it.
+      stream: (dotted path, array of `dtype`) of every parameter of the model, in any order.
 
     Raises:
-      UserError: `path` exists or cannot be written.
+      OSError: `path` cannot be written.
     """
-    check_new(path)
-    args = ocp.args.Composite(parameters=ocp.args.StandardSave(parameters), **items.to_args())
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(path.absolute(), args)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def check_new(path: Path) -> None:
-    """Raises UserError where a checkpoint cannot be written as `path`."""
-    if path.exists():
-        raise UserError(f"{path} exists; name a new directory, nothing is overwritten")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), ocp.args.Composite(**items.to_args()))
+    save_parameters(path / "parameters", items.model, stream, dtype)
 
 
 class RunCheckpoints:
@@ -124,7 +123,9 @@ class RunCheckpoints:
         score = evaluation.get(self._best_metric, math.nan)
         scores = {self._best_metric: score} if math.isfinite(score) else None
         items = ocp.args.Composite(
-            parameters=ocp.args.StandardSave(state.parameters),
+            parameters=ocp.args.StandardSave(
+                state.parameters, save_args(self._items.model, config["model"]["param_dtype"])
+            ),
             optimizer=ocp.args.StandardSave({"step": state.step, "state": state.optimizer}),
             position=ocp.args.JsonSave(position),
             config=ocp.args.JsonSave(config),
@@ -197,16 +198,40 @@ def newest_step(folder: Path) -> Path | None:
 
 def read_items(path: Path) -> ModelItems:
     """Architecture, tokenizer files and prompts of a checkpoint."""
+    names = ["model", "tokenizer", "prompts"]
     step = find_step(path)
-    names = ("model", "tokenizer", "prompts")
+    if (step / "provenance").is_dir():
+        names.append("provenance")
+    items = {name: read_json_item(step, name) for name in names}
+    try:
+        model, files = ModelConfig.from_json(items["model"]), items["tokenizer"]["files"]
+    except (KeyError, TypeError) as error:
+        raise _damaged(step, error) from None
+    return ModelItems(model, files, items["prompts"], items.get("provenance", {}))
+
+
+def read_json_item(step: Path, name: str) -> Json:
+    """Raises UserError when the item is missing or damaged."""
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            args = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names})
-            items = checkpointer.restore(step.absolute(), args)
-        model = ModelConfig.from_json(items["model"])
-        return ModelItems(model, items["tokenizer"]["files"], items["prompts"])
+            args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+            return checkpointer.restore(step.absolute(), args)[name]
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise _damaged(step, error) from None
+
+
+def stored_parameters(step: Path, config: ModelConfig) -> StoredParameters:
+    """The parameters of a step, to be read one at a time.
+
+    Raises:
+      UserError: files are missing or damaged, or the stored shapes are not those of `config`.
+    """
+    try:
+        stored = StoredParameters(step, config)
+    except (KeyError, OSError, ValueError) as error:
+        raise _damaged(step, error) from None
+    _check_shapes(step, stored.arrays, declare(config))
+    return stored
 
 
 def read_parameters(

@@ -32,6 +32,7 @@ class Resolved:
     config: Config
     model: ModelConfig
     tokenizer: Tokenizer
+    provenance: dict[str, Any]  # of the weights in model.init_from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Inputs(Resolved):
         """What every checkpoint of the run carries beside its parameters."""
         data = self.config.data
         prompts = prompts_item(data.default_system_prompt, self.tokenizer.template.name, data)
-        return ModelItems(self.model, self.tokenizer.files, prompts)
+        return ModelItems(self.model, self.tokenizer.files, prompts, self.provenance)
 
     def row_source(self, plan: RunPlan) -> RowSource:
         """The rows of a plan of this corpus, read from the caches."""
@@ -146,7 +147,7 @@ def resolve(config: Config, run_dir: Path | None = None) -> Resolved:
             ),
         }
     )
-    return Resolved(resolved, model, tokenizer)
+    return Resolved(resolved, model, tokenizer, items.provenance if items else {})
 
 
 def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -181,7 +182,15 @@ def open_inputs(resolved: Resolved, console: Console) -> Inputs:
     caches = prepare(config.data, resolved.tokenizer, console)
     selections = select(caches, config.data.held_out, config.loss.targets, config.data.domains)
     corpus = Corpus.of_training(caches, selections, config.loss.targets)
-    return Inputs(config, resolved.model, resolved.tokenizer, caches, selections, corpus)
+    return Inputs(
+        config,
+        resolved.model,
+        resolved.tokenizer,
+        resolved.provenance,
+        caches,
+        selections,
+        corpus,
+    )
 
 
 def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:

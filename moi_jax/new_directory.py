@@ -1,0 +1,41 @@
+"""Directories that are there only when whole."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from moi_jax.errors import UserError, cannot_write
+
+
+def check_new(path: Path) -> None:
+    """Raises UserError where nothing can be written as `path`."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists; name a new directory, nothing is overwritten")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Where to write what is to be `path`: beside it, and it appears there only when whole."""
+    check_new(path)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield beside / "whole"
+        (beside / "whole").rename(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_texts(directory: Path, files: Mapping[str, str]) -> None:
+    """Writes files by their names alone: they come from checkpoints, which may be a stranger's."""
+    for name, text in files.items():
+        (directory / Path(name).name).write_text(text, encoding="utf-8")

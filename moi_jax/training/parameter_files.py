@@ -1,0 +1,140 @@
+"""Parameters on disk, a block at a time: what is larger than the memory is written and read here.
+
+The files are orbax's own (an OCDBT store of zarr arrays), so that whole trees are restored by
+orbax as ever. Large parameters are stored in chunks of single layers, at most CHUNK_BYTES each:
+one layer, or one shard of a mesh, can be read without the others.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.parameters import Parameter, Tree, declare, map_parameters
+
+CHUNK_BYTES = 16 << 20
+# Written at a time: enough chunks to keep the cores busy.
+BLOCK_BYTES = 128 << 20
+# Of a file of the store, which is put together in memory.
+FILE_BYTES = 256 << 20
+
+Stream = Iterable[tuple[str, np.ndarray]]  # of (dotted path, parameter)
+
+
+def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype: np.dtype) -> None:
+    """Writes the item `parameters` of a step into `directory`, which it makes.
+
+    Args:
+      stream: each parameter of `config` once, in any order, in `dtype`.
+
+    Raises:
+      OSError: the files cannot be written.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry((Expected, StreamHandler(stream)))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    tree = map_parameters(config, lambda _, p: Expected(p.shape, dtype))
+    directory.mkdir()
+    # By the handler itself: a checkpointer makes the directory in a thread of its own, and an
+    # error here would leave the threads of its other items waiting for minutes.
+    place = epath.Path(directory.absolute())
+    args = ocp.args.PyTreeSave(
+        tree, save_args=save_args(config, dtype), ocdbt_target_data_file_size=FILE_BYTES
+    )
+    handler.save(place, args=args)
+    handler.finalize(place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """Stands for a parameter in the tree that orbax saves; its values come by the stream."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class StreamHandler(ocp.type_handlers.NumpyHandler):
+    """Writes a tree of `Expected` from its stream; the arrays of a checkpoint read as numpy's."""
+
+    def __init__(self, stream: Stream):
+        super().__init__()
+        self._stream = stream
+
+    async def serialize(
+        self,
+        values: Sequence[Any],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[ocp.future.Future]:
+        assert args is not None
+        waiting = {i.name: (v, i, a) for v, i, a in zip(values, infos, args, strict=True)}
+        for path, array in self._stream:
+            value, info, arg = waiting.pop(path)
+            assert (array.shape, array.dtype) == (value.shape, value.dtype), path
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info, True, array.shape, array.shape, array.dtype, process_index=0, arg=arg
+            )
+            try:
+                stored = await ts.open(spec, create=True, context=info.ts_context)
+                chunk_rows = stored.spec().to_json()["metadata"]["chunks"][0]
+                for block in _blocks(array, chunk_rows):
+                    await stored[block].write(array[block])
+            except ValueError as error:  # as which tensorstore reports a full disk, too
+                raise OSError(str(error)) from None
+            del array  # else it would stay until the next one is made
+        assert not waiting, sorted(waiting)
+        return []
+
+
+def _blocks(array: np.ndarray, chunk_rows: int) -> Iterator[slice]:
+    """Ranges of the first axis that hold whole chunks, about BLOCK_BYTES each."""
+    chunks = BLOCK_BYTES // (array[:1].nbytes * chunk_rows)
+    rows = chunk_rows * max(1, chunks)
+    for start in range(0, len(array), rows):
+        yield slice(start, min(start + rows, len(array)))
+
+
+def save_args(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Tree:
+    """The tree of how orbax is to cut each parameter into chunks."""
+
+    def make(path: str, parameter: Parameter) -> ocp.SaveArgs:
+        large = math.prod(parameter.shape) * np.dtype(dtype).itemsize > CHUNK_BYTES
+        layers = (0,) if large and path.startswith("layers.") else ()
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=layers)
+
+    return map_parameters(config, make)
+
+
+class StoredParameters:
+    """The parameters of a step on disk, read when asked for."""
+
+    def __init__(self, step: Path, config: ModelConfig):
+        """Raises KeyError, OSError or ValueError when the files are missing or damaged."""
+        context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
+        directory = epath.Path(step.absolute() / "parameters")
+        self.arrays: dict[str, ts.TensorStore] = {}
+        for path in declare(config):
+            info = ocp.type_handlers.ParamInfo(name=path, parent_dir=directory)
+            spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+            self.arrays[path] = ts.open(spec, read=True, context=context).result()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of all the parameters."""
+        return np.result_type(*(stored.dtype.numpy_dtype for stored in self.arrays.values()))
+
+    def get(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter by its dotted path, or one layer of a stacked one."""
+        stored = self.arrays[path]
+        return (stored if layer is None else stored[layer]).read().result()
