@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moi_jax.models import qwen, rotary
+from moi_jax.models import rotary
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.loss import token_nll
+from moi_jax.models.parameters import map_parameters
 from moi_jax.models.published import read_published
+from moi_jax.models.weights import import_parameters
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "qwen_v1"
 BAR_LOGITS, BAR_GRADIENTS = 2e-5, 1e-6
@@ -35,11 +37,12 @@ def main() -> None:
         positions = rotary.segment_positions(segments)
         hidden = model.hidden_states(tokens, positions, segments, training=True)[:, :-1]
         targets = labels[:, 1:]
-        nll = token_nll(hidden, model.head[...], np.maximum(targets, 0).astype(np.int32))
+        nll = token_nll(hidden, model.head_weight(), np.maximum(targets, 0).astype(np.int32))
         return jnp.sum(jnp.where(targets >= 0, nll, 0)) / np.sum(targets >= 0)
 
     value, gradients = jax.value_and_grad(loss)(parameters)
-    mapped = qwen.import_tensors(config, lambda name: expected[f"32/{name}"], np.float32)
+    flat = dict(import_parameters(config, lambda name: expected[f"32/{name}"], np.float32))
+    mapped = map_parameters(config, lambda path, _: flat[path])
     report = json.loads((GOLDEN / "report.json").read_text())["A"]["loss_32"]["loss"]
     print(f"A loss 32: {float(value):.7f}, reference {report:.7f}")
     worst = max(

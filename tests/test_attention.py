@@ -11,9 +11,9 @@ import pytest
 
 from moi_jax.models import rotary
 from moi_jax.models.attention import attention
-from moi_jax.models.config import PRESETS
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import init_parameters
+from moi_jax.models.presets import PRESETS
 from moi_jax.models.published import read_published
 
 CONFIG = dataclasses.replace(

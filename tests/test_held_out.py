@@ -13,9 +13,9 @@ from moi_jax.data.cache import prepare, select
 from moi_jax.data.chatml import label_mask, with_system_prompt
 from moi_jax.data.tokenizer import load_tokenizer
 from moi_jax.evaluation.held_out import HeldOut
-from moi_jax.models.config import PRESETS
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import init_parameters
+from moi_jax.models.presets import PRESETS
 from moi_jax.training.step import batch_sums
 
 from run_helpers import SAMPLES

@@ -12,8 +12,8 @@ import pytest
 from moi_jax import config as config_lib
 from moi_jax.errors import UserError
 from moi_jax.models.axes import partition_spec
-from moi_jax.models.config import PRESETS
 from moi_jax.models.parameters import declare
+from moi_jax.models.presets import PRESETS
 from moi_jax.training import sharding
 
 from test_step import ROWS, STEPS, Trainer, random_batch

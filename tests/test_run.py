@@ -14,8 +14,8 @@ import moi_jax
 from moi_jax.config_file import load_config, make_config
 from moi_jax.data.tokenizer import load_tokenizer
 from moi_jax.errors import UserError
-from moi_jax.models.config import PRESETS
 from moi_jax.models.parameters import init_parameters
+from moi_jax.models.presets import PRESETS
 from moi_jax.training.checkpoints import ModelItems, RunCheckpoints
 from moi_jax.training.inputs import open_inputs, resolve
 from moi_jax.training.optimizer import make_optimizer

@@ -11,8 +11,8 @@ import pytest
 
 from moi_jax import config as config_lib
 from moi_jax.data.loader import Batch
-from moi_jax.models.config import PRESETS
 from moi_jax.models.decoder import Decoder
+from moi_jax.models.presets import PRESETS
 from moi_jax.training import sharding
 from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.state import new_state, random_parameters

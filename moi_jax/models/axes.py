@@ -15,8 +15,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     # The head's vocabulary, and that of the logits: split over the axis that holds the other
-    # parameters too, so that the head's gradient is never whole on a device.
-    "head_vocab": ("fsdp", "tensor"),
+    # parameters too, so that the head's gradient is never whole on a device. A tied head comes
+    # there from (vocab, embed) by one all-to-all over fsdp: tensor stays the outer axis.
+    "head_vocab": ("tensor", "fsdp"),
     "logits_batch": ("data",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

@@ -1,10 +1,22 @@
-"""The architecture of a decoder: `ModelConfig`, the presets, and how it is read from JSON."""
+"""The architecture of a decoder: `ModelConfig`, and its config.json in any family's layout."""
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from moi_jax.errors import UserError
+from moi_jax.models.families import FAMILIES, Family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's scaling of the rotary frequencies (Llama 3.1 model card, rope_type "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,10 +24,11 @@ class ModelConfig:
     """One decoder-only transformer; families differ in these fields alone.
 
     Letters used for the sizes everywhere: D hidden_size, H num_heads, K num_kv_heads,
-    N head_dim, F mlp_width, V vocab_size, L num_layers.
+    N head_dim, F mlp_width, V vocab_size, L num_layers. Fields with a default came after the
+    first checkpoints of ours, which do not name them.
     """
 
-    family: str
+    family: str  # whose names and config.json a published checkpoint has, see families/
     vocab_size: int
     num_layers: int
     hidden_size: int
@@ -23,94 +36,32 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
-    seq_length: int  # trained length: beyond it, dynamic NTK and log-n act at inference
+    seq_length: int  # trained length; beyond it, Qwen v1's NTK and log-n act at inference
     qkv_bias: bool
+    out_bias: bool = False  # of the attention's output projection
+    qk_norm: bool = False  # RMSNorm over each head of queries and keys
+    tied_head: bool = False  # the head is the embedding, transposed
     rope_base: float
+    rope_scaling: RopeScaling | None = None
     norm_eps: float
     dynamic_ntk: bool
     logn_attention: bool
     initializer_range: float
-    default_system_prompt: str
+    # What the chat template puts where no system turn is given. Not part of the architecture,
+    # and not in config.json: two configs that differ here alone are equal.
+    default_system_prompt: str = dataclasses.field(compare=False)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
-        return cls(**values)
-
-
-def _qwen_v1(**sizes: Any) -> ModelConfig:
-    """Qwen (2023), whose published sizes share everything but these."""
-    fields = {
-        "family": "qwen_v1",
-        "head_dim": 128,
-        "seq_length": 8192,
-        "qkv_bias": True,
-        "rope_base": 1e4,
-        "norm_eps": 1e-6,
-        "dynamic_ntk": True,
-        "logn_attention": True,
-        "initializer_range": 0.02,
-        "default_system_prompt": "You are a helpful assistant.",
-        "num_kv_heads": sizes["num_heads"],
-    }
-    return ModelConfig(**{**fields, **sizes})
-
-
-PRESETS: dict[str, ModelConfig] = {
-    "qwen-7b": _qwen_v1(
-        vocab_size=151936, num_layers=32, hidden_size=4096, num_heads=32, mlp_width=11008
-    ),
-    "qwen-1.8b": _qwen_v1(
-        vocab_size=151936, num_layers=24, hidden_size=2048, num_heads=16, mlp_width=5504
-    ),
-    "qwen-72b": _qwen_v1(
-        vocab_size=152064,
-        num_layers=80,
-        hidden_size=8192,
-        num_heads=64,
-        mlp_width=24576,
-        seq_length=32768,
-        rope_base=1e6,
-        dynamic_ntk=False,
-        logn_attention=False,
-    ),
-    # For laptops and tests, with the vocabulary of the tokenizer in moi_jax/data/samples.
-    "tiny": _qwen_v1(
-        vocab_size=2048, num_layers=4, hidden_size=128, num_heads=2, head_dim=64, mlp_width=352
-    ),
-    "small": _qwen_v1(
-        vocab_size=2048, num_layers=6, hidden_size=256, num_heads=4, head_dim=64, mlp_width=704
-    ),
-}
-
-
-def preset(name: str) -> ModelConfig:
-    """Raises UserError, listing the presets, when `name` is none of them."""
-    if name not in PRESETS:
-        raise UserError(f"model.preset {name!r} is unknown; presets: {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-# Our field: the keys of a published Qwen v1 config.json, the August 2023 release's second.
-_QWEN_V1_KEYS = {
-    "vocab_size": ("vocab_size", "padded_vocab_size"),
-    "num_layers": ("num_hidden_layers", "n_layer"),
-    "hidden_size": ("hidden_size", "n_embd"),
-    "num_heads": ("num_attention_heads", "n_head"),
-    "head_dim": ("kv_channels",),
-    "seq_length": ("seq_length",),
-    "rope_base": ("rotary_emb_base",),
-    "norm_eps": ("layer_norm_epsilon",),
-    "dynamic_ntk": ("use_dynamic_ntk",),
-    "logn_attention": ("use_logn_attn",),
-    "initializer_range": ("initializer_range",),
-}
+        scaling = values.get("rope_scaling")
+        return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
 def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
-    """The architecture a published Qwen v1 `config.json` describes; `where` names the file.
+    """The architecture a published `config.json` describes; `where` names the file.
 
     Raises:
       UserError: no JSON, another architecture, a missing key, or a setting we do not build.
@@ -121,84 +72,160 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{where} has no model_type; is it the config.json of a model?")
-    if values["model_type"] == "qwen2":  # until the families are merged
-        return _qwen_v1(
-            family="qwen2",
-            vocab_size=values["vocab_size"],
-            num_layers=values["num_hidden_layers"],
-            hidden_size=values["hidden_size"],
-            num_heads=values["num_attention_heads"],
-            head_dim=values["hidden_size"] // values["num_attention_heads"],
-            mlp_width=values["intermediate_size"],
-            seq_length=values["max_position_embeddings"],
-            dynamic_ntk=False,
-            logn_attention=False,
-        )
-    if values["model_type"] != "qwen":
+    families = {family.model_type: family for family in FAMILIES.values()}
+    family = families.get(str(values["model_type"]))
+    if family is None:
         raise UserError(
-            f"{where}: model_type {values['model_type']!r} is not built yet; "
-            f"only 'qwen' (Qwen v1) can be imported"
+            f"{where}: model_type {values['model_type']!r} is not built yet; those that are: "
+            f"{', '.join(map(repr, families))} (dense ones, no mixtures of experts)"
         )
-    if values.get("quantization_config"):
-        raise UserError(f"{where}: quantised weights are not supported; import the full ones")
-    if values.get("rotary_pct", 1.0) != 1.0 or not values.get("no_bias", True):
-        raise UserError(f"{where}: rotary_pct other than 1 and no_bias: false are not supported")
-    fields: dict[str, Any] = {}
-    for field, keys in _QWEN_V1_KEYS.items():
-        found = [values[key] for key in keys if key in values]
-        if not found:
-            raise UserError(f"{where} lacks {keys[0]}")
-        fields[field] = found[0]
-    width = values.get("intermediate_size", values.get("ffn_hidden_size"))
-    if width is None:
-        raise UserError(f"{where} lacks intermediate_size")
-    for field, value in {**fields, "mlp_width": width}.items():
-        whole = ModelConfig.__annotations__[field] is int
-        if not isinstance(value, int if whole else int | float) or value < 0:
-            raise UserError(
-                f"{where}: {field} is {value!r}, not a {'whole ' if whole else ''}number"
-            )
-    # The published figure counts both halves of the gated MLP.
-    return _qwen_v1(**fields, mlp_width=width // 2)
+    values = family.defaults | {key: value for key, value in values.items() if value is not None}
+    _refuse_unsupported(values, family, where)
+    scaling = None
+    if family.scales_rope:
+        values["rope_theta"], scaling = _rope(values, where)
+    fields = {
+        field: _value(values, field, keys, where)
+        for field, keys in family.keys.items()
+        if field not in ("head_dim", "num_kv_heads") or keys[0] in values
+    }
+    fields.setdefault("num_kv_heads", fields["num_heads"])
+    if "head_dim" not in fields:
+        fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_heads"])
+        if rest:
+            raise UserError(f"{where}: hidden_size does not divide into the attention heads")
+    # Qwen v1's figure counts both matrices of the gated MLP.
+    fields["mlp_width"] //= family.mlp_matrices
+    _refuse_windows(values, fields["num_layers"], where)
+    if fields["num_heads"] % fields["num_kv_heads"]:
+        raise UserError(
+            f"{where}: {fields['num_heads']} attention heads cannot share "
+            f"{fields['num_kv_heads']} key/value heads evenly"
+        )
+    if fields["head_dim"] % 2:
+        raise UserError(f"{where}: heads of odd width {fields['head_dim']} cannot be rotated")
+    return ModelConfig(family=family.name, rope_scaling=scaling, **family.fixed, **fields)
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a published checkpoint of this architecture."""
-    if config.family == "qwen2":
-        return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "intermediate_size": config.mlp_width,
-            "max_position_embeddings": config.seq_length,
-            "rope_theta": config.rope_base,
-            "rms_norm_eps": config.norm_eps,
-            "tie_word_embeddings": False,
-            "initializer_range": config.initializer_range,
-        }
-    keys = {ours: names[0] for ours, names in _QWEN_V1_KEYS.items()}
-    return {
-        "architectures": ["QWenLMHeadModel"],
-        "model_type": "qwen",
-        **{key: getattr(config, ours) for ours, key in keys.items()},
-        "intermediate_size": 2 * config.mlp_width,
-        "no_bias": True,
-        "tie_word_embeddings": False,
-    }
+    """The config.json of a published checkpoint of this architecture, in its family's layout.
+
+    Left to the caller, who knows them: torch_dtype, and the ids bos_token_id and eos_token_id
+    (transformers takes 1 and 2 for a Llama whose config.json has none).
+    """
+    family = FAMILIES[config.family]
+    fields = dataclasses.asdict(config)
+    fields["mlp_width"] *= family.mlp_matrices
+    if config.head_dim == config.hidden_size // config.num_heads and family.derives_head_dim:
+        del fields["head_dim"]
+    values = {keys[0]: fields[field] for field, keys in family.keys.items() if field in fields}
+    if config.rope_scaling:
+        values["rope_scaling"] = {**fields["rope_scaling"], "rope_type": "llama3"}
+    return dict(
+        sorted(({"architectures": [family.architecture]} | family.written | values).items())
+    )
 
 
 def in_family(config: ModelConfig, name: str) -> ModelConfig:
     """The same parameters as a model of another family, for tools that lack their own.
+
+    Dynamic NTK and log-n attention are left behind: the result is exact wherever they are
+    inactive, for Qwen v1 up to its seq_length.
 
     Raises:
       UserError: the other family cannot express this architecture.
     """
     if name == config.family:
         return config
-    if (config.family, name) != ("qwen_v1", "qwen2"):
+    other = dataclasses.replace(config, family=name, dynamic_ntk=False, logn_attention=False)
+    if name not in FAMILIES or _reads_as(other) != other:
         raise UserError(f"a model of the family {config.family} cannot be written as {name!r}")
-    return dataclasses.replace(config, family=name, dynamic_ntk=False, logn_attention=False)
+    return other
+
+
+def _reads_as(config: ModelConfig) -> ModelConfig:
+    return read_hf_config(json.dumps(to_hf_config(config)), f"config.json as {config.family}")
+
+
+def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> None:
+    """Raises UserError for a setting that changes the model in a way the decoder has not."""
+    if values.get("quantization_config"):
+        raise UserError(f"{where}: quantised weights are not supported; import the full ones")
+    for key, only in family.supported.items():
+        if values.get(key, only) != only:
+            raise UserError(
+                f"{where}: {key} {values[key]!r} is not supported, only {only!r}; a model made "
+                f"with another cannot be used here"
+            )
+
+
+def _refuse_windows(values: dict[str, Any], layers: int, where: str) -> None:
+    """Raises UserError where a layer's attention is not over the whole segment."""
+    kinds = values.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{where}: layer_types other than 'full_attention' are not supported")
+    window = values.get("use_sliding_window") and values.get("sliding_window")
+    if window and _number(values, "max_window_layers", True, where) < layers:
+        raise UserError(
+            f"{where}: use_sliding_window is true; sliding windows in use are not supported"
+        )
+
+
+def _rope(values: dict[str, Any], where: str) -> tuple[Any, RopeScaling | None]:
+    """Base and scaling, from the top of the file or from transformers 5's rope_parameters.
+
+    Raises:
+      UserError: both layouts at once, or a type of scaling other than Llama 3's.
+    """
+    if values.get("rope_scaling") and values.get("rope_parameters"):
+        raise UserError(f"{where} has both rope_scaling and rope_parameters; leave one of them")
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{where}: rotary parameters by layer type are not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(
+            f"{where}: rope type {kind!r} is not supported, only 'default' and 'llama3'; remove "
+            f"the scaling if the weights were trained without it"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported")
+    base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    if kind == "default":
+        return base, None
+    # As transformers has it: a length at the top wins, and without any it is the whole one.
+    key = "original_max_position_embeddings"
+    lengths = {key: values.get("max_position_embeddings")} | rope | values
+    rope = rope | {key: lengths[key]}
+    scaling = RopeScaling(
+        **{
+            field.name: _number(rope, field.name, field.type is int, where)
+            for field in dataclasses.fields(RopeScaling)
+        }
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise UserError(f"{where}: high_freq_factor must be greater than low_freq_factor")
+    return base, scaling
+
+
+def _value(values: dict[str, Any], field: str, keys: tuple[str, ...], where: str) -> Any:
+    """Our field from the first of its keys that the file has, checked by the field's type."""
+    key = next((key for key in keys if key in values), keys[0])
+    kind = ModelConfig.__annotations__[field]
+    if kind is not bool:
+        return _number(values, key, kind is int, where)
+    if not isinstance(values.get(key), bool):
+        raise UserError(f"{where}: {key} is {values.get(key)!r}, not true or false")
+    return values[key]
+
+
+def _number(values: dict[str, Any], key: str, whole: bool, where: str) -> Any:
+    """Raises UserError where the key is missing or no (whole) number above zero."""
+    value = values.get(key)
+    if value is None:
+        raise UserError(f"{where} lacks {key}")
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        kind = "a whole number" if whole else "a number"
+        raise UserError(f"{where}: {key} is {value!r}, not {kind} above zero")
+    return value

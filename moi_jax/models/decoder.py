@@ -1,4 +1,4 @@
-"""The one decoder: embedding, a scan over stacked layers, final norm, untied head."""
+"""The one decoder: embedding, a scan over stacked layers, final norm, head (tied or not)."""
 
 from functools import partial
 from typing import Any
@@ -26,6 +26,10 @@ class Block(nnx.Module):
     gate: nnx.Param
     up: nnx.Param
     down: nnx.Param
+    # Where the family has them; so are the biases of `project`.
+    out_bias: nnx.Param
+    query_norm: nnx.Param
+    key_norm: nnx.Param
 
     def __init__(self, config: ModelConfig, parameters: Tree):
         self.config = config
@@ -43,12 +47,17 @@ class Block(nnx.Module):
         """[B, S, D] -> [B, S, D]; query_scale [B, S] is log-n attention, None for 1."""
         y = rms_norm(x, self.attention_norm[...], self.config.norm_eps)
         query = self.project(y, "query")
-        key = rotary.apply_rotary(self.project(y, "key"), cos, sin)
-        query = rotary.apply_rotary(query, cos, sin)
+        key = self.project(y, "key")
+        if self.config.qk_norm:
+            query = rms_norm(query, self.query_norm[...], self.config.norm_eps)
+            key = rms_norm(key, self.key_norm[...], self.config.norm_eps)
+        query, key = (rotary.apply_rotary(heads, cos, sin) for heads in (query, key))
         if query_scale is not None:
             query = query * query_scale[..., None, None].astype(query.dtype)
         mixed = attention(query, key, self.project(y, "value"), segment_ids)
         x = x + jnp.einsum("bshn,hnd->bsd", mixed, self.out[...].astype(x.dtype))
+        if self.config.out_bias:
+            x = x + self.out_bias[...].astype(x.dtype)
 
         y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
         gate = jnp.einsum("bsd,df->bsf", y, self.gate[...].astype(x.dtype))
@@ -82,7 +91,8 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(parameters["embedding"])
         self.layers = Block(config, parameters["layers"])
         self.final_norm = nnx.Param(parameters["final_norm"])
-        self.head = nnx.Param(parameters["head"])
+        if not config.tied_head:
+            self.head = nnx.Param(parameters["head"])
 
     def __call__(
         self,
@@ -126,16 +136,18 @@ class Decoder(nnx.Module):
             lengths = rotary.segment_lengths(segment_ids)
             rope_alpha = rotary.ntk_alpha(lengths, config.seq_length)
         cos, sin = rotary.rotary_angles(
-            positions, config.head_dim, config.rope_base, rope_alpha, statistics
+            positions,
+            config.head_dim,
+            config.rope_base,
+            config.rope_scaling,
+            rope_alpha,
+            statistics,
         )
         query_scale = None
         if longer and config.logn_attention:
             query_scale = rotary.logn_scale(positions, config.seq_length, statistics)
 
-        # Gathered along D like any parameter in use: a lookup in its shards would leave x split
-        # along D, and XLA would make it whole on every device to split it by rows.
-        table = constrain(self.embedding[...].astype(self.compute_dtype), "vocab", None)
-        x = constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
+        x = self.embed(tokens)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, parameters: Any) -> tuple[jax.Array, None]:
@@ -145,10 +157,25 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(_with_remat(layer, self.remat), x, stacked)
         return rms_norm(x, self.final_norm[...], config.norm_eps)
 
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32[B, S] -> [B, S, D] in the compute dtype, split by rows."""
+        # Each device looks up its part of D for the rows of all, and gets its own rows' other
+        # parts by an all-to-all: neither the table nor its gradient is ever whole on a device.
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.compute_dtype)
+        x = constrain(x, "logits_batch", None, "embed")
+        return constrain(x, "batch", None, None)
+
+    def head_weight(self) -> jax.Array:
+        """[D, V] in the compute dtype: the head's, or the embedding's where they are tied."""
+        if not self.config.tied_head:
+            return self.head[...].astype(self.compute_dtype)
+        table = self.embedding[...].astype(self.compute_dtype)
+        return constrain(table, "head_vocab", None).T
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] in the compute dtype or float32, the wider."""
         statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
-        head = self.head[...].astype(hidden.dtype)
+        head = self.head_weight()
         return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=statistics)
 
 

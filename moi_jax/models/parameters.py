@@ -55,15 +55,21 @@ def declare(config: ModelConfig) -> dict[str, Parameter]:
         layer["query_bias"] = Parameter((h, n), ("heads", None), "zeros")
         layer["key_bias"] = Parameter((k, n), ("kv_heads", None), "zeros")
         layer["value_bias"] = Parameter((k, n), ("kv_heads", None), "zeros")
+    if c.out_bias:
+        layer["out_bias"] = Parameter((d,), (None,), "zeros")
+    if c.qk_norm:
+        layer["query_norm"] = Parameter((n,), (None,), "ones")
+        layer["key_norm"] = Parameter((n,), (None,), "ones")
     stacked = {
         f"layers.{name}": Parameter((c.num_layers, *p.shape), (None, *p.axes), p.init)
         for name, p in layer.items()
     }
+    head = {} if c.tied_head else {"head": Parameter((d, v), (None, "head_vocab"), "normal")}
     return {
         "embedding": Parameter((v, d), ("vocab", "embed"), "normal"),
         **stacked,
         "final_norm": Parameter((d,), (None,), "ones"),
-        "head": Parameter((d, v), (None, "head_vocab"), "normal"),
+        **head,
     }
 
 

@@ -1,9 +1,11 @@
-"""Rotary position embedding, dynamic NTK scaling and log-n attention scaling of Qwen v1."""
+"""Rotary position embedding, its scaling in Llama 3, dynamic NTK and log-n attention of Qwen v1."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+
+from moi_jax.models.config import RopeScaling
 
 # 2^24 times the trained length is beyond any row.
 _MAX_DOUBLINGS = 24
@@ -13,6 +15,7 @@ def rotary_angles(
     positions: jax.Array,
     head_dim: int,
     base: float,
+    scaling: RopeScaling | None,
     alpha: jax.Array | None,
     dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
@@ -20,6 +23,7 @@ def rotary_angles(
 
     Args:
       positions: int32[B, S], restarting with each segment.
+      scaling: Llama 3's, of the frequencies; None is none.
       alpha: NTK factor per token [B, S]; None is 1 everywhere. base' = base alpha^(N/(N-2)).
       dtype: of the angles, at least float32.
     """
@@ -29,8 +33,21 @@ def rotary_angles(
     else:
         scaled = base * alpha.astype(dtype) ** (head_dim / (head_dim - 2))
         inverse_frequencies = 1.0 / (scaled[..., None] ** exponents)
+    if scaling is not None:
+        inverse_frequencies = _llama3(inverse_frequencies, scaling)
     angles = positions[..., None].astype(dtype) * inverse_frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _llama3(inverse_frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Waves that turn often within the original length stay, slow ones are stretched by factor.
+
+    Between high_freq_factor and low_freq_factor turns the two are mixed linearly.
+    """
+    turns = scaling.original_max_position_embeddings * inverse_frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = jnp.clip(kept, 0, 1)
+    return inverse_frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,60 +1,50 @@
-"""Published tensors and our parameters, one at a time in both directions (Qwen v1)."""
+"""Published tensors into our parameters and back, by the table of the model's family."""
 
-import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from moi_jax.models import qwen
-from moi_jax.models.config import ModelConfig
+from moi_jax.models.config import ModelConfig, in_family
+from moi_jax.models.families import FAMILIES
+from moi_jax.models.family import HFTensor
 from moi_jax.models.parameters import declare
-
-_QWEN2 = {
-    "transformer.wte.weight": "model.embed_tokens.weight",
-    "transformer.h.{}.ln_1.weight": "model.layers.{}.input_layernorm.weight",
-    "transformer.h.{}.attn.c_attn.weight": "model.layers.{{}}.self_attn.{}_proj.weight",
-    "transformer.h.{}.attn.c_attn.bias": "model.layers.{{}}.self_attn.{}_proj.bias",
-    "transformer.h.{}.attn.c_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "transformer.h.{}.ln_2.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "transformer.h.{}.mlp.w1.weight": "model.layers.{}.mlp.up_proj.weight",
-    "transformer.h.{}.mlp.w2.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "transformer.h.{}.mlp.c_proj.weight": "model.layers.{}.mlp.down_proj.weight",
-    "transformer.ln_f.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-
-
-def _table(family: str) -> tuple[qwen.HFTensor, ...]:
-    if family == "qwen_v1":
-        return qwen.TENSORS
-    return tuple(
-        dataclasses.replace(t, name=_QWEN2[t.name].format(path[7]), paths=(path,))
-        if len(t.paths) > 1
-        else dataclasses.replace(t, name=_QWEN2[t.name])
-        for t in qwen.TENSORS
-        for path in t.paths
-    )
 
 
 def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {
-        name: qwen._published_shape(tensor, config)
-        for tensor in _table(config.family)
-        for name, _ in qwen._instances(tensor, config)
+    """Every tensor a checkpoint of this architecture holds, with its published shape.
+
+    In the order of the file: embedding, layer by layer, final norm, head.
+    """
+    return {name: _published_shape(tensor, config) for name, tensor, _ in _instances(config)}
+
+
+def redundant_tensors(config: ModelConfig) -> dict[str, str | None]:
+    """Tensors a checkpoint may hold besides: a tied head's copy, tables made from the config.
+
+    Name -> the tensor that it must equal; None where there is nothing to compare.
+    """
+    family = FAMILIES[config.family]
+    copies: dict[str, str | None] = {
+        name.format(layer): None for name in family.redundant for layer in range(config.num_layers)
     }
+    if config.tied_head:
+        by_path = {tensor.paths: tensor.name for tensor in family.tensors}
+        copies[by_path["head",]] = by_path["embedding",]
+    return copies
 
 
 def import_parameters(
     config: ModelConfig, read: Callable[[str], np.ndarray], dtype: np.typing.DTypeLike
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for path, parameter in declare(config).items():
-        tensor = next(t for t in _table(config.family) if path in t.paths)
-        value = np.empty(parameter.shape, dtype)
-        for name, layer in qwen._instances(tensor, config):
-            rows = np.split(read(name), len(tensor.paths))[tensor.paths.index(path)]
-            place = value if layer is None else value[layer]
-            place[...] = (rows.T if tensor.inputs else rows).reshape(place.shape)
-        yield path, value
+    """Our parameters one at a time, (dotted path, array of `dtype`), layers stacked.
+
+    Args:
+      read: a published tensor by its name, in any dtype. Called for one tensor at a time, once
+        for every parameter that has a part of it, so that no more than one is ever held.
+    """
+    for path in declare(config):
+        yield path, _stacked(config, path, read, dtype)
 
 
 def export_tensors(
@@ -62,15 +52,72 @@ def export_tensors(
     get: Callable[[str, int | None], np.ndarray],
     as_family: str | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for tensor in _table(as_family or config.family):
-        for name, layer in qwen._instances(tensor, config):
-            parts = []
-            for path in tensor.paths:
-                value = get(path, layer)
-                if tensor.inputs:
-                    columns = int(np.prod(value.shape[: tensor.inputs]))
-                    value = value.reshape(columns, -1).T
-                elif path != "embedding":
-                    value = value.reshape(-1)
-                parts.append(value)
-            yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
+    """Published tensors one at a time, (name, contiguous array), in the dtype `get` gives.
+
+    Args:
+      get: our parameter by its dotted path, or one layer of a stacked one by its number.
+      as_family: another family's names, see `in_family` for where that is exact.
+
+    Raises:
+      UserError: the parameters cannot be written as `as_family`.
+    """
+    config = in_family(config, as_family or config.family)
+    for name, tensor, layer in _instances(config):
+        rows = [_published(get(path, layer), tensor) for path in tensor.paths]
+        yield name, rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def _instances(config: ModelConfig) -> Iterator[tuple[str, HFTensor, int | None]]:
+    """Name, table entry and layer of every published tensor."""
+    declared = declare(config)
+    tensors = [
+        tensor for tensor in FAMILIES[config.family].tensors if declared.keys() & {*tensor.paths}
+    ]
+    first = next(i for i, tensor in enumerate(tensors) if "{}" in tensor.name)
+    stacked = [tensor for tensor in tensors if "{}" in tensor.name]
+    whole = [tensor for tensor in tensors if "{}" not in tensor.name]
+    yield from ((tensor.name, tensor, None) for tensor in whole[:first])
+    for layer in range(config.num_layers):
+        yield from ((tensor.name.format(layer), tensor, layer) for tensor in stacked)
+    yield from ((tensor.name, tensor, None) for tensor in whole[first:])
+
+
+def _stacked(
+    config: ModelConfig, path: str, read: Callable[[str], np.ndarray], dtype: np.typing.DTypeLike
+) -> np.ndarray:
+    parameter = np.empty(declare(config)[path].shape, dtype)
+    for name, tensor, layer in _instances(config):
+        if path in tensor.paths:
+            _place(read(name), tensor, path, parameter if layer is None else parameter[layer])
+    return parameter
+
+
+def _place(published: np.ndarray, tensor: HFTensor, path: str, place: np.ndarray) -> None:
+    """Copies the rows of a published tensor that are `path`'s into one layer of ours."""
+    rows = np.split(published, len(tensor.paths))[tensor.paths.index(path)]
+    place[...] = (rows.T if tensor.inputs else rows).reshape(place.shape)
+
+
+def _published(parameter: np.ndarray, tensor: HFTensor) -> np.ndarray:
+    """Ours -> [out, in], or rows alone for what is no matrix product (biases, norms)."""
+    if not tensor.inputs:
+        return parameter.reshape(*_rows(tensor, parameter.shape))
+    columns = math.prod(parameter.shape[: tensor.inputs])
+    return np.ascontiguousarray(parameter.reshape(columns, -1).T)
+
+
+def _rows(tensor: HFTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The embedding [V, D] is published as it is; a bias [heads, N] in one row."""
+    return shape if tensor.paths == ("embedding",) else (math.prod(shape),)
+
+
+def _published_shape(tensor: HFTensor, config: ModelConfig) -> tuple[int, ...]:
+    shape = declare(config)[tensor.paths[0]].shape
+    if "{}" in tensor.name:
+        shape = shape[1:]
+    if tensor.inputs:
+        columns = math.prod(shape[: tensor.inputs])
+        shape = (math.prod(shape) // columns, columns)
+    else:
+        shape = _rows(tensor, shape)
+    return (len(tensor.paths) * shape[0], *shape[1:])

@@ -19,7 +19,8 @@ from moi_jax.data.run_plan import RunPlan
 from moi_jax.data.statistics import mixture_statistics, print_mixture, print_sources
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
-from moi_jax.models.config import ModelConfig, preset
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.presets import preset
 from moi_jax.training.checkpoints import ModelItems, newest_step, read_items
 
 
@@ -148,10 +149,12 @@ def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None
         )
     length = config.data.sequence_length
     if length > model.seq_length and not config.model.allow_longer:
+        reason = "it was trained on no position beyond"
+        if model.dynamic_ntk or model.logn_attention:
+            reason = "training has dynamic NTK and log-n attention off, inference turns them on"
         raise UserError(
             f"data.sequence_length {length} is over the model's seq_length {model.seq_length}: "
-            f"training has dynamic NTK and log-n attention off, inference would turn them on. "
-            f"Shorten the rows or set model.allow_longer: true"
+            f"{reason}. Shorten the rows or set model.allow_longer: true"
         )
     dtypes = (config.model.param_dtype, config.model.compute_dtype, config.optimizer.moment_dtype)
     if "float64" in dtypes and not jax.config.read("jax_enable_x64"):

@@ -27,7 +27,7 @@ def batch_sums(model: Decoder, batch: Batch, domains: int) -> tuple[jax.Array, M
     Sums, never means: they add up over microbatches and devices to what one batch gives.
     """
     hidden = model.hidden_states(batch.tokens, batch.positions, batch.segment_ids, training=True)
-    nll = token_nll(hidden, model.head[...], batch.targets)
+    nll = token_nll(hidden, model.head_weight(), batch.targets)
     counts = batch.loss_weights > 0
     # A position whose weight is zero must not reach the sum even as 0 * inf.
     nll = jnp.where(counts, nll, 0)

@@ -1,0 +1,22 @@
+"""Qwen3, the dense sizes: RMSNorm over each head of queries and keys, heads of a width apart."""
+
+from moi_jax.models.families import llama
+from moi_jax.models.family import Family, HFTensor
+
+QWEN3 = Family(
+    name="qwen3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    keys=llama.KEYS | llama.BIAS_KEYS,
+    fixed=llama.FIXED | {"qk_norm": True},
+    defaults=llama.DEFAULTS | {"head_dim": 128, "max_window_layers": 28},
+    supported=llama.SUPPORTED,
+    written=llama.WRITTEN
+    | {"model_type": "qwen3", "rope_scaling": None, "use_sliding_window": False},
+    tensors=(
+        *llama.TENSORS,
+        HFTensor("model.layers.{}.self_attn.q_norm.weight", ("layers.query_norm",)),
+        HFTensor("model.layers.{}.self_attn.k_norm.weight", ("layers.key_norm",)),
+    ),
+    derives_head_dim=False,
+)
