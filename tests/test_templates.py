@@ -84,6 +84,12 @@ def checked(tokenizer: Tokenizer, template: object, **more: object) -> TemplateR
     [
         (PLAIN, None),
         (SMOLLM2, "You are small."),
+        (
+            PLAIN.replace("{{ '<|im_start|>' + m", "{% generation %}{{ '<|im_start|>' + m").replace(
+                "{% endfor %}", "{% endgeneration %}{% endfor %}"
+            ),
+            None,
+        ),
         (QWEN2, 'You are "Q".\nBe kind.'),
         ([{"name": "tool_use", "template": ""}, {"name": "default", "template": PLAIN}], None),
     ],
@@ -109,6 +115,7 @@ def test_llama3_of_a_checkpoint_is_known(bos: object) -> None:
         (CHATML, PLAIN.replace("+ m.content", "+ '<think>' + m.content"), "'.*<think>.*' where"),
         (CHATML, "{{ raise_exception('no system here') }}", "no system here"),
         (CHATML, "{% for %}", "cannot be rendered"),
+        (CHATML, "{{ 1 / 0 }}", "cannot be rendered: division"),
         (CHATML, "{{ messages[9].content + 1 }}", "cannot be rendered"),
         (LLAMA3, LLAMA3_JINJA, "of a chat of user, its own renders '<|start"),  # no bos_token
     ],

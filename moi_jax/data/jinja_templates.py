@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moi_jax.data.chatml import render, render_prompt
@@ -97,8 +97,9 @@ def _compare(source: str, settings: dict[str, Any], tokenizer: Tokenizer) -> Tem
     try:
         template = _environment().from_string(source)
         theirs = [tokenizer.normalize(_render(template, settings, chat)) for chat in CHATS]
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        return TemplateReport(name, True, None, f"its own cannot be rendered: {error}")
+    except Exception as error:  # a template is a program and may raise anything
+        reason = " ".join(str(error).split())
+        return TemplateReport(name, True, None, f"its own cannot be rendered: {reason}")
     default = _default_prompt(theirs[0], tokenizer)
     for chat, text in zip(CHATS, theirs, strict=True):
         ours = _ours(chat, tokenizer, default)
@@ -108,6 +109,16 @@ def _compare(source: str, settings: dict[str, Any], tokenizer: Tokenizer) -> Tem
                 name, True, default, f"of a chat of {roles}, {_where(text, ours)}"
             )
     return TemplateReport(name, True, default)
+
+
+class _Generation(Extension):
+    """{% generation %}: marks what the assistant wrote, and changes nothing in the text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -120,7 +131,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: "26 Jul 2024"}

@@ -113,7 +113,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def normalize(self, text: str) -> str:
-        """The form of a text in which it is encoded, and in which offsets count."""
+        """The form of a text that offsets count in: composed (NFC), where the tokenizer does it."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
