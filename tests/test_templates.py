@@ -103,8 +103,13 @@ def test_chatml_of_a_checkpoint_is_known_with_its_default_prompt(
 
 @pytest.mark.parametrize("bos", ["<|begin_of_text|>", {"content": "<|begin_of_text|>"}])
 def test_llama3_of_a_checkpoint_is_known(bos: object) -> None:
-    report = checked(LLAMA3, LLAMA3_JINJA, bos_token=bos)
-    assert report == TemplateReport("llama3", True, None, None)
+    known = TemplateReport("llama3", True, None, None)
+    assert checked(LLAMA3, LLAMA3_JINJA, bos_token=bos) == known
+    files = {
+        "chat_template.jinja": LLAMA3_JINJA,
+        "special_tokens_map.json": json.dumps({"bos_token": bos}),
+    }
+    assert check_template(files, LLAMA3) == known
 
 
 @pytest.mark.parametrize(
@@ -162,8 +167,8 @@ def test_of_two_possible_templates_the_equal_one_is_found() -> None:
 
 
 def test_damaged_settings_are_one_line() -> None:
-    for text in ("{", "[]"):
-        with pytest.raises(UserError, match=r"tokenizer_config\.json is no"):
+    for text in ("{", "[]", '{"chat_template": ["x"]}'):
+        with pytest.raises(UserError, match=r"tokenizer_config\.json is (no|damaged)"):
             check_template({"tokenizer_config.json": text}, CHATML)
 
 

@@ -224,6 +224,7 @@ def changed(name: str, text: str | None) -> dict[str, str]:
         (changed("vocab.json", "[]"), "vocab.json is no JSON object"),
         (changed("vocab.json", '{"a": "b"}'), "no object of tokens and their ids"),
         (changed("vocab.json", '{"a": 0, "b": 9}'), "have gaps"),
+        (changed("added_tokens.json", '{"<|x|>": "one"}'), "added tokens are damaged"),
         (changed("tokenizer_config.json", None), "tokenizer_class None"),
         (vocabulary_files("LlamaTokenizer"), "tokenizer_class LlamaTokenizer"),
     ],

@@ -12,9 +12,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moi_jax.data.chatml import render, render_prompt
 from moi_jax.data.conversations import Conversation, Message
-from moi_jax.data.templates import ROLE, TEMPLATES, Template
+from moi_jax.data.templates import ROLE, TEMPLATES
 from moi_jax.data.tokenizer import Tokenizer
-from moi_jax.data.vocabulary_files import NAMED, content, read_object
+from moi_jax.data.vocabulary_files import NAMED, read_object, token_text
 from moi_jax.errors import UserError
 
 QUESTION = Message("user", "What is 2 + 2?")
@@ -61,9 +61,10 @@ def check_template(files: Mapping[str, str], tokenizer: Tokenizer) -> TemplateRe
     """Renders fixed chats by the chat template among a tokenizer's files, and by each of ours.
 
     Raises:
-      UserError: tokenizer_config.json is damaged.
+      UserError: the tokenizer's settings are damaged.
     """
-    settings = read_object(files, "tokenizer_config.json")
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    settings = {key: value for name in names for key, value in read_object(files, name).items()}
     source = _own_template(files, settings)
     candidates = []
     for name in TEMPLATES:
@@ -86,8 +87,11 @@ def _own_template(files: Mapping[str, str], settings: dict[str, Any]) -> str | N
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"]
     found = settings.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = {each["name"]: each["template"] for each in found}.get("default")
+    try:
+        if isinstance(found, list):  # several, by name
+            found = {each["name"]: each["template"] for each in found}.get("default")
+    except (KeyError, TypeError):
+        raise UserError("the chat_template in tokenizer_config.json is damaged") from None
     return found
 
 
@@ -144,7 +148,7 @@ def _render(template: jinja2.Template, settings: dict[str, Any], chat: Sequence[
         add_generation_prompt=chat[-1].role == "user",
         tools=None,
         documents=None,
-        **{name: content(settings.get(name)) or "" for name in NAMED},
+        **{name: token_text(settings.get(name)) or "" for name in NAMED},
     )
 
 
@@ -182,22 +186,20 @@ def export_jinja(prompts: Mapping[str, Any]) -> str:
     if prompts["chat_template"] not in TEMPLATES:
         raise UserError(f"there is no chat template {prompts['chat_template']} to write out")
     template = TEMPLATES[prompts["chat_template"]]
-    parts = [_output([*map(_literal, template.OPENING)])] if template.OPENING else []
+    role = template.HEADER.index(ROLE)
+    before, after = "".join(template.HEADER[:role]), "".join(template.HEADER[role + 1 :])
+    opening, footer = "".join(template.OPENING), "".join(template.FOOTER)
+    parts = [_output(_literal(opening))] if opening else []
     default = prompts["default_system_prompt"]
     if default is not None:
-        block = [*_header(template, _literal("system")), _literal(template.text(default))]
-        block += map(_literal, template.FOOTER)
-        parts.append(f"{{%- if messages[0]['role'] != 'system' %}}{_output(block)}{{%- endif %}}")
-    filtered = "message['content'] | trim" if template.STRIPS else "message['content']"
-    turn = [*_header(template, "message['role']"), filtered, *map(_literal, template.FOOTER)]
-    parts.append(f"{{%- for message in messages %}}{_output(turn)}{{%- endfor %}}")
-    begun = _output(_header(template, _literal("assistant")))
+        block = _output(_literal(f"{before}system{after}{template.text(default)}{footer}"))
+        parts.append(f"{{%- if messages[0]['role'] != 'system' %}}{block}{{%- endif %}}")
+    content = "message['content'] | trim" if template.STRIPS else "message['content']"
+    turn = [_literal(before), "message['role']", _literal(after), content, _literal(footer)]
+    parts.append(f"{{%- for message in messages %}}{_output(*turn)}{{%- endfor %}}")
+    begun = _output(_literal(f"{before}assistant{after}"))
     parts.append(f"{{%- if add_generation_prompt %}}{begun}{{%- endif %}}")
     return "\n".join(parts)
-
-
-def _header(template: type[Template], role: str) -> list[str]:
-    return [role if piece == ROLE else _literal(piece) for piece in template.HEADER]
 
 
 def _literal(text: str) -> str:
@@ -205,5 +207,5 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _output(expressions: Sequence[str]) -> str:
+def _output(*expressions: str) -> str:
     return "{{- " + " + ".join(expressions) + " -}}"

@@ -56,19 +56,22 @@ def _added(
     """The tokens beside the vocabulary: their ids, and whether they are special."""
     added: dict[str, tuple[int, bool]] = {}
     # The newest of the two that list them wins; the older knows no tokens that are not special.
-    for token, number in read_object(files, "added_tokens.json").items():
-        added[token] = int(number), True
-    for number, token in settings.get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(number), bool(token.get("special"))
+    try:
+        for token, number in read_object(files, "added_tokens.json").items():
+            added[token] = int(number), True
+        for number, token in settings.get("added_tokens_decoder", {}).items():
+            added[token["content"]] = int(number), bool(token.get("special"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the tokenizer's added tokens are damaged ({error!r})") from None
     for source in (read_object(files, "special_tokens_map.json"), settings):
         for name in NAMED:
-            named = content(source.get(name))
+            named = token_text(source.get(name))
             if named and named in vocabulary:
                 added.setdefault(named, (vocabulary[named], True))
     return added
 
 
-def content(token: Any) -> str | None:
+def token_text(token: Any) -> str | None:
     """The text of a token in a tokenizer's settings, where it stands plain or in an object."""
     return token.get("content") if isinstance(token, dict) else token
 
