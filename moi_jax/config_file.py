@@ -17,7 +17,6 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 # Keys of the design that exist, with the values that are built so far.
 BUILT: dict[str, tuple[Any, ...]] = {
     "model.attention": ("auto", "xla"),
-    "tokenizer.chat_template": ("from_checkpoint", "chatml"),
     "mesh.context": (1,),
     "train.early_stopping_patience": (None,),
     "train.profile_steps": (None,),

@@ -125,6 +125,7 @@ def import_checkpoint(
     import ml_dtypes  # noqa: F401  # brings bfloat16 to numpy
     import numpy as np
 
+    from moi_jax.data.jinja_templates import check_template
     from moi_jax.data.prompts import prompts_item
     from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
     from moi_jax.models.provenance import read_provenance
@@ -146,7 +147,11 @@ def import_checkpoint(
             f"{model.vocab_size} rows; is it the tokenizer of this model?"
         )
     wanted = np.dtype(dtype or published.common_dtype)
-    prompts = prompts_item(model.default_system_prompt)
+    report = check_template(files.files, files)
+    default = report.default_system_prompt if report.own else model.default_system_prompt
+    if report.difference:
+        print(f"chat template: {report.template} is the nearest; {report.difference}")
+    prompts = prompts_item(default, report.template)
     provenance = read_provenance(source, published.token_ids)
     items = ModelItems(model, files.files, prompts, provenance)
     with new_directory(out) as staging, _reading(published) as read:
@@ -234,7 +239,7 @@ def verify_checkpoint(
     from moi_jax.evaluation import parity
     from moi_jax.models.config import in_family, read_hf_config
     from moi_jax.models.published import TensorFiles, read_bytes
-    from moi_jax.models.weights import export_tensors
+    from moi_jax.models.weights import export_tensors, redundant_tensors
     from moi_jax.training.checkpoints import find_step, load, read_items, stored_parameters
 
     step = find_step(checkpoint)
@@ -243,17 +248,20 @@ def verify_checkpoint(
     theirs = read_hf_config(read_bytes(path), str(path))
     model = in_family(items.model, theirs.family)
     stored = stored_parameters(step, items.model)
-    with byte_bar("comparing", parity.total_bytes(TensorFiles(directory))) as advance:
+    files, ignored = TensorFiles(directory), redundant_tensors(theirs)
+    with byte_bar("comparing", parity.total_bytes(files)) as advance:
         tensors = export_tensors(items.model, stored.get, theirs.family)
         report = {
             "checkpoint": str(step),
             "against": str(directory),
             "config": parity.compare_configs(model, theirs),
-            "tensors": parity.compare_tensors(tensors, TensorFiles(directory), advance),
+            "tensors": parity.compare_tensors(tensors, files, ignored, advance),
         }
     # In another family's terms it is the same model up to its seq_length alone.
     longest = parity.PROMPT_TOKENS if model == items.model else model.seq_length
-    ids = parity.prompt_ids(Tokenizer.from_files(items.tokenizer), longest)
+    ids = parity.prompt_ids(
+        Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"]), longest
+    )
     reason = "--tensors-only was given" if tensors_only else parity.why_no_reference(theirs)
     if reason is None:
 

@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moi_jax.models.config import preset, to_hf_config
+from moi_jax.models.config import to_hf_config
+from moi_jax.models.presets import preset
 from moi_jax.models.published import TensorFiles
 from moi_jax.models.published_writer import write_tensors
 from moi_jax.models.weights import published_shapes

@@ -1,4 +1,4 @@
-"""ChatML: the official rows and labels of Qwen, the loss spans, and the change of system prompt."""
+"""Rows: the official ones of Qwen, the loss spans of each template, other system prompts."""
 
 import importlib.util
 import json
@@ -22,9 +22,12 @@ from moi_jax.data.chatml import (
 from moi_jax.data.conversations import Conversation, Message
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
 
+from template_helpers import SAMPLES, llama3_tokenizer
+
 # A slow machine is no failure.
 STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "moi_jax" / "data" / "samples" / "tokenizer")
+TOKENIZER = load_tokenizer(SAMPLES / "tokenizer")
+LLAMA3 = llama3_tokenizer()
 MODES = ["append", "replace", "keep", "drop_row"]
 REACT = (
     "Thought: look\nAction: find\nAction Input: x\nObservation: 12 °C\nThought: again\n"
@@ -38,17 +41,22 @@ def conversation(*turns: str, system: str | None = None) -> Conversation:
     return Conversation((*head, *(Message(r, t) for r, t in zip(roles, turns, strict=False))))  # type: ignore[arg-type]
 
 
-def one(chat: Conversation, prompt: str | None = "Be kind.", mode: str = "append") -> Instruction:
-    (instruction,) = render([chat], TOKENIZER, prompt, mode)
+def one(
+    chat: Conversation,
+    prompt: str | None = "Be kind.",
+    mode: str = "append",
+    tokenizer: Tokenizer = TOKENIZER,
+) -> Instruction:
+    (instruction,) = render([chat], tokenizer, prompt, mode)
     return instruction
 
 
-def labelled(instruction: Instruction, targets: str) -> str:
+def labelled(instruction: Instruction, targets: str, tokenizer: Tokenizer = TOKENIZER) -> str:
     """The text of the labels, with | wherever they are interrupted."""
     mask = label_mask(instruction, targets)
     runs = np.split(np.arange(len(mask)), np.flatnonzero(np.diff(mask)) + 1)
     kept = [instruction.tokens[run].tolist() for run in runs if len(run) and mask[run[0]]]
-    return "|".join(TOKENIZER.decode(ids) for ids in kept)
+    return "|".join(tokenizer.decode(ids) for ids in kept)
 
 
 def assert_same(one: Instruction, other: Instruction) -> None:
@@ -77,7 +85,7 @@ def test_rows_and_labels_equal_the_official_preprocessing(
 ) -> None:
     for chat in golden_chats(golden):
         official = chat[f"preprocess_max_len_{max_len}"]
-        real = sum(token != qwen.endoftext for token in official["input_ids"])
+        real = sum(token != qwen.template.pad for token in official["input_ids"])
         turns = [turn["value"] for turn in chat["conversations"]]
         (row,) = render([conversation(*turns)], qwen, chat["system"], "append")
         assert row.tokens[:real].tolist() == official["input_ids"][:real]
@@ -102,7 +110,7 @@ def test_prompt_is_the_beginning_of_the_training_row() -> None:
     chat = conversation("Hi", "Hello.", "More", "Yes.")
     row = one(chat)
     prompt = render_prompt(chat.messages[:-1], TOKENIZER, "Be kind.")
-    answer = [*TOKENIZER.encode("Yes."), TOKENIZER.im_end, *TOKENIZER.encode("\n")]
+    answer = [*TOKENIZER.encode("Yes."), TOKENIZER.template.end, *TOKENIZER.encode("\n")]
     assert prompt + answer == row.tokens.tolist()
 
 
@@ -118,6 +126,30 @@ def test_labels_of_a_chat_by_hand() -> None:
         "<|im_end|>\n<|im_start|>|<|im_end|>\n<|im_start|>|Hello.<|im_end|>\n<|im_start|>|"
         "<|im_end|>\n<|im_start|>|Yes.<|im_end|>\n"
     )
+
+
+def test_labels_of_a_llama3_chat_by_hand() -> None:
+    def of(text: str) -> str:  # a bar in a token's name would look like an interruption
+        return text.replace("<|", "<").replace("|>", ">")
+
+    chat = conversation("Hi", " Hello.\n", "More", "Yes.")
+    row = one(chat, tokenizer=LLAMA3)
+    turn = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
+    turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "More")]
+    assert LLAMA3.decode(row.tokens) == "<|begin_of_text|>" + "".join(
+        turn.format(*both) for both in [*turns, ("assistant", "Yes.")]
+    )
+    assert LLAMA3.decode(row.tokens[row.system_length :][:3]).startswith("<|start_header_id|>user")
+    assert of(labelled(row, "assistant", LLAMA3)) == "Hello.<eot_id>|Yes.<eot_id>"
+    assert of(labelled(row, "qwen_official", LLAMA3)) == (
+        "<eot_id><start_header_id>|<eot_id><start_header_id>|Hello.<eot_id><start_header_id>|"
+        "<eot_id><start_header_id>|Yes.<eot_id>"
+    )
+    bare = one(chat, None, tokenizer=LLAMA3)
+    assert LLAMA3.decode(bare.tokens[:2]) == "<|begin_of_text|><|start_header_id|>"
+    assert of(labelled(bare, "qwen_official", LLAMA3)).startswith("<eot_id><start_header_id>|Hello")
+    answer = [*LLAMA3.encode("Yes."), LLAMA3.template.end]
+    assert render_prompt(chat.messages[:-1], LLAMA3, "Be kind.") + answer == row.tokens.tolist()
 
 
 def test_untrained_message_carries_no_loss() -> None:
@@ -208,10 +240,14 @@ PROMPTS = st.none() | st.text(max_size=8)
 
 
 MODEL_LINES = ("\nThought:", "\nAction:", "\nFinal Answer:")
+TOKENIZERS = st.sampled_from([TOKENIZER, LLAMA3])
 
 
-def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list[bool], list[bool]]:
+def slow_oracle(
+    chat: Conversation, system: str | None, tokenizer: Tokenizer
+) -> tuple[list[int], list[bool], list[bool]]:
     """Tokens and both label masks, written down one token after the other."""
+    llama3 = tokenizer is LLAMA3
     tokens: list[int] = []
     assistant: list[bool] = []
     official: list[bool] = []
@@ -220,16 +256,28 @@ def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list
         for token in ids:
             tokens.append(token)
             assistant.append(by_assistant)
-            official.append(by_official and len(tokens) > 1)
+            official.append(by_official)
 
+    def mark(name: str, by_assistant: bool, by_official: bool) -> None:
+        special = tokenizer.special(name)
+        assert special is not None
+        put([special], by_assistant, by_official)
+
+    if llama3:
+        mark("<|begin_of_text|>", False, False)
     turns = [] if system is None else [Message("system", system)]
-    for message in (*turns, *chat.turns):
-        put([TOKENIZER.im_start], False, message.train)
-        put(TOKENIZER.encode(message.role), False, False)
-        put(TOKENIZER.encode("\n"), False, False)
+    for number, message in enumerate((*turns, *chat.turns)):
+        mark(
+            "<|start_header_id|>" if llama3 else "<|im_start|>", False, message.train and number > 0
+        )
+        put(tokenizer.encode(message.role), False, False)
+        if llama3:
+            mark("<|end_header_id|>", False, False)
+        put(tokenizer.encode("\n\n" if llama3 else "\n"), False, False)
         trained = message.role == "assistant" and message.train
-        ids, offsets = TOKENIZER.encode_with_offsets(message.content)
-        content = "".join(TOKENIZER.decode(ids))
+        text = message.content.strip() if llama3 else message.content
+        ids, offsets = tokenizer.encode_with_offsets(text)
+        content = "".join(tokenizer.decode(ids))
         for token, (begin, _) in zip(ids, offsets, strict=True):
             # Observed: the last "\nObservation:" that ends before the token opened an
             # observation, or an earlier one did, and nothing in MODEL_LINES has begun since.
@@ -243,19 +291,23 @@ def slow_oracle(chat: Conversation, system: str | None) -> tuple[list[int], list
                 observed |= opened <= begin < closed
                 at = closed
             put([token], trained and not observed, trained)
-        put([TOKENIZER.im_end], trained, message.train)
-        put(TOKENIZER.encode("\n"), False, message.train)
+        mark("<|eot_id|>" if llama3 else "<|im_end|>", trained, message.train)
+        if not llama3:
+            put(tokenizer.encode("\n"), False, message.train)
     return tokens, assistant, official
 
 
 @STEADY
-@given(st.lists(conversations(), min_size=1, max_size=3), PROMPTS, st.sampled_from(MODES))
+@given(
+    st.lists(conversations(), min_size=1, max_size=3), PROMPTS, st.sampled_from(MODES), TOKENIZERS
+)
 def test_rows_and_masks_equal_the_slow_oracle(
-    chats: list[Conversation], prompt: str | None, mode: str
+    chats: list[Conversation], prompt: str | None, mode: str, tokenizer: Tokenizer
 ) -> None:
-    for chat, row in zip(chats, render(chats, TOKENIZER, prompt, mode), strict=True):
+    for chat, row in zip(chats, render(chats, tokenizer, prompt, mode), strict=True):
         system = system_text(prompt, chat.system or "", mode)
-        tokens, assistant, official = slow_oracle(chat, system)
+        system = system.strip() if system is not None and tokenizer is LLAMA3 else system
+        tokens, assistant, official = slow_oracle(chat, system, tokenizer)
         assert row.tokens.tolist() == tokens
         assert label_mask(row, "assistant").tolist() == assistant
         assert label_mask(row, "qwen_official").tolist() == official
@@ -266,22 +318,25 @@ def test_rows_and_masks_equal_the_slow_oracle(
 
 
 @STEADY
-@given(conversations(), PROMPTS, PROMPTS, st.sampled_from(MODES))
+@given(conversations(), PROMPTS, PROMPTS, st.sampled_from(MODES), TOKENIZERS)
 def test_other_system_prompt_gives_what_rendering_under_it_gives(
-    chat: Conversation, prompt: str | None, other: str | None, mode: str
+    chat: Conversation, prompt: str | None, other: str | None, mode: str, tokenizer: Tokenizer
 ) -> None:
-    changed = with_system_prompt(one(chat, prompt, mode), TOKENIZER, other, mode)
-    assert_same(changed, one(chat, other, mode))
+    changed = with_system_prompt(one(chat, prompt, mode, tokenizer), tokenizer, other, mode)
+    assert_same(changed, one(chat, other, mode, tokenizer))
 
 
 @STEADY
-@given(conversations(), PROMPTS, st.integers(0, 150))
+@given(conversations(), PROMPTS, st.integers(0, 150), TOKENIZERS)
 def test_first_exchanges_render_the_longest_fitting_conversation(
-    chat: Conversation, prompt: str | None, limit: int
+    chat: Conversation, prompt: str | None, limit: int, tokenizer: Tokenizer
 ) -> None:
+    def cut(count: int) -> Instruction:
+        return one(chat.first_exchanges(count), prompt, tokenizer=tokenizer)
+
     counts = range(1, len(chat.turns) // 2 + 1)
-    fitting = [n for n in counts if len(one(chat.first_exchanges(n), prompt).tokens) <= limit]
-    shorter, count = first_exchanges(one(chat, prompt), TOKENIZER, limit)
+    fitting = [n for n in counts if len(cut(n).tokens) <= limit]
+    shorter, count = first_exchanges(one(chat, prompt, tokenizer=tokenizer), tokenizer, limit)
     assert count == max(fitting, default=0)
     if count:
-        assert_same(shorter, one(chat.first_exchanges(count), prompt))
+        assert_same(shorter, cut(count))

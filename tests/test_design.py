@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moi_jax"
 COMMANDS = {"train", "prepare", "convert", "preview"}
-SHARED = {"config", "config_file", "errors", "console"}
+SHARED = {"byte_level", "config", "config_file", "errors", "console"}
 MAY_IMPORT = {
     "models": SHARED,
     "data": SHARED,

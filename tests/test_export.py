@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from moi_jax.convert import export_checkpoint, import_checkpoint, parse_size
 from moi_jax.errors import UserError
+from moi_jax.models.published import open_published
 from moi_jax.models.published_writer import plan_shards
 from moi_jax.training.checkpoints import find_step
 
@@ -59,13 +60,7 @@ def trained(tmp_path_factory):
 def test_import_then_export_gives_the_same_bits(imported, tmp_path, name):
     export_checkpoint(imported / f"{name}-ckpt", tmp_path / "out")
     assert same_bits(imported / name, tmp_path / "out")
-    before, after = (
-        json.loads((folder / "config.json").read_text())
-        for folder in (imported / name, tmp_path / "out")
-    )
-    assert {key: before[key] for key in after if key in before} == {
-        key: after[key] for key in after if key in before
-    }
+    assert open_published(tmp_path / "out").config == open_published(imported / name).config
     for file in ("tokenizer.json", "generation_config.json", "LICENSE"):
         original, exported = ((f / file).read_text() for f in (imported / name, tmp_path / "out"))
         if file.endswith(".json"):
@@ -170,8 +165,8 @@ def test_a_trained_checkpoint_exports_its_parameters_with_an_account_of_itself(t
 
 def test_a_trained_checkpoint_stores_large_parameters_by_layer(trained, monkeypatch):
     """So that an export reads one layer at a time."""
-    from moi_jax.models.config import preset
     from moi_jax.models.parameters import declare
+    from moi_jax.models.presets import preset
     from moi_jax.training import parameter_files
 
     monkeypatch.setattr(parameter_files, "CHUNK_BYTES", 10_000)

@@ -322,7 +322,9 @@ def test_the_shipped_samples_stream_from_their_cache(tmp_path, targets):
     selections = cache.select(caches, HeldOut(), targets)
     corpus = Corpus.of_training(caches, selections, targets)
     run = RunPlan(corpus, config.data, config.train)
-    source = RowSource(run, caches, [s.train for s in selections], config.loss, tokenizer.endoftext)
+    source = RowSource(
+        run, caches, [s.train for s in selections], config.loss, tokenizer.template.pad
+    )
     plan = run.epoch_plan(0)
     tokens = weights = 0
     for number, batch in enumerate(batch_dataset(source)):
@@ -337,7 +339,7 @@ def test_the_shipped_samples_stream_from_their_cache(tmp_path, targets):
                 ]
             )
             np.testing.assert_array_equal(batch.tokens[0, : len(first)], first)
-            assert (batch.tokens[0, len(first) :] == tokenizer.endoftext).all()
+            assert (batch.tokens[0, len(first) :] == tokenizer.template.pad).all()
             assert tokenizer.decode(first[:20].tolist()).startswith("<|im_start|>system")
     assert tokens == plan.tokens
     assert weights == plan.loss_tokens

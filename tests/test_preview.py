@@ -160,7 +160,7 @@ def test_the_audit_passes_under_every_switch_of_the_data(ragged, overrides):
 def test_the_audit_passes_where_an_exchange_just_fits(ragged):
     inputs, _ = opened(ragged)
     instructions = inputs.caches[0].read(range(len(inputs.caches[0].lengths)))
-    turns = [np.flatnonzero(i.tokens == inputs.tokenizer.im_start) for i in instructions]
+    turns = [np.flatnonzero(i.tokens == inputs.tokenizer.template.turn) for i in instructions]
     # System, user, assistant, and where the next exchange begins.
     limit = next(int(begins[3]) for begins in turns if len(begins) > 3 and begins[3] > 100)
     inputs, source = opened(ragged, f"data.max_instruction_tokens={limit}")

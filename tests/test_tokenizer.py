@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import pickle
 import unicodedata
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from moi_jax.data.tokenizer import QWEN_PATTERN, Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
+
+from template_helpers import llama3_tokenizer
 
 # A slow machine is no failure.
 STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -49,8 +52,8 @@ def golden_tokens(golden: Path) -> dict:
 def test_qwen_ids_equal_the_reference(golden_tokens: dict) -> None:
     qwen = load("qwen")
     meta, strings = golden_tokens["meta"], golden_tokens["strings"]
-    assert (qwen.vocab_size, qwen.endoftext) == (meta["n_vocab"], meta["eod_id"])
-    assert (qwen.im_start, qwen.im_end) == (meta["im_start"], meta["im_end"])
+    assert (qwen.vocab_size, qwen.template.pad) == (meta["n_vocab"], meta["eod_id"])
+    assert (qwen.template.turn, qwen.template.end) == (meta["im_start"], meta["im_end"])
     assert meta["pat_str"] == QWEN_PATTERN
     assert qwen.encode_batch([s["text"] for s in strings]) == [s["ids_no_special"] for s in strings]
     for string in strings:
@@ -61,7 +64,8 @@ def test_qwen_ids_equal_the_reference(golden_tokens: dict) -> None:
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
-    specials = {tokenizer.im_start, tokenizer.im_end, tokenizer.endoftext}
+    specials = set(tokenizer.template.controls)
+    assert len(specials) == 3
     text = "a<|im_start|>system\nb<|im_end|><|endoftext|>"
     for ids in (
         tokenizer.encode(text),
@@ -73,7 +77,8 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
 
 
 def test_decode_shows_special_tokens(tokenizer: Tokenizer) -> None:
-    ids = [tokenizer.im_start, *tokenizer.encode("user"), tokenizer.im_end, tokenizer.endoftext]
+    turn, end, pad = (getattr(tokenizer.template, name) for name in ("turn", "end", "pad"))
+    ids = [turn, *tokenizer.encode("user"), end, pad]
     assert tokenizer.decode(ids) == "<|im_start|>user<|im_end|><|endoftext|>"
 
 
@@ -131,7 +136,8 @@ def test_fingerprint_depends_on_the_deciding_file_alone() -> None:
 def test_tiktoken_specials_follow_the_ranks() -> None:
     tiny = Tokenizer.from_files({"qwen.tiktoken": TINY_RANKS})
     assert tiny.encode("abba") == [256, ord("b"), ord("a")]
-    assert (tiny.endoftext, tiny.im_start, tiny.im_end) == (257, 258, 259)
+    assert tiny.template.controls == (257, 258, 259)
+    assert (tiny.template.pad, tiny.template.turn, tiny.template.end) == (257, 258, 259)
     assert tiny.vocab_size == 257 + 208
 
 
@@ -152,6 +158,102 @@ def test_truncation_padding_and_trimmed_offsets_in_the_file_are_ignored() -> Non
     for text in ("", "a somewhat longer text than two tokens, and than eight"):
         assert limited.encode(text) == plain.encode(text)
         assert limited.encode_with_offsets(text) == plain.encode_with_offsets(text)
+
+
+def vocabulary_files(kind: str) -> dict[str, str]:
+    """The sample tokenizer as vocab.json, merges.txt and the settings of a tokenizer class."""
+    model = json.loads((SAMPLES / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary = {t: n for t, n in model["vocab"].items() if not t.startswith("<|")}
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    added = [*specials, "<tool_call>"]
+    decoder = {
+        len(vocabulary) + n: {"content": token, "special": token in specials}
+        for n, token in enumerate(added)
+    }
+    settings = {
+        "tokenizer_class": kind, "added_tokens_decoder": decoder,
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    return {
+        "vocab.json": json.dumps(vocabulary),
+        "merges.txt": "\n".join(lines) + "\n",
+        "tokenizer_config.json": json.dumps(settings),
+    }
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_vocabulary_and_merges_give_the_ids_of_transformers(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="the reference of the ids")
+    for name, text in vocabulary_files(kind).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    ours = load_tokenizer(tmp_path)
+    reference = getattr(transformers, kind).from_pretrained(tmp_path)
+    assert ours.vocab_size == len(reference)
+    assert ours.template.pad == reference.pad_token_id
+    assert ours.template.end == reference.eos_token_id
+    texts = [
+        "Hello, it's 2024! def f(x):\n\n    return x",
+        "<tool_call>{}</tool_call>",
+        "Cafe\u0301 naïve  \n 你好😀\t end ",
+    ]
+
+    @STEADY
+    @given(st.lists(TEXTS.filter(lambda text: "<|" not in text), max_size=3))
+    def check(more: list[str]) -> None:
+        for text in (*texts, *more):
+            assert ours.encode(text) == reference(text).input_ids
+
+    check()
+    assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
+    assert Tokenizer.from_files(ours.files).fingerprint == ours.fingerprint
+
+
+def changed(name: str, text: str | None) -> dict[str, str]:
+    files: dict[str, str | None] = {**vocabulary_files("Qwen2Tokenizer"), name: text}
+    return {name: text for name, text in files.items() if text is not None}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (changed("merges.txt", None), "vocab.json is there without merges.txt"),
+        (changed("merges.txt", "a b c\n"), "merges.txt is damaged: 'a b c' is no pair"),
+        (changed("merges.txt", "zz zz\n"), "is no tokenizer"),
+        (changed("vocab.json", "{"), "vocab.json is not valid JSON"),
+        (changed("vocab.json", "[]"), "vocab.json is no JSON object"),
+        (changed("vocab.json", '{"a": "b"}'), "no object of tokens and their ids"),
+        (changed("vocab.json", '{"a": 0, "b": 9}'), "have gaps"),
+        (changed("added_tokens.json", '{"<|x|>": "one"}'), "added tokens are damaged"),
+        (changed("tokenizer_config.json", None), "tokenizer_class None"),
+        (vocabulary_files("LlamaTokenizer"), "tokenizer_class LlamaTokenizer"),
+    ],
+)
+def test_broken_vocabulary_files_are_one_line(files: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        Tokenizer.from_files(files)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_text_is_composed_only_where_the_tokenizer_does() -> None:
+    spec = json.loads((SAMPLES / "tokenizer.json").read_text(encoding="utf-8"))
+    assert spec["normalizer"] == {"type": "NFC"}
+    spec["normalizer"] = None
+    plain = Tokenizer.from_files({"tokenizer.json": json.dumps(spec)})
+    text = "Cafe\u0301!"
+    assert load("samples").decode(load("samples").encode(text)) == "Café!"
+    assert plain.decode(plain.encode(text)) == text
+    ids, offsets = plain.encode_with_offsets(text)
+    assert (len(ids), offsets[-1]) == (len(offsets), (5, 6))
+
+
+def test_a_pickled_tokenizer_keeps_its_template() -> None:
+    for tokenizer in (load("samples"), llama3_tokenizer()):
+        again = pickle.loads(pickle.dumps(tokenizer))
+        assert again.fingerprint == tokenizer.fingerprint
+        assert again.template.name == tokenizer.template.name
+        assert again.encode("Hello") == tokenizer.encode("Hello")
 
 
 def test_missing_directory_and_files_say_what_was_looked_for(tmp_path: Path) -> None:
@@ -178,12 +280,18 @@ def test_broken_file_is_refused_by_name(tmp_path: Path, name: str, text: str) ->
         load_tokenizer(tmp_path)
 
 
-def test_vocabulary_without_chatml_tokens_is_refused() -> None:
+def test_vocabulary_without_the_templates_tokens_encodes_but_renders_nothing() -> None:
     text = (SAMPLES / "tokenizer.json").read_text(encoding="utf-8")
-    with pytest.raises(UserError, match=r"no special token <\|im_end\|>"):
-        Tokenizer.from_files({"tokenizer.json": text.replace("<|im_end|>", "<|end|>")})
     spec = json.loads(text)
     for token in spec["added_tokens"]:
         token["special"] = False
-    with pytest.raises(UserError, match="no special token"):
-        Tokenizer.from_files({"tokenizer.json": json.dumps(spec)})
+    for lacking in (text.replace("<|im_end|>", "<|end|>"), json.dumps(spec)):
+        files = {"tokenizer.json": lacking}
+        plain = Tokenizer.from_files(files)
+        assert plain.encode("Hello") == load("samples").encode("Hello")
+        with pytest.raises(UserError, match="special tokens of no chat template"):
+            _ = plain.template
+        with pytest.raises(UserError, match=r"no special token <\|im_(end|start)\|>.*chatml needs"):
+            Tokenizer.from_files(files, "chatml")
+    with pytest.raises(UserError, match=r"no special token <\|begin_of_text\|>.*llama3 needs"):
+        load("samples").with_template("llama3")

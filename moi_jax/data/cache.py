@@ -33,7 +33,7 @@ from moi_jax.data.readers import SourceFile
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 PART = ".part"  # ends the name of a folder that is being built
 ABANDONED_SECONDS = 24 * 3600
 
@@ -230,8 +230,8 @@ def _key(
 ) -> str:
     content = {
         "cache_format": CACHE_FORMAT,
-        "renderer": chatml.RENDERER_VERSION,
-        "template": "chatml",
+        "renderer": tokenizer.template.version,
+        "template": tokenizer.template.name,
         "tokenizer": tokenizer.fingerprint,
         "prompt": resolve_prompt(data, domain),
         "row_system": data.row_system,

@@ -1,21 +1,19 @@
-"""ChatML: conversations as training rows with their loss spans, and inference prompts.
+"""Conversations as training rows with their loss spans, and inference prompts.
 
-Layout and labels are those of Qwen's official fine-tuning rows: every turn is im_start ROLE
-newline CONTENT im_end newline; role, newline and content are encoded separately.
+The tokenizer's chat template says what stands around content; role, fixed text and content are
+encoded separately. In ChatML, layout and labels are those of Qwen's official fine-tuning rows.
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
 from moi_jax.data.conversations import Conversation, Message
+from moi_jax.data.templates import Template
 from moi_jax.data.tokenizer import Tokenizer
 
-RENDERER_VERSION = 2
 ASSISTANT, QWEN_OFFICIAL = 1, 2
 TARGETS = {"assistant": ASSISTANT, "qwen_official": QWEN_OFFICIAL}
 
@@ -35,7 +33,7 @@ class Instruction:
 
     Attributes:
       tokens: int32[n].
-      system_length: tokens of the system block, 0 without one.
+      system_length: tokens before the first turn: the template's opening and the system block.
       spans: int32[m, 3], rows (start, end, targets): tokens [start, end) are labels under the
         choices of loss.targets in the bit mask `targets`. Sorted, never overlapping.
       row_system: the row's own system text, "" if none.
@@ -74,27 +72,12 @@ def system_text(prompt: str | None, row_system: str, mode: str) -> str | None:
     return prompt if mode == "replace" else f"{prompt}\n\n{row_system}"
 
 
-class _Template(NamedTuple):
-    """The fixed tokens around a turn's content."""
-
-    headers: dict[str, list[int]]  # im_start ROLE newline
-    footer: list[int]  # im_end newline
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "_Template":
-        newline = tokenizer.encode("\n")
-        headers = {
-            role: [tokenizer.im_start, *tokenizer.encode(role), *newline]
-            for role in ("system", "user", "assistant")
-        }
-        return cls(headers, [tokenizer.im_end, *newline])
-
-    def system_block(self, content: list[int] | None) -> tuple[list[int], list[Span]]:
-        """Tokens and spans of the system block; the first im_start after it is a label, too."""
-        if content is None:
-            return [], []
-        tokens = [*self.headers["system"], *content, *self.footer]
-        return tokens, [(len(tokens) - len(self.footer), len(tokens) + 1, QWEN_OFFICIAL)]
+def _head(template: Template, system: list[int] | None) -> tuple[list[int], list[Span]]:
+    """What stands before the first turn; the token that begins that turn is a label, too."""
+    if system is None:
+        return list(template.opening), []
+    tokens = [*template.opening, *template.headers["system"], *system, *template.footer]
+    return tokens, [(len(tokens) - len(template.footer), len(tokens) + 1, QWEN_OFFICIAL)]
 
 
 def render(
@@ -104,20 +87,21 @@ def render(
 
     Args:
       conversations: any number; one batch for the tokenizer.
-      tokenizer: gives the ids.
+      tokenizer: gives the ids, and the template.
       prompt: the system prompt; None for no system block but a row's own.
       row_system: data.row_system, what becomes of a row's own system text.
     """
-    template = _Template.of(tokenizer)
+    template = tokenizer.template
     systems = [system_text(prompt, c.system or "", row_system) for c in conversations]
     distinct = list({text for text in systems if text is not None})
     contents = [message.content for c in conversations for message in c.turns]
-    encoded = iter(tokenizer.encode_batch([*distinct, *contents]))
+    texts = [template.text(content) for content in (*distinct, *contents)]
+    encoded = iter(tokenizer.encode_batch(texts))
     system_ids: dict[str | None, list[int] | None] = {None: None}
     system_ids.update((text, next(encoded)) for text in distinct)
     instructions = []
     for conversation, system in zip(conversations, systems, strict=True):
-        tokens, spans = template.system_block(system_ids[system])
+        tokens, spans = _head(template, system_ids[system])
         system_length = len(tokens)
         for number, message in enumerate(conversation.turns):
             # What is not trained on of an answer is not trained on around it either.
@@ -130,9 +114,9 @@ def render(
             end = len(tokens)
             tokens += template.footer
             if message.role == "assistant" and message.train:
-                spans += _answer_spans(message.content, start, end + 1, tokenizer)
+                spans += _answer_spans(template.text(message.content), start, end + 1, tokenizer)
                 end += 1
-            if labels:
+            if labels and end < len(tokens):
                 spans.append((end, len(tokens), QWEN_OFFICIAL))
         instructions.append(
             Instruction(
@@ -146,14 +130,14 @@ def render(
 
 
 def _answer_spans(content: str, start: int, end: int, tokenizer: Tokenizer) -> list[Span]:
-    """Spans of an answer's tokens [start, end), its im_end included."""
+    """Spans of an answer's tokens [start, end), the token that ends it included."""
     both = ASSISTANT | QWEN_OFFICIAL
     if TOOL_CALL not in content or "\nObservation:" not in content:
         return [(start, end, both)]
     _, offsets = tokenizer.encode_with_offsets(content)
     begins = np.array([begin for begin, _ in offsets])
     spans: list[Span] = []
-    for observation in OBSERVATION.finditer(unicodedata.normalize("NFC", content)):
+    for observation in OBSERVATION.finditer(tokenizer.normalize(content)):
         first, last = (start + np.searchsorted(begins, observation.span(1))).tolist()
         spans += [(spans[-1][1] if spans else start, first, both), (first, last, QWEN_OFFICIAL)]
     return [*spans, (spans[-1][1], end, both)]
@@ -164,9 +148,10 @@ def with_system_prompt(
 ) -> Instruction:
     """The same turns under another system prompt: what `render` gives for that prompt."""
     text = system_text(prompt, instruction.row_system, row_system)
-    content = None if text is None else tokenizer.encode(text)
-    head, head_spans = _Template.of(tokenizer).system_block(content)
-    # The first im_start belongs to the block's span, so no span begins or ends at the border.
+    template = tokenizer.template
+    content = None if text is None else tokenizer.encode(template.text(text))
+    head, head_spans = _head(template, content)
+    # What begins the first turn belongs to the block's span: none begins or ends at the border.
     spans = instruction.spans[instruction.spans[:, 0] > instruction.system_length]
     spans = spans + np.array([len(head) - instruction.system_length] * 2 + [0], np.int32)
     return replace(
@@ -188,8 +173,8 @@ def first_exchanges(
       The shorter instruction and the number of its exchanges; 0 where not even one fits.
     """
     tokens, system_length = instruction.tokens, instruction.system_length
-    # Text never holds im_start, so it marks the turns; every second one begins an exchange.
-    turns = system_length + np.flatnonzero(tokens[system_length:] == tokenizer.im_start)
+    # Text never holds this token, so it marks the turns; every second one begins an exchange.
+    turns = system_length + np.flatnonzero(tokens[system_length:] == tokenizer.template.turn)
     ends = np.append(turns[2::2], len(tokens))
     count = int(np.searchsorted(ends, limit, side="right"))
     end = int(ends[count - 1]) if count else system_length
@@ -204,11 +189,12 @@ def render_prompt(
 
     A system message at the head of `messages` takes the place of `prompt`.
     """
-    template = _Template.of(tokenizer)
+    template = tokenizer.template
     if messages[0].role == "system":
         prompt, messages = messages[0].content, messages[1:]
-    tokens, _ = template.system_block(None if prompt is None else tokenizer.encode(prompt))
+    system = None if prompt is None else tokenizer.encode(template.text(prompt))
+    tokens, _ = _head(template, system)
     for message in messages:
         tokens += template.headers[message.role]
-        tokens += tokenizer.encode(message.content) + template.footer
+        tokens += tokenizer.encode(template.text(message.content)) + template.footer
     return tokens + template.headers["assistant"]

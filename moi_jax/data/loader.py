@@ -64,7 +64,7 @@ def assemble(
 
     Args:
       rows: B rows, each of whole groups with at most sequence_length tokens; [] is an empty row.
-      pad_id: token of the padding, and target where there is none (Qwen: <|endoftext|>).
+      pad_id: token of the padding, and target where there is none (the template's).
       mask: what one segment is: a group, the whole row, or an instruction.
       targets: loss.targets, which tokens are labels.
 

@@ -7,10 +7,9 @@ token, after docs/method.md; speed is no aim.
 """
 
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -175,10 +174,27 @@ def _system(data: Data, domain: Domain, own: str | None) -> str | None:
     return prompt + "\n\n" + own
 
 
+# What stands before the first turn, before a role, between role and content, and after content.
+_LLAMA3 = ("<|begin_of_text|>",), "<|start_header_id|>", ("<|end_header_id|>", "\n\n")
+LAYOUTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]] = {
+    "chatml": ((), "<|im_start|>", ("\n",), ("<|im_end|>", "\n")),
+    "llama3": (*_LLAMA3, ("<|eot_id|>",)),
+}
+
+
 def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
     """Renders turns as ids, and says of each whether it is a label under loss.targets."""
     official = targets == "qwen_official"
-    fixed = lru_cache(maxsize=None)(tokenizer.encode)  # roles and the newline come again and again
+    opening, begin, middle, ends = LAYOUTS[tokenizer.template.name]
+    strip = str.strip if tokenizer.template.name == "llama3" else str
+
+    @cache  # roles and fixed texts come again and again
+    def fixed(*texts: str) -> list[int]:
+        ids: list[int] = []
+        for text in texts:
+            special = tokenizer.special(text)
+            ids += tokenizer.encode(text) if special is None else [special]
+        return ids
 
     def render(turns: Sequence[Message], system: str | None) -> Rendered:
         tokens: list[int] = []
@@ -189,22 +205,23 @@ def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
                 tokens.append(token)
                 labels.append(label)
 
+        add(fixed(*opening), False)
         if system is not None:
-            add([tokenizer.im_start], False)
-            add([*fixed("system"), *fixed("\n"), *tokenizer.encode(system)], False)
-            add([tokenizer.im_end, *fixed("\n")], official)
+            add(fixed(begin, "system", *middle), False)
+            add(tokenizer.encode(strip(system)), False)
+            add(fixed(*ends), official)
         for number, message in enumerate(turns):
             answer = message.role == "assistant" and message.train
             trained = official and (message.role == "user" or message.train)
-            add([tokenizer.im_start], trained and (number > 0 or system is not None))
-            add([*fixed(message.role), *fixed("\n")], False)
+            add(fixed(begin), trained and (number > 0 or system is not None))
+            add(fixed(message.role, *middle), False)
             if answer and not official:
-                for token, observed in _answer(message.content, tokenizer):
+                for token, observed in _answer(strip(message.content), tokenizer):
                     add([token], not observed)
             else:
-                add(tokenizer.encode(message.content), answer)
-            add([tokenizer.im_end], answer or trained)
-            add(fixed("\n"), trained)
+                add(tokenizer.encode(strip(message.content)), answer)
+            add(fixed(ends[0]), answer or trained)
+            add(fixed(*ends[1:]), trained)
         return tokens, labels
 
     return render
@@ -215,7 +232,7 @@ def _answer(content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
     ids, offsets = tokenizer.encode_with_offsets(content)
     observations = []
     if "Action Input:" in content:
-        text, position = unicodedata.normalize("NFC", content), 0
+        text, position = tokenizer.normalize(content), 0
         while (at := text.find("\nObservation:", position)) >= 0:
             begin = at + len("\nObservation:")
             nexts = ("\nThought:", "\nAction:", "\nFinal Answer:")

@@ -178,7 +178,7 @@ def _runs(view: RowView, member: Member, tokenizer: Tokenizer) -> Iterator[tuple
     """
     inside = slice(member.start, member.end)
     tokens = view.batch.tokens[inside]
-    special = np.isin(tokens, (tokenizer.im_start, tokenizer.im_end, tokenizer.endoftext))
+    special = np.isin(tokens, tokenizer.template.controls)
     marked = zip(view.trained[inside].tolist(), special.tolist(), tokens.tolist(), strict=True)
     for (trained, is_special), run in groupby(marked, key=lambda token: token[:2]):
         content = tokenizer.decode([token for _, _, token in run])

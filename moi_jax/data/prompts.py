@@ -6,25 +6,50 @@ from typing import Any
 
 from moi_jax import config
 from moi_jax.data.cache import resolve_prompt
-from moi_jax.data.chatml import RENDERER_VERSION
+from moi_jax.data.templates import TEMPLATES
+from moi_jax.errors import UserError
 
-CHAT_TEMPLATE = "chatml"
+Json = dict[str, Any]
 
 
-def prompts_item(default_system_prompt: str, data: config.Data | None = None) -> dict[str, Any]:
+def prompts_item(
+    default_system_prompt: str | None, template: str | None, data: config.Data | None = None
+) -> Json:
     """Default prompt, the domains' prompts (none before training), template and its hash.
 
-    `data` must have its default_system_prompt resolved.
+    Args:
+      default_system_prompt: None where a chat without a system turn has no system block.
+      template: the name of the chat template; None where the tokenizer has that of none.
+      data: with its default_system_prompt resolved.
     """
     domains = {} if data is None else {d.name: resolve_prompt(data, d) for d in data.domains}
-    template = f"{CHAT_TEMPLATE}:{RENDERER_VERSION}"
     return {
         "default_domain": data.default_domain if data else None,
         "default_system_prompt": default_system_prompt,
         "domains": domains,
-        "chat_template": CHAT_TEMPLATE,
-        "template_hash": hashlib.sha256(template.encode()).hexdigest(),
+        "chat_template": template,
+        "template_hash": TEMPLATES[template].fingerprint() if template else None,
     }
+
+
+def saved_template(item: Json, where: object) -> str:
+    """The name of the chat template a checkpoint was made with; `where` names the checkpoint.
+
+    Raises:
+      UserError: it was made with none, or this version renders that template otherwise.
+    """
+    name = item["chat_template"]
+    choose = f"choose by tokenizer.chat_template: {' or '.join(TEMPLATES)}"
+    if name not in TEMPLATES:
+        raise UserError(f"{where} has no chat template of ours (found {name}); {choose}")
+    ours = TEMPLATES[name].fingerprint()
+    if item["template_hash"] != ours:
+        raise UserError(
+            f"{where} was made with another rendering of the chat template {name} (hash "
+            f"{str(item['template_hash'])[:16]}, now {ours[:16]}); to render it as it is now, "
+            f"{choose}"
+        )
+    return name
 
 
 def fingerprint(item: Any) -> str:

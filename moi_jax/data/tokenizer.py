@@ -1,11 +1,12 @@
 """Tokenizers: text to ids and back, by tokenizer.json (tokenizers) or qwen.tiktoken (tiktoken)."""
 
 import base64
+import copy
 import hashlib
 import os
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,16 +14,16 @@ import numpy as np
 import tiktoken
 import tokenizers
 
+from moi_jax.byte_level import QWEN_PATTERN
+from moi_jax.data.templates import TEMPLATES, Template, find_template
+from moi_jax.data.vocabulary_files import from_vocabulary_files
 from moi_jax.errors import UserError
 
-ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-
-# Qwen v1: the split pattern, and the special tokens, numbered on from the last rank.
-QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Qwen v1's special tokens, numbered on from the last rank.
+QWEN_SPECIALS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *(f"<|extra_{n}|>" for n in range(205)),
 )
-QWEN_SPECIALS = (ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{n}|>" for n in range(205)))
 
 # Saved and exported beside the file that decides the ids, where they are there.
 COMPANIONS = (
@@ -37,50 +38,82 @@ TEXTS_PER_TASK = 64
 
 
 class Tokenizer(ABC):
-    """Text is NFC-normalised, and special tokens in it are plain text: they never parse.
+    """Special tokens in text are plain text: they never parse.
 
     Attributes:
       files: name -> text of the files that a checkpoint saves; `from_files` reads them back.
       fingerprint: sha256 hex of the file that decides the ids.
       vocab_size: one more than the greatest id, special tokens included.
-      im_start, im_end, endoftext: ids of the ChatML and padding tokens.
     """
 
     files: dict[str, str]
     fingerprint: str
     vocab_size: int
-    im_start: int
-    im_end: int
-    endoftext: int
 
     @staticmethod
-    def from_files(files: Mapping[str, str]) -> "Tokenizer":
+    def from_files(files: Mapping[str, str], template: str | None = None) -> "Tokenizer":
         """The tokenizer of the files, as `Tokenizer.files` holds them.
 
+        Args:
+          template: the name of its chat template; None for the first one whose special tokens it
+            has. A tokenizer with those of none can do all but render conversations.
+
         Raises:
-          UserError: the files hold no tokenizer, or one without the ChatML tokens.
+          UserError: the files hold no tokenizer, or one without the template's special tokens.
         """
+        if not files.keys() & KINDS.keys() and "vocab.json" in files:
+            files = {**files, "tokenizer.json": from_vocabulary_files(files)}
         for name, kind in KINDS.items():
             if name in files:
-                return kind(name, files)
-        raise UserError(f"no tokenizer: looked for {' and '.join(KINDS)}")
+                return kind(name, files, template)
+        raise UserError(
+            f"no tokenizer: looked for {' and '.join(KINDS)}, or vocab.json with merges.txt"
+        )
 
-    def __init__(self, name: str, files: Mapping[str, str]):
+    def __init__(self, name: str, files: Mapping[str, str], template: str | None):
         self.files = dict(files)
         self.fingerprint = hashlib.sha256(files[name].encode()).hexdigest()
         self._open(name, files[name])
-        for special in (IM_START, IM_END, ENDOFTEXT):
-            number = self._special(special)
-            if number is None or number in self.encode(special):
-                raise UserError(f"{name} has no special token {special}, which ChatML needs")
-            setattr(self, special.strip("<|>"), number)
+        self._template = TEMPLATES[template](self) if template else find_template(self)
+
+    def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[dict[str, str], str | None]]:
+        return Tokenizer.from_files, (self.files, self._template.name if self._template else None)
+
+    def with_template(self, name: str) -> "Tokenizer":
+        """The same tokenizer with another chat template.
+
+        Raises:
+          UserError: it lacks a special token that the template needs.
+        """
+        other = copy.copy(self)
+        other._template = TEMPLATES[name](self)
+        return other
+
+    @property
+    def template(self) -> Template:
+        """The chat template that conversations are rendered in.
+
+        Raises:
+          UserError: the tokenizer has the special tokens of none.
+        """
+        if self._template is None:
+            raise UserError(
+                f"the tokenizer has the special tokens of no chat template "
+                f"({', '.join(TEMPLATES)}), so it cannot render conversations; choose another one"
+            )
+        return self._template
 
     @abstractmethod
     def _open(self, name: str, text: str) -> None:
         """Reads the vocabulary from the text of the file `name`; sets `vocab_size`."""
 
     @abstractmethod
-    def _special(self, special: str) -> int | None: ...
+    def special(self, token: str) -> int | None:
+        """The id of a special token; None where there is none of that name."""
+
+    @abstractmethod
+    def normalize(self, text: str) -> str:
+        """The form of a text that offsets count in: composed (NFC), where the tokenizer does it."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -88,7 +121,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and the half-open character range of each in the NFC form of `text`.
+        """Ids, and the half-open character range of each in the normalised text.
 
         A character whose bytes are split among tokens lies in the range of each of them.
         """
@@ -116,17 +149,23 @@ class JsonTokenizer(Tokenizer):
         backend.no_padding()
         backend.post_processor = None
         self._backend = backend
+        # Done here, as the offsets that the library gives count in the text before it.
+        self._nfc = isinstance(backend.normalizer, tokenizers.normalizers.NFC)
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
-    def _special(self, special: str) -> int | None:
-        return self._backend.token_to_id(special)
+    def special(self, token: str) -> int | None:
+        number = self._backend.token_to_id(token)
+        return None if number is None or number in self.encode(token) else number
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self._nfc else text
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        normal = [unicodedata.normalize("NFC", text) for text in texts]
+        normal = [self.normalize(text) for text in texts]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(normal)]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._backend.encode(unicodedata.normalize("NFC", text))
+        encoding = self._backend.encode(self.normalize(text))
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -155,11 +194,14 @@ class TiktokenTokenizer(Tokenizer):
         )
         self.vocab_size = self._backend.n_vocab
 
-    def _special(self, special: str) -> int | None:
-        return self._specials.get(special)
+    def special(self, token: str) -> int | None:
+        return self._specials.get(token)
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        normal = [unicodedata.normalize("NFC", text) for text in texts]
+        normal = [self.normalize(text) for text in texts]
         if len(normal) <= TEXTS_PER_TASK:
             return self._encode_task(normal)
         # tiktoken's own batch makes a task of each text, which eats what the threads win.
@@ -171,7 +213,7 @@ class TiktokenTokenizer(Tokenizer):
         return [self._backend.encode_ordinary(text) for text in texts]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        text = unicodedata.normalize("NFC", text)
+        text = self.normalize(text)
         ids = self._backend.encode_ordinary(text)
         if not ids:
             return [], []
@@ -193,11 +235,15 @@ KINDS: dict[str, type[Tokenizer]] = {
 }
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Reads the tokenizer of a directory: its tokenizer.json or its qwen.tiktoken.
+def load_tokenizer(directory: Path, template: str | None = None) -> Tokenizer:
+    """Reads a directory: its tokenizer.json, qwen.tiktoken, or vocab.json with merges.txt.
+
+    Args:
+      template: as in `Tokenizer.from_files`.
 
     Raises:
-      UserError: the directory or the files are missing or hold no tokenizer with ChatML tokens.
+      UserError: the directory or the files are missing or hold no tokenizer, or one without the
+        template's special tokens.
     """
     directory = directory.expanduser()
     wanted = (*KINDS, *COMPANIONS)
@@ -207,7 +253,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             for name in wanted
             if (directory / name).is_file()
         }
-        return Tokenizer.from_files(files)
+        return Tokenizer.from_files(files, template)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer in {directory}: {error}") from None
     except UserError as error:

@@ -34,8 +34,7 @@ def make_sampler(
                 }
             )
             prompts.append(render_prompt([Message("user", question.prompt)], tokenizer, prompt))
-    stop = (tokenizer.im_end, tokenizer.im_start, tokenizer.endoftext)
-    greedy = make_greedy(make_model, stop, tokenizer.vocab_size)
+    greedy = make_greedy(make_model, tokenizer.template.stops, tokenizer.vocab_size)
 
     def sample(parameters: Tree) -> list[dict[str, str]]:
         answers = greedy(parameters, prompts, max_new_tokens)

@@ -46,7 +46,7 @@ class HeldOut:
           row_multiple: rows of a batch divide by this (the batch shards of the mesh).
         """
         self.domains = [cache.name for cache in caches]
-        self._data, self._targets, self._pad_id = data, targets, tokenizer.endoftext
+        self._data, self._targets, self._pad_id = data, targets, tokenizer.template.pad
         self._rows, self._row_multiple = rows, row_multiple
         own: list[Placed] = []
         default: list[Placed] = []

@@ -14,7 +14,7 @@ import safetensors
 from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig, read_hf_config
 from moi_jax.models.parameters import Tree, map_parameters
-from moi_jax.models.weights import import_parameters, published_shapes
+from moi_jax.models.weights import import_parameters, published_shapes, redundant_tensors
 
 # The names in the headers of safetensors; weights in any other are quantised.
 DTYPES = {
@@ -95,9 +95,10 @@ class SafetensorsCheckpoint(Published):
         expected = published_shapes(self.config)
         self._files = TensorFiles(directory)
         headers = self._files.headers
-        check_names(
-            directory, (n for n in headers if n in expected or not is_computed(n)), expected
-        )
+        redundant = redundant_tensors(self.config)
+        check_names(directory, headers.keys() - redundant.keys(), expected)
+        for name in headers.keys() & redundant.keys():
+            self._check_copy(name, redundant[name])
         for name, shape in expected.items():
             if headers[name].shape != shape:
                 raise UserError(
@@ -108,6 +109,13 @@ class SafetensorsCheckpoint(Published):
 
     def read(self, name: str) -> np.ndarray:
         return self._files.read(name)
+
+    def _check_copy(self, name: str, of: str | None) -> None:
+        if of is not None and not np.array_equal(self.read(name), self.read(of)):
+            raise UserError(
+                f"{self._files.headers[name].path}: {name} is not {of}, though config.json ties "
+                f"them; which of the two is the model's is not known"
+            )
 
 
 class GgufFile(Published):
@@ -165,11 +173,6 @@ def read_published(source: Path, dtype: np.typing.DTypeLike | None) -> tuple[Mod
     wanted = dtype or published.common_dtype
     flat = dict(import_parameters(published.config, published.read, wanted))
     return published.config, map_parameters(published.config, lambda path, _: flat[path])
-
-
-def is_computed(name: str) -> bool:
-    """Whether a tensor follows from config.json; old Llama checkpoints carry such ones."""
-    return name.endswith(".rotary_emb.inv_freq")
 
 
 def count_not_finite(tensor: np.ndarray) -> int:

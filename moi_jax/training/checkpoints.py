@@ -300,4 +300,4 @@ def load(
     items = read_items(Path(path))
     parameters = read_parameters(Path(path), items.model, dtype, mesh)
     model = Decoder(items.model, parameters, compute_dtype=dtype)
-    return model, Tokenizer.from_files(items.tokenizer)
+    return model, Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"])

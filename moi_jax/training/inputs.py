@@ -14,7 +14,7 @@ from moi_jax.console import say
 from moi_jax.data.cache import DomainCache, Selection, domain_report, prepare, select
 from moi_jax.data.corpus import Corpus
 from moi_jax.data.loader import Batch, RowSource, batch_dataset
-from moi_jax.data.prompts import fingerprint, prompts_item
+from moi_jax.data.prompts import fingerprint, prompts_item, saved_template
 from moi_jax.data.run_plan import RunPlan
 from moi_jax.data.statistics import mixture_statistics, print_mixture, print_sources
 from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -45,14 +45,15 @@ class Inputs(Resolved):
     @property
     def items(self) -> ModelItems:
         """What every checkpoint of the run carries beside its parameters."""
-        assert self.config.data.default_system_prompt is not None
-        prompts = prompts_item(self.config.data.default_system_prompt, self.config.data)
+        data = self.config.data
+        prompts = prompts_item(data.default_system_prompt, self.tokenizer.template.name, data)
         return ModelItems(self.model, self.tokenizer.files, prompts, self.provenance)
 
     def row_source(self, plan: RunPlan) -> RowSource:
         """The rows of a plan of this corpus, read from the caches."""
         train = [selection.train for selection in self.selections]
-        return RowSource(plan, self.caches, train, self.config.loss, self.tokenizer.endoftext)
+        pad = self.tokenizer.template.pad
+        return RowSource(plan, self.caches, train, self.config.loss, pad)
 
     def show_mixture(self, plan: RunPlan, console: Console) -> dict[str, Any]:
         """Prints sources, drops and the mixture of the first epoch (of each stage).
@@ -100,7 +101,8 @@ def resolve(config: Config, run_dir: Path | None = None) -> Resolved:
 
     Raises:
       UserError: preset and checkpoint disagree, there is no tokenizer, its ids do not fit the
-        embedding, or rows are longer than the model was made for.
+        embedding, the checkpoint was made with another chat template than this version's, or
+        rows are longer than the model was made for.
     """
     items = None
     if base := config.model.init_from:
@@ -116,10 +118,14 @@ def resolve(config: Config, run_dir: Path | None = None) -> Resolved:
                 f"model.preset {config.model.preset} is not the architecture of "
                 f"{config.model.init_from}; leave preset out and it is the checkpoint's"
             )
+    asked = config.tokenizer.chat_template
+    template: str | None = None if asked == "from_checkpoint" else asked
+    if items and not template:
+        template = saved_template(items.prompts, own or base)
     if config.tokenizer.path:
-        tokenizer = load_tokenizer(config.tokenizer.path)
+        tokenizer = load_tokenizer(config.tokenizer.path, template)
     elif items:
-        tokenizer = Tokenizer.from_files(items.tokenizer)
+        tokenizer = Tokenizer.from_files(items.tokenizer, template)
     else:
         raise UserError(
             "there is no tokenizer: set tokenizer.path to a directory with tokenizer.json or "

@@ -2,58 +2,50 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+from moi_jax.data.jinja_templates import export_jinja
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.models.config import in_family, to_hf_config
 from moi_jax.training.checkpoints import ModelItems
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def published_files(
     items: ModelItems, as_family: str | None, dtype: str, step: Path
 ) -> dict[str, str]:
     """Name -> text of all but the weights and the card, of a model read from `step`."""
-    tokenizer = Tokenizer.from_files(items.tokenizer)
     config = {
         **to_hf_config(in_family(items.model, as_family or items.model.family)),
         "torch_dtype": dtype,
         **items.provenance.get("token_ids", {}),
     }
-    generation = items.provenance.get("generation_config")
     trained = (step / "config").is_dir()
-    if generation is None or trained:
-        # A base model stops at its own end alone; a trained one has learnt to end its turns.
-        ends = [tokenizer.im_end, tokenizer.endoftext]
-        before = (generation or {}).get("eos_token_id") or []
-        before = before if isinstance(before, list) else [before]
-        generation = {
-            "pad_token_id": tokenizer.endoftext,
-            **(generation or {}),
-            "eos_token_id": ends + [end for end in before if end not in ends],
-        }
-    return {
+    files = {
         "config.json": json.dumps(config, indent=2) + "\n",
-        "generation_config.json": json.dumps(generation, indent=2) + "\n",
+        "generation_config.json": json.dumps(_generation(items, trained), indent=2) + "\n",
         **items.tokenizer,
-        "chat_template.jinja": _chat_template(items.prompts["default_system_prompt"]),
         **items.provenance.get("files", {}),
     }
+    # What was only converted keeps the template it came with; what was trained has ours.
+    own = "chat_template.jinja" in files or '"chat_template"' in files.get(TOKENIZER_CONFIG, "")
+    if items.prompts["chat_template"] and (trained or not own):
+        files["chat_template.jinja"] = export_jinja(items.prompts)
+    return files
 
 
-def _chat_template(default_system_prompt: str) -> str:
-    """ChatML for transformers, which gives a conversation without a system turn the default."""
-    default = ""
-    if default_system_prompt:
-        quoted = json.dumps(default_system_prompt, ensure_ascii=False)
-        default = (
-            "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\n' + "
-            + quoted
-            + " + '<|im_end|>\\n' }}{% endif %}"
-        )
-    return (
-        default + "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + "
-        "message.content + '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
+def _generation(items: ModelItems, trained: bool) -> dict[str, Any]:
+    """generation_config.json: the source's; a trained model stops where it has learnt to, too."""
+    source = items.provenance.get("generation_config")
+    name = items.prompts["chat_template"]
+    if name is None or (source is not None and not trained):
+        return source or {}
+    template = Tokenizer.from_files(items.tokenizer, name).template
+    before = (source or {}).get("eos_token_id") or []
+    before = before if isinstance(before, list) else [before]
+    ends = [*template.stops, *(end for end in before if end not in template.stops)]
+    return {"pad_token_id": template.pad, **(source or {}), "eos_token_id": ends}
 
 
 def where_exact(items: ModelItems) -> str:
