@@ -148,9 +148,9 @@ def import_checkpoint(
         )
     wanted = np.dtype(dtype or published.common_dtype)
     report = check_template(files.files, files)
-    if report.difference:
-        _warn(f"chat template {report.template} is the nearest to its own; {report.difference}")
     default = report.default_system_prompt if report.own else model.default_system_prompt
+    if report.difference:
+        print(f"chat template: {report.template} is the nearest; {report.difference}")
     prompts = prompts_item(default, report.template)
     provenance = read_provenance(source, published.token_ids)
     items = ModelItems(model, files.files, prompts, provenance)
@@ -248,19 +248,20 @@ def verify_checkpoint(
     theirs = read_hf_config(read_bytes(path), str(path))
     model = in_family(items.model, theirs.family)
     stored = stored_parameters(step, items.model)
-    with byte_bar("comparing", parity.total_bytes(TensorFiles(directory))) as advance:
+    files, ignored = TensorFiles(directory), redundant_tensors(theirs)
+    with byte_bar("comparing", parity.total_bytes(files)) as advance:
         tensors = export_tensors(items.model, stored.get, theirs.family)
         report = {
             "checkpoint": str(step),
             "against": str(directory),
             "config": parity.compare_configs(model, theirs),
-            "tensors": parity.compare_tensors(
-                tensors, TensorFiles(directory), redundant_tensors(theirs), advance
-            ),
+            "tensors": parity.compare_tensors(tensors, files, ignored, advance),
         }
     # In another family's terms it is the same model up to its seq_length alone.
     longest = parity.PROMPT_TOKENS if model == items.model else model.seq_length
-    ids = parity.prompt_ids(Tokenizer.from_files(items.tokenizer), longest)
+    ids = parity.prompt_ids(
+        Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"]), longest
+    )
     reason = "--tensors-only was given" if tensors_only else parity.why_no_reference(theirs)
     if reason is None:
 

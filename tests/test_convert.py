@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import moi_jax
 from moi_jax.convert import import_checkpoint
 from moi_jax.errors import UserError
-from moi_jax.models.config import ModelConfig
+from moi_jax.models.config import ModelConfig, to_hf_config
 from moi_jax.models.published import read_published
+from moi_jax.models.weights import published_shapes
 from moi_jax.training.checkpoints import read_items, stored_parameters
 from moi_jax.training.parameter_files import save_parameters
 
@@ -26,6 +28,7 @@ from published_helpers import (
     edit_index,
     edit_shard,
     remove,
+    tiny_published,
     write,
 )
 from run_helpers import ENVIRONMENT, ROOT
@@ -330,6 +333,28 @@ def test_an_interrupted_import_leaves_nothing(published, tmp_path, sent):
     process.send_signal(sent)
     assert process.wait(timeout=60) not in (0, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["B"]
+
+
+def test_a_tied_head_may_come_as_a_copy_but_not_as_another(tmp_path):
+    import dataclasses
+
+    from moi_jax.models.config import in_family
+    from moi_jax.models.presets import preset
+    from moi_jax.models.published import open_published
+
+    folder = tiny_published(tmp_path / "tied", np.float32)
+    config = in_family(preset("tiny"), "qwen2")
+    tied = dataclasses.replace(config, tied_head=True)
+    (folder / "config.json").write_text(json.dumps(to_hf_config(tied)))
+    rng = np.random.default_rng(0)
+    held = {n: rng.standard_normal(s, np.float32) for n, s in published_shapes(tied).items()}
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].copy()
+    save_file(held, folder / "model.safetensors")
+    assert open_published(folder).config.tied_head
+    held["lm_head.weight"][0, 0] += 1
+    save_file(held, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lm_head.weight is not model.embed_tokens.weight"):
+        open_published(folder)
 
 
 def test_old_checkpoints_without_provenance_are_read(published, tmp_path):

@@ -245,11 +245,10 @@ def test_another_rendering_of_the_saved_template_is_refused() -> None:
 
 
 def saved(path: Path, tokenizer: Tokenizer, prompts: dict) -> Path:
-    """A checkpoint whose parameters are all zero."""
+    """A checkpoint of zeros: what a run starts from besides its parameters."""
     model = dataclasses.replace(preset("tiny"), vocab_size=2064)
     zeros = ((name, np.zeros(p.shape, np.float32)) for name, p in declare(model).items())
-    items = ModelItems(model, tokenizer.files, prompts)
-    save_model(path, zeros, np.dtype(np.float32), items)
+    save_model(path, zeros, np.dtype(np.float32), ModelItems(model, tokenizer.files, prompts))
     return path
 
 

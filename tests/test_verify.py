@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from moi_jax.convert import export_checkpoint, import_checkpoint, verify_checkpoint
 from moi_jax.evaluation import parity
 
-from published_helpers import add_tokenizer, convert
+from published_helpers import add_tokenizer, convert, same_bits
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,41 @@ def test_logits_agree_with_transformers_alone_and_packed(made, oracle):
     assert report["verdict"] == "equal"
     lines = parity.describe(report)
     assert "logits, packed (64 tokens): max abs difference" in lines
+
+
+FAMILIES = {
+    "Qwen2": {"num_key_value_heads": 2},
+    "Qwen2Tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+    "Llama": {"num_key_value_heads": 2, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}},
+}  # fmt: skip
+SIZES = {
+    "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 96, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saved_goes_in_and_out_and_is_verified(tmp_path, oracle, family, dtype):
+    import torch
+    import transformers
+
+    name = family.removesuffix("Tied")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **FAMILIES[family])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "there")
+    add_tokenizer(tmp_path / "there")
+    import_checkpoint(tmp_path / "there", tmp_path / "ckpt")
+    report = verify_checkpoint(tmp_path / "ckpt", tmp_path / "there")
+    assert report["verdict"] == "equal", report
+    assert (report["tensors"]["cast"], report["not_checked"]) == (0, [])
+    export_checkpoint(tmp_path / "ckpt", tmp_path / "out")
+    assert same_bits(tmp_path / "there", tmp_path / "out")
+    assert verify_checkpoint(tmp_path / "ckpt", tmp_path / "out")["verdict"] == "equal"
 
 
 def test_logits_that_disagree_are_a_difference(made, oracle, monkeypatch):

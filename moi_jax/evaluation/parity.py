@@ -77,22 +77,22 @@ def total_bytes(files: TensorFiles) -> int:
 def compare_tensors(
     ours: Iterable[tuple[str, np.ndarray]],
     files: TensorFiles,
-    redundant: Collection[str],
+    ignored: Collection[str],
     advance: Callable[[int], None],
 ) -> Report:
     """Accounts for every tensor of both.
 
+    Args:
+      ignored: names of published tensors that say nothing the others do not.
+
     Values are equal bit by bit. Where ours have another dtype, theirs are cast to it first, and
     such a match is counted as `cast` too.
-
-    Args:
-      redundant: names that the files may hold besides (`weights.redundant_tensors`).
 
     Returns:
       matched and cast (counts), missing (names that only the published files have), unexpected
       (only ours), mismatched (name, what: shape or value, and how).
     """
-    waiting = files.headers.keys() - {*redundant}
+    waiting = files.headers.keys() - set(ignored)
     report: Report = {"matched": 0, "cast": 0, "missing": [], "unexpected": [], "mismatched": []}
     for name, tensor in ours:
         if name not in waiting:

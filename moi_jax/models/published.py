@@ -96,10 +96,9 @@ class SafetensorsCheckpoint(Published):
         self._files = TensorFiles(directory)
         headers = self._files.headers
         redundant = redundant_tensors(self.config)
-        check_names(directory, headers.keys() - (redundant.keys() - expected.keys()), expected)
-        for name, original in redundant.items():
-            if original and name in headers:
-                self._check_copy(name, original)
+        check_names(directory, headers.keys() - redundant.keys(), expected)
+        for name in headers.keys() & redundant.keys():
+            self._check_copy(name, redundant[name])
         for name, shape in expected.items():
             if headers[name].shape != shape:
                 raise UserError(
@@ -108,15 +107,15 @@ class SafetensorsCheckpoint(Published):
                 )
         self.dtypes = {name: headers[name].dtype for name in expected}
 
-    def _check_copy(self, name: str, original: str) -> None:
-        if not np.array_equal(self._files.read(name), self._files.read(original)):
-            raise UserError(
-                f"{self._files.headers[name].path}: {name} differs from {original}, though "
-                f"config.json ties them; is tie_word_embeddings right?"
-            )
-
     def read(self, name: str) -> np.ndarray:
         return self._files.read(name)
+
+    def _check_copy(self, name: str, of: str | None) -> None:
+        if of is not None and not np.array_equal(self.read(name), self.read(of)):
+            raise UserError(
+                f"{self._files.headers[name].path}: {name} is not {of}, though config.json ties "
+                f"them; which of the two is the model's is not known"
+            )
 
 
 class GgufFile(Published):

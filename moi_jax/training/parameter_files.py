@@ -24,7 +24,7 @@ CHUNK_BYTES = 16 << 20
 # Written at a time: enough chunks to keep the cores busy.
 BLOCK_BYTES = 128 << 20
 # Of a file of the store, which is put together in memory.
-FILE_BYTES = 256 << 20
+FILE_BYTES = 64 << 20
 
 Stream = Iterable[tuple[str, np.ndarray]]  # of (dotted path, parameter)
 

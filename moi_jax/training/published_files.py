@@ -2,43 +2,50 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from moi_jax.data.jinja_templates import export_jinja
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.models.config import in_family, to_hf_config
 from moi_jax.training.checkpoints import ModelItems
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
 
 def published_files(
     items: ModelItems, as_family: str | None, dtype: str, step: Path
 ) -> dict[str, str]:
     """Name -> text of all but the weights and the card, of a model read from `step`."""
-    name = items.prompts["chat_template"]
     config = {
         **to_hf_config(in_family(items.model, as_family or items.model.family)),
         "torch_dtype": dtype,
         **items.provenance.get("token_ids", {}),
     }
-    generation = items.provenance.get("generation_config")
     trained = (step / "config").is_dir()
-    if name and (generation is None or trained):
-        template = Tokenizer.from_files(items.tokenizer, name).template
-        # A base model stops at its own end alone; a trained one has learnt to end its turns.
-        ends = list(dict.fromkeys([template.end, template.pad]))
-        before = (generation or {}).get("eos_token_id") or []
-        before = before if isinstance(before, list) else [before]
-        generation = {
-            "pad_token_id": template.pad,
-            **(generation or {}),
-            "eos_token_id": ends + [end for end in before if end not in ends],
-        }
-    return {
+    files = {
         "config.json": json.dumps(config, indent=2) + "\n",
-        "generation_config.json": json.dumps(generation or {}, indent=2) + "\n",
+        "generation_config.json": json.dumps(_generation(items, trained), indent=2) + "\n",
         **items.tokenizer,
-        **({"chat_template.jinja": export_jinja(items.prompts)} if name else {}),
         **items.provenance.get("files", {}),
     }
+    # What was only converted keeps the template it came with; what was trained has ours.
+    own = "chat_template.jinja" in files or '"chat_template"' in files.get(TOKENIZER_CONFIG, "")
+    if items.prompts["chat_template"] and (trained or not own):
+        files["chat_template.jinja"] = export_jinja(items.prompts)
+    return files
+
+
+def _generation(items: ModelItems, trained: bool) -> dict[str, Any]:
+    """generation_config.json: the source's; a trained model stops where it has learnt to, too."""
+    source = items.provenance.get("generation_config")
+    name = items.prompts["chat_template"]
+    if name is None or (source is not None and not trained):
+        return source or {}
+    template = Tokenizer.from_files(items.tokenizer, name).template
+    before = (source or {}).get("eos_token_id") or []
+    before = before if isinstance(before, list) else [before]
+    ends = [*template.stops, *(end for end in before if end not in template.stops)]
+    return {"pad_token_id": template.pad, **(source or {}), "eos_token_id": ends}
 
 
 def where_exact(items: ModelItems) -> str:
