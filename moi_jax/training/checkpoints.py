@@ -124,7 +124,8 @@ class RunCheckpoints:
         scores = {self._best_metric: score} if math.isfinite(score) else None
         items = ocp.args.Composite(
             parameters=ocp.args.StandardSave(
-                state.parameters, save_args(self._items.model, config["model"]["param_dtype"])
+                state.parameters,
+                save_args(self._items.model, jax.tree.leaves(state.parameters)[0].dtype),
             ),
             optimizer=ocp.args.StandardSave({"step": state.step, "state": state.optimizer}),
             position=ocp.args.JsonSave(position),
