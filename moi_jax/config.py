@@ -60,6 +60,7 @@ class Source(Section):
     weight: float = Field(1.0, gt=0)  # share of the domain's draws, against its other sources
     max_rows: Positive | None = None
     held_out: HeldOut | None = None  # null: data.held_out
+    license: str | None = None  # told in the model card
 
     @model_validator(mode="after")
     def check(self) -> "Source":

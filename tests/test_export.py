@@ -1,5 +1,6 @@
 """`convert export`: the tensors, the files beside them, and what happens when it cannot be."""
 
+import base64
 import json
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.convert import export_checkpoint, import_checkpoint, parse_size
+from moi_jax.data.conversations import Message
+from moi_jax.data.rendering import render_prompt
+from moi_jax.data.tokenizer import load_tokenizer
 from moi_jax.errors import UserError
 from moi_jax.models.published import open_published
 from moi_jax.models.published_writer import plan_shards
@@ -153,7 +157,7 @@ def test_a_trained_checkpoint_exports_its_parameters_with_an_account_of_itself(t
         "`Tiny` and were trained further",
         "licence and notice files are here: LICENSE",
         "| maths | You are a mathematician. |",
-        "| maths | path: maths.jsonl | 1.0 |",
+        "| maths | path: maths.jsonl | not told | 1.0 |",
         "| optimizer.learning_rate | 0.001 |",
         "| eval/mean/loss |",
         "Step 2.",
@@ -190,6 +194,27 @@ def test_qwen_v1_as_qwen2_is_the_same_model_up_to_its_length(imported, golden, t
     with torch.no_grad():
         logits = model(torch.from_numpy(arrays["x32"].astype(np.int64))).logits.numpy()
     np.testing.assert_allclose(logits, arrays["eval_32"], atol=2e-5, rtol=0)
+
+
+def test_qwen_v1_as_qwen2_has_a_tokenizer_that_others_read(tmp_path):
+    """Of a checkpoint that holds a qwen.tiktoken alone: here the 256 bytes and one merge."""
+    transformers = pytest.importorskip("transformers")
+    source = tiny_published(tmp_path / "source", np.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    tokens = [*(bytes([byte]) for byte in range(256)), b"He", b"ll", b"Hell"]
+    lines = [f"{base64.b64encode(token).decode()} {n}" for n, token in enumerate(tokens)]
+    (source / "qwen.tiktoken").write_text("\n".join(lines) + "\n")
+    import_checkpoint(source, tmp_path / "ckpt")
+    export_checkpoint(tmp_path / "ckpt", tmp_path / "out", as_family="qwen2")
+    assert not (tmp_path / "out" / "qwen.tiktoken").exists()
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    ours = load_tokenizer(source)
+    assert fast("Hello, Hé!")["input_ids"] == ours.encode("Hello, Hé!")
+    ids = fast.apply_chat_template([{"role": "user", "content": "Hello"}], return_dict=False)
+    prompt = render_prompt([Message("user", "Hello")], ours, "You are a helpful assistant.")
+    assert prompt[: len(ids)] == ids
+    assert (fast.eos_token_id, fast.pad_token_id) == (ours.template.end, ours.template.pad)
 
 
 def test_the_exported_template_gives_the_default_prompt_to_whom_has_none(imported, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moi_jax.data.tokenizer import QWEN_PATTERN, Tokenizer, load_tokenizer
+from moi_jax.data.tokenizer import QWEN_PATTERN, TiktokenTokenizer, Tokenizer, load_tokenizer
 from moi_jax.errors import UserError
 
 from template_helpers import llama3_tokenizer
@@ -61,6 +61,18 @@ def test_qwen_ids_equal_the_reference(golden_tokens: dict) -> None:
         assert qwen.decode(string["ids"]) == string["decoded"]
     for special, number in meta["special_tokens"].items():
         assert qwen.decode([number]) == special
+
+
+def test_qwen_as_tokenizer_json_gives_the_same_ids(golden_tokens: dict) -> None:
+    qwen = load("qwen")
+    assert isinstance(qwen, TiktokenTokenizer)
+    fast = Tokenizer.from_files({"tokenizer.json": qwen.to_json()})
+    assert fast.vocab_size == qwen.vocab_size
+    assert fast.template.stops == qwen.template.stops
+    texts = [string["text"] for string in golden_tokens["strings"]]
+    texts += (SAMPLES.parent / "chat.jsonl").read_text(encoding="utf-8").splitlines()
+    texts += [token.decode(errors="replace") for token in list(qwen._ranks)[::31]]
+    assert fast.encode_batch(texts) == qwen.encode_batch(texts)
 
 
 def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:

@@ -16,7 +16,7 @@ import tokenizers
 
 from moi_jax.byte_level import QWEN_PATTERN
 from moi_jax.data.templates import TEMPLATES, Template, find_template
-from moi_jax.data.vocabulary_files import from_vocabulary_files
+from moi_jax.data.vocabulary_files import from_ranks, from_vocabulary_files
 from moi_jax.errors import UserError
 
 # Qwen v1's special tokens, numbered on from the last rank.
@@ -193,6 +193,7 @@ class TiktokenTokenizer(Tokenizer):
         if sorted(ranks.values()) != list(range(len(lines))) or not complete:
             raise UserError(f"{name} is no tokenizer: a rank or one of the 256 bytes is missing")
         self._threads = os.cpu_count() or 1
+        self._ranks = ranks
         self._specials = {s: len(ranks) + n for n, s in enumerate(QWEN_SPECIALS)}
         self._backend = tiktoken.Encoding(
             name,
@@ -201,6 +202,10 @@ class TiktokenTokenizer(Tokenizer):
             special_tokens=self._specials,
         )
         self.vocab_size = self._backend.n_vocab
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that gives the same ids."""
+        return from_ranks(self._ranks, self._specials)
 
     def special(self, token: str) -> int | None:
         return self._specials.get(token)

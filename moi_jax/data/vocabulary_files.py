@@ -1,7 +1,8 @@
-"""tokenizer.json from the older files of a byte-level BPE: vocab.json, merges.txt, settings."""
+"""tokenizer.json from older files of a byte-level BPE: vocab.json and merges.txt, qwen.tiktoken."""
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from moi_jax.byte_level import SPLITS, tokenizer_json
@@ -37,6 +38,40 @@ def from_vocabulary_files(files: Mapping[str, str]) -> str:
         raise UserError("the ids of vocab.json and the added tokens have gaps")
     merges = _merges(files["merges.txt"])
     return tokenizer_json(vocabulary, merges, SPLITS[SPLIT_OF_CLASS[kind]], added)
+
+
+def from_ranks(ranks: Mapping[bytes, int], specials: Mapping[str, int]) -> str:
+    """The text of tokenizer.json for the ranks of a qwen.tiktoken, which give the same ids."""
+    shown = _shown_bytes()
+
+    def text(token: bytes) -> str:
+        return "".join(shown[byte] for byte in token)
+
+    in_order = sorted(ranks, key=ranks.__getitem__)
+    vocabulary = {text(token): ranks[token] for token in in_order}
+    joined = (_last_merge(token, ranks) for token in in_order if len(token) > 1)
+    merges = [(text(left), text(right)) for left, right in joined]
+    added = {token: (number, True) for token, number in specials.items()}
+    return tokenizer_json(vocabulary, merges, SPLITS["qwen2"], added)
+
+
+def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts that BPE joins last to make the token: merges go by the rank of the result."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        first = joined.index(min(joined))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
+
+
+def _shown_bytes() -> dict[int, str]:
+    """How tokenizer.json writes each byte: printable ones as they are, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + number) for number, byte in enumerate(others)
+    }
 
 
 def _merges(text: str) -> list[tuple[str, str]]:

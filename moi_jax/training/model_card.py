@@ -62,7 +62,8 @@ def _training(step: Path) -> dict[str, Any] | None:
 
 def _source(source: dict[str, Any]) -> dict[str, Any]:
     kind = next(kind for kind in ("path", "tfds", "hf") if source.get(kind))
-    return {"kind": kind, "name": source[kind], "weight": source["weight"]}
+    told = {"weight": source["weight"], "license": source["license"] or "not told"}
+    return {"kind": kind, "name": source[kind], **told}
 
 
 def _mixture(path: Path) -> dict[str, Any] | None:

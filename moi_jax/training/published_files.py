@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.data.jinja_templates import export_jinja
-from moi_jax.data.tokenizer import Tokenizer
+from moi_jax.data.tokenizer import TiktokenTokenizer, Tokenizer
 from moi_jax.models.config import in_family, to_hf_config
 from moi_jax.training.checkpoints import ModelItems
 
@@ -28,11 +28,30 @@ def published_files(
         **items.tokenizer,
         **items.provenance.get("files", {}),
     }
+    if as_family and "qwen.tiktoken" in files:
+        files |= _fast_tokenizer(items)
+        del files["qwen.tiktoken"]
     # What was only converted keeps the template it came with; what was trained has ours.
     own = "chat_template.jinja" in files or '"chat_template"' in files.get(TOKENIZER_CONFIG, "")
     if items.prompts["chat_template"] and (trained or not own):
         files["chat_template.jinja"] = export_jinja(items.prompts)
     return files
+
+
+def _fast_tokenizer(items: ModelItems) -> dict[str, str]:
+    """A tokenizer of Qwen v1 as the readers of Qwen2 know it."""
+    tokenizer = Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"])
+    assert isinstance(tokenizer, TiktokenTokenizer)
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": items.model.seq_length,
+    }
+    return {
+        "tokenizer.json": tokenizer.to_json(),
+        TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n",
+    }
 
 
 def _generation(items: ModelItems, trained: bool) -> dict[str, Any]:

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "data.max_repeats",
     "data.on_bad_row",
     "data.root",
+    "data.workers",
     "checkpoint",
     "eval",
     "logging",
@@ -37,6 +38,8 @@ MAY_CHANGE = (
     "train.sample_max_new_tokens",
     "train.sample_prompts",
 )
+# Of a source: its content is compared, not where it lies.
+SOURCE_MAY_CHANGE = (".path", ".manual_dir", ".license")
 MAY_CHANGE_IF_ALLOWED = (
     "optimizer",
     "train.epochs",
@@ -133,8 +136,8 @@ def check_resume(
         if old == new:
             continue
         change = f"{key}: {old} -> {new}"
-        source_path = key.startswith("data.domains.") and key.endswith(".path")
-        if key.startswith(may_change) or source_path:
+        of_source = key.startswith("data.domains.") and key.endswith(SOURCE_MAY_CHANGE)
+        if key.startswith(may_change) or of_source:
             say(console, f"going on with {change}")
         elif not key.startswith(MAY_CHANGE_IF_ALLOWED):
             raise UserError(
