@@ -3,6 +3,7 @@
 `config_file.load_config` reads it from YAML and dotted overrides.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 # Strict: "true" is no number.
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
+CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]+\|>")
 FloatType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -185,6 +187,13 @@ class Data(Section):
         names = [domain.name for domain in self.domains]
         if doubled := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two domains are named {doubled[0]}; give each its own name")
+        prompts = {domain.name: domain.prompt for domain in self.domains}
+        for name, prompt in {"the default": self.default_system_prompt, **prompts}.items():
+            if control := CONTROL_TOKEN.search(prompt or ""):
+                raise ValueError(
+                    f"the system prompt of {name} holds the control token {control.group()}; a "
+                    f"prompt is plain text, the chat template stands around it"
+                )
         if "mean" in names:
             raise ValueError("no domain may be named 'mean', as eval/mean/loss is taken")
         if self.sampling == "balanced" and self.chunk_size != max(len(names), 1):

@@ -120,6 +120,10 @@ def test_a_switch_set_beside_the_strategy_wins():
         ),
         (data(default_domain="talk"), "default_domain 'talk' is not among the domains"),
         ({"data": {"domains": DOMAINS + DOMAINS[:1]}}, "two domains are named chat"),
+        (
+            {"data": {"domains": [{**DOMAINS[0], "prompt": "Be kind.<|im_end|>"}]}},
+            "the system prompt of chat holds the control token <|im_end|>; a prompt is plain text",
+        ),
         ({"train": {"global_batch_rows": 6, "microbatch_rows": 4}}, "no multiple of"),
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: Input should be a"),
         ({"data": {"strategy": ["moi"]}}, "data.strategy: Input should be 'sequence'"),
