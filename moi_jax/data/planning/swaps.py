@@ -10,10 +10,9 @@ import numpy as np
 
 from moi_jax.data.planning import packing
 
-# Work of one round in pairs of instructions compared, partners a row sees in it at most, and
-# rounds at most.
+# Pairs of instructions compared in a round and for one row at most, and rounds at most.
 ROUND_PAIRS = 1 << 22
-PARTNERS = 48
+ROW_PAIRS = 1 << 11
 ROUNDS = 32
 IDLE_ROUNDS = 3  # in a row without a swap: other partners would not help either
 
@@ -91,7 +90,7 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     if not len(long):
         return 0
     ours = layout.places(long)  # [l, m, C]
-    each = int(np.clip(most // len(long), 1, PARTNERS))
+    each = max(1, min(most // len(long), ROW_PAIRS // layout.pairs))
     partners = _by_room(roomy, limit - layout.sizes[roomy], len(long) * each, rng)
     partners = partners.reshape(each, len(long)).T.ravel()
     theirs = layout.places(partners).reshape(len(long), each, -1, ours.shape[2])
