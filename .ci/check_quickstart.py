@@ -16,6 +16,8 @@ def main(run: Path) -> None:
     assert len(names) == 2 * 5, names  # four domains and their mean, own and default prompt
     for name in names:
         assert last[name] < first[name], f"{name} rose from {first[name]} to {last[name]}"
+    mixture = json.loads((run / "mixture.json").read_text(encoding="utf-8"))
+    assert mixture["moved_share"] < 0.15, "too many instructions left the chunk they were drawn for"
     assert (run / "checkpoints" / str(last["step"]) / "parameters").is_dir()
     assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
     print(f"quickstart: loss {losses[0]:.2f} -> {losses[-1]:.2f}, held-out losses fell everywhere")

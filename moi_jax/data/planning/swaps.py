@@ -165,6 +165,7 @@ def _by_room(
 # last swaps are to find.
 AIM = 0.999
 HOSTS_TRIED = 6  # rows a group is moved to, one after another
+WORTH = 0.9  # share of the emptied rows that must be saved: hopeless tries move a lot for little
 
 
 def fill_rows(
@@ -179,8 +180,8 @@ def fill_rows(
 
     Whole groups leave gaps too small for another group. The rows with the largest gaps are
     emptied; each of their groups moves to another row with a gap, which is then too long, and
-    swaps instructions for shorter ones of rows that still have room. Where that saves less than
-    half of the rows it was to save, it is tried with half as many.
+    swaps instructions for shorter ones of rows that still have room. Where that saves fewer
+    rows than it was worth, it is tried with half as many, or with as many as were saved.
 
     Args:
       members: int64[G, W] global instruction numbers.
@@ -198,9 +199,10 @@ def fill_rows(
         filled, now = _without_rows(
             members, row_of, emptied, lengths, sequence_length, same_column, rng
         )
-        if 2 * (rows - 1 - int(now.max())) >= emptied:
+        saved = rows - 1 - int(now.max())
+        if saved >= WORTH * emptied:
             return filled, now
-        emptied //= 2
+        emptied = max(saved, emptied // 2)
     return members, row_of
 
 
