@@ -312,8 +312,8 @@ def test_an_endpoint_that_is_down_is_named_in_one_line(evaluate):
     with pytest.raises(UserError) as raised:
         evaluate(url=url)
     assert re.fullmatch(
-        rf"judge org/judge at {url}: cannot be reached \(.*refused\); 0 of 16 judgments are kept in "
-        r".*, and the same command goes on from there",
+        rf"judge org/judge at {url}: cannot be reached \(.*refused\); 0 of 16 judgments "
+        r"are kept in .*, and the same command goes on from there",
         str(raised.value),
     )
 
@@ -342,7 +342,8 @@ def test_a_turn_that_was_never_reached_is_judged_as_empty(data, tmp_path, endpoi
     item = task.load()[1]
     [score] = task.score([(item, Answer(("answer 91.1",), ("length", "too_long")))])
     assert score.metrics == {"rating_1": 5.0, "rating_2": 5.0}
-    assert endpoint.asked["91.1"][1]["messages"][1]["content"].endswith("answer 91.1\nNow a dog.\n")
+    prompts = {request["messages"][1]["content"] for request in endpoint.asked["91.1"]}
+    assert "Be a cat.\nanswer 91.1\nNow a dog.\n" in prompts
 
 
 def test_cost_is_told_first_and_limited(evaluate, endpoint, capsys):

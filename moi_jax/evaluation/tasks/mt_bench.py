@@ -59,17 +59,21 @@ class MTBench(Task):
 
     def load(self) -> list[Item]:
         self._prompts = self._read_prompts()
-        references = {row["question_id"]: turns for row, turns in self._answers(REFERENCES)}
+        references = self._read_references()
         items = []
         for where, row in self._rows("question.jsonl"):
-            question, category = row.get("question_id"), row.get("category")
-            turns: Any = row.get("turns")
-            known = category in tuple(TEMPERATURES)
-            if not isinstance(question, int) or not known or not _pair(turns):
-                raise UserError(
-                    f"{where}: a question has question_id (a number), turns (two texts) and "
-                    f"category (one of {', '.join(TEMPERATURES)})"
-                )
+            match row:
+                case {
+                    "question_id": int(question),
+                    "category": str(category),
+                    "turns": [str(first), str(second)],
+                } if category in TEMPERATURES:
+                    pass
+                case _:
+                    raise UserError(
+                        f"{where}: a question has question_id (a number), turns (two texts) and "
+                        f"category (one of {', '.join(TEMPERATURES)})"
+                    )
             reference = references.get(question) if category in WITH_REFERENCE else None
             if category in WITH_REFERENCE and reference is None:
                 raise UserError(
@@ -79,9 +83,9 @@ class MTBench(Task):
             items.append(
                 Item(
                     id=str(question),
-                    messages=(Message("user", turns[0]),),
+                    messages=(Message("user", first),),
                     gold={"question_id": question, "reference": reference},
-                    follow_ups=(turns[1],),
+                    follow_ups=(second,),
                     group=category,
                     temperature=TEMPERATURES[category],
                 )
@@ -150,7 +154,7 @@ class MTBench(Task):
             some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             notes.append(
                 f"partial: {len(missing)} of {2 * len(items)} ratings are missing, each after "
-                f"{TRIES} judgments without one ({some})"
+                f"{TRIES} tries ({some})"
             )
         if len(self._versions) > 1:
             notes.append(
@@ -208,18 +212,20 @@ class MTBench(Task):
             prompts[name] = {key: row[key] for key in ("name", "system_prompt", "prompt_template")}
         return prompts
 
-    def _answers(self, name: str) -> Iterator[tuple[Json, tuple[str, str]]]:
-        """Rows of a file of answers, each with the texts of its two turns."""
-        for where, row in self._rows(name):
-            try:
-                turns = row["choices"][0]["turns"]
-            except (KeyError, IndexError, TypeError):
-                turns = None
-            if not isinstance(row.get("question_id"), int) or not _pair(turns):
-                raise UserError(
-                    f"{where}: an answer has question_id and choices, the first with two turns"
-                )
-            yield row, (turns[0], turns[1])
+    def _read_references(self) -> dict[int, tuple[str, str]]:
+        references = {}
+        for where, row in self._rows(REFERENCES):
+            match row:
+                case {
+                    "question_id": int(question),
+                    "choices": [{"turns": [str(first), str(second)]}, *_],
+                }:
+                    references[question] = (first, second)
+                case _:
+                    raise UserError(
+                        f"{where}: an answer has question_id and choices, the first with two turns"
+                    )
+        return references
 
     def _rows(self, name: str) -> Iterator[tuple[str, Json]]:
         """(place, object) of each line of a file of the benchmark."""
@@ -261,12 +267,6 @@ def _fields(
         if references is not None:
             fields[f"ref_answer_{turn}"] = references[turn - 1]
     return fields
-
-
-def _pair(turns: Any) -> bool:
-    return (
-        isinstance(turns, list) and len(turns) == 2 and all(isinstance(turn, str) for turn in turns)
-    )
 
 
 def _hash(value: Any) -> str:
