@@ -17,6 +17,7 @@ from moi_jax.errors import UserError
 from moi_jax.evaluation.judge import TRIES, Judge, read_rating
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer
+from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.tasks import make_task
 
 from judge_endpoint import judge_endpoint
@@ -103,14 +104,10 @@ def evaluate(data, tmp_path, endpoint):
     return run
 
 
-def told_score(task, scores):
-    """100 times the weighted means, as the runner tells it."""
-    values = {}
-    for score in scores:
-        for name, value in score.metrics.items():
-            values.setdefault(name, []).append(value)
-    weights = task.weights({name: len(each) for name, each in values.items()})
-    return 100 * sum(weights[name] * sum(each) / len(each) for name, each in values.items())
+def summary(task, items, scores):
+    answer = Answer(finishes=("stop", "stop"))
+    scored = [(item, answer, score) for item, score in zip(items, scores, strict=True)]
+    return summarize(task, scored, skipped=0, whole=True)
 
 
 def judgments(tmp_path):
@@ -161,11 +158,14 @@ def test_a_misbehaving_endpoint_gives_the_arithmetic_by_hand(evaluate, endpoint,
         {"rating_1": 9.0, "rating_2": 5.0},
     ]
     # 8 + 7.5 + 2 + 1 + 10 + 5 + 6 + 9 = 48.5; 4 + 3 + 5 * 5 = 32; 15 ratings; x 10
-    assert told_score(task, scores) == pytest.approx(80.5 / 15 * 10)
-    assert [score.failure for score in scores] == ["no rating"] + [None] * 7
+    results = summary(task, items, scores)
+    assert results["score"] == pytest.approx(80.5 / 15 * 10)
+    assert results["groups"]["roleplay"] == {"items": 1, "rating_1": 7.5, "rating_2": 4.0}
+    assert results["failures"] == {"no rating": 1}
+    assert not task.is_whole(items * 10)
     assert scores[0].details == {"judgments": ["Good. Rating: [[8]]", "no rating, ever"]}
     assert "partial: 1 of 16 ratings" in task.notes(items, scores)[1]
-    assert "question 81 turn 2" in task.notes(items, scores)[1]
+    assert "questions 81)" in task.notes(items, scores)[1]
     assert len(endpoint.asked["81.2"]) == TRIES
     assert task.settings()["judge"] == "org/judge"
     assert task.settings()["judge_version"] == "stub-2024"
@@ -177,7 +177,9 @@ def test_a_misbehaving_endpoint_gives_the_arithmetic_by_hand(evaluate, endpoint,
 
 
 def test_the_judge_sees_the_prompt_of_category_and_turn(evaluate, endpoint):
-    evaluate()
+    task, items, _ = evaluate()
+    assert task.is_whole(items * 10)
+    assert not task.is_whole(items)
     request = endpoint.asked["114.1"][0]
     assert request == {
         "path": "/v1/chat/completions",
@@ -204,7 +206,7 @@ def test_the_judge_sees_the_prompt_of_category_and_turn(evaluate, endpoint):
 
 def test_files_have_fastchats_layout(evaluate, endpoint, tmp_path, data):
     endpoint.plans = {"81.1": ["never"], "91.1": ["[[9]]"], "103.2": ["[[2.5]]"]}
-    task, _, scores = evaluate()
+    task, items, scores = evaluate()
     out = tmp_path / "moi-7b" / "mt_bench"
     answers = read_lines(out / "model_answer" / "moi-7b.jsonl")
     assert [answer["question_id"] for answer in answers] == [
@@ -227,7 +229,7 @@ def test_files_have_fastchats_layout(evaluate, endpoint, tmp_path, data):
     # What FastChat's show_result does: -1 is no rating, the rest is averaged.
     told = [row["score"] for row in rows if row["score"] != -1]
     assert len(told) == 15
-    assert 10 * sum(told) / len(told) == pytest.approx(told_score(task, scores))
+    assert 10 * sum(told) / len(told) == pytest.approx(summary(task, items, scores)["score"])
 
 
 def test_only_what_changed_is_asked_again(evaluate, endpoint, data):
@@ -252,7 +254,7 @@ from moi_jax.evaluation.judge import Case, Judge
 from pathlib import Path
 cases = [Case(n, 1, "single-v1", "Help.", f"answer {{n}}.1") for n in range(119, 127)]
 judge = Judge("org/judge", {endpoint.url!r}, workers=1)
-judge.rate(cases, "moi-7b", Path({str(judgments(tmp_path))!r}))
+list(judge.rate(cases, "moi-7b", Path({str(judgments(tmp_path))!r})))
 """
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ})
     try:
@@ -327,7 +329,7 @@ def test_judge_calls_run_at_the_same_time(evaluate, endpoint):
 def test_without_a_judge_there_is_no_score_and_the_answers_are_kept(evaluate, endpoint, tmp_path):
     task, items, scores = evaluate(judge=None, judge_url=None)
     assert [score.metrics for score in scores] == [{}] * 8
-    assert task.weights({}) is None
+    assert summary(task, items, scores)["score"] is None
     assert task.notes(items, scores)[0] == "8 of the benchmark's 80 questions"
     assert "not judged: run the same command with --judge" in task.notes(items, scores)[1]
     assert len(read_lines(tmp_path / "moi-7b" / "mt_bench" / "model_answer" / "moi-7b.jsonl")) == 8

@@ -10,15 +10,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rich.console import Console
-from rich.progress import track
 
 from moi_jax.console import say
 from moi_jax.errors import UserError
@@ -132,16 +131,16 @@ class Judge:
     retries: int = 4
     pause: float = 2.0
 
-    def rate(self, cases: Sequence[Case], answered_by: str, path: Path) -> list[Json]:
-        """The judgment of each case: those that the file has, and those still to ask for.
+    def rate(self, cases: Sequence[Case], answered_by: str, path: Path) -> Iterator[Json]:
+        """The judgment of each case, in order: what the file has, and what is still to be asked.
 
         Args:
           answered_by: whose answers these are, for the file.
           path: the file of judgments; it grows by each as it arrives.
 
-        Returns:
-          One record a case, as in the file: "score" (`MISSING` after `TRIES` judgments without a
-          rating), "judgment", "judge_version" (the model's name as the endpoint told it), ...
+        Yields:
+          Records as in the file: "score" (`MISSING` after `TRIES` judgments without a rating),
+          "judgment", "judge_version" (the model's name as the endpoint told it), ...
 
         Raises:
           UserError: it would cost too much, or the endpoint failed. What was judged is kept.
@@ -150,17 +149,15 @@ class Judge:
         to_ask = [case for case in cases if kept.find(self.model, case) is None]
         if to_ask:
             self._check_cost(to_ask, len(cases))
-            try:
-                self._ask_all(to_ask, answered_by, kept)
-            except (Fault, OSError) as error:
-                what = f"cannot write {path}: {error}" if isinstance(error, OSError) else error
-                done = sum(kept.find(self.model, case) is not None for case in cases)
-                raise UserError(
-                    f"judge {self.model} at {self.url}: {what}; {done} of {len(cases)} judgments "
-                    f"are kept in {path}, and the same command goes on from there"
-                ) from None
-        records = [kept.find(self.model, case) for case in cases]
-        return [record for record in records if record is not None]
+        try:
+            yield from self._ask_all(cases, answered_by, kept)
+        except (Fault, OSError) as error:
+            what = f"cannot write {path}: {error}" if isinstance(error, OSError) else error
+            done = sum(kept.find(self.model, case) is not None for case in cases)
+            raise UserError(
+                f"judge {self.model} at {self.url}: {what}; {done} of {len(cases)} judgments are "
+                f"kept in {path}, and the same command goes on from there"
+            ) from None
 
     def _check_cost(self, to_ask: Sequence[Case], total: int) -> None:
         """Says what the calls will take; the prompt's tokens are guessed as 4 characters each."""
@@ -180,10 +177,9 @@ class Judge:
                 )
         say(Console(stderr=True), line)
 
-    def _ask_all(self, cases: Sequence[Case], answered_by: str, kept: Judgments) -> None:
+    def _ask_all(self, cases: Sequence[Case], answered_by: str, kept: Judgments) -> Iterator[Json]:
         import openai
 
-        console = Console(stderr=True)
         client = openai.OpenAI(
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             base_url=self.url,
@@ -191,22 +187,19 @@ class Judge:
             max_retries=self.retries,
         )
 
-        def judge(case: Case) -> None:
-            kept.append(self._judge(client, case, answered_by))
+        def judgment(case: Case) -> Json:
+            record = kept.find(self.model, case)
+            if record is None:
+                record = self._judge(client, case, answered_by)
+                kept.append(record)
+            return record
 
         with client, ThreadPoolExecutor(self.workers) as pool:
-            calls = [pool.submit(judge, case) for case in cases]
+            calls = [pool.submit(judgment, case) for case in cases]
             try:
-                for call in track(
-                    as_completed(calls),
-                    "judging",
-                    total=len(calls),
-                    console=console,
-                    transient=True,
-                    disable=not console.is_terminal,
-                ):
-                    call.result()
-            finally:  # the first fault, or Ctrl-C: calls under way end and are kept, no more begin
+                for call in calls:
+                    yield call.result()
+            finally:  # a fault, or Ctrl-C: calls under way end and are kept, no more begin
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _judge(self, client: "openai.OpenAI", case: Case, answered_by: str) -> Json:

@@ -16,6 +16,7 @@ from moi_jax.errors import UserError, cannot_write
 from moi_jax.evaluation.judge import MISSING, TRIES, Case, make_judge
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.whole_files import write_whole
 
 QUESTIONS = 80
 TEMPERATURES = {
@@ -46,6 +47,7 @@ class MTBench(Task):
         "from lm-sys/FastChat, fastchat/llm_judge/data"
     )
     max_new_tokens = 1024
+    whole = (QUESTIONS,)
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -56,6 +58,7 @@ class MTBench(Task):
         self._out = options.out / "mt_bench"
         self._prompts: dict[str, Json] = {}
         self._versions: set[str] = set()
+        self._missing = 0  # ratings
 
     def load(self) -> list[Item]:
         self._prompts = self._read_prompts()
@@ -93,31 +96,32 @@ class MTBench(Task):
         return items
 
     def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
-        """Writes the answers, asks the judge for all ratings, then yields the scores.
+        """Writes all answers, then yields the scores as the judge's ratings arrive.
 
         Raises:
           UserError: see `Judge.rate`.
         """
         pairs = [(item, _two_turns(answer)) for item, answer in answered]
         self._write_answers(pairs)
+        self._versions, self._missing = set(), 0
         if self.judge is None:
             yield from (Score({}) for _ in pairs)
             return
-        cases = [self._case(item, turns, turn) for turn in (1, 2) for item, turns in pairs]
+        cases = [self._case(item, turns, turn) for item, turns in pairs for turn in PROMPTS]
         file = self.judge.model.replace("/", "_") + "_single.jsonl"
         records = self.judge.rate(cases, self._model, self._out / "model_judgment" / file)
-        self._versions = {record["judge_version"] for record in records}
-        for first, second in zip(records[: len(pairs)], records[len(pairs) :], strict=True):
-            both = {"rating_1": first, "rating_2": second}
+        for both in zip(records, records, strict=True):  # the two turns of an item
+            self._versions.update(record["judge_version"] for record in both)
             ratings = {
-                name: float(record["score"])
-                for name, record in both.items()
+                f"rating_{record['turn']}": float(record["score"])
+                for record in both
                 if record["score"] != MISSING
             }
+            self._missing += len(both) - len(ratings)
             yield Score(
                 ratings,
-                failure="no rating" if len(ratings) < 2 else None,
-                details={"judgments": [first["judgment"], second["judgment"]]},
+                failure="no rating" if len(ratings) < len(both) else None,
+                details={"judgments": [record["judgment"] for record in both]},
             )
 
     def weights(self, counts: Mapping[str, int]) -> dict[str, float] | None:
@@ -144,23 +148,22 @@ class MTBench(Task):
             answers = self._out / "model_answer" / f"{self._model}.jsonl"
             notes.append(f"not judged: run the same command with --judge to rate {answers}")
             return notes
-        missing = [
-            f"question {item.id} turn {turn}"
-            for item, score in zip(items, scores, strict=True)
-            for turn in PROMPTS
-            if f"rating_{turn}" not in score.metrics
-        ]
-        if missing:
-            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        if self._missing:
+            without = [item.id for item, score in zip(items, scores, strict=True) if score.failure]
+            some = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
             notes.append(
-                f"partial: {len(missing)} of {2 * len(items)} ratings are missing, each after "
-                f"{TRIES} tries ({some})"
+                f"partial: {self._missing} of {2 * len(items)} ratings are missing, each after "
+                f"{TRIES} tries (questions {some})"
             )
         if len(self._versions) > 1:
             notes.append(
                 f"ratings of several versions of the judge: {', '.join(sorted(self._versions))}"
             )
         return notes
+
+    def is_whole(self, items: Sequence[Item]) -> bool:
+        """All questions, and none of their ratings is missing."""
+        return super().is_whole(items) and not self._missing
 
     @property
     def _model(self) -> str:
@@ -192,7 +195,7 @@ class MTBench(Task):
                 (self._out / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._data / name, self._out / name)
             path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             raise cannot_write(path, error) from None
 
