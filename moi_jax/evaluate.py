@@ -127,7 +127,14 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     judge.add_argument(
         "--judge-url", metavar="URL", help="of an OpenAI-compatible API; key in OPENAI_API_KEY"
     )
-    judge.add_argument("--judge-max-cost", type=float, metavar="DOLLARS")
+    judge.add_argument(
+        "--judge-price",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="dollars per million tokens read and written, to tell the cost before the first call",
+    )
+    judge.add_argument("--judge-max-cost", type=float, metavar="DOLLARS", help="refuse above it")
     teval = parser.add_argument_group("teval")
     teval.add_argument(
         "--teval-system",
@@ -187,6 +194,8 @@ def evaluate(args: argparse.Namespace) -> None:
     import jax
     from rich.console import Console
 
+    from moi_jax.config_file import load_config
+    from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
     from moi_jax.evaluation.report import write_report
     from moi_jax.open_checkpoint import open_checkpoint
     from moi_jax.training.checkpoints import find_step
@@ -198,12 +207,17 @@ def evaluate(args: argparse.Namespace) -> None:
     # What can be refused is refused before the checkpoint is read.
     tasks = _open_tasks([name for name in names if name != HELD_OUT], options)
     crossed = _open_tasks(task_names(args.generate or ""), options)
+    held_out = HeldOutOptions(
+        config=load_config(args.config) if args.config else None,
+        untrained=args.untrained,
+        limit=args.limit,
+    )
     checkpoint = open_checkpoint(
         args.checkpoint, dtype=args.dtype, mesh=args.mesh, chat_template=args.chat_template
     )
     with jax.set_mesh(checkpoint.mesh):
         if HELD_OUT in names:
-            _held_out(checkpoint, args, console)
+            measure_held_out(checkpoint, held_out, args.out, console)
         if tasks:
             _benchmarks(checkpoint, args, tasks, options, console)
         if crossed:
