@@ -93,6 +93,8 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
                 inputs.config.data,
                 inputs.tokenizer,
                 machine.make_model,
+                inputs.model,
+                machine.mesh,
             )
 
         def evaluate(parameters: "Tree", give_up: Callable[[], bool]) -> dict[str, float]:
