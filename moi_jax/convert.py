@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moi_jax.errors import UserError, run_command
-from moi_jax.new_directory import check_new, new_directory, write_texts
+from moi_jax.whole_files import check_new, new_directory, write_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -238,9 +238,15 @@ def verify_checkpoint(
     from moi_jax.data.tokenizer import Tokenizer
     from moi_jax.evaluation import parity
     from moi_jax.models.config import in_family, read_hf_config
+    from moi_jax.models.decoder import Decoder
     from moi_jax.models.published import TensorFiles, read_bytes
     from moi_jax.models.weights import export_tensors, redundant_tensors
-    from moi_jax.training.checkpoints import find_step, load, read_items, stored_parameters
+    from moi_jax.training.checkpoints import (
+        find_step,
+        read_items,
+        read_parameters,
+        stored_parameters,
+    )
 
     step = find_step(checkpoint)
     items = read_items(step)
@@ -268,7 +274,7 @@ def verify_checkpoint(
         def ours(tokens: "np.ndarray", segment_ids: "np.ndarray") -> "np.ndarray":
             return np.asarray(decoder(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids)))
 
-        decoder, _ = load(step)
+        decoder = Decoder(items.model, read_parameters(step, items.model, "float32", None))
         logits = [ours(*batch) for batch in parity.batches(ids)]
         del decoder  # two models at a time need twice the memory
         report["logits"] = parity.compare_logits(logits, ids, directory, stored.dtype)

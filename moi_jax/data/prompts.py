@@ -32,14 +32,18 @@ def prompts_item(
     }
 
 
-def saved_template(item: Json, where: object) -> str:
-    """The name of the chat template a checkpoint was made with; `where` names the checkpoint.
+def saved_template(item: Json, where: object, option: str = "tokenizer.chat_template") -> str:
+    """The name of the chat template a checkpoint was made with.
+
+    Args:
+      where: names the checkpoint.
+      option: what chooses another template instead.
 
     Raises:
       UserError: it was made with none, or this version renders that template otherwise.
     """
     name = item["chat_template"]
-    choose = f"choose by tokenizer.chat_template: {' or '.join(TEMPLATES)}"
+    choose = f"choose by {option}: {' or '.join(TEMPLATES)}"
     if name not in TEMPLATES:
         raise UserError(f"{where} has no chat template of ours (found {name}); {choose}")
     ours = TEMPLATES[name].fingerprint()

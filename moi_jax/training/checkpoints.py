@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moi_jax import config as config_lib
+from moi_jax.data.prompts import saved_template
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig
@@ -286,7 +287,10 @@ def _check_shapes(step: Path, stored: Any, expected: Tree) -> None:
 
 
 def load(
-    path: str | Path, dtype: jax.typing.DTypeLike = "float32", mesh: Mesh | None = None
+    path: str | Path,
+    dtype: jax.typing.DTypeLike = "float32",
+    mesh: Mesh | None = None,
+    chat_template: str | None = None,
 ) -> tuple[Decoder, Tokenizer]:
     """A model in inference mode and its tokenizer, from any checkpoint of ours.
 
@@ -294,11 +298,14 @@ def load(
       path: a step directory, or a run (its newest step).
       dtype: of the parameters and the computation.
       mesh: where the parameters are laid out; None is one device.
+      chat_template: its name; None for the one the checkpoint was made with, if any.
 
     Raises:
-      UserError: `path` holds no checkpoint.
+      UserError: `path` holds no checkpoint, or one whose template is rendered otherwise now.
     """
     items = read_items(Path(path))
+    if chat_template is None and items.prompts["chat_template"] is not None:
+        chat_template = saved_template(items.prompts, path, "chat_template")
     parameters = read_parameters(Path(path), items.model, dtype, mesh)
     model = Decoder(items.model, parameters, compute_dtype=dtype)
-    return model, Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"])
+    return model, Tokenizer.from_files(items.tokenizer, chat_template)
