@@ -58,9 +58,12 @@ def load_literal(text: str) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """`str(value)`, of anything that was loaded, fit to be encoded; "" where it has none."""
+    """`str(value)`, of anything that was loaded, fit to be encoded; "" where it has none.
+
+    Python's literals read JSON's escapes of an emoji as two surrogates: here they are one again.
+    """
     try:
-        return str(value).encode("utf-8", "replace").decode()
+        return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     except (ValueError, RecursionError):  # an integer of too many digits, lists too deep
         return ""
 

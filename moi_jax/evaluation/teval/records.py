@@ -107,11 +107,13 @@ class _Record:
         """The value at a path of keys; UserError unless it is there and of that type."""
         value = self.fields
         for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, dict) or key not in value:
+                raise self.error(f"{'.'.join(path)} is missing")
+            value = value[key]
         if not isinstance(value, kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = " or ".join(each.__name__ for each in kinds)
-            raise self.error(f"{'.'.join(path)} is missing or no {names}")
+            raise self.error(f"{'.'.join(path)} is no {names}")
         return value
 
     def error(self, problem: str) -> UserError:
