@@ -155,8 +155,7 @@ def _draw_panel(axes: Axes, domains: Json, columns: Sequence[str], scale: float)
                 column, row, f"{cell['loss']:.2f}", ha="center", va="center", fontsize=8,
                 color="white" if strong else INK,
             )  # fmt: skip
-    colours = matplotlib.colormaps["RdBu_r"].copy()
-    colours.set_bad(PADDING)
+    colours = matplotlib.colormaps["RdBu_r"].with_extremes(bad=PADDING)
     image = axes.imshow(differences, cmap=colours, vmin=-scale, vmax=scale, aspect="auto")
     own = columns.index(OWN)
     axes.add_patch(
