@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moi_jax.errors import UserError, run_command
-from moi_jax.new_directory import check_new, new_directory, write_texts
+from moi_jax.whole_files import check_new, new_directory, write_texts
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from moi_jax.console import say
 from moi_jax.errors import UserError
-from moi_jax.training.runtime import write_whole
+from moi_jax.whole_files import write_whole
 
 Record = dict[str, Any]
 Tracker = Callable[[Record], None]

@@ -110,13 +110,6 @@ def _entries(run_dir: Path) -> set[str]:
     return {entry.name for entry in run_dir.iterdir()} - {LOCK} if run_dir.exists() else set()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is never seen half: beside it, then renamed."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
 def check_resume(
     run_dir: Path,
     before: dict[str, Any],

@@ -30,6 +30,7 @@ from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.sharding import check_rows, local_rows, make_mesh, place_batch
 from moi_jax.training.state import abstract_state, new_state, random_parameters
 from moi_jax.training.step import make_eval_step, make_train_step
+from moi_jax.whole_files import write_whole
 
 # Where a run without a checkpoint begins.
 FIRST_POSITION: dict[str, Any] = {"step": 0, "row": 0, "epoch_rows": [0], "skipped_in_a_row": 0}
@@ -98,8 +99,8 @@ def start_run(
         say(console, f"going on from step {saved_step} in {directory}")
 
     mixture = inputs.show_mixture(plan, console)
-    runtime.write_whole(directory / "mixture.json", json.dumps(mixture, indent=1))
-    runtime.write_whole(directory / "config.yaml", config.to_yaml())
+    write_whole(directory / "mixture.json", json.dumps(mixture, indent=1))
+    write_whole(directory / "config.yaml", config.to_yaml())
     # What was logged past the checkpoint is logged again; without one, also what stands at 0.
     logged = -1 if saved_step is None else saved_step
     truncate_after(directory / "samples.jsonl", logged)

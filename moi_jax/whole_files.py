@@ -1,4 +1,4 @@
-"""Directories that are there only when whole."""
+"""Files and directories that are there only when whole."""
 
 import shutil
 import tempfile
@@ -39,3 +39,10 @@ def write_texts(directory: Path, files: Mapping[str, str]) -> None:
     """Writes files by their names alone: they come from checkpoints, which may be a stranger's."""
     for name, text in files.items():
         (directory / Path(name).name).write_text(text, encoding="utf-8")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is never seen half: beside it, then renamed."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
