@@ -1,11 +1,20 @@
-"""A chat that goes on: what was said so far, and the prompt of the next answer."""
+"""A chat that goes on: what was said so far, the prompt of the next answer, and the terminal."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 from moi_jax.data.conversations import Message
 from moi_jax.data.rendering import render_prompt
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
+
+HELP = """\
+/system TEXT   another system prompt, for what was said too; without TEXT: shows it
+/no-system     no system prompt at all
+/undo          takes back the last question and its answer
+/reset         forgets what was said
+/quit          leaves, as Ctrl-D does; Ctrl-C stops an answer
+A message that begins with / goes to the model when a space stands before it."""
 
 
 class Chat:
@@ -55,8 +64,84 @@ class Chat:
             self.messages.pop()
 
     def undo(self) -> None:
-        """Takes back the last exchange."""
+        """Takes back the last exchange, if any."""
         del self.messages[-2:]
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         return render_prompt(messages, self._tokenizer, self.system)
+
+
+def chat_on_terminal(
+    chat: Chat,
+    answer: Callable[[list[int], int, Callable[[str], None]], None],
+    note: Callable[[str], None],
+) -> None:
+    """Reads messages and shows their answers until /quit or the input's end.
+
+    Args:
+      answer: (prompt, number of the question, where text goes as soon as it is certain).
+      note: tells the user a line that is no answer.
+    """
+    note("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands")
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        print(text, end="", flush=True)
+
+    for number, message in enumerate(_read(chat, note)):
+        shown.clear()
+        try:
+            prompt, forgotten = chat.ask(message)
+        except UserError as error:
+            note(str(error))
+            continue
+        if forgotten:
+            note(f"(the context is full; exchanges forgotten, oldest first: {forgotten})")
+        try:
+            answer(prompt, number, show)
+        except KeyboardInterrupt:
+            note("(stopped)")
+        print()
+        chat.answered("".join(shown))
+
+
+def _read(chat: Chat, note: Callable[[str], None]) -> Iterator[str]:
+    """What the user says to the model; commands are carried out."""
+    import readline  # noqa: F401  # gives input() its line editing
+
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    while True:
+        try:
+            line = input("> ")
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            note(_command(chat, *line.partition(" ")[::2]))
+        elif line.strip():
+            yield line.strip()
+
+
+def _command(chat: Chat, name: str, text: str) -> str:
+    """Carries out a command; returns what to tell."""
+    if name == "/help":
+        return HELP
+    if name == "/reset":
+        chat.messages.clear()
+        return "forgotten"
+    if name == "/undo":
+        chat.undo()
+        return f"{len(chat.messages) // 2} exchanges are left"
+    if name == "/system" and text.strip():
+        chat.system = text.strip()
+    elif name == "/no-system":
+        chat.system = None
+    elif name != "/system":
+        return f"there is no command {name}; /help lists them"
+    return "no system prompt" if chat.system is None else f"system prompt: {chat.system}"
