@@ -62,7 +62,9 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
 
     from moi_jax.console import say
     from moi_jax.evaluation.answers import make_sampler
+    from moi_jax.evaluation.chat_model import make_chat_model
     from moi_jax.evaluation.held_out import HeldOut
+    from moi_jax.evaluation.while_training import make_benchmark
     from moi_jax.training.checkpoints import RunCheckpoints
     from moi_jax.training.inputs import open_inputs, resolve
     from moi_jax.training.loop import fit
@@ -95,6 +97,19 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
                 machine.make_model,
             )
 
+        benchmark = None
+        if config.eval.generate.tasks:
+            chat = make_chat_model(
+                machine.make_model,
+                inputs.model,
+                inputs.tokenizer,
+                inputs.config.data.default_system_prompt,
+                mesh=machine.mesh,
+            )
+            benchmark = make_benchmark(
+                config.eval.generate, directory / "benchmarks", chat, console
+            )
+
         def evaluate(parameters: "Tree", give_up: Callable[[], bool]) -> dict[str, float]:
             return held_out.losses(lambda batch: machine.sums(parameters, batch), give_up)
 
@@ -104,7 +119,9 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
         opened = RunCheckpoints(directory / "checkpoints", config.checkpoint, inputs.items)
         # Closed however this ends: a save under way becomes whole first.
         with closing(opened) as checkpoints, jax.set_mesh(machine.mesh):
-            run = start_run(inputs, machine, checkpoints, allow_change, evaluate, sample, console)
+            run = start_run(
+                inputs, machine, checkpoints, allow_change, evaluate, benchmark, sample, console
+            )
             if run.step == run.steps:
                 say(console, f"the run in {directory} is complete; --fresh begins anew")
             finished = fit(run)

@@ -61,6 +61,7 @@ class Stage:
             position=lambda row: {"row": row},
             epoch_of=lambda row: 0,
             evaluate=self.evaluate,
+            benchmark=self.benchmark if "generate" in values["eval"] else None,
             sample=None,
             checkpoints=SimpleNamespace(save=self.save),
             log=MetricsLog(directory, [], -1),
@@ -81,6 +82,12 @@ class Stage:
         }
         ones = ("weights", "nll", "loss_tokens", "tokens", "grad_norm", "learning_rate")
         return SimpleNamespace(parameters=step), metrics | {name: Metric(1.0) for name in ones}
+
+    def benchmark(self, parameters, give_up):
+        if give_up():
+            return {}
+        self.events.append(f"benchmark {parameters}")
+        return {"eval/gsm8k/score": 50.0}
 
     def evaluate(self, parameters, give_up):
         for batch in range(2):
@@ -137,6 +144,23 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_saves(tmp_path):
     assert not fit(stage.run)
     assert stage.events[-2:] == ["look 2", "save 2"]
     assert stage.scores[2] == {}
+
+
+def test_benchmarks_have_an_interval_of_their_own_and_are_logged(tmp_path):
+    stage = Stage(tmp_path, eval={"every": 2, "generate": {"every": 4}})
+    assert fit(stage.run)
+    looks = [event for event in stage.events if event.startswith(("look", "benchmark"))]
+    assert looks == [
+        "look 0", "benchmark 0", "look 2", "look 4", "benchmark 4", "look 6", "benchmark 6",
+    ]  # fmt: skip
+    scored = [r["step"] for r in records(tmp_path / "metrics.jsonl") if "eval/gsm8k/score" in r]
+    assert scored == [0, 4, 6]
+
+
+def test_no_benchmark_begins_once_a_run_is_asked_to_stop(tmp_path):
+    stage = Stage(tmp_path, stop_in_look=2, eval={"every": 2, "generate": {"every": 2}})
+    assert not fit(stage.run)
+    assert stage.events[-2:] == ["look 2", "save 2"]
 
 
 def test_the_steps_before_a_checkpoint_are_logged_with_it(tmp_path):

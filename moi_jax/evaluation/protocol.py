@@ -75,12 +75,15 @@ class Task(ABC):
     Attributes:
       files: below the data directory, what the task reads, told when it is missing.
       max_new_tokens, stop_strings: of every answer.
+      whole: how many items the benchmark has (one number for each published form); a score over
+        fewer is no part of the overall figure. () where `weights` alone decides.
     """
 
     name: ClassVar[str]
     files: ClassVar[str]
     max_new_tokens: ClassVar[int] = 512
     stop_strings: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, options: Options):
         """Raises UserError where options or the machine do not allow this task."""
@@ -116,3 +119,7 @@ class Task(ABC):
     def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
         """Lines that belong beside the score, such as how much of the benchmark the data is."""
         return []
+
+    def is_whole(self, items: Sequence[Item]) -> bool:
+        """Whether the items are all of the benchmark."""
+        return not self.whole or len(items) in self.whole

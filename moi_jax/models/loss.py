@@ -1,5 +1,8 @@
 """The vocabulary loss, in chunks of tokens: logits [B, S, V] are never whole."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -19,25 +22,49 @@ def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Arr
 
     The backward pass recomputes each chunk's logits instead of keeping them.
     """
+    return _in_chunks(_nll, hidden, head, targets)
+
+
+def token_scores(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`token_nll`, and whether each target is the likeliest of all, bool[B, S]."""
+
+    def chunk(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _nll(logits, targets), jnp.argmax(logits, axis=-1) == targets
+
+    return _in_chunks(chunk, hidden, head, targets)
+
+
+def _in_chunks(
+    score: Callable[[jax.Array, jax.Array], Any],
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+) -> Any:
+    """score(logits [B, width, V], targets [B, width]) -> [B, width], put together to [B, S]."""
     b, s, d = hidden.shape
     head = head.astype(hidden.dtype)
     width = _chunk_width(b, s)
 
-    def chunk(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        return None, _chunk_nll(inputs[0], head, inputs[1])
+    def chunk(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
+        return None, score(_logits(inputs[0], head), inputs[1])
 
     hidden = hidden.reshape(b, s // width, width, d).swapaxes(0, 1)
     targets = targets.reshape(b, s // width, width).swapaxes(0, 1)
-    _, nll = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, (hidden, targets))
-    return nll.swapaxes(0, 1).reshape(b, s)
+    _, scores = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, (hidden, targets))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, s), scores)
 
 
-def _chunk_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     statistics = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=statistics)
-    logits = constrain(logits, "logits_batch", None, "head_vocab")
+    return constrain(logits, "logits_batch", None, "head_vocab")
+
+
+def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
     # A masked sum instead of a gather: it stays local where the vocabulary is split.
-    is_target = jnp.arange(head.shape[1]) == targets[..., None]
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - target_logit
 

@@ -24,7 +24,7 @@ from moi_jax.training.step import Metrics
 
 MAX_SKIPPED_IN_A_ROW = 3
 
-# (parameters, whether to give up) -> held-out losses, none when given up.
+# (parameters, whether to give up) -> held-out losses or scores, none when given up.
 Evaluate = Callable[[Tree, Callable[[], bool]], dict[str, float]]
 
 
@@ -32,8 +32,8 @@ Evaluate = Callable[[Tree, Callable[[], bool]], dict[str, float]]
 class Run:
     """A run ready to go on from (state, step, row): the loop needs nothing else.
 
-    `step` batches have been seen, and the next one is rows [row, row + batch). The evaluation
-    and the sampler are handed in by the command; None leaves them out.
+    `step` batches have been seen, and the next one is rows [row, row + batch). The evaluation,
+    the benchmarks and the sampler are handed in by the command; None leaves them out.
     """
 
     config: Config
@@ -50,6 +50,7 @@ class Run:
     position: Callable[[int], dict[str, Any]]  # row -> what a checkpoint keeps of the data
     epoch_of: Callable[[int], int]  # row -> epoch
     evaluate: Evaluate | None
+    benchmark: Evaluate | None
     sample: Callable[[Tree], list[dict[str, str]]] | None
     checkpoints: RunCheckpoints
     log: MetricsLog
@@ -81,7 +82,7 @@ def _fit(run: Run) -> None:
     reader = StepReader(run)
     if run.step == 0:
         with reader.paused():
-            _look(run, evaluate=True, sample=True)
+            _look(run, evaluate=True, benchmark=True, sample=True)
     while run.step < run.steps:
         batch = next(run.batches)
         first_row = run.row
@@ -93,12 +94,15 @@ def _fit(run: Run) -> None:
 
         last = run.step == run.steps
         look_due = last or _due(run.step, run.config.eval.every)
+        benchmark_due = last or _due(run.step, run.config.eval.generate.every)
         sample_due = last or _due(run.step, run.config.train.sample_every)
         evaluation: dict[str, float] = {}
-        if look_due or sample_due:
+        if look_due or benchmark_due or sample_due:
             reader.read_previous()
             with reader.paused():
-                evaluation = _look(run, evaluate=look_due, sample=sample_due)
+                evaluation = _look(
+                    run, evaluate=look_due, benchmark=benchmark_due, sample=sample_due
+                )
         stopping = run.stopping()  # asked once: who leaves has saved
         if last or stopping or _due(run.step, run.config.checkpoint.every):
             reader.read_previous()
@@ -113,8 +117,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _look(run: Run, *, evaluate: bool, sample: bool) -> dict[str, float]:
-    """Held-out losses and sample answers of the parameters as they stand.
+def _look(run: Run, *, evaluate: bool, benchmark: bool, sample: bool) -> dict[str, float]:
+    """Held-out losses, scores and sample answers of the parameters as they stand.
 
     Who asks a run to stop waits for its checkpoint, not for a look at it: none begins then, and
     an evaluation under way is given up.
@@ -130,6 +134,12 @@ def _look(run: Run, *, evaluate: bool, sample: bool) -> dict[str, float]:
             for name in (*run.domains, "mean")
         )
         say(run.console, f"step {run.step}/{run.steps}  held-out (default prompt)  {shown}")
+    if benchmark and run.benchmark:
+        scores = run.benchmark(run.state.parameters, run.stopping)
+        if scores:
+            run.log.write({"step": run.step, **scores})
+            shown = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
+            say(run.console, f"step {run.step}/{run.steps}  {shown}")
     if sample and run.sample and not run.stopping():
         answers = [{"step": run.step, **answer} for answer in run.sample(run.state.parameters)]
         with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:

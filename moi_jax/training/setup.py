@@ -75,6 +75,7 @@ def start_run(
     checkpoints: RunCheckpoints,
     allow_change: bool,
     evaluate: Evaluate | None,
+    benchmark: Evaluate | None,
     sample: Callable[[Tree], list[dict[str, str]]] | None,
     console: Console,
 ) -> Run:
@@ -122,6 +123,7 @@ def start_run(
         position=lambda row: _saved_position(inputs, plan, row),
         epoch_of=lambda row: plan.locate(row)[0],
         evaluate=evaluate,
+        benchmark=benchmark,
         sample=sample,
         checkpoints=checkpoints,
         log=MetricsLog(directory, config.logging.trackers, logged),

@@ -1,0 +1,286 @@
+"""python -m moi_jax.evaluate CKPT: benchmarks and held-out losses of a checkpoint."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moi_jax.errors import UserError, run_command
+from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.tasks import TASKS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from moi_jax.evaluation.chat_model import ChatModel
+    from moi_jax.evaluation.protocol import Item, Task
+    from moi_jax.open_checkpoint import OpenCheckpoint
+
+HELD_OUT = "held_out"
+CROSSED = "gsm8k,humaneval"
+
+
+def main() -> int:
+    parser = _parser()
+    args = parser.parse_args()
+    _check(args)
+    if args.tasks is None:
+        args.tasks = "" if args.lm_eval else HELD_OUT
+    evaluate(args)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moi_jax.evaluate",
+        description="Runs benchmarks on a checkpoint or the newest step of a run. Results go to "
+        "results.json, samples/ and report.html in --out; a killed command goes on when it is "
+        "given again. Protocols: docs/evaluation.md.",
+        epilog=f"tasks: {', '.join(TASKS)} (the seven), and {HELD_OUT}: the held-out "
+        f"conversations of the run under its own and other system prompts.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
+    parser.add_argument("--tasks", metavar="A,B", help=f"or all (default: {HELD_OUT})")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data/benchmarks"),
+        metavar="DIR",
+        help="benchmark files, laid out as docs/evaluation.md says (default: data/benchmarks)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: evaluation/ and the checkpoint's name"
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="results of other checkpoints that report.html is to show beside",
+    )
+    _add_model(parser.add_argument_group("the model"))
+    _add_asking(parser.add_argument_group("how it is asked"))
+    _add_tasks(parser)
+    return parser
+
+
+def _add_model(group: "argparse._ArgumentGroup") -> None:
+    system = group.add_mutually_exclusive_group()
+    system.add_argument("--system", metavar="TEXT", help="system prompt (default: the saved one)")
+    system.add_argument("--no-system", action="store_true", help="no system block at all")
+    group.add_argument("--chat-template", metavar="NAME", help="default: the checkpoint's")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="default: float32 on a CPU, bfloat16 elsewhere",
+    )
+    group.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help='such as "fsdp=2,tensor=4" (default: tensor over all devices)',
+    )
+    group.add_argument(
+        "--slots", type=int, default=16, metavar="N", help="answers written at once (default: 16)"
+    )
+    group.add_argument(
+        "--context", type=int, metavar="N", help="longest prompt and answer (default: the model's)"
+    )
+
+
+def _add_asking(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--limit", type=int, metavar="N", help="N items a task, evenly spaced")
+    group.add_argument("--shots", type=int, metavar="N", help="worked examples (default: none)")
+    group.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="answers an item, for pass@k"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="default: the protocol's, 0")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    group.add_argument("--seed", type=int, default=0, metavar="N")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the task's own")
+    group.add_argument(
+        "--too-long",
+        choices=("fail", "skip"),
+        default="fail",
+        help="an item longer than the context counts as wrong, or is left out",
+    )
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    code = parser.add_argument_group("humaneval, mbpp")
+    code.add_argument(
+        "--allow-code-execution", action="store_true", help="run what the model writes, sandboxed"
+    )
+    code.add_argument(
+        "--sandbox",
+        choices=("strict", "weak"),
+        default="strict",
+        help="weak: also where this machine cannot enforce every limit",
+    )
+    mmlu = parser.add_argument_group("mmlu")
+    mmlu.add_argument("--mmlu-method", choices=("generate", "likelihood"), default="generate")
+    judge = parser.add_argument_group("mt_bench")
+    judge.add_argument("--judge", metavar="MODEL", help="without one answers are only written")
+    judge.add_argument(
+        "--judge-url", metavar="URL", help="of an OpenAI-compatible API; key in OPENAI_API_KEY"
+    )
+    judge.add_argument("--judge-max-cost", type=float, metavar="DOLLARS")
+    teval = parser.add_argument_group("teval")
+    teval.add_argument(
+        "--teval-system",
+        choices=("default_then_user", "as_user", "as_system"),
+        default="default_then_user",
+        help="where an item's own system text goes",
+    )
+    teval.add_argument(
+        "--teval-compat", action="store_true", help="plan scores as upstream, its mistake included"
+    )
+    teval.add_argument(
+        "--teval-embedder", metavar="NAME", help="of sentence-transformers, for plan and reason"
+    )
+    held_out = parser.add_argument_group(HELD_OUT)
+    held_out.add_argument(
+        "--config", type=Path, metavar="FILE", help="the run's data (default: the checkpoint's own)"
+    )
+    held_out.add_argument(
+        "--untrained",
+        type=Path,
+        metavar="CKPT",
+        help="shown beside (default: what the run began from)",
+    )
+    held_out.add_argument(
+        "--generate",
+        nargs="?",
+        const=CROSSED,
+        metavar="A,B",
+        help=f"cross the prompts with these benchmarks too ({CROSSED})",
+    )
+    harness = parser.add_argument_group("lm-evaluation-harness")
+    harness.add_argument("--lm-eval", metavar="A,B", help="its tasks, by their names there")
+    harness.add_argument("--include-path", type=Path, metavar="DIR", help="its tasks of your own")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError where options do not go together."""
+    for name in ("limit", "samples", "max_new_tokens", "slots", "context"):
+        if (getattr(args, name) or 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not above zero")
+    if args.samples > 1 and not args.temperature:
+        raise UserError("--samples above 1 needs a --temperature: greedy answers are all the same")
+
+
+def task_names(text: str) -> list[str]:
+    """The tasks of a comma-separated list; all is the seven."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return list(dict.fromkeys(name for n in names for name in (TASKS if n == "all" else [n])))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Runs what the arguments ask for.
+
+    Raises:
+      UserError: checkpoint, data, options or machine do not allow it; what was finished is kept.
+    """
+    import jax
+    from rich.console import Console
+
+    from moi_jax.evaluation.report import write_report
+    from moi_jax.open_checkpoint import open_checkpoint
+    from moi_jax.training.checkpoints import find_step
+
+    console = Console()
+    args.out = args.out or Path("evaluation") / checkpoint_name(find_step(args.checkpoint))
+    options = Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
+    names = task_names(args.tasks)
+    # What can be refused is refused before the checkpoint is read.
+    tasks = _open_tasks([name for name in names if name != HELD_OUT], options)
+    crossed = _open_tasks(task_names(args.generate or ""), options)
+    checkpoint = open_checkpoint(
+        args.checkpoint, dtype=args.dtype, mesh=args.mesh, chat_template=args.chat_template
+    )
+    with jax.set_mesh(checkpoint.mesh):
+        if HELD_OUT in names:
+            _held_out(checkpoint, args, console)
+        if tasks:
+            _benchmarks(checkpoint, args, tasks, options, console)
+        if crossed:
+            _crossed_prompts(checkpoint, args, crossed, options, console)
+        if args.lm_eval:
+            _lm_eval(checkpoint, args, options, console)
+    if (args.out / "results.json").exists():
+        report = write_report([args.out, *args.compare], args.out / "report.html")
+        console.print(f"report {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def checkpoint_name(step: Path) -> str:
+    """A short name: that of the folder, or of the run and the step."""
+    step = step.expanduser().resolve()
+    if step.parent.name == "checkpoints":
+        return f"{step.parent.parent.name}-{step.name}"
+    return step.name
+
+
+def _open_tasks(names: "Sequence[str]", options: Options) -> "list[tuple[Task, list[Item]]]":
+    from moi_jax.evaluation.tasks import make_task
+
+    made = [make_task(name, options) for name in names]
+    return [(task, task.load()) for task in made]
+
+
+def _system_prompt(checkpoint: "OpenCheckpoint", args: argparse.Namespace) -> str | None:
+    if args.no_system:
+        return None
+    return args.system if args.system is not None else checkpoint.prompts["default_system_prompt"]
+
+
+def _chat_model(
+    checkpoint: "OpenCheckpoint", args: argparse.Namespace, system_prompt: str | None
+) -> "ChatModel":
+    from moi_jax.evaluation.chat_model import make_chat_model
+
+    make_chat = make_chat_model(
+        checkpoint.make_model,
+        checkpoint.config,
+        checkpoint.tokenizer,
+        system_prompt,
+        slots=args.slots,
+        context=args.context,
+        mesh=checkpoint.mesh,
+    )
+    return make_chat(checkpoint.parameters)
+
+
+def _benchmarks(
+    checkpoint: "OpenCheckpoint",
+    args: argparse.Namespace,
+    tasks: "Sequence[tuple[Task, Sequence[Item]]]",
+    options: Options,
+    console: "Console",
+) -> None:
+    from moi_jax.evaluation.runner import run_benchmarks
+
+    system_prompt = _system_prompt(checkpoint, args)
+    model = _chat_model(checkpoint, args, system_prompt)
+    run_benchmarks(tasks, model, _made_by(checkpoint, system_prompt), options, console)
+
+
+def _made_by(checkpoint: "OpenCheckpoint", system_prompt: str | None) -> "dict[str, Any]":
+    """What stands for the model in its results."""
+    from moi_jax.evaluation.runner import parameters_fingerprint
+
+    template = checkpoint.tokenizer.template
+    return {
+        "name": checkpoint_name(checkpoint.step),
+        "parameters": parameters_fingerprint(checkpoint.step),
+        "chat_template": template.name,
+        "template_hash": template.fingerprint(),
+        "system_prompt": system_prompt,
+        "dtype": checkpoint.dtype,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

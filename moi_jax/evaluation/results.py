@@ -1,0 +1,120 @@
+"""From scores to results: means with intervals, groups, failures by kind, the overall figure."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moi_jax.evaluation import statistics
+from moi_jax.evaluation.protocol import Answer, Item, Score, Task
+from moi_jax.evaluation.tasks import TASKS
+
+Json = dict[str, Any]
+Scored = tuple[Item, Answer, Score]
+
+# Failures that are told by how an answer ended.
+ENDS = {"length": "cut at its length", "too_long": "too long", "not_finite": "not finite"}
+
+
+def summarize(task: Task, scored: Sequence[Scored], skipped: int, whole: bool) -> Json:
+    """The results of a task.
+
+    Args:
+      skipped: items left out as too long for the context.
+      whole: whether all items of the benchmark were asked for.
+    """
+    metrics, values = metric_values([score for _, _, score in scored])
+    counts = dict(zip(metrics, np.sum(~np.isnan(values), axis=0).tolist(), strict=True))
+    weights = task.weights(counts)
+    items, scores = [item for item, _, _ in scored], [score for _, _, score in scored]
+    total = interval = None
+    if weights and scored:
+        row = 100 * np.array([weights.get(metric, 0.0) for metric in metrics])
+        total = statistics.score(values, row)
+        interval = statistics.interval(values, row)
+    return {
+        "score": total,
+        "interval": interval,
+        "items": len(scored),
+        "complete": bool(total is not None and whole and not skipped and task.is_whole(items)),
+        "weights": weights,
+        "metrics": _metric_table(metrics, values),
+        "groups": _groups(items, metrics, values),
+        "failures": _failures(scored),
+        "skipped": skipped,
+        "notes": _notes(task, scored, items, scores, skipped),
+        "settings": task.settings(),
+    }
+
+
+def metric_values(scores: Sequence[Score]) -> tuple[list[str], np.ndarray]:
+    """All names of metrics, and float64[items, metrics] with nan where an item lacks one."""
+    metrics = sorted({metric for score in scores for metric in score.metrics})
+    rows = [[score.metrics.get(metric, np.nan) for metric in metrics] for score in scores]
+    return metrics, np.array(rows, np.float64).reshape(len(scores), len(metrics))
+
+
+def _metric_table(metrics: Sequence[str], values: np.ndarray) -> Json:
+    table = {}
+    for column, metric in enumerate(metrics):
+        known = values[~np.isnan(values[:, column]), column, None]
+        table[metric] = {
+            "mean": statistics.score(known, np.ones(1)),
+            "items": len(known),
+            "interval": statistics.interval(known, np.ones(1)),
+        }
+    return table
+
+
+def _groups(items: Sequence[Item], metrics: Sequence[str], values: np.ndarray) -> Json:
+    """group -> its number of items and its means."""
+    groups = sorted({item.group for item in items if item.group})
+    members = np.array([item.group for item in items])
+    table = {}
+    for group in groups:
+        of_group = values[members == group]
+        means = {
+            metric: float(np.nanmean(of_group[:, column]))
+            for column, metric in enumerate(metrics)
+            if not np.all(np.isnan(of_group[:, column]))
+        }
+        table[group] = {"items": len(of_group), **means}
+    return table
+
+
+def _failures(scored: Sequence[Scored]) -> dict[str, int]:
+    kinds: Counter[str] = Counter()
+    for _, answer, score in scored:
+        ends = {ENDS[finish] for finish in answer.finishes if finish in ENDS}
+        # An answer that is missing for a known reason has no second one.
+        if score.failure and not ends & {ENDS["too_long"], ENDS["not_finite"]}:
+            ends.add(score.failure)
+        kinds.update(ends)
+    return dict(kinds.most_common())
+
+
+def _notes(
+    task: Task,
+    scored: Sequence[Scored],
+    items: Sequence[Item],
+    scores: Sequence[Score],
+    skipped: int,
+) -> list[str]:
+    notes = task.notes(items, scores)
+    if skipped:
+        notes.append(f"{skipped} items do not fit the context and were left out")
+    broken = [item.id for item, answer, _ in scored if "not_finite" in answer.finishes]
+    if broken:
+        notes.append(
+            f"the model's logits are not finite for {len(broken)} items, the first {broken[0]}: "
+            f"are these weights sound?"
+        )
+    return notes
+
+
+def overall(tasks: Json) -> float | None:
+    """The plain mean of the seven scores; None unless each ran in full."""
+    if all(tasks.get(name, {}).get("complete") for name in TASKS):
+        return float(np.mean([tasks[name]["score"] for name in TASKS]))
+    return None

@@ -1,0 +1,169 @@
+"""Log-likelihoods of given continuations, and whether a greedy model would have written them."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moi_jax.models.axes import RULES
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.loss import token_scores
+from moi_jax.models.parameters import Tree
+
+# (context ids, continuation ids), neither of them empty.
+Pair = tuple[Sequence[int], Sequence[int]]
+Ids = tuple[int, ...]
+
+# Rows are padded to a power of two, at least this; each is a compilation.
+_SHORTEST_ROW = 32
+# Of the tokens it reads, a row scores so many at its end, or else all: the vocabulary is wide.
+_SHORT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely a continuation is.
+
+    Attributes:
+      log_likelihood: of all its tokens, in nats; NaN where it was not scored.
+      greedy: whether each of its tokens is the likeliest one.
+      finish: whether it was scored; too_long: it does not fit the context; not_finite: the model
+        gave logits that are not finite.
+    """
+
+    log_likelihood: float
+    greedy: bool
+    finish: Literal["scored", "too_long", "not_finite"] = "scored"
+
+
+class LikelihoodScorer:
+    """Scores pairs of context and continuation, pairs of like length together."""
+
+    def __init__(
+        self,
+        make_model: Callable[[Tree], Decoder],
+        config: ModelConfig,
+        *,
+        rows: int = 8,
+        context: int | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """
+        Args:
+          make_model: parameters -> model.
+          rows: in a batch; more where the mesh splits rows into more parts.
+          context: tokens that the model reads at most; None is the model's seq_length.
+          mesh: where the parameters lie; None is one device.
+        """
+        self.context = config.seq_length if context is None else context
+        self._mesh = mesh
+        parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        self._rows = -(-rows // parts) * parts
+
+        def score(
+            parameters: Tree, tokens: jax.Array, lengths: jax.Array, before: int
+        ) -> tuple[jax.Array, ...]:
+            """See `_score`; tokens int32[B, S], lengths int32[B]."""
+            model = make_model(parameters)
+            index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            real = (index < lengths[:, None]).astype(jnp.int32)
+            hidden = model.hidden_states(tokens, index, real, training=False)
+            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+            log_probs = jax.nn.log_softmax(model.logits(last)[:, 0])
+            likeliest = jnp.argmax(log_probs, axis=-1)
+            # The `before` places up to the last one. Where a row has fewer, the first columns
+            # hold nothing of use, and no continuation asks for them.
+            places = jnp.maximum(lengths[:, None] - 1 - before + jnp.arange(before), 0)
+            states = jnp.take_along_axis(hidden, places[..., None], axis=1)
+            targets = jnp.take_along_axis(tokens, places + 1, axis=1)
+            return log_probs, likeliest, *token_scores(states, model.head_weight(), targets)
+
+        self._score_rows = jax.jit(
+            score,
+            static_argnums=3,
+            # Every host reads the results.
+            out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+        )
+
+    def run(self, parameters: Tree, pairs: Sequence[Pair]) -> Iterator[tuple[int, Likelihood]]:
+        """Yields (index of the pair, its likelihood), batch by batch, the longest first.
+
+        The model reads context and continuation but for the last token in one pass, as it was
+        trained: Qwen v1's NTK factor, beyond its seq_length, is that of this length, where a
+        sampler keeps its prompt's. Pairs of which it reads the same, such as the choices of one
+        question by their letters, share a row.
+        """
+        indices: dict[Ids, list[int]] = {}
+        for index, (context, continuation) in enumerate(pairs):
+            read = (*context, *continuation)[:-1]
+            if len(read) > self.context:
+                yield index, Likelihood(math.nan, False, "too_long")
+            else:
+                indices.setdefault(read, []).append(index)
+        shapes: dict[tuple[int, int], list[Ids]] = {}
+        for read, sharing in indices.items():
+            before = max(len(pairs[index][1]) for index in sharing) - 1
+            shapes.setdefault(self._shape(len(read), before), []).append(read)
+        for (width, before), rows in sorted(shapes.items(), reverse=True):
+            for first in range(0, len(rows), self._rows):
+                batch = rows[first : first + self._rows]
+                scores = self._score(parameters, batch, width, before)
+                for read, *of_row in zip(batch, *scores, strict=False):  # filled up with rows
+                    for index in indices[read]:
+                        yield index, _likelihood(pairs[index][1], *of_row)
+
+    def _shape(self, length: int, before: int) -> tuple[int, int]:
+        """The width of a row that holds `length` tokens, and how many of them it scores."""
+        width = _SHORTEST_ROW
+        while width < length:
+            width *= 2
+        width = min(width, self.context)
+        return width, _SHORT if before <= _SHORT < width else width
+
+    def _score(
+        self, parameters: Tree, batch: Sequence[Ids], width: int, before: int
+    ) -> tuple[np.ndarray, ...]:
+        """Runs the model over a batch of rows.
+
+        Returns:
+          log_probs [B, V] of the token after each row, and the likeliest one, int[B]; of the row's
+          own last `before` tokens nll [B, before], and whether they are the likeliest, bool.
+        """
+        tokens = np.zeros((self._rows, width), np.int32)
+        lengths = np.ones(self._rows, np.int32)  # of rows without a pair, too
+        for row, read in enumerate(batch):
+            tokens[row, : len(read)] = read
+            lengths[row] = len(read)
+        arrays: list[np.ndarray | jax.Array] = [tokens, lengths]
+        if self._mesh is not None:
+            spec = NamedSharding(self._mesh, PartitionSpec(RULES["batch"]))
+            arrays = [
+                jax.make_array_from_callback(a.shape, spec, a.__getitem__)
+                for a in (tokens, lengths)
+            ]
+        with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            scores = self._score_rows(parameters, *arrays, before)
+        return jax.device_get(scores)
+
+
+def _likelihood(
+    continuation: Sequence[int],
+    log_probs: np.ndarray,
+    likeliest: int,
+    nll: np.ndarray,
+    hits: np.ndarray,
+) -> Likelihood:
+    """What a row, see `LikelihoodScorer._score`, says of a continuation that ends one after it."""
+    *rest, last = continuation
+    own = slice(len(nll) - len(rest), None)
+    log_likelihood = float(log_probs[last]) - float(nll[own].sum(dtype=np.float64))
+    if not math.isfinite(log_likelihood):
+        return Likelihood(math.nan, False, "not_finite")
+    return Likelihood(log_likelihood, bool(likeliest == last and hits[own].all()))

@@ -1,0 +1,219 @@
+"""Benchmarks on a real tiny model: answers kept and gone on with, scores, results, the command."""
+
+import json
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moi_jax.data.conversations import Message
+from moi_jax.data.tokenizer import load_tokenizer
+from moi_jax.errors import UserError
+from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced
+from moi_jax.evaluation.chat_model import make_chat_model
+from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.protocol import Answer, Item, Score, Task
+from moi_jax.evaluation.results import overall, summarize
+from moi_jax.evaluation.runner import read_results, run_benchmarks
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.parameters import init_parameters
+from moi_jax.models.presets import preset
+
+from run_helpers import SAMPLES
+
+CONSOLE = Console(quiet=True)
+MADE_BY = {"name": "tiny", "parameters": "0123", "system_prompt": None}
+
+
+class Echo(Task):
+    """Right where the answer has an even number of characters."""
+
+    name, files = "echo", "echo.jsonl"
+    max_new_tokens = 8
+    whole = (3,)
+
+    def load(self) -> list[Item]:
+        return [
+            Item(str(n), (Message("user", f"Say {n}."),), n, group="ab"[n % 2]) for n in range(3)
+        ]
+
+    def score(self, answered) -> Iterator[Score]:
+        for _, answer in answered:
+            right = len(answer.texts[0]) % 2 == 0
+            yield Score({"accuracy": float(right)}, None if right else "odd")
+
+    def weights(self, counts):
+        return {"accuracy": 1.0}
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """The preset tiny with random weights, 128 tokens of context."""
+    config = preset("tiny")
+    tokenizer = load_tokenizer(SAMPLES / "tokenizer")
+    make_chat = make_chat_model(
+        lambda p: Decoder(config, p), config, tokenizer, "You help.", slots=2, context=128
+    )
+    return make_chat(init_parameters(config, jax.random.key(0), np.float32))
+
+
+@pytest.fixture
+def options(tmp_path):
+    return Options(data=tmp_path / "data", out=tmp_path / "out")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def run(chat, options, items=None, made_by=MADE_BY):
+    task = Echo(options)
+    return run_benchmarks([(task, items or task.load())], chat, made_by, options, CONSOLE)
+
+
+def test_results_samples_and_answers_are_written(chat, options):
+    results = run(chat, options)
+    assert read_results(options.out / "results.json") == json.loads(json.dumps(results))
+    summary = results["tasks"]["echo"]
+    samples = lines(options.out / "samples" / "echo.jsonl")
+    assert [sample["id"] for sample in samples] == ["0", "1", "2"]
+    right = [sample["metrics"]["accuracy"] for sample in samples]
+    assert summary["score"] == pytest.approx(100 * np.mean(right))
+    assert summary["items"] == 3
+    assert summary["complete"]
+    assert summary["groups"]["a"]["items"] == 2
+    assert summary["failures"]["cut at its length"] == 3
+    assert summary["failures"].get("odd", 0) == right.count(0.0)
+    assert results["overall"] is None  # one task is not the seven
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(chat, options, monkeypatch):
+    whole = run(chat, options)
+    path = options.out / "answers" / "echo.jsonl"
+    kept = path.read_text(encoding="utf-8").split("\n")
+    path.write_text("\n".join(kept[:2]) + "\n" + kept[2][:20], encoding="utf-8")  # torn by a kill
+    asked = []
+    ask = chat.sampler.run
+
+    def counted(parameters, requests):
+        asked.extend(requests)
+        return ask(parameters, requests)
+
+    monkeypatch.setattr(chat.sampler, "run", counted)
+    assert run(chat, options) == whole
+    assert len(asked) == 2
+    assert sorted(lines(path)[1:], key=lambda r: r["id"]) == sorted(
+        map(json.loads, kept[1:4]), key=lambda r: r["id"]
+    )
+
+
+def test_an_item_that_changed_is_asked_again(chat, options):
+    run(chat, options)
+    items = Echo(options).load()
+    changed = [*items[:2], Item("2", (Message("user", "Speak."),), 2)]
+    run(chat, options, changed)
+    assert len(lines(options.out / "answers" / "echo.jsonl")) == 1 + 3 + 1
+
+
+def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
+    run(chat, options)
+    hot = Options(data=options.data, out=options.out, temperature=0.7)
+    with pytest.raises(UserError, match=r"echo.jsonl holds answers made otherwise.*temperature"):
+        run(chat, hot)
+    with pytest.raises(UserError, match=r"results of another model.*parameters '0123', now '4567'"):
+        run(chat, options, made_by={**MADE_BY, "parameters": "4567"})
+
+
+def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
+    item = Item("0", (Message("user", "Say 0."),), 0, follow_ups=("Again.", "And again."))
+    log = AnswerLog(None, {})
+    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda: None)
+    turns = [Message("user", "Say 0.")]
+    for text, question in zip(answer.texts, ("Again.", "And again.", ""), strict=True):
+        one = Item("x", tuple(turns), 0)
+        ((_, alone),) = answer_items(
+            Echo(options), [one], chat, options, AnswerLog(None, {}), lambda: None
+        )
+        assert alone.texts == (text,)
+        turns += [Message("assistant", text), Message("user", question)]
+
+
+def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
+    options = Options(data=options.data, out=options.out, samples=3, temperature=1.0)
+    items = Echo(options).load()[:1]
+
+    def texts(asked):
+        log = AnswerLog(None, {})
+        answered = answer_items(Echo(options), asked, chat, options, log, lambda: None)
+        return answered[0][1].texts
+
+    first = texts(items)
+    assert len(set(first)) == 3
+    assert texts([*items, *Echo(options).load()[1:]]) == first  # whatever is beside them
+
+
+def test_choices_are_weighed_and_nothing_is_written(chat, options):
+    item = Item("0", (Message("user", "A or B?"),), "B", choices=("A", "B", "AA"))
+    log = AnswerLog(None, {})
+    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda: None)
+    prompt = chat.prompt(item.messages)
+    assert answer.texts == ()
+    model = Decoder(preset("tiny"), chat.parameters)
+    for choice, found in zip(item.choices, answer.log_likelihoods, strict=True):
+        ids = chat.tokenizer.encode(choice)
+        logits = model(np.array([[*prompt, *ids]], np.int32))[0]
+        logs = jax.nn.log_softmax(logits[len(prompt) - 1 : -1])
+        expected = sum(float(logs[n, token]) for n, token in enumerate(ids))
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("policy", "counted"), [("fail", 3), ("skip", 2)])
+def test_an_item_longer_than_the_context_is_counted(chat, options, policy, counted):
+    options = Options(data=options.data, out=options.out, too_long=policy)
+    items = Echo(options).load()
+    items[1] = Item("1", (Message("user", "word " * 200),), 1)
+    summary = run(chat, options, items)["tasks"]["echo"]
+    assert summary["items"] == counted
+    assert summary["skipped"] == 3 - counted
+    assert summary["failures"].get("too long", 0) == counted - 2
+    assert summary["complete"] == (policy == "fail")
+
+
+def test_logits_that_are_not_finite_are_named(options, chat):
+    broken = jax.tree.map(lambda x: x * np.nan, chat.parameters)
+    config = preset("tiny")
+    tokenizer = load_tokenizer(SAMPLES / "tokenizer")
+    make_chat = make_chat_model(lambda p: Decoder(config, p), config, tokenizer, None, context=128)
+    summary = run(make_chat(broken), options)["tasks"]["echo"]
+    assert summary["failures"]["not finite"] == 3
+    assert any("not finite for 3 items, the first 0" in note for note in summary["notes"])
+
+
+def test_evenly_spaced_items_cover_the_file():
+    items = list(range(10))
+    assert evenly_spaced(items, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(items, None) == evenly_spaced(items, 20) == items
+
+
+def test_the_interval_and_the_groups_are_of_the_items(options):
+    items = [Item(str(n), (), 0, group="ab"[n % 2]) for n in range(100)]
+    scored = [(i, Answer(("",), ("stop",)), Score({"accuracy": float(n < 40)})) for n, i in
+              enumerate(items)]  # fmt: skip
+    summary = summarize(Echo(options), scored, skipped=0, whole=True)
+    assert summary["score"] == 40.0
+    low, high = summary["interval"]
+    # The normal approximation's is 40 +- 9.6.
+    assert low == pytest.approx(30.4, abs=1.5)
+    assert high == pytest.approx(49.6, abs=1.5)
+    assert not summary["complete"]  # 100 items are not the three of the benchmark
+    assert summary["groups"]["a"] == {"items": 50, "accuracy": 0.4}
+
+
+def test_the_overall_figure_needs_all_seven_in_full():
+    names = ("gsm8k", "math", "humaneval", "mbpp", "mmlu", "mt_bench", "teval")
+    tasks = {name: {"score": 10.0 * n, "complete": True} for n, name in enumerate(names)}
+    assert overall(tasks) == 30.0
+    assert overall({**tasks, "mmlu": {"score": 40.0, "complete": False}}) is None
+    assert overall({name: tasks[name] for name in names[1:]}) is None
