@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,8 @@ def _arguments() -> argparse.Namespace:
         "standard input. Answers go to standard output, all else to standard error.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CKPT")
+    parser.add_argument("prompt", nargs="?", type=_text, metavar="PROMPT", help="a user's message")
     asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("prompt", nargs="?", type=_text, metavar="PROMPT", help="a user's message")
     asked.add_argument(
         "--prompt-ids",
         type=_ids,
@@ -80,7 +81,9 @@ def _arguments() -> argparse.Namespace:
     _add_prompt(parser.add_argument_group("the prompt"))
     _add_answer(parser.add_argument_group("the answer"))
     _add_machine(parser.add_argument_group("the machine"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if args.prompt is not None and (args.prompt_ids or args.conversations):
+        raise UserError("PROMPT, --prompt-ids and --conversations are asked one at a time")
     if (args.conversations is None) != (args.out is None):
         raise UserError("--conversations and --out go together; give both or neither")
     if args.prompt_ids and (args.system is not None or args.no_system):
@@ -237,7 +240,16 @@ def _system(opened: "OpenCheckpoint", args: argparse.Namespace) -> str | None:
 
 def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
     """Says what the cache will take before anything is allocated for it."""
-    sampler = opened.sampler(slots, context)
+    from moi_jax.evaluation.chat_model import make_sampler
+
+    sampler = make_sampler(
+        opened.make_model,
+        opened.config,
+        opened.tokenizer,
+        slots=slots,
+        context=context,
+        mesh=opened.mesh,
+    )
     _note(
         f"{opened.step} in {opened.dtype}; cache of {sampler.slots} x {context:,} tokens: at most "
         f"{sampler.cache_bytes / 1e9:.2f} GB on each of {opened.mesh.size} devices"
@@ -246,7 +258,10 @@ def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
 
 
 def _context(opened: "OpenCheckpoint", args: argparse.Namespace, needed: int) -> int:
-    return args.context or min(needed, opened.config.seq_length)
+    """--context, or what is needed, in the sampler's steps: few programs to compile and keep."""
+    from moi_jax.sampling.sampler import SHORTEST
+
+    return args.context or min(-(-needed // SHORTEST) * SHORTEST, opened.config.seq_length)
 
 
 def _request(prompt: list[int], args: argparse.Namespace, number: int = 0) -> "Request":
@@ -347,12 +362,16 @@ def _answer_file(args: argparse.Namespace) -> None:
         _note(f"{len(rows) - len(waiting)} of {len(rows)} were answered before")
     requests = [_request(prompts[n], args, n) for n in waiting]
     context = _context(opened, args, max(map(len, prompts)) + args.max_new_tokens)
-    with count_bar("answers", len(requests)) as advance:
-        if requests:
-            sampler = _sampler(opened, min(args.slots, len(requests)), context)
-            for index, completion in sampler.run(opened.parameters, requests):
-                answers.add(waiting[index], completion)
-                advance(1)
+    if waiting:
+        sampler = _sampler(opened, min(args.slots, len(waiting)), context)
+        try:
+            with count_bar("answers", len(waiting)) as advance:
+                for index, completion in sampler.run(opened.parameters, requests):
+                    answers.add(waiting[index], completion)
+                    advance(1)
+        except KeyboardInterrupt:
+            _note(f"{answers.partial} keeps the answers so far; the same command goes on")
+            raise
     counts = answers.finish()
     ended = ", ".join(f"{finish} {count}" for finish, count in sorted(counts.items()))
     _note(f"{args.out}: {len(rows)} answers ({ended})")
@@ -368,8 +387,10 @@ def _chat(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
     room = min(args.max_new_tokens, context // 2)
     chat = Chat(opened.tokenizer, _system(opened, args), context, room)
 
-    def answer(prompt: list[int], number: int, show: Callable[[str], None]) -> None:
-        _note_cut(_answer(opened, sampler, _request(prompt, args, number), show))
+    numbers = count()
+
+    def answer(prompt: list[int], show: Callable[[str], None]) -> None:
+        _note_cut(_answer(opened, sampler, _request(prompt, args, next(numbers)), show))
 
     chat_on_terminal(chat, answer, _note)
 

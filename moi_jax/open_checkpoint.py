@@ -16,7 +16,6 @@ from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree
-from moi_jax.sampling.sampler import Sampler
 from moi_jax.training.checkpoints import find_step, read_items, read_parameters
 from moi_jax.training.sharding import AXES, make_mesh
 
@@ -40,19 +39,6 @@ class OpenCheckpoint:
     make_model: Callable[[Tree], Decoder]
     mesh: Mesh
     dtype: str
-
-    def sampler(self, slots: int, context: int | None = None) -> Sampler:
-        """A sampler of this model; `run` it with `parameters`."""
-        return Sampler(
-            self.make_model,
-            self.config,
-            stop_ids=self.tokenizer.template.stops,
-            vocab_size=self.tokenizer.vocab_size,
-            decode=self.tokenizer.decode,
-            slots=slots,
-            context=context,
-            mesh=self.mesh,
-        )
 
 
 def open_checkpoint(

@@ -73,13 +73,13 @@ class Chat:
 
 def chat_on_terminal(
     chat: Chat,
-    answer: Callable[[list[int], int, Callable[[str], None]], None],
+    answer: Callable[[list[int], Callable[[str], None]], None],
     note: Callable[[str], None],
 ) -> None:
     """Reads messages and shows their answers until /quit or the input's end.
 
     Args:
-      answer: (prompt, number of the question, where text goes as soon as it is certain).
+      answer: (prompt, where text goes as soon as it is certain); Ctrl-C interrupts it.
       note: tells the user a line that is no answer.
     """
     note("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands")
@@ -89,7 +89,7 @@ def chat_on_terminal(
         shown.append(text)
         print(text, end="", flush=True)
 
-    for number, message in enumerate(_read(chat, note)):
+    for message in _read(chat, note):
         shown.clear()
         try:
             prompt, forgotten = chat.ask(message)
@@ -99,7 +99,7 @@ def chat_on_terminal(
         if forgotten:
             note(f"(the context is full; exchanges forgotten, oldest first: {forgotten})")
         try:
-            answer(prompt, number, show)
+            answer(prompt, show)
         except KeyboardInterrupt:
             note("(stopped)")
         print()
