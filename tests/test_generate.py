@@ -5,7 +5,9 @@ import io
 import json
 import os
 import pty
+import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -135,6 +137,19 @@ def test_of_sampling_among_the_single_likeliest_greedy_is_left(run, oracle):
     hot = ("--temperature", 2)
     assert run("Hi", *SHORT, *hot, "--top-k", 1) == oracle("Hi") + "\n"
     assert run("Hi", *SHORT, *hot, "--top-p", 1e-6) == oracle("Hi") + "\n"
+
+
+def test_every_command_of_the_page_runs(run, tmp_path, monkeypatch):
+    """On stand-ins of the checkpoint and the ids, in the order of the page."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "questions.jsonl", ROWS[0])
+    page = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python -m moi_jax.generate runs/\S+(.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(re.sub(r"[\d,]{20,}", "1,2,3", command))
+        assert run(*words, *SHORT, stdin=b"Hi") or "--out" in words
+    assert read_rows(tmp_path / "answers.jsonl")[0]["finish"] == "length"
 
 
 # --- files of conversations ---
