@@ -246,7 +246,7 @@ def _settings(opened: "OpenCheckpoint", inputs: "Inputs", options: HeldOutOption
 
 def _write(out: Path, results: Json, sums: dict[str, "ItemSums"], matrix: "PromptMatrix") -> None:
     from moi_jax.evaluation.prompt_matrix_report import draw_matrix, item_lines
-    from moi_jax.training.runtime import write_whole
+    from moi_jax.whole_files import write_whole
 
     lines = item_lines(sums, matrix.items, matrix.domains, matrix.columns)
     try:

@@ -1,6 +1,7 @@
 """The system prompts that the conversations of each domain are asked under."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from moi_jax.config import CONTROL_TOKEN
 from moi_jax.data.tokenizer import Tokenizer
@@ -80,6 +81,22 @@ def crossed_prompts(
             prompts[UNRELATED] = _unrelated(own, tokenizer)
         crossed[name] = {**prompts, NONE: None}
     return crossed
+
+
+def single_prompts(item: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str | None]:
+    """The prompts that one benchmark is crossed with, each once: the default one comes first.
+
+    Args:
+      item: the prompts item of the checkpoint, see data/prompts.py.
+    """
+    default = item["default_system_prompt"]
+    prompts = {DEFAULT: default}
+    prompts |= {other_column(name): prompt for name, prompt in item["domains"].items()}
+    if default is not None:
+        prompts[UNRELATED] = _unrelated(default, tokenizer)
+    prompts[NONE] = None
+    first = {prompt: name for name, prompt in reversed(prompts.items())}
+    return {name: prompt for name, prompt in prompts.items() if first[prompt] == name}
 
 
 def token_count(prompt: str | None, tokenizer: Tokenizer) -> int:
