@@ -158,7 +158,7 @@ def test_page_stands_alone_and_shows_texts_as_they_are(two, tmp_path: Path):
     assert "Is 1 < 3 & why?" in page.text
     assert "a note on math" in page.text
     assert page.row("failure:") == ["failure: no answer", "2", "2"]
-    assert page.row("even") == ["even", "0.500 2 items", "1.000 2 items"]
+    assert page.row("even") == ["even", "0.5002 items", "1.0002 items"]
     assert write_report(two, tmp_path / "again.html").read_bytes() == path.read_bytes()
 
 
@@ -172,8 +172,8 @@ def test_differences_pair_the_items_both_have(two):
     gap = gsm8k.gaps[1]
     assert gap is not None
     assert gap[0] == 50  # of items 1 and 3: 0 and 1 before, 1 and 1 now
-    assert gsm8k.warnings == [
-        "tuned against base: the items differ, 3 and 4; the difference is over the 2 that both have"
+    assert gsm8k.warnings[1] == [
+        "the items differ, 3 and 4; the difference is over the 2 that both have"
     ]
 
 
@@ -189,13 +189,14 @@ def test_differences_pair_the_items_both_have(two):
 def test_other_settings_are_warned_of(two, tmp_path: Path, settings: dict, told: str | None):
     edit(two[1], "math", settings=settings)
     tasks = {task.name: task for task in compare(read_evaluations(two))}
-    assert tasks["gsm8k"].warnings == []
+    assert tasks["gsm8k"].warnings == [[], []]
     text = Page(write_report(two, tmp_path / "report.html")).text
     if told is None:
-        assert tasks["math"].warnings == []
+        assert tasks["math"].warnings == [[], []]
+        assert "⚠ tuned" not in text
     else:
-        assert [told in warning for warning in tasks["math"].warnings] == [True]
-        assert told in text
+        assert [told in warning for warning in tasks["math"].warnings[1]] == [True]
+        assert f"⚠ tuned against base: {tasks['math'].warnings[1][0]}" in text
 
 
 def test_other_prompts_and_templates_of_the_model_are_warned_of(tmp_path: Path):
@@ -204,9 +205,9 @@ def test_other_prompts_and_templates_of_the_model_are_warned_of(tmp_path: Path):
         evaluation(tmp_path / "b", BETTER, template_hash="cd", dtype="bfloat16"),
     ]
     for task in compare(read_evaluations(directories)):
-        assert task.warnings == [
-            'b against a: template hash is "cd", not "ab"',
-            'b against a: dtype is "bfloat16", not "float32"',
+        assert task.warnings[1] == [
+            'template hash is "cd", not "ab"',
+            'dtype is "bfloat16", not "float32"',
         ]
 
 
@@ -216,8 +217,8 @@ def test_other_data_is_warned_of(two):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (two[1] / "samples" / "math.jsonl").write_text(text)
     [math] = [task for task in compare(read_evaluations(two)) if task.name == "math"]
-    assert len(math.warnings) == 1
-    assert "of 1 items the question or the gold answer is another" in math.warnings[0]
+    [warning] = math.warnings[1]
+    assert "of 1 items the question or the gold answer is another" in warning
 
 
 @pytest.mark.parametrize(
@@ -249,8 +250,10 @@ def test_tasks_that_only_one_ran_and_that_have_no_score_are_shown(two, tmp_path:
     page = Page(path)
     assert page.row("mt_bench")[:4] == ["mt_bench", "–", "–", "–partial, 4 items"]
     assert page.row("math")[3] == "–"
-    assert page.row("gsm8k")[3] == "0.00.0 to 0.0"
+    assert page.row("gsm8k")[3] == "0.00.0 to 0.0⚠"
     assert "third against base: no samples are there to compare item by item" in page.text
+    assert page.text.count("Items on which they disagree") == 3
+    assert page.text.count("Items that did worst") == 1
     assert [task.name for task in compare(read_evaluations([*two, third]))] == [
         *("gsm8k", "math", "mmlu", "mt_bench")
     ]

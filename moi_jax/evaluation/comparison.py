@@ -15,6 +15,8 @@ from moi_jax.evaluation.tasks import TASKS
 
 Json = dict[str, Any]
 Samples = dict[str, Json]
+# A difference and the two ends of its interval.
+Gap = tuple[float, float, float]
 
 # Figures that the authors of Qwen-7B-Chat give in their README, each with the settings it has.
 PUBLISHED: dict[str, tuple[float, Json]] = {
@@ -48,7 +50,7 @@ class Comparison:
     Attributes:
       results: of each evaluation; None where it did not run the task.
       gaps: 100 * (score - the first's) over the items that both have, and its 95 % interval.
-      warnings: why differences do not tell of the checkpoints alone.
+      warnings: why a difference does not tell of the checkpoints alone.
       published: the figure of Qwen-7B-Chat where one of the evaluations has its protocol.
       examples: items, each with its samples by evaluation, on which they disagree; of a single
         evaluation those that did worst.
@@ -56,8 +58,8 @@ class Comparison:
 
     name: str
     results: list[Json | None]
-    gaps: list[tuple[float, float, float] | None]
-    warnings: list[str]
+    gaps: list[Gap | None]
+    warnings: list[list[str]]
     published: float | None
     examples: list[list[Json | None]]
 
@@ -106,17 +108,16 @@ def compare(evaluations: Sequence[Evaluation]) -> list[Comparison]:
 def _compare_task(name: str, evaluations: Sequence[Evaluation]) -> Comparison:
     first, *others = evaluations
     before, old = first.tasks.get(name), first.samples.get(name, {})
-    gaps: list[tuple[float, float, float] | None] = [None]
-    warnings = []
+    gaps: list[Gap | None] = [None]
+    warnings: list[list[str]] = [[]]
     for other in others:
         now, new = other.tasks.get(name), other.samples.get(name, {})
-        gaps.append(gap(before, now, old, new) if before and now else None)
+        gaps.append(None)
+        warnings.append([])
         if before and now:
-            told = _other_settings(
-                {**_shared(first), **before["settings"]}, {**_shared(other), **now["settings"]}
-            )
-            told += _other_items(old, new)
-            warnings += [f"{other.name} against {first.name}: {what}" for what in told]
+            gaps[-1] = gap(before, now, old, new)
+            warnings[-1] += _other_settings(_settings(first, name), _settings(other, name))
+            warnings[-1] += _other_items(old, new)
     return Comparison(
         name,
         [one.tasks.get(name) for one in evaluations],
@@ -127,7 +128,7 @@ def _compare_task(name: str, evaluations: Sequence[Evaluation]) -> Comparison:
     )
 
 
-def gap(before: Json, now: Json, old: Samples, new: Samples) -> tuple[float, float, float] | None:
+def gap(before: Json, now: Json, old: Samples, new: Samples) -> Gap | None:
     """The difference of two scores over the items both have; None where it cannot be told."""
     weights = before.get("weights")
     shared = [name for name in old if name in new]
@@ -146,8 +147,9 @@ def gap(before: Json, now: Json, old: Samples, new: Samples) -> tuple[float, flo
     return None if np.isnan(found).any() else found
 
 
-def _shared(evaluation: Evaluation) -> Json:
-    return {key: evaluation.made_by.get(key) for key in SHARED}
+def _settings(evaluation: Evaluation, task: str) -> Json:
+    model = {key: evaluation.made_by.get(key) for key in SHARED}
+    return {**model, **evaluation.tasks[task]["settings"]}
 
 
 def _other_settings(before: Json, now: Json) -> list[str]:
@@ -205,20 +207,17 @@ def published(name: str, evaluation: Evaluation) -> float | None:
 
 
 def _examples(samples: Sequence[Samples]) -> list[list[Json | None]]:
+    """First what went up most against the first evaluation, then what went down most."""
     ran = [of_task for of_task in samples if of_task]
-    if not ran:
-        return []
-    names = [name for name in ran[0] if all(name in of_task for of_task in ran)]
-    values = np.array([[_value(of_task[name]) for of_task in ran] for name in names])
+    names = [name for name in ran[0] if all(name in of_task for of_task in ran)] if ran else []
     if not names:
         return []
-    against = values[:, :1] if len(ran) > 1 else values.max()
-    steps = values - against
-    widest = np.abs(steps).argmax(axis=1)
-    step = steps[np.arange(len(names)), widest]
-    better = [n for n in np.argsort(-step, kind="stable")[:EXAMPLES] if step[n] > 0]
-    worse = [n for n in np.argsort(step, kind="stable")[:EXAMPLES] if step[n] < 0]
-    return [[of_task.get(names[n]) for of_task in samples] for n in [*better, *worse]]
+    values = np.array([[_value(of_task[name]) for of_task in ran] for name in names])
+    steps = values - (values[:, :1] if len(ran) > 1 else values.max())
+    step = steps[np.arange(len(names)), np.abs(steps).argmax(axis=1)]
+    up = [n for n in np.argsort(-step, kind="stable")[:EXAMPLES] if step[n] > 0]
+    down = [n for n in np.argsort(step, kind="stable")[:EXAMPLES] if step[n] < 0]
+    return [[of_task.get(names[n]) for of_task in samples] for n in [*up, *down]]
 
 
 def _value(sample: Mapping[str, Any]) -> float:
