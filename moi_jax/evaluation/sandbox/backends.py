@@ -79,7 +79,14 @@ def command(backend: Backend) -> list[str]:
     if backend != "bubblewrap":
         return python
     bwrap = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
-    bwrap += ["--uid", str(namespaces.NOBODY), "--gid", str(namespaces.NOBODY), "--hostname", "sandbox"]
+    bwrap += [
+        "--uid",
+        str(namespaces.NOBODY),
+        "--gid",
+        str(namespaces.NOBODY),
+        "--hostname",
+        "sandbox",
+    ]
     # To mount one with a limit on files, which bubblewrap cannot; the runner then drops it.
     bwrap += ["--cap-add", "CAP_SYS_ADMIN"]
     for path in (*read_only(), _PYTHON):

@@ -12,7 +12,7 @@ from moi_jax.evaluation.sandbox.inside.namespaces import FILES
 from moi_jax.evaluation.sandbox.judge import Program, Verdict
 
 # Functions that are true where their limit held. What oversteps one is undone.
-_CODE = '''
+_CODE = """
 import errno, os, signal, socket, time
 
 def held(limit, *args):
@@ -104,7 +104,7 @@ def open_files(count):
 def cpu():
     while True:
         pass
-'''
+"""
 
 
 def unenforced(judge: Callable[[Limits, Program], Verdict], limits: Limits) -> str | None:
@@ -134,8 +134,7 @@ def unenforced(judge: Callable[[Limits, Program], Verdict], limits: Limits) -> s
             "the number of files": ("files", FILES),
         }
         tests = tuple(
-            f"assert held({name}, *{args!r}), {what!r}"
-            for what, (name, *args) in attempts.items()
+            f"assert held({name}, *{args!r}), {what!r}" for what, (name, *args) in attempts.items()
         )
         names = ("held", *(name for name, *_ in attempts.values()))
         verdict = judge(limits, Program(_CODE, names, tests))
