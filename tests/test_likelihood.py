@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from test_families import imported, transformers_model
 
 from moi_jax import config as config_lib
 from moi_jax.models.config import read_hf_config
@@ -12,8 +13,6 @@ from moi_jax.models.decoder import Decoder
 from moi_jax.models.published import read_published
 from moi_jax.sampling.likelihood import LikelihoodScorer
 from moi_jax.training.sharding import make_mesh, parameter_shardings
-
-from test_families import imported, transformers_model
 
 
 def scorer(config, **settings):
