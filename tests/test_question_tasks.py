@@ -426,7 +426,7 @@ def test_mmlu_generation_is_read(tmp_path: Path):
         ("Paris or London", None),
         ("In C++, D = 7", None),
         ("It is 4", "C"),
-        ("-4 or 4.5 or 14", None),
+        ("-4 or 4.5 or 14 or 0.4", None),
         ("", None),
     ],
 )
