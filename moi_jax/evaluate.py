@@ -188,8 +188,9 @@ def _paraphrase(text: str) -> tuple[str, str]:
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError where options do not go together."""
     for name in ("limit", "samples", "max_new_tokens", "slots", "context"):
-        if (getattr(args, name) or 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not above zero")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not above zero")
     if args.samples > 1 and not args.temperature:
         raise UserError("--samples above 1 needs a --temperature: greedy answers are all the same")
 
@@ -212,6 +213,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from moi_jax.config_file import load_config
     from moi_jax.console import say
     from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
+    from moi_jax.evaluation.results import read_results
     from moi_jax.open_checkpoint import open_checkpoint
     from moi_jax.training.checkpoints import find_step
 
@@ -220,6 +222,8 @@ def evaluate(args: argparse.Namespace) -> None:
     options = Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
     names = task_names(args.tasks)
     # What can be refused is refused before the checkpoint is read.
+    for directory in args.compare:
+        read_results(directory / "results.json")
     tasks = _open_tasks([name for name in names if name != HELD_OUT], options)
     crossed = _open_tasks(task_names(args.generate or ""), options)
     harness = _open_harness(args)

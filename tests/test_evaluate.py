@@ -15,8 +15,8 @@ from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced
 from moi_jax.evaluation.chat_model import make_chat_model
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
-from moi_jax.evaluation.results import overall, summarize
-from moi_jax.evaluation.runner import read_results, run_benchmarks
+from moi_jax.evaluation.results import overall, read_results, summarize
+from moi_jax.evaluation.runner import run_benchmarks
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import init_parameters
 from moi_jax.models.presets import preset

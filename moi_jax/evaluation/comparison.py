@@ -10,7 +10,7 @@ import numpy as np
 
 from moi_jax.errors import UserError
 from moi_jax.evaluation import statistics
-from moi_jax.evaluation.runner import read_results
+from moi_jax.evaluation.results import read_results
 from moi_jax.evaluation.tasks import TASKS
 
 Json = dict[str, Any]

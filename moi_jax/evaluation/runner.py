@@ -21,7 +21,7 @@ from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced,
 from moi_jax.evaluation.chat_model import ChatModel
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Item, Task
-from moi_jax.evaluation.results import Scored, overall, summarize
+from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
 from moi_jax.whole_files import write_whole
 
 Json = dict[str, Any]
@@ -94,29 +94,6 @@ def run_benchmarks(
         for note in summary["notes"]:
             say(console, f"  {note}")
     return results
-
-
-def describe(summary: Json) -> str:
-    """A task's results in one line."""
-    if summary["score"] is None:
-        metrics = summary["metrics"].items()
-        means = ", ".join(f"{name} {metric['mean']:.3f}" for name, metric in metrics)
-        return f"no score; {means or 'nothing was measured'} over {summary['items']} items"
-    low, high = summary["interval"]
-    failures = ", ".join(f"{count} {kind}" for kind, count in summary["failures"].items())
-    line = f"{summary['score']:.1f} ({low:.1f} to {high:.1f}) over {summary['items']} items"
-    return f"{line}; {failures}" if failures else line
-
-
-def read_results(path: Path) -> Json:
-    """Raises UserError where the file is missing or damaged."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if {"checkpoint", "tasks"} <= results.keys():
-            return results
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read {path}: {error}; is that a directory of results?") from None
-    raise UserError(f"{path} is no results.json of an evaluation")
 
 
 def parameters_fingerprint(step: Path) -> str:
