@@ -18,18 +18,16 @@ class Draws(NamedTuple):
     seed: jax.Array  # uint32
 
 
-def choose(logits: jax.Array, draws: Draws, index: jax.Array) -> jax.Array:
+def choose(logits: jax.Array, draws: Draws | None, index: jax.Array) -> jax.Array:
     """int32[B] ids from logits [B, V]; `index` int32[B] counts the tokens of each answer.
 
-    A row's draw depends on its logits, seed and index alone.
+    A row's draw depends on its logits, seed and index alone. Without `draws` all are greedy.
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def drawn() -> jax.Array:
-        row = jax.vmap(_draw)(logits.astype(jnp.float32), draws, index)
-        return jnp.where(draws.temperature > 0, row, best)
-
-    return jax.lax.cond(jnp.any(draws.temperature > 0), drawn, lambda: best)
+    if draws is None:
+        return best
+    drawn = jax.vmap(_draw)(logits.astype(jnp.float32), draws, index)
+    return jnp.where(draws.temperature > 0, drawn, best)
 
 
 def _draw(logits: jax.Array, draws: Draws, index: jax.Array) -> jax.Array:

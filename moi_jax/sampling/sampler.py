@@ -2,18 +2,15 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, repeat
-from typing import Any
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
+from jax.sharding import Mesh, NamedSharding
 
 from moi_jax.errors import UserError
 from moi_jax.models import axes
@@ -23,8 +20,8 @@ from moi_jax.models.decoder import Decoder
 from moi_jax.models.decoding import unstack
 from moi_jax.models.parameters import Tree, abstract_parameters
 from moi_jax.sampling.answer import Answer
-from moi_jax.sampling.choosing import Draws
-from moi_jax.sampling.requests import Completion, Request
+from moi_jax.sampling.requests import Completion, Finish, Request
+from moi_jax.sampling.rows import Row, power_bucket, prompt_batches
 from moi_jax.sampling.slots import (
     FINISHES,
     NOTHING,
@@ -39,11 +36,8 @@ from moi_jax.sampling.slots import (
 
 # The same where someone reads the text as it comes.
 STEPS_READ = 4
-# Widths of prompts and lengths of the cache are this times a power of two, or the most that the
-# run needs: few shapes to compile.
-SHORTEST = 64
-# Tokens of prompts that are computed at once: the scores of their attention are S x S.
-PREFILL_TOKENS = 4096
+# The cache has this length times a power of two, or the most that the run needs.
+SHORTEST_CACHE = 128
 
 
 class Sampler:
@@ -77,8 +71,8 @@ class Sampler:
           mesh: the one that the parameters lie on; None is one device.
         """
         self._config, self._decode, self._mesh = config, decode, mesh
-        self._shape = dict(mesh.shape) if mesh is not None else {}
-        self._shards = math.prod(self._shape.get(axis, 1) for axis in axes.RULES["batch"])
+        self._axes = dict(mesh.shape) if mesh is not None else {}
+        self._shards = math.prod(self._axes.get(axis, 1) for axis in axes.RULES["batch"])
         self.slots = -(-slots // self._shards) * self._shards
         self.context = context or config.seq_length
         vocabulary = Vocabulary(vocab_size, tuple(stop_ids))
@@ -87,12 +81,12 @@ class Sampler:
             abstract_parameters(config, jnp.float32),
         ).dtype
 
-        def new(length: int) -> tuple[Cache, Slots]:
+        def new(length: int, greedy: bool) -> tuple[Cache, Slots]:
             cache = empty_cache(config, self.slots, length, self._dtype)
-            return cache, empty_slots(self.slots)
+            return cache, empty_slots(self.slots, greedy)
 
         self._unstack = jax.jit(lambda parameters: unstack(config, parameters, self._dtype))
-        self._new = jax.jit(new, static_argnums=0)
+        self._new = jax.jit(new, static_argnums=(0, 1))
         self._resize = jax.jit(resize, static_argnums=1)
         self._fill = jax.jit(
             lambda parameters, *given: fill(make_model(parameters), vocabulary, *given),
@@ -129,7 +123,7 @@ class Sampler:
         Raises:
           UserError: a prompt is empty, or the cache does not fit the device.
         """
-        waiting: deque[tuple[int, _Row]] = deque()
+        waiting: deque[Row] = deque()
         for index, request in enumerate(requests):
             length = len(request.prompt)
             if not length:
@@ -141,65 +135,43 @@ class Sampler:
             else:
                 limit = min(length + request.max_new_tokens, self.context)
                 told = partial(on_text, index) if on_text else None
-                waiting.append((index, _Row(request, limit, Answer(request, self._decode, told))))
+                waiting.append(Row(index, request, limit, Answer(request, self._decode, told)))
         if not waiting:
             return
-        longest = max(row.limit for _, row in waiting)
-        longest = min(-(-longest // SHORTEST) * SHORTEST, self.context)
-        steps = STEPS_READ if on_text else STEPS
+        longest = max(row.limit for row in waiting)
+        longest = min(-(-longest // SHORTEST_CACHE) * SHORTEST_CACHE, self.context)
+        greedy = all(row.request.temperature <= 0 for row in waiting)
         with self._on_mesh():
             layers = self._unstack(parameters)
             self._check_memory(longest)
-            cache, slots = self._new(min(SHORTEST, longest))
+            cache, slots = self._new(min(SHORTEST_CACHE, longest), greedy)
 
-        rows: dict[int, tuple[int, _Row]] = {}  # slot -> the request's index, and its row
+        steps = STEPS_READ if on_text else STEPS
+        rows: dict[int, Row] = {}  # by their slots
         while waiting or rows:
             free = (slot for slot in range(self.slots) if slot not in rows)
             fresh = {slot: waiting.popleft() for slot in islice(free, len(waiting))}
             rows |= fresh
-            reach = max(min(row.length + steps, row.limit) for _, row in rows.values())
-            first: list[tuple[list[int], jax.Array]] = []
+            reach = max(min(row.length + steps, row.limit) for row in rows.values())
+            patience = self.slots // 16 + 1 if waiting else self.slots
             with self._on_mesh():
-                if cache.length != _bucket(reach, longest):
-                    cache = self._resize(cache, _bucket(reach, longest))
-                for prompts in self._prompts({slot: row for slot, (_, row) in fresh.items()}):
-                    cache, slots, tokens = self._fill(parameters, cache, slots, *prompts)
-                    first.append((prompts[0].tolist(), tokens))
+                wanted = min(power_bucket(reach, SHORTEST_CACHE), longest)
+                if cache.length != wanted:
+                    cache = self._resize(cache, wanted)
+                for prompts in prompt_batches(fresh, self._shards, self.slots, greedy):
+                    cache, slots = self._fill(parameters, cache, slots, *prompts)
                 live = np.isin(np.arange(self.slots), list(rows))
-                patience = max(self.slots // 16, 1) if waiting else self.slots
-                limits = np.array((steps, patience), np.int32)
-                cache, slots, later = self._advance(layers, cache, slots, live, *limits)
-                first, later, finish = jax.device_get((first, later, slots.finish))
-            written = {slot: later[:, slot] for slot in rows}
-            for places, tokens in first:
-                for slot, token in zip(places, tokens, strict=True):
-                    if slot in written:
-                        written[slot] = np.append(token, written[slot])
-            for slot, (index, row) in sorted(rows.items()):
-                tokens = written[slot]
+                cache, slots, written = self._advance(
+                    layers, cache, slots, live, np.int32(steps), np.int32(patience)
+                )
+                written, finish = jax.device_get((written, slots.finish))
+            for slot, row in list(rows.items()):
+                tokens = written[0 if slot in fresh else 1 :, slot]
                 stopped = row.answer.add(tokens[tokens != NOTHING].tolist())
                 if stopped or finish[slot] != RUNNING:
                     del rows[slot]
-                    yield index, row.answer.finished("stop" if stopped else FINISHES[finish[slot]])
-
-    def _prompts(self, fresh: dict[int, "_Row"]) -> Iterator[tuple[np.ndarray, np.ndarray, Slots]]:
-        """The arguments of `fill`, a few shapes of them, for the prompts of these slots."""
-        if not fresh:
-            return
-        width = _bucket(max(len(row.request.prompt) for row in fresh.values()), self.context)
-        most = max(PREFILL_TOKENS // width, self._shards)
-        places = list(fresh)
-        for group in (places[n : n + most] for n in range(0, len(places), most)):
-            count = self._shards
-            while count < len(group):
-                count *= 2
-            tokens = np.zeros((count, width), np.int32)
-            for line, slot in zip(tokens, group, strict=False):
-                prompt = fresh[slot].request.prompt
-                line[: len(prompt)] = prompt
-            chosen = [fresh[slot] for slot in group]
-            spare = [self.slots] * (count - len(group))
-            yield np.array(group + spare, np.int32), tokens, _slots(chosen, count)
+                    reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
+                    yield row.index, row.answer.finished(reason)
 
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
@@ -207,9 +179,12 @@ class Sampler:
     def _bytes(self, length: int) -> int:
         """Of a cache of this length on each device."""
         shape = cache_shape(self._config, self.slots, length)
-        spec = axes.partition_spec(AXES, shape, self._shape)
-        parts = math.prod(self._shape[axis] for split in spec for axis in split or ())
-        return 2 * self._config.num_layers * math.prod(shape) * self._dtype.itemsize // parts
+        size = 2 * self._config.num_layers * math.prod(shape) * self._dtype.itemsize
+        if self._mesh is None:
+            return size
+        spec = axes.partition_spec(AXES, shape, self._axes)
+        part = NamedSharding(self._mesh, spec).shard_shape(shape)
+        return size // (math.prod(shape) // math.prod(part))
 
     def _check_memory(self, length: int) -> None:
         """Raises UserError when a cache of this length evidently has no room on a device."""
@@ -225,44 +200,3 @@ class Sampler:
                         f"{free / 2**30:.1f} GiB are free; lower slots, context or "
                         f"max_new_tokens"
                     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A request on its way."""
-
-    request: Request
-    limit: int  # tokens of prompt and answer at most
-    answer: Answer
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + len(self.answer.tokens)
-
-
-def _slots(rows: Sequence[_Row], count: int) -> Slots:
-    """What `fill` is told of so many rows; those past the last are of a single token."""
-
-    def column(dtype: DTypeLike, values: Iterable[float], otherwise: float) -> Any:
-        return np.fromiter(chain(values, repeat(otherwise)), dtype, count)
-
-    requests = [row.request for row in rows]
-    lengths = column(np.int32, (len(r.prompt) for r in requests), 1)
-    return Slots(
-        token=column(np.int32, (), 0),
-        length=lengths,
-        prompt=lengths,
-        limit=column(np.int32, (row.limit for row in rows), 1),
-        finish=column(np.int32, (), RUNNING),
-        draws=Draws(
-            temperature=column(np.float32, (r.temperature for r in requests), 0),
-            top_k=column(np.int32, (r.top_k for r in requests), 0),
-            top_p=column(np.float32, (r.top_p for r in requests), 1),
-            seed=column(np.uint32, (r.seed % 2**32 for r in requests), 0),
-        ),
-    )
-
-
-def _bucket(length: int, most: int) -> int:
-    """The next of SHORTEST times a power of two, at most `most`."""
-    return min(SHORTEST << (-(-length // SHORTEST) - 1).bit_length(), most)

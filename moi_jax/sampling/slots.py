@@ -26,12 +26,12 @@ T = TypeVar("T")
 class Slots(NamedTuple):
     """int32[B] each, but for the draws."""
 
-    token: jax.Array  # chosen last, and not in the cache yet
+    token: jax.Array  # chosen last, and not in the cache yet; NOTHING once the answer ended
     length: jax.Array  # of prompt and answer, with that token
     prompt: jax.Array  # length of the prompt alone
     limit: jax.Array  # the length at which the answer ends
     finish: jax.Array  # index into FINISHES, or RUNNING
-    draws: Draws
+    draws: Draws | None  # None: all rows are greedy
 
 
 class Vocabulary(NamedTuple):
@@ -41,10 +41,10 @@ class Vocabulary(NamedTuple):
     stops: tuple[int, ...]
 
 
-def empty_slots(rows: int) -> Slots:
+def empty_slots(rows: int, greedy: bool) -> Slots:
     zeros, ones = jnp.zeros(rows, jnp.int32), jnp.ones(rows, jnp.int32)
     draws = Draws(jnp.zeros(rows), zeros, jnp.ones(rows), jnp.zeros(rows, jnp.uint32))
-    return Slots(zeros, ones, ones, ones, jnp.full(rows, STOP), draws)
+    return Slots(zeros, ones, ones, ones, jnp.full(rows, STOP), None if greedy else draws)
 
 
 def fill(
@@ -55,23 +55,20 @@ def fill(
     rows: jax.Array,
     tokens: jax.Array,
     new: Slots,
-) -> tuple[Cache, Slots, jax.Array]:
+) -> tuple[Cache, Slots]:
     """Puts prompts into rows, and chooses the first token of each.
 
     Args:
       rows: int32[m], where; one that the slots have not is left out.
       tokens: int32[m, S], the prompts, filled up at their ends.
       new: [m], `length` being that of the prompt, `token` anything.
-
-    Returns:
-      The cache and the slots, and int32[m], the first tokens or NOTHING.
     """
     hidden, heads = model.prefill(tokens, new.length)
     last = jnp.take_along_axis(hidden, (new.length - 1)[:, None, None], axis=1)
-    new, written = _accept(new, model.logits(last)[:, 0], vocabulary)
+    new = _accept(new, model.logits(last)[:, 0], vocabulary)
     cache = insert(cache, rows, *heads, new.prompt)
     slots = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), slots, new)
-    return cache, _replicated(slots), _replicated(written)
+    return cache, _replicated(slots)
 
 
 def advance(
@@ -92,7 +89,8 @@ def advance(
       patience: int32[], fewer once so many rows have finished.
 
     Returns:
-      The cache and the slots, and int32[STEPS, B], the tokens or NOTHING.
+      The cache and the slots, and int32[STEPS + 1, B], tokens or NOTHING: those that the slots
+      came with, and after them the new ones.
     """
     slots = slots._replace(finish=jnp.where(live, slots.finish, STOP))
     begun = jnp.sum(slots.finish == RUNNING)
@@ -106,18 +104,18 @@ def advance(
 
     def one_step(state: State) -> State:
         step, cache, slots, written = state
-        logits, cache = decode(model, slots.token, slots.length, alpha, cache)
-        slots, tokens = _accept(slots, logits, vocabulary)
-        return step + 1, cache, slots, written.at[step].set(tokens)
+        logits, cache = decode(model, jnp.maximum(slots.token, 0), slots.length, alpha, cache)
+        slots = _accept(slots, logits, vocabulary)
+        return step + 1, cache, slots, written.at[step + 1].set(slots.token)
 
-    nothing = jnp.full((STEPS, *slots.token.shape), NOTHING)
-    start = (jnp.zeros((), jnp.int32), cache, slots, nothing)
+    written = jnp.full((STEPS + 1, *slots.token.shape), NOTHING).at[0].set(slots.token)
+    start = (jnp.zeros((), jnp.int32), cache, slots, written)
     _, cache, slots, written = jax.lax.while_loop(goes_on, one_step, start)
     return cache, _replicated(slots), _replicated(written)
 
 
-def _accept(slots: Slots, logits: jax.Array, vocabulary: Vocabulary) -> tuple[Slots, jax.Array]:
-    """Chooses from logits [B, V] for the rows under way: the slots, and tokens or NOTHING."""
+def _accept(slots: Slots, logits: jax.Array, vocabulary: Vocabulary) -> Slots:
+    """With the next token of the rows under way, chosen from logits [B, V]."""
     logits = logits[:, : vocabulary.size]
     token = choose(logits, slots.draws, slots.length - slots.prompt)
     running = slots.finish == RUNNING
@@ -128,9 +126,11 @@ def _accept(slots: Slots, logits: jax.Array, vocabulary: Vocabulary) -> tuple[Sl
     finish = jnp.where(length >= slots.limit, LENGTH, RUNNING)
     finish = jnp.where(stopped, STOP, finish)
     finish = jnp.where(finite, finish, NOT_FINITE)
-    finish = jnp.where(running, finish, slots.finish)
-    slots = slots._replace(token=token, length=length, finish=finish)
-    return slots, jnp.where(written, token, NOTHING)
+    return slots._replace(
+        token=jnp.where(written, token, NOTHING),
+        length=length,
+        finish=jnp.where(running, finish, slots.finish),
+    )
 
 
 def _replicated(tree: T) -> T:
