@@ -95,6 +95,7 @@ def attempt():
     return found
 """,
     "write_outside": """
+import os
 def attempt():
     written = []
     for directory in (DIRECTORY, "", "/dev", "/lib", "/usr/lib", "/usr", "/etc", "/tmp", "/var"):
@@ -103,6 +104,9 @@ def attempt():
             written.append(directory)
         except OSError:
             pass
+    for directory in ("/", "/lib", "/usr/lib"):
+        if not os.statvfs(directory).f_flag & os.ST_RDONLY:
+            written.append(directory)
     return written
 """,
     "symlink_out": """
@@ -366,8 +370,17 @@ def f(x):
 """,
     "reply_that_runs_code": """
 import os, pickle, struct
+steal = '''
+import json, os, sys
+here = sys._getframe()
+while here:
+    if isinstance(here.f_locals.get("tests"), dict):
+        os.write(1, json.dumps({"passed": here.f_locals["tests"]["nonce"]}).encode())
+        os._exit(0)
+    here = here.f_back
+'''
 class Evil:
-    def __reduce__(self): return eval, ("__import__('os')._exit(0)",)
+    def __reduce__(self): return exec, (steal,)
 reply = pickle.dumps((None, Evil()))
 for fd in range(3, 64):
     try:

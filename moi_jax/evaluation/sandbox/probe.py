@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moi_jax.evaluation.sandbox.backends import Limits, environment, read_only
 from moi_jax.evaluation.sandbox.inside.namespaces import FILES
@@ -120,7 +121,7 @@ def unenforced(judge: Callable[[Limits, Program], Verdict], limits: Limits) -> s
         home = str(Path.home())
         hidden = [secret.name, "/etc/passwd", "/proc/self", "/dev/shm", "/sys/kernel", *_at_home()]
         pieces = limits.disk // limits.file_size + 1
-        attempts = {
+        attempts: dict[str, tuple[Any, ...]] = {
             "network access": ("network", server.getsockname()[1]),
             "reading the user's files": ("reading", hidden),
             "the user's environment": ("environment", [*environment(""), "LC_CTYPE", "PWD"]),

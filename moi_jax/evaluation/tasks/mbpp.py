@@ -46,6 +46,8 @@ class MBPP(CodeTask):
             text = row.get("text", row.get("prompt"))
             if not isinstance(text, str) or not text.strip():
                 raise malformed(where, "'text' (or 'prompt') must be a str that is not empty")
+            if not row["test_list"] or not all(isinstance(test, str) for test in row["test_list"]):
+                raise malformed(where, "'test_list' must hold texts, at least one")
             question = Message("user", _question(text, row["test_list"]))
             code = row["code"].replace("\r\n", "\n")
             if row["task_id"] in SHOTS:

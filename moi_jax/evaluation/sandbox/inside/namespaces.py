@@ -24,8 +24,8 @@ FILES = 4096  # in it: each takes memory, be it empty
 def enter(read_only: Sequence[str], limits: Mapping[str, int]) -> None:
     """Goes on as the first process of new namespaces: as nobody, in an empty directory.
 
-    The caller's own process stays behind until this one ends. When it is killed this one is too,
-    and with a namespace's first process the kernel kills all others.
+    The caller's own process stays behind until this one ends. When the evaluation is killed it is
+    too, with it this one, and with a namespace's first process the kernel kills all others.
 
     Args:
       read_only: what of the machine's files is seen, at its own paths, and nothing else.
@@ -42,6 +42,7 @@ def enter(read_only: Sequence[str], limits: Mapping[str, int]) -> None:
         sources[path] = os.readlink(path) if link else os.open(path, os.O_PATH)
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     parent_lives, held_by_parent = os.pipe()
     first = os.fork()
     if first:

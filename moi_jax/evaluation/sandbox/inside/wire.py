@@ -12,7 +12,19 @@ from typing import Any
 
 LARGEST = 1 << 26  # bytes of a frame
 
-BUILT_IN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset)
+BUILT_IN: tuple[Any, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    tuple,
+    list,
+    dict,
+    set,
+    frozenset,
+)
 # What else is a value: instances of these pass, and the runner makes them anew by these names.
 VALUE_TYPES = {
     ("builtins", "bytearray"),
