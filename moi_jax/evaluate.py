@@ -212,7 +212,6 @@ def evaluate(args: argparse.Namespace) -> None:
     from moi_jax.config_file import load_config
     from moi_jax.console import say
     from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
-    from moi_jax.evaluation.report import write_report
     from moi_jax.open_checkpoint import open_checkpoint
     from moi_jax.training.checkpoints import find_step
 
@@ -247,6 +246,8 @@ def evaluate(args: argparse.Namespace) -> None:
         if crossed:
             _crossed_prompts(checkpoint, args, crossed, options, console)
     if (args.out / "results.json").exists():
+        from moi_jax.evaluation.report import write_report
+
         say(console, f"report {write_report([args.out, *args.compare], args.out / 'report.html')}")
 
 

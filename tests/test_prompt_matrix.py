@@ -245,18 +245,34 @@ print("sums", [part.tolist() for part in found])
 """
 
 
-def test_two_hosts_get_the_sums_of_all_rows(tmp_path):
-    """A true run of two processes with two devices each."""
+@pytest.fixture(scope="module")
+def half_right():
+    """Rows in which about half of the targets, and half of the labels, are the likeliest token."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, MODEL.vocab_size, (8, 32)).astype(np.int32)
+    decoder = Decoder(MODEL, init_parameters(MODEL, jax.random.key(0), jnp.float32))
+    likeliest = np.asarray(decoder(tokens)).argmax(axis=-1)
+    right = rng.integers(0, 2, tokens.shape).astype(bool)
     batch = Batch(
         tokens=tokens,
-        targets=np.roll(tokens, -1, axis=1),
+        targets=np.where(right, likeliest, (likeliest + 1) % MODEL.vocab_size).astype(np.int32),
         segment_ids=np.ones_like(tokens),
         positions=np.tile(np.arange(32, dtype=np.int32), (8, 1)),
         domain_ids=np.zeros_like(tokens),
-        loss_weights=rng.integers(0, 2, (8, 32)).astype(np.float32),
+        loss_weights=rng.integers(0, 2, tokens.shape).astype(np.float32),
     )
+    return batch, np.sum(right & (batch.loss_weights > 0), axis=1)
+
+
+def test_only_labels_are_correct(half_right):
+    batch, right = half_right
+    np.testing.assert_array_equal(model_sums(fsdp=1)(batch).correct, right)
+    np.testing.assert_array_equal(model_sums(fsdp=2, tensor=4)(batch).correct, right)
+
+
+def test_two_hosts_get_the_sums_of_all_rows(half_right, tmp_path):
+    """A true run of two processes with two devices each."""
+    batch, right = half_right
     np.savez(tmp_path / "batch.npz", **batch._asdict())
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -275,7 +291,7 @@ def test_two_hosts_get_the_sums_of_all_rows(tmp_path):
     for out, _ in outputs:
         nll, loss_tokens, correct = json.loads(out.split("sums ")[1].splitlines()[0])
         assert loss_tokens == batch.loss_weights.sum(axis=1).tolist()
-        assert correct == alone.correct.tolist()
+        assert correct == right.tolist()
         np.testing.assert_allclose(nll, alone.nll, rtol=1e-5)
 
 

@@ -105,6 +105,7 @@ def run_lm_eval(
         model=CheckpointLM(model, options.seed),
         model_args={"path": made_by["name"]},  # which also names the directory
         tasks=list(tasks),
+        task_manager=TaskManager(include_defaults=False),  # nothing is left to be found
         num_fewshot=options.shots,
         limit=options.limit,
         gen_kwargs=generation or None,

@@ -24,7 +24,8 @@ class Program:
       code: not trusted; it runs in a process of its own.
       names: what the tests take from it.
       tests: statements that pass by raising nothing, run one after another by the runner.
-      trusted: run before them in the same namespace; what it defines is not taken from the code.
+      trusted: runs first, before the code and, in their own process, before the tests; what it
+        defines the tests do not take from the code.
     """
 
     code: str
@@ -38,8 +39,8 @@ class Verdict:
     """How a program did.
 
     Attributes:
-      failure: None is a pass. "syntax error", "wrong" (a test's assertion failed), "error" (an
-        exception), "timeout", "killed" (its process ended before the tests did).
+      failure: None is a pass. "no code", "syntax error", "wrong" (a test's assertion failed),
+        "error" (an exception), "timeout", "killed" (its process ended before the tests did).
       error: the last line of what went wrong.
     """
 
@@ -57,9 +58,11 @@ def judge(backend: Backend, limits: Limits, program: Program) -> Verdict:
     Raises:
       UserError: the sandbox itself does not start.
     """
+    if not program.code.strip():
+        return Verdict("no code")
     nonce = secrets.token_hex(16)
     setup = {"limits": asdict(limits), "read_only": backends.read_only()}
-    asked = {"code": program.code, "names": program.names}
+    asked = {"trusted": program.trusted, "code": program.code, "names": program.names}
     tests = {"trusted": program.trusted, "tests": program.tests, "nonce": nonce}
     frames = b"".join(_frame(part) for part in (setup, asked, tests))
     as_nobody = backend == "bubblewrap" and os.geteuid() == 0

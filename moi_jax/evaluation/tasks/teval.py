@@ -38,8 +38,8 @@ class TEval(Task):
         """
         super().__init__(options)
         self._files: list[SubtaskFile] = []
-        self._similarity = Similarity(embedder) if embedder else None
-        self._embedder = "as given" if embedder else None
+        self._similarity = Similarity(embedder) if embedder is not None else None
+        self._embedder = "as given" if embedder is not None else None
         self._no_embedder = ""  # why there is none
 
     def load(self) -> list[Item]:

@@ -16,7 +16,8 @@ NAME_WEIGHT, ARGS_WEIGHT = 0.75, 0.25
 THRESHOLD = 0.8  # steps no more alike than this are never matched
 FINISH = "FinishAction"
 # Equal steps can be matched in many ways of the same weight; of those the one nearest to the order
-# of both plans is taken. Far smaller than any difference of weights that means something.
+# of both plans is taken: a plan that equals the gold one is then always right as a whole, which
+# upstream's choice is not. Far smaller than any difference of weights that means something.
 NEARNESS = 1e-9
 
 

@@ -87,7 +87,7 @@ def load_file(file: SubtaskFile, system: str) -> list[Item]:
         items.append(
             Item(
                 f"{file.path.stem}/{key}",
-                render(_turns(record), system, record),
+                _render(_turns(record), system, record),
                 _gold(record, variant),
                 group=variant.name,
                 system_block=system != "as_user",
@@ -139,7 +139,7 @@ def _turns(record: _Record) -> list[tuple[str, str]]:
     return turns
 
 
-def render(turns: Sequence[tuple[str, str]], system: str, record: _Record) -> tuple[Message, ...]:
+def _render(turns: Sequence[tuple[str, str]], system: str, record: _Record) -> tuple[Message, ...]:
     """The turns as a chat: what is no assistant's is the user's, and neighbours are one turn.
 
     The system text at the head is the user's too, but for `system` as_system. Later system turns

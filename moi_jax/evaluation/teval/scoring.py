@@ -1,7 +1,6 @@
 """What an answer is worth in each of T-Eval's subtasks, by the rules of its second version."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +71,16 @@ def score_answer(
       compat: see compare_plans.
     """
     text = clean(text)
-    reads: dict[str, Callable[[], Reading]] = {
-        "instruct": lambda: _instruct(variant.form, text, gold),
-        "plan": lambda: _plan(variant.form, text, gold, similarity, compat),
-        "review": lambda: _review(text, gold),
-    }
-    read = reads.get(variant.tasks, lambda: _step(variant, text, gold, similarity))
-    values, parsed, found = read()
+    match variant.tasks:
+        case "instruct":
+            reading = _instruct(variant.form, text, gold)
+        case "plan":
+            reading = _plan(variant.form, text, gold, similarity, compat)
+        case "review":
+            reading = _review(text, gold)
+        case _:
+            reading = _step(variant, text, gold, similarity)
+    values, parsed, found = reading
     metrics = {variant.metric(*key.split("/")): float(value) for key, value in values.items()}
     failure = "no answer" if not text else None if parsed else "not parsed"
     return Score(metrics, failure, {"parsed": found})

@@ -11,10 +11,10 @@ from moi_jax.evaluation.sandbox.inside import wire
 LONGEST_ERROR = 500
 
 
-def serve(code: str, names: Sequence[str], requests: int, replies: int) -> None:
-    """Runs `code`, replies with its objects of these names, then with what each request asks.
+def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[str]) -> None:
+    """Runs the code, replies with its objects of these names, then with what each request asks.
 
-    The process is the program's from the first line of `code` on; nothing here is hidden from
+    The process is the program's from the code's first line on; nothing here is hidden from
     it, and nothing it can do to this loop makes a wrong answer equal a right one.
 
     Args:
@@ -42,6 +42,7 @@ def serve(code: str, names: Sequence[str], requests: int, replies: int) -> None:
             compiled = compile(code, "<program>", "exec")
         except Exception as error:
             raise _NoProgram(describe(error)) from None
+        exec(trusted, vars(module))
         exec(compiled, vars(module))
         return {name: vars(module)[name] for name in names if name in vars(module)}
 

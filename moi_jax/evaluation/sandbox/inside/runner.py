@@ -43,15 +43,14 @@ def run(asked: dict[str, Any]) -> dict[str, str]:
             program.leave_standard_streams()
             os.close(requests_in)
             os.close(replies_out)
-            program.serve(asked["code"], asked["names"], requests_out, replies_in)
+            program.serve(requests_out, replies_in, **asked)
         finally:
             os._exit(1)
     os.close(requests_out)
     os.close(replies_in)
     tests = json.loads(wire.receive(0))
-    asked_of = _Link(requests_in, replies_out)
     try:
-        _test(asked_of, tests["trusted"], tests["tests"])
+        _test(_Link(requests_in, replies_out), tests["trusted"], tests["tests"])
     except wire.Closed:
         return _end_of(child)
     except ProgramError as error:

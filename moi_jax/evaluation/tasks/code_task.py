@@ -1,0 +1,82 @@
+"""What HumanEval and MBPP share: programs from answers, judged in the sandbox, and pass@k."""
+
+from abc import abstractmethod
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from math import comb
+
+from rich.console import Console
+
+from moi_jax.console import say
+from moi_jax.errors import UserError
+from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.sandbox.judge import Program, Verdict
+from moi_jax.evaluation.sandbox.sandbox import WEAK, Sandbox
+
+PASS_AT = (1, 10, 100)
+
+
+class CodeTask(Task):
+    """A benchmark of programs. One that does not pass is a failure of the kind its verdict says.
+
+    With several answers an item has an estimate of pass@k for each k of PASS_AT that they allow,
+    and it has failed where none of them passes, by the kind most of them have.
+    """
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        if not options.allow_code_execution:
+            raise UserError(
+                f"{self.name} runs the programs that the model writes, on this machine and in a "
+                f"sandbox; allow it with --allow-code-execution"
+            )
+        self.sandbox = Sandbox(options.sandbox)
+        if options.sandbox == "weak":
+            say(Console(stderr=True), f"{self.name}: {WEAK}")
+
+    @abstractmethod
+    def program(self, item: Item, answer: str) -> Program:
+        """What an answer is judged by; code that is blank is no program."""
+
+    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+        started: deque[list[Program]] = deque()
+
+        def programs() -> Iterator[Program]:
+            for item, answer in answered:
+                # An answer that is missing fails as an empty one does.
+                started.append([self.program(item, text) for text in answer.texts or ("",)])
+                yield from started[-1]
+
+        verdicts = self.sandbox.run_all(programs())
+        for first in verdicts:
+            of_item = started.popleft()
+            yield _score(of_item, [first, *islice(verdicts, len(of_item) - 1)])
+
+    def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
+        return {"pass@1": 1.0}
+
+    def settings(self) -> Json:
+        return {"sandbox": self.sandbox.backend}
+
+    def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
+        return [WEAK] if self.options.sandbox == "weak" else []
+
+
+def pass_at(k: int, samples: int, passed: int) -> float:
+    """The chance that one of k samples passes, without bias (Chen et al. 2021, section 2.1)."""
+    return 1.0 - comb(samples - passed, k) / comb(samples, k)
+
+
+def _score(programs: Sequence[Program], verdicts: Sequence[Verdict]) -> Score:
+    passed = sum(verdict.passed for verdict in verdicts)
+    count = len(verdicts)
+    metrics = {f"pass@{k}": pass_at(k, count, passed) for k in PASS_AT if k <= count}
+    kinds = Counter(verdict.failure for verdict in verdicts)
+    samples = [
+        {"code": program.code, "failure": verdict.failure, "error": verdict.error}
+        for program, verdict in zip(programs, verdicts, strict=True)
+    ]
+    details = samples[0] if count == 1 else {"samples": samples}
+    return Score(metrics, None if passed else kinds.most_common(1)[0][0], details)

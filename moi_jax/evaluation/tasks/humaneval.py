@@ -1,0 +1,87 @@
+"""HumanEval: 164 functions to be written from their signature and docstring (Chen et al. 2021)."""
+
+import ast
+
+from moi_jax.data.conversations import Message
+from moi_jax.evaluation.code_answers import complete, defines, extract
+from moi_jax.evaluation.protocol import Item
+from moi_jax.evaluation.rows import json_rows, malformed, missing
+from moi_jax.evaluation.sandbox.judge import Program
+from moi_jax.evaluation.tasks.code_task import CodeTask
+
+
+class HumanEval(CodeTask):
+    """Asked as the official chat evaluation of Qwen does.
+
+    What stands in the prompt before the entry point, imports and in some a helper, runs before
+    every program, and is what the tests use of it.
+    """
+
+    name = "humaneval"
+    files = "humaneval/HumanEval.jsonl.gz (or HumanEval.jsonl) from github.com/openai/human-eval"
+    whole = (164,)
+
+    def load(self) -> list[Item]:
+        directory = self.options.data / "humaneval"
+        path = directory / "HumanEval.jsonl.gz"
+        if not path.is_file():
+            path = directory / "HumanEval.jsonl"
+        if not path.is_file():
+            raise missing(self, directory)
+        fields = {name: str for name in ("task_id", "prompt", "entry_point", "test")}
+        items = []
+        for where, row in json_rows(path, **fields):
+            prompt, entry_point = row["prompt"], row["entry_point"]
+            parts = _parts(prompt, entry_point)
+            if parts is None:
+                raise malformed(where, f"'prompt' must end in a definition of {entry_point!r}")
+            before, signature, description = parts
+            question = (
+                f"Write a Python function `{signature}` to solve the following problem:\n"
+                f"{description}\n{prompt}"
+            )
+            gold = {
+                "entry_point": entry_point,
+                "before": before,
+                "stub": prompt.removeprefix(before),
+                "test": row["test"],
+                "reference": row.get("canonical_solution", ""),
+            }
+            items.append(Item(row["task_id"], (Message("user", question),), gold))
+        if not items:
+            raise missing(self, path)
+        return items
+
+    def program(self, item: Item, answer: str) -> Program:
+        gold = item.gold
+        entry_point = gold["entry_point"]
+        code = extract(answer, [entry_point])
+        if code.strip() and not defines(code, [entry_point]):
+            code = complete(gold["stub"], code)
+        tests = (gold["test"], f"check({entry_point})")
+        return Program(code, (entry_point,), tests, gold["before"])
+
+
+def _parts(prompt: str, entry_point: str) -> tuple[str, str, str] | None:
+    """What stands before the entry point, its signature, and its docstring.
+
+    The docstring is the entry point's own: a helper has one too, and an import may come first.
+    """
+    try:
+        last = ast.parse(prompt).body[-1]
+    except (SyntaxError, ValueError, IndexError):
+        return None
+    if not isinstance(last, ast.FunctionDef) or last.name != entry_point:
+        return None
+    lines = prompt.splitlines(keepends=True)
+    head = "".join(lines[last.lineno - 1 : last.body[0].lineno - 1]).strip()
+    signature = head.removeprefix("def ").removesuffix(":").rstrip()
+    strings = [
+        statement.value.value
+        for statement in last.body
+        if isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    ]
+    description = "\n".join(line.strip() for line in strings[0].split("\n")) if strings else ""
+    return "".join(lines[: last.lineno - 1]), signature, description.strip()
