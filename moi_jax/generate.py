@@ -1,7 +1,6 @@
 """python -m moi_jax.generate CKPT [PROMPT]: answers of a checkpoint, or a chat with it."""
 
 import argparse
-import math
 import signal
 import sys
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moi_jax.data.templates import TEMPLATES
+from moi_jax.arguments import COUNT, POSITIVE, PROBABILITY, TEMPERATURE, add_model, text
 from moi_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def _arguments() -> argparse.Namespace:
         "standard input. Answers go to standard output, all else to standard error.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CKPT")
-    parser.add_argument("prompt", nargs="?", type=_text, metavar="PROMPT", help="a user's message")
+    parser.add_argument("prompt", nargs="?", type=text, metavar="PROMPT", help="a user's message")
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument(
         "--prompt-ids",
@@ -78,9 +77,9 @@ def _arguments() -> argparse.Namespace:
         help="with --conversations: the rows with their answers and why each ended (finish); a "
         "killed command goes on when it is given again",
     )
-    _add_prompt(parser.add_argument_group("the prompt"))
+    add_model(parser.add_argument_group("the model"))
     _add_answer(parser.add_argument_group("the answer"))
-    _add_machine(parser.add_argument_group("the machine"))
+    _add_cache(parser.add_argument_group("the cache"))
     args = parser.parse_intermixed_args()
     if args.prompt is not None and (args.prompt_ids or args.conversations):
         raise UserError("PROMPT, --prompt-ids and --conversations are asked one at a time")
@@ -91,52 +90,38 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _add_prompt(group: "argparse._ArgumentGroup") -> None:
-    system = group.add_mutually_exclusive_group()
-    system.add_argument(
-        "--system",
-        type=_text,
-        metavar="TEXT",
-        help="system prompt of chats that bring none (default: the one saved in the checkpoint)",
-    )
-    system.add_argument("--no-system", action="store_true", help="no system block for them")
-    group.add_argument(
-        "--chat-template", choices=TEMPLATES, help="default: the one the checkpoint was made with"
-    )
-
-
 def _add_answer(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
-        "--max-new-tokens", type=_POSITIVE, default=512, metavar="N", help="default: 512"
+        "--max-new-tokens", type=POSITIVE, default=512, metavar="N", help="default: 512"
     )
     group.add_argument(
         "--temperature",
-        type=_TEMPERATURE,
+        type=TEMPERATURE,
         default=0.0,
         metavar="T",
         help="0 takes the likeliest token (default). Qwen's own chat samples: --temperature 1 "
         "--top-p 0.8",
     )
     group.add_argument(
-        "--top-k", type=_COUNT, default=0, metavar="K", help="among the K likeliest (default: all)"
+        "--top-k", type=COUNT, default=0, metavar="K", help="among the K likeliest (default: all)"
     )
     group.add_argument(
         "--top-p",
-        type=_PROBABILITY,
+        type=PROBABILITY,
         default=1.0,
         metavar="P",
         help="among the fewest likeliest that together have probability P (default: 1)",
     )
     group.add_argument(
         "--seed",
-        type=_COUNT,
+        type=COUNT,
         default=0,
         metavar="N",
         help="of the draws; the n-th row of a file, or question of a chat, has N + n (default: 0)",
     )
     group.add_argument(
         "--stop",
-        type=_text,
+        type=text,
         action="append",
         default=[],
         metavar="TEXT",
@@ -144,83 +129,40 @@ def _add_answer(group: "argparse._ArgumentGroup") -> None:
     )
 
 
-def _add_machine(group: "argparse._ArgumentGroup") -> None:
+def _add_cache(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--slots",
-        type=_POSITIVE,
+        type=POSITIVE,
         default=16,
         metavar="N",
         help="conversations of a file answered at a time (default: 16)",
     )
     group.add_argument(
         "--context",
-        type=_POSITIVE,
+        type=POSITIVE,
         metavar="N",
         help="tokens of the longest prompt and its answer together: the cache is made for them "
         f"(default: what is asked needs, for a chat {CHAT_CONTEXT:,}; the model's length at most)",
     )
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of parameters and cache (default: float32 on a CPU, bfloat16 elsewhere)",
-    )
-    group.add_argument(
-        "--mesh",
-        metavar="AXES",
-        help="devices along the axes, such as fsdp=2,tensor=4 (default: tensor, all devices)",
-    )
 
 
-def _number(
-    convert: Callable[[str], float], valid: Callable[[float], bool], what: str
-) -> Callable[[str], float]:
-    """A type of argparse for the numbers that are valid."""
-
-    def parse(text: str) -> float:
-        try:
-            number = convert(text)
-        except ValueError:
-            number = math.nan
-        if not valid(number):
-            raise argparse.ArgumentTypeError(f"{text!r} is no {what}")
-        return number
-
-    return parse
-
-
-_POSITIVE = _number(int, lambda n: n > 0, "whole number above 0")
-_COUNT = _number(int, lambda n: n >= 0, "whole number from 0 on")
-_TEMPERATURE = _number(float, lambda n: 0 <= n < math.inf, "temperature, which are from 0 on")
-_PROBABILITY = _number(float, lambda n: 0 < n <= 1, "probability above 0")
-
-
-def _text(text: str) -> str:
-    """A text of the command line: Python hides bytes that are no UTF-8 in surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it is not valid UTF-8") from None
-    return text
-
-
-def _ids(text: str) -> list[int]:
+def _ids(given: str) -> list[int]:
     """The ids of "1,2,3"."""
     try:
-        return [int(_COUNT(part)) for part in text.split(",")]
+        return [int(COUNT(part)) for part in given.split(",")]
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of ids such as 1,2,3") from None
+        raise argparse.ArgumentTypeError(f"{given!r} is no list of ids such as 1,2,3") from None
 
 
 def _standard_input() -> str:
     sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
     try:
-        text = sys.stdin.read().removesuffix("\n")
+        prompt = sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError:
         raise UserError("standard input is not valid UTF-8") from None
-    if not text.strip():
+    if not prompt.strip():
         raise UserError("there is no prompt: give one, or --conversations, or chat on a terminal")
-    return text
+    return prompt
 
 
 def _open(args: argparse.Namespace) -> "OpenCheckpoint":
@@ -240,6 +182,8 @@ def _system(opened: "OpenCheckpoint", args: argparse.Namespace) -> str | None:
 
 def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
     """Says what the cache will take before anything is allocated for it."""
+    from rich import filesize
+
     from moi_jax.evaluation.chat_model import make_sampler
 
     sampler = make_sampler(
@@ -250,9 +194,12 @@ def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
         context=context,
         mesh=opened.mesh,
     )
+    longer = context > opened.config.seq_length
     _note(
         f"{opened.step} in {opened.dtype}; cache of {sampler.slots} x {context:,} tokens: at most "
-        f"{sampler.cache_bytes / 1e9:.2f} GB on each of {opened.mesh.size} devices"
+        f"{filesize.decimal(sampler.cache_bytes)}"
+        + (f" on each of {opened.mesh.size} devices" if opened.mesh.size > 1 else "")
+        + (f"; the model was made for {opened.config.seq_length:,} tokens" if longer else "")
     )
     return sampler
 
@@ -330,7 +277,7 @@ def _answer_prompt(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
     prompt = render_prompt(messages, opened.tokenizer, _system(opened, args))
     completion = _answer_one(opened, args, prompt, _show)
     print()
-    _note_cut(completion)
+    _note(_cut(completion))
 
 
 def _answer_ids(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
@@ -341,14 +288,19 @@ def _answer_ids(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
         )
     completion = _answer_one(opened, args, args.prompt_ids)
     print(",".join(map(str, completion.tokens)))
-    _note_cut(completion)
+    _note(_cut(completion))
 
 
 def _answer_file(args: argparse.Namespace) -> None:
     from moi_jax.console import count_bar
     from moi_jax.data.rendering import render_prompt
-    from moi_jax.evaluation.conversation_file import AnsweredFile, read_conversations
+    from moi_jax.evaluation.conversation_file import (
+        AnsweredFile,
+        check_absent,
+        read_conversations,
+    )
 
+    check_absent(args.out)  # before what takes long
     rows = read_conversations(args.conversations)
     opened = _open(args)
     system = _system(opened, args)
@@ -373,7 +325,7 @@ def _answer_file(args: argparse.Namespace) -> None:
             _note(f"{answers.partial} keeps the answers so far; the same command goes on")
             raise
     counts = answers.finish()
-    ended = ", ".join(f"{finish} {count}" for finish, count in sorted(counts.items()))
+    ended = ", ".join(f"{finish} {number}" for finish, number in sorted(counts.items()))
     _note(f"{args.out}: {len(rows)} answers ({ended})")
     if bad := counts.get("not_finite"):
         raise _not_finite(opened, f"{bad} of {len(rows)} rows have no whole answer: ")
@@ -386,11 +338,10 @@ def _chat(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
     sampler = _sampler(opened, 1, context)
     room = min(args.max_new_tokens, context // 2)
     chat = Chat(opened.tokenizer, _system(opened, args), context, room)
-
     numbers = count()
 
-    def answer(prompt: list[int], show: Callable[[str], None]) -> None:
-        _note_cut(_answer(opened, sampler, _request(prompt, args, next(numbers)), show))
+    def answer(prompt: list[int], show: Callable[[str], None]) -> str | None:
+        return _cut(_answer(opened, sampler, _request(prompt, args, next(numbers)), show))
 
     chat_on_terminal(chat, answer, _note)
 
@@ -399,13 +350,16 @@ def _show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _note(line: str | None) -> None:
+    if line:
+        print(line, file=sys.stderr, flush=True)
 
 
-def _note_cut(completion: "Completion") -> None:
-    if completion.finish == "length":
-        _note(f"(cut after {len(completion.tokens):,} tokens; see --max-new-tokens and --context)")
+def _cut(completion: "Completion") -> str | None:
+    """What to tell of an answer that its length ended."""
+    if completion.finish != "length":
+        return None
+    return f"(cut after {len(completion.tokens):,} tokens; see --max-new-tokens and --context)"
 
 
 if __name__ == "__main__":

@@ -345,17 +345,17 @@ def test_commands_change_what_is_asked_next(monkeypatch):
     assert any("/reset" in note for note in spy.notes)
 
 
-def test_a_full_context_forgets_the_oldest_exchanges_and_no_more(monkeypatch):
-    spy = Spy(monkeypatch, answers=[["a"]] * 4)
-    two = len(spy.prompt("1" * 20, "a", "2" * 20, "a", "3")) + 10
-    spy.chat = Chat(spy.tokenizer, DEFAULT, context=two, room=10)
-    spy.type("1" * 20, "2" * 20, "3", "4" * 9)
-    assert spy.prompts[2] == spy.prompt("1" * 20, "a", "2" * 20, "a", "3")
-    assert len(spy.prompt("2" * 20, "a", "3", "a", "4" * 9)) + 10 <= two
-    assert spy.prompts[3] == spy.prompt("2" * 20, "a", "3", "a", "4" * 9)
-    assert [note for note in spy.notes if "forgotten" in note] == [
-        "(the context is full; exchanges forgotten, oldest first: 1)"
-    ]
+@pytest.mark.parametrize("free", [10, 9])
+def test_a_full_context_forgets_the_oldest_exchanges_and_no_more(monkeypatch, free):
+    """The chat keeps 10 tokens free for an answer."""
+    spy = Spy(monkeypatch, answers=[["a"]] * 3)
+    everything = spy.prompt("1", "a", "2", "a", "3")
+    spy.chat = Chat(spy.tokenizer, DEFAULT, context=len(everything) + free, room=10)
+    spy.type("1", "2", "3")
+    assert spy.prompts[1] == spy.prompt("1", "a", "2")
+    assert spy.prompts[2] == (everything if free == 10 else spy.prompt("2", "a", "3"))
+    told = "(the context is full; exchanges forgotten, oldest first: 1)"
+    assert (told in spy.notes) == (free < 10)
 
 
 def test_a_message_that_does_not_fit_even_alone_is_refused_and_the_chat_goes_on(monkeypatch):

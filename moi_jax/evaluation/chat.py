@@ -73,13 +73,14 @@ class Chat:
 
 def chat_on_terminal(
     chat: Chat,
-    answer: Callable[[list[int], Callable[[str], None]], None],
+    answer: Callable[[list[int], Callable[[str], None]], str | None],
     note: Callable[[str], None],
 ) -> None:
     """Reads messages and shows their answers until /quit or the input's end.
 
     Args:
-      answer: (prompt, where text goes as soon as it is certain); Ctrl-C interrupts it.
+      answer: (prompt, where text goes as soon as it is certain) -> what to tell afterwards;
+        Ctrl-C interrupts it.
       note: tells the user a line that is no answer.
     """
     note("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands")
@@ -99,10 +100,12 @@ def chat_on_terminal(
         if forgotten:
             note(f"(the context is full; exchanges forgotten, oldest first: {forgotten})")
         try:
-            answer(prompt, show)
+            ended = answer(prompt, show)
         except KeyboardInterrupt:
-            note("(stopped)")
+            ended = "(stopped)"
         print()
+        if ended:
+            note(ended)
         chat.answered("".join(shown))
 
 

@@ -51,6 +51,11 @@ def read_conversations(path: Path) -> list[Row]:
     return rows
 
 
+def check_absent(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists; name a new file, nothing is overwritten")
+
+
 class AnsweredFile:
     """The rows with their answers: written whole, and kept beside until then.
 
@@ -62,14 +67,13 @@ class AnsweredFile:
     ):
         """
         Args:
+          path: not there, see `check_absent`.
           prompts: of the rows.
           made_by: what must be the same when it goes on.
 
         Raises:
-          UserError: `path` exists or cannot be written, or its partial file was made otherwise.
+          UserError: `path` cannot be written, or its partial file was made otherwise.
         """
-        if path.exists():
-            raise UserError(f"{path} exists; name a new file, nothing is overwritten")
         self._path, self._rows, self._prompts = path, rows, prompts
         self.partial = path.with_name(f"{path.name}.partial")
         self._log = AnswerLog(self.partial, made_by)
