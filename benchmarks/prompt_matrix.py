@@ -113,24 +113,28 @@ def print_table(
     for number, (domain, told) in enumerate(layout["domains"].items()):
         here = domain_of == number
         tokens = sums[STRATEGIES[0]][0].loss_tokens[here, own]
-        # Of each item the mean over the seeds: [items, strategies].
-        gaps = []
+        same = told["prompts"][OWN] == told["prompts"][DEFAULT]
+        gaps = []  # of each item the mean over the seeds, in nats
         for strategy, of_seeds in sums.items():
             nll = np.array([one.nll[here] for one in of_seeds])  # [seeds, items, columns]
             losses = nll.sum(axis=1) / tokens.sum()
             gap = losses[:, default] - losses[:, own]
             gaps.append((nll[:, :, default] - nll[:, :, own]).mean(axis=0))
-            (shown,) = interval(resampled_means(gaps[-1][:, None], tokens))
+            figures = f"{spread(gap, '+')} | {interval_of(gaps[-1], tokens)}"
             print(
                 f"| {domain} ({told['items']}) | {strategy} | {spread(losses[:, own])} | "
-                f"{losses[:, default].mean():.3f} | {spread(gap, '+')} | {interval_text(shown)} |"
+                f"{losses[:, default].mean():.3f} | {'own is default | ' if same else figures} |"
             )
-        between = gaps[0] - gaps[1]
-        (shown,) = interval(resampled_means(between[:, None], tokens))
-        print(
-            f"| {domain} | {' - '.join(STRATEGIES)} | | | {between.sum() / tokens.sum():+.3f} | "
-            f"{interval_text(shown)} |"
-        )
+        if not same:
+            between = gaps[0] - gaps[1]
+            print(
+                f"| {domain} | {' - '.join(STRATEGIES)} | | | "
+                f"{between.sum() / tokens.sum():+.3f} | {interval_of(between, tokens)} |"
+            )
+
+
+def interval_of(values: np.ndarray, tokens: np.ndarray) -> str:
+    return interval_text(interval(resampled_means(values[:, None], tokens))[0])
 
 
 def spread(values: np.ndarray, sign: str = "") -> str:

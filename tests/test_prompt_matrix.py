@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from moi_jax import config as config_lib
+from moi_jax import evaluate_held_out
 from moi_jax.config_file import load_config, make_config
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import select
@@ -445,6 +446,23 @@ def test_a_checkpoint_without_data_or_beginning(run, tmp_path):
     missing = HeldOutOptions(untrained=tmp_path / "nothing")
     with pytest.raises(UserError, match="nothing is no checkpoint"):
         measure_held_out(opened, missing, tmp_path, QUIET)
+
+
+def test_the_untrained_model_is_the_one_named_or_left_out(run, tmp_path, monkeypatch):
+    opened = open_checkpoint(run, mesh="fsdp=1")
+    told = measure_held_out(opened, HeldOutOptions(untrained=run, limit=2), tmp_path, QUIET)
+    assert [domain["items"] for domain in told["domains"].values()] == [2, 2]
+    assert told["untrained"] == str(run)
+    assert told["models"]["untrained"] == told["models"]["trained"]
+
+    began = load_config(run / "config.yaml", [f"model.init_from={tmp_path / 'gone'}"])
+    monkeypatch.setattr(evaluate_held_out, "_own_config", lambda step: began)
+    console = Console(record=True, width=200)
+    told = measure_held_out(opened, HeldOutOptions(limit=1), tmp_path, console)
+    assert told["untrained"] is None
+    assert told["models"].keys() == {"trained"}
+    assert told["models"]["trained"]["chat"]["gap"]["interval"] is None
+    assert "is left out: " in console.export_text()
 
 
 def test_pictures_and_tables_take_any_domains(tmp_path):
