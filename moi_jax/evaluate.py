@@ -127,7 +127,14 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     judge.add_argument(
         "--judge-url", metavar="URL", help="of an OpenAI-compatible API; key in OPENAI_API_KEY"
     )
-    judge.add_argument("--judge-max-cost", type=float, metavar="DOLLARS")
+    judge.add_argument(
+        "--judge-price",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="dollars per million tokens read and written, to tell the cost before the first call",
+    )
+    judge.add_argument("--judge-max-cost", type=float, metavar="DOLLARS", help="refuse above it")
     teval = parser.add_argument_group("teval")
     teval.add_argument(
         "--teval-system",
@@ -152,6 +159,14 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         help="shown beside (default: what the run began from)",
     )
     held_out.add_argument(
+        "--paraphrase",
+        type=_paraphrase,
+        action="append",
+        default=[],
+        metavar="DOMAIN=TEXT",
+        help="another wording of a domain's prompt (default: known for the shipped prompts)",
+    )
+    held_out.add_argument(
         "--generate",
         nargs="?",
         const=CROSSED,
@@ -161,6 +176,13 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     harness = parser.add_argument_group("lm-evaluation-harness")
     harness.add_argument("--lm-eval", metavar="A,B", help="its tasks, by their names there")
     harness.add_argument("--include-path", type=Path, metavar="DIR", help="its tasks of your own")
+
+
+def _paraphrase(text: str) -> tuple[str, str]:
+    domain, equals, prompt = text.partition("=")
+    if not (domain and equals and prompt):
+        raise argparse.ArgumentTypeError(f"{text!r} is not DOMAIN=TEXT")
+    return domain, prompt
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -187,6 +209,9 @@ def evaluate(args: argparse.Namespace) -> None:
     import jax
     from rich.console import Console
 
+    from moi_jax.config_file import load_config
+    from moi_jax.console import say
+    from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
     from moi_jax.evaluation.report import write_report
     from moi_jax.open_checkpoint import open_checkpoint
     from moi_jax.training.checkpoints import find_step
@@ -198,21 +223,31 @@ def evaluate(args: argparse.Namespace) -> None:
     # What can be refused is refused before the checkpoint is read.
     tasks = _open_tasks([name for name in names if name != HELD_OUT], options)
     crossed = _open_tasks(task_names(args.generate or ""), options)
+    harness = _open_harness(args)
+    held_out = HeldOutOptions(
+        config=load_config(args.config) if args.config else None,
+        untrained=args.untrained,
+        paraphrases=dict(args.paraphrase),
+        limit=args.limit,
+    )
     checkpoint = open_checkpoint(
         args.checkpoint, dtype=args.dtype, mesh=args.mesh, chat_template=args.chat_template
     )
     with jax.set_mesh(checkpoint.mesh):
         if HELD_OUT in names:
-            _held_out(checkpoint, args, console)
+            measure_held_out(checkpoint, held_out, args.out, console)
         if tasks:
             _benchmarks(checkpoint, args, tasks, options, console)
+        if harness:
+            from moi_jax.evaluation.lm_eval_run import run_lm_eval
+
+            system_prompt = _system_prompt(checkpoint, args)
+            model = _chat_model(checkpoint, args, system_prompt)
+            run_lm_eval(harness, model, _made_by(checkpoint, system_prompt), options, console)
         if crossed:
             _crossed_prompts(checkpoint, args, crossed, options, console)
-        if args.lm_eval:
-            _lm_eval(checkpoint, args, options, console)
     if (args.out / "results.json").exists():
-        report = write_report([args.out, *args.compare], args.out / "report.html")
-        console.print(f"report {report}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"report {write_report([args.out, *args.compare], args.out / 'report.html')}")
 
 
 def checkpoint_name(step: Path) -> str:
@@ -228,6 +263,14 @@ def _open_tasks(names: "Sequence[str]", options: Options) -> "list[tuple[Task, l
 
     made = [make_task(name, options) for name in names]
     return [(task, task.load()) for task in made]
+
+
+def _open_harness(args: argparse.Namespace) -> "list[Any]":
+    if not args.lm_eval:
+        return []
+    from moi_jax.evaluation.lm_eval_run import open_tasks
+
+    return open_tasks(args.lm_eval.split(","), args.include_path)
 
 
 def _system_prompt(checkpoint: "OpenCheckpoint", args: argparse.Namespace) -> str | None:
@@ -280,6 +323,29 @@ def _made_by(checkpoint: "OpenCheckpoint", system_prompt: str | None) -> "dict[s
         "system_prompt": system_prompt,
         "dtype": checkpoint.dtype,
     }
+
+
+def _crossed_prompts(
+    checkpoint: "OpenCheckpoint",
+    args: argparse.Namespace,
+    tasks: "Sequence[tuple[Task, Sequence[Item]]]",
+    options: Options,
+    console: "Console",
+) -> None:
+    """The tasks under each prompt of the checkpoint and some that it never saw, side by side."""
+    from moi_jax.console import say
+    from moi_jax.evaluation.crossed_prompts import single_prompts
+    from moi_jax.evaluation.report import write_report
+    from moi_jax.evaluation.runner import run_benchmarks
+
+    directories = []
+    for name, prompt in single_prompts(checkpoint.prompts, checkpoint.tokenizer).items():
+        say(console, f"{name}: {'no system block' if prompt is None else prompt}")
+        under = dataclasses.replace(options, out=args.out / "prompts" / name.replace(" ", "_"))
+        made_by = {**_made_by(checkpoint, prompt), "name": name}
+        run_benchmarks(tasks, _chat_model(checkpoint, args, prompt), made_by, under, console)
+        directories.append(under.out)
+    say(console, f"report {write_report(directories, args.out / 'prompts' / 'report.html')}")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
                 inputs.config.data,
                 inputs.tokenizer,
                 machine.make_model,
+                inputs.model,
+                machine.mesh,
             )
 
         benchmark = None

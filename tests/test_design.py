@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moi_jax"
-COMMANDS = {"train", "prepare", "convert", "preview"}
+COMMANDS = {"train", "prepare", "convert", "preview", "evaluate", "generate"}
 SHARED = {"byte_level", "config", "config_file", "errors", "console", "whole_files"}
 MAY_IMPORT = {
     "models": SHARED,

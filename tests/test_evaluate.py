@@ -84,7 +84,8 @@ def test_results_samples_and_answers_are_written(chat, options):
     assert summary["items"] == 3
     assert summary["complete"]
     assert summary["groups"]["a"]["items"] == 2
-    assert summary["failures"]["cut at its length"] == 3
+    cut = [sample["finishes"] for sample in samples].count(["length"])
+    assert summary["failures"].get("cut at its length", 0) == cut
     assert summary["failures"].get("odd", 0) == right.count(0.0)
     assert results["overall"] is None  # one task is not the seven
 

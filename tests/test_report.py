@@ -180,6 +180,14 @@ def test_charts_show_every_domain_with_data_in_its_own_colour(html: str) -> None
     assert f'<i class="swatch" style="background: {PALETTE[1]}"></i>_code' in html
 
 
+def test_scores_of_benchmarks_are_a_chart_of_their_own(tmp_path: Path, html: str) -> None:
+    scored = [{"step": n, "eval/gsm8k/score": 10.0 * n} for n in range(3)]
+    page = report(write_run(tmp_path / "run", metrics=[*METRICS, *scored]))
+    assert 'aria-label="Benchmarks by step"' in page
+    assert ">gsm8k<" in page
+    assert "Benchmarks" not in html  # of a run without them
+
+
 def test_text_of_users_is_escaped_and_keeps_its_white_space(html: str) -> None:
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.tags}

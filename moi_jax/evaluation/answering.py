@@ -158,8 +158,12 @@ def _ask(
                 waiting.append(place)
                 requests.append(_request(task, item, place, prompt, options))
     for index, completion in model.sampler.run(model.parameters, requests):
-        prompt = requests[index].prompt
-        log.add(waiting[index], prompt, text=completion.text, finish=completion.finish)
+        log.add(
+            waiting[index],
+            requests[index].prompt,
+            text=completion.text,
+            finish=completion.finish,
+        )
         advance()
 
 
@@ -205,10 +209,9 @@ def _score_choices(
                 waiting.append(place)
                 pairs.append(pair)
     for index, likelihood in model.scorer.run(model.parameters, pairs):
-        prompt, choice = pairs[index]
         log.add(
             waiting[index],
-            [*prompt, *choice],
+            [*pairs[index][0], *pairs[index][1]],
             log_likelihood=likelihood.log_likelihood,
             finish=likelihood.finish,
         )

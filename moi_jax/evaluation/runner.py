@@ -70,7 +70,9 @@ def run_benchmarks(
       UserError: options.out holds results of another model or of other settings.
     """
     path = options.out / "results.json"
-    results = read_results(path) if path.exists() else {"checkpoint": made_by, "tasks": {}}
+    results: Json = {"checkpoint": made_by, "tasks": {}}
+    if path.exists():
+        results = read_results(path)
     if results["checkpoint"] != made_by:
         raise UserError(
             f"{path} holds results of another model or system prompt "

@@ -35,9 +35,11 @@ LOSS = "loss (nats/token)"
 NOTES = {
     "Training loss": "Mean over the tokens that carry loss, each counted once.",
     "Held-out loss": "Solid: the domain's own system prompt. Dashed: the default system prompt.",
+    "Benchmarks": "On a few items of each (eval.generate), 0 to 100.",
     "Learning rate and gradient norm": "The norm of the whole gradient, before clipping.",
     "Throughput and fill": "Fill is the share of row positions that hold tokens.",
 }
+SCORE = re.compile(r"eval/[^/]+/score")
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), RULE),
     **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
@@ -189,12 +191,18 @@ def charts(run: Run, looks: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
     other = [
         one(f"eval/{name}/default_prompt/loss", None, *look, "--") for name, look in held.items()
     ]
+    tasks = sorted({key.split("/")[1] for r in run.metrics for key in r if SCORE.fullmatch(key)})
+    scores = [
+        one(f"eval/{task}/score", task, PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)])
+        for n, task in enumerate(tasks)
+    ]
     speed = one("tokens_per_second", "all tokens", INK, "o")
     loss_speed = one("loss_tokens_per_second", "tokens with loss", INK, "s", "--")
     fill = Line([(step, 100 * value) for step, value in thin(points(run, "fill"))])
     panels = {
         "Training loss": {LOSS: [*training, one("token_loss", "all domains")]},
         "Held-out loss": {LOSS: own + other},
+        "Benchmarks": {"score": scores},
         "Learning rate and gradient norm": {
             "learning rate": [one("learning_rate")],
             "gradient norm (L2)": [Line(thin(points(run, "grad_norm"), max))],

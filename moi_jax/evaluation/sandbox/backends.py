@@ -1,0 +1,100 @@
+"""The walls a program can run behind, and the command that starts a runner behind each."""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moi_jax.evaluation.sandbox.inside import namespaces
+
+Backend = Literal["bubblewrap", "namespaces", "weak"]
+
+# In bubblewrap: where this package is seen.
+CODE = "/code"
+_PACKAGE = Path(__file__).parent
+_TOP = Path(__file__).parents[3]
+_PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may take.
+
+    Attributes:
+      wall, cpu: seconds, of all and of each process.
+      memory: bytes of address space of each process.
+      processes: of all kinds, threads too; three are the sandbox's own. Times `memory` it is
+        what a program can take in all.
+      file_size, disk: bytes of one file, and of all.
+      open_files: of each process.
+    """
+
+    wall: float = 20.0
+    cpu: int = 10
+    memory: int = 512 << 20
+    processes: int = 8
+    file_size: int = 16 << 20
+    disk: int = 64 << 20
+    open_files: int = 64
+
+
+def candidates() -> list[Backend]:
+    """The backends that may hold every limit on this machine, in order of preference."""
+    if sys.platform != "linux":
+        return []
+    return ["bubblewrap", "namespaces"] if shutil.which("bwrap") else ["namespaces"]
+
+
+def read_only() -> list[str]:
+    """What a program sees of the machine: Python's library, the system's, and links to them."""
+    prefix = Path(sys.base_prefix)
+    paths = [prefix / "lib", prefix / "lib64"]
+    paths += [Path(p) for p in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")]
+    return [str(path) for path in dict.fromkeys(paths) if path.exists()]
+
+
+def environment(directory: str) -> dict[str, str]:
+    """All that a program has of an environment. Fixed hashes: the order of sets is no luck."""
+    libraries = str(Path(sys.base_prefix) / "lib")
+    return {
+        "HOME": directory,
+        "TMPDIR": directory,
+        "LANG": "C.UTF-8",
+        "LD_LIBRARY_PATH": libraries,
+        "PYTHONHASHSEED": "0",
+    }
+
+
+def command(backend: Backend) -> list[str]:
+    """The command that starts a runner, see inside.runner.main."""
+    top = CODE if backend == "bubblewrap" else str(_TOP)
+    start = (
+        f"import sys; sys.path.append({top!r}); "
+        f"from moi_jax.evaluation.sandbox.inside.runner import main; sys.path.pop(); "
+        f"main({backend!r})"
+    )
+    python = [_PYTHON, "-s", "-S", "-P", "-B", "-c", start]
+    if backend != "bubblewrap":
+        return python
+    bwrap = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
+    bwrap += [
+        "--uid",
+        str(namespaces.NOBODY),
+        "--gid",
+        str(namespaces.NOBODY),
+        "--hostname",
+        "sandbox",
+    ]
+    # To mount one with a limit on files, which bubblewrap cannot; the runner then drops it.
+    bwrap += ["--cap-add", "CAP_SYS_ADMIN"]
+    for path in (*read_only(), _PYTHON):
+        if os.path.islink(path):
+            bwrap += ["--symlink", os.readlink(path), path]
+        else:
+            bwrap += ["--ro-bind", path, path]
+    for device in namespaces.DEVICES:
+        bwrap += ["--dev-bind", device, device]
+    bwrap += ["--ro-bind", str(_PACKAGE), f"{CODE}/moi_jax/evaluation/sandbox"]
+    return [*bwrap, "--dir", namespaces.DIRECTORY, "--remount-ro", "/", "--chdir", "/", *python]

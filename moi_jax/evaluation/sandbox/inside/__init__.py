@@ -1,0 +1,1 @@
+"""What runs within the sandbox's own process. Standard library only, and light to import."""

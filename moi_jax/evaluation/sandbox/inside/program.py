@@ -1,0 +1,88 @@
+"""The program's side: it runs the code, then answers the runner's calls until it is killed."""
+
+import os
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from moi_jax.evaluation.sandbox.inside import wire
+
+LONGEST_ERROR = 500
+
+
+def serve(code: str, names: Sequence[str], requests: int, replies: int) -> None:
+    """Runs `code`, replies with its objects of these names, then with what each request asks.
+
+    The process is the program's from the first line of `code` on; nothing here is hidden from
+    it, and nothing it can do to this loop makes a wrong answer equal a right one.
+
+    Args:
+      requests, replies: file descriptors.
+    """
+    objects: list[Any] = []
+
+    def handle_of(obj: Any) -> int:
+        objects.append(obj)
+        return len(objects) - 1
+
+    def reply(work: Any) -> None:
+        try:
+            frame = wire.pack((None, work()), handle_of)
+        except BaseException as error:
+            kind = "syntax error" if isinstance(error, _NoProgram) else "error"
+            frame = wire.pack((kind, describe(error)), handle_of)
+        wire.send(replies, frame)
+
+    def start() -> dict[str, Any]:
+        # Not "__main__": a main guard usually holds a demonstration.
+        module = types.ModuleType("program")
+        sys.modules["program"] = module
+        try:
+            compiled = compile(code, "<program>", "exec")
+        except Exception as error:
+            raise _NoProgram(describe(error)) from None
+        exec(compiled, vars(module))
+        return {name: vars(module)[name] for name in names if name in vars(module)}
+
+    reply(start)
+    while True:
+        what, target, *rest = wire.unpack(wire.receive(requests), objects.__getitem__)
+        reply(lambda what=what, target=target, rest=rest: _do(what, target, *rest))
+
+
+class _NoProgram(Exception):
+    """The code does not compile."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _do(what: str, target: Any, *rest: Any) -> Any:
+    match what:
+        case "call":
+            args, kwargs = rest
+            return target(*args, **kwargs)
+        case "list":
+            return list(target)
+        case "get":
+            return getattr(target, *rest)
+        case "set":
+            return setattr(target, *rest)
+
+
+def describe(error: BaseException) -> str:
+    """The last line of a traceback, short and printable."""
+    if isinstance(error, _NoProgram):
+        return str(error)
+    said = str(error).strip().split("\n")[-1]
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:LONGEST_ERROR])
+
+
+def leave_standard_streams() -> None:
+    """Standard input is empty, and what is printed goes nowhere."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)

@@ -1,0 +1,132 @@
+"""The runner: it tests a program that runs in another process, and alone says what came of it.
+
+The tests, what they expect and the nonce are read after the program's process has split off, and
+none of them is ever sent there. Each name that the tests take from the program is a `Remote`: a
+call sends the arguments, and the result comes back as plain data, compared here. So there is
+nothing in the program's process that could pass a test but a function that answers it.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from moi_jax.evaluation.sandbox.inside import confine, namespaces, program, wire
+
+
+def main(backend: str) -> None:
+    """Reads set-up, program and tests from standard input; writes "ready" and a verdict."""
+    setup = json.loads(wire.receive(0))
+    if backend == "namespaces":
+        namespaces.enter(setup["read_only"], setup["limits"])
+    elif backend == "bubblewrap":
+        namespaces.mount_directory(namespaces.DIRECTORY, setup["limits"])
+        os.chdir(namespaces.DIRECTORY)
+    confine.confine(setup["limits"], strict=backend != "weak")
+    os.write(1, b"ready\n")
+    verdict = run(json.loads(wire.receive(0)))
+    os.write(1, json.dumps(verdict).encode())
+
+
+def run(asked: dict[str, Any]) -> dict[str, str]:
+    """Starts the program, then reads the tests and runs them one after another.
+
+    Returns:
+      {"passed": nonce} or {"failure": kind, "error": its last line}.
+    """
+    requests_out, requests_in = os.pipe()
+    replies_out, replies_in = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            program.leave_standard_streams()
+            os.close(requests_in)
+            os.close(replies_out)
+            program.serve(asked["code"], asked["names"], requests_out, replies_in)
+        finally:
+            os._exit(1)
+    os.close(requests_out)
+    os.close(replies_in)
+    tests = json.loads(wire.receive(0))
+    asked_of = _Link(requests_in, replies_out)
+    try:
+        _test(asked_of, tests["trusted"], tests["tests"])
+    except wire.Closed:
+        return _end_of(child)
+    except ProgramError as error:
+        return {"failure": error.kind, "error": str(error)}
+    except AssertionError as error:
+        return {"failure": "wrong", "error": _with_line(error, tests["tests"])}
+    except Exception as error:
+        return {"failure": "error", "error": _with_line(error, tests["tests"])}
+    return {"passed": tests["nonce"]}
+
+
+class ProgramError(Exception):
+    """The program raised an exception."""
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(text)
+        self.kind = kind
+
+
+class _Link:
+    """Asks the program's process."""
+
+    def __init__(self, requests: int, replies: int):
+        self._requests, self._replies = requests, replies
+
+    def ask(self, *request: Any) -> Any:
+        wire.send(self._requests, wire.pack(request, _handle_of))
+        return self.reply()
+
+    def reply(self) -> Any:
+        frame = wire.receive(self._replies)
+        kind, value = wire.unpack(frame, lambda handle: wire.Remote(self.ask, handle))
+        if kind is None:
+            return value
+        # The program may have written this frame itself.
+        kind = "syntax error" if kind == "syntax error" else "error"
+        raise ProgramError(kind, value if type(value) is str else "no reason given")
+
+
+def _handle_of(obj: Any) -> int:
+    if type(obj) is not wire.Remote:
+        raise TypeError(f"a test gives the program a {type(obj).__name__}, which is no plain value")
+    return object.__getattribute__(obj, "_handle")
+
+
+def _test(link: _Link, trusted: str, tests: Sequence[str]) -> None:
+    """Runs the tests in a namespace of what the program and the trusted code define.
+
+    A name that the trusted code defines is never the program's.
+    """
+    namespace = {"__name__": "tests", **link.reply()}
+    exec(compile(trusted, "<trusted>", "exec"), namespace)
+    for number, source in enumerate(tests):
+        exec(compile(source, f"<test {number}>", "exec"), namespace)
+
+
+def _with_line(error: Exception, tests: Sequence[str]) -> str:
+    """The error, and the line of the tests where it was raised."""
+    text, trace = program.describe(error), error.__traceback__
+    while trace:
+        file = trace.tb_frame.f_code.co_filename
+        if file.startswith("<test "):
+            line = tests[int(file[6:-1])].splitlines()[trace.tb_lineno - 1].strip()
+            text = f"{program.describe(error)} in: {line}"[: program.LONGEST_ERROR]
+        trace = trace.tb_next
+    return text
+
+
+def _end_of(child: int) -> dict[str, str]:
+    """How the program ended before its tests did."""
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        error = f"the program ended with status {os.WEXITSTATUS(status)} before its tests"
+        return {"failure": "killed", "error": error}
+    number = os.WTERMSIG(status)
+    if number == signal.SIGXCPU:
+        return {"failure": "timeout", "error": "out of processor time"}
+    return {"failure": "killed", "error": f"the program was ended by {signal.Signals(number).name}"}

@@ -1,0 +1,105 @@
+"""One program judged: a runner started behind a backend, and what it says."""
+
+import json
+import os
+import secrets
+import signal
+import struct
+import subprocess
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+from moi_jax.errors import UserError
+from moi_jax.evaluation.sandbox import backends
+from moi_jax.evaluation.sandbox.backends import Backend, Limits
+from moi_jax.evaluation.sandbox.inside.namespaces import DIRECTORY, NOBODY
+
+
+@dataclass(frozen=True)
+class Program:
+    """Code to be judged.
+
+    Attributes:
+      code: not trusted; it runs in a process of its own.
+      names: what the tests take from it.
+      tests: statements that pass by raising nothing, run one after another by the runner.
+      trusted: run before them in the same namespace; what it defines is not taken from the code.
+    """
+
+    code: str
+    names: tuple[str, ...]
+    tests: tuple[str, ...]
+    trusted: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a program did.
+
+    Attributes:
+      failure: None is a pass. "syntax error", "wrong" (a test's assertion failed), "error" (an
+        exception), "timeout", "killed" (its process ended before the tests did).
+      error: the last line of what went wrong.
+    """
+
+    failure: str | None
+    error: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.failure is None
+
+
+def judge(backend: Backend, limits: Limits, program: Program) -> Verdict:
+    """Runs a program and its tests; when this returns, nothing of them runs any more.
+
+    Raises:
+      UserError: the sandbox itself does not start.
+    """
+    nonce = secrets.token_hex(16)
+    setup = {"limits": asdict(limits), "read_only": backends.read_only()}
+    asked = {"code": program.code, "names": program.names}
+    tests = {"trusted": program.trusted, "tests": program.tests, "nonce": nonce}
+    frames = b"".join(_frame(part) for part in (setup, asked, tests))
+    as_nobody = backend == "bubblewrap" and os.geteuid() == 0
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        process = subprocess.Popen(
+            backends.command(backend),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=backends.environment(scratch if backend == "weak" else DIRECTORY),
+            cwd=scratch if backend == "weak" else "/",
+            start_new_session=True,
+            # Root's processes would not be counted.
+            user=NOBODY if as_nobody else None,
+            group=NOBODY if as_nobody else None,
+            extra_groups=() if as_nobody else None,
+        )
+        try:
+            out, err = process.communicate(frames, timeout=limits.wall)
+        except subprocess.TimeoutExpired:
+            return Verdict("timeout", f"not done after {limits.wall:g} seconds")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    ready, _, line = out.partition(b"\n")
+    reason = err.decode(errors="replace").strip().split("\n")[-1]
+    if ready != b"ready":
+        raise UserError(f"the sandbox ({backend}) does not start here: {reason or 'killed'}")
+    if not line:
+        return Verdict("killed", f"the runner of the tests was ended: {reason}".rstrip(": "))
+    return _verdict(json.loads(line), nonce)
+
+
+def _frame(part: object) -> bytes:
+    data = json.dumps(part).encode()
+    return struct.pack(">I", len(data)) + data
+
+
+def _verdict(said: dict[str, str], nonce: str) -> Verdict:
+    if secrets.compare_digest(said.get("passed", ""), nonce):
+        return Verdict(None)
+    return Verdict(said["failure"], said["error"])
