@@ -206,9 +206,11 @@ def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
 
 def _context(opened: "OpenCheckpoint", args: argparse.Namespace, needed: int) -> int:
     """--context, or what is needed, in the sampler's steps: few programs to compile and keep."""
-    from moi_jax.sampling.sampler import SHORTEST
+    from moi_jax.sampling.sampler import SHORTEST_CACHE
 
-    return args.context or min(-(-needed // SHORTEST) * SHORTEST, opened.config.seq_length)
+    return args.context or min(
+        -(-needed // SHORTEST_CACHE) * SHORTEST_CACHE, opened.config.seq_length
+    )
 
 
 def _request(prompt: list[int], args: argparse.Namespace, number: int = 0) -> "Request":
