@@ -65,3 +65,10 @@ def add_model(group: "argparse._ArgumentGroup") -> None:
         metavar="AXES",
         help="devices along the axes, such as fsdp=2,tensor=4 (default: tensor, all devices)",
     )
+
+
+def chosen_system(args: argparse.Namespace, saved: str | None) -> str | None:
+    """The one that `add_model`'s arguments choose; None for no system block."""
+    if args.no_system:
+        return None
+    return saved if args.system is None else args.system

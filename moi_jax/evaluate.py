@@ -5,6 +5,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moi_jax.arguments import (
+    COUNT,
+    POSITIVE,
+    PROBABILITY,
+    TEMPERATURE,
+    add_model,
+    chosen_system,
+)
 from moi_jax.errors import UserError, run_command
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.tasks import TASKS
@@ -68,39 +76,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(group: "argparse._ArgumentGroup") -> None:
-    system = group.add_mutually_exclusive_group()
-    system.add_argument("--system", metavar="TEXT", help="system prompt (default: the saved one)")
-    system.add_argument("--no-system", action="store_true", help="no system block at all")
-    group.add_argument("--chat-template", metavar="NAME", help="default: the checkpoint's")
+    add_model(group)
     group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="default: float32 on a CPU, bfloat16 elsewhere",
+        "--slots", type=POSITIVE, default=16, metavar="N", help="answers at once (default: 16)"
     )
     group.add_argument(
-        "--mesh",
-        metavar="AXES",
-        help='such as "fsdp=2,tensor=4" (default: tensor over all devices)',
-    )
-    group.add_argument(
-        "--slots", type=int, default=16, metavar="N", help="answers written at once (default: 16)"
-    )
-    group.add_argument(
-        "--context", type=int, metavar="N", help="longest prompt and answer (default: the model's)"
+        "--context", type=POSITIVE, metavar="N", help="of prompt and answer (default: the model's)"
     )
 
 
 def _add_asking(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--limit", type=int, metavar="N", help="N items a task, evenly spaced")
-    group.add_argument("--shots", type=int, metavar="N", help="worked examples (default: none)")
+    group.add_argument("--limit", type=POSITIVE, metavar="N", help="N items a task, evenly spaced")
+    group.add_argument("--shots", type=COUNT, metavar="N", help="worked examples (default: none)")
     group.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="answers an item, for pass@k"
+        "--samples", type=POSITIVE, default=1, metavar="N", help="answers an item, for pass@k"
     )
-    group.add_argument("--temperature", type=float, metavar="T", help="default: the protocol's, 0")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    group.add_argument("--seed", type=int, default=0, metavar="N")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the task's own")
+    group.add_argument(
+        "--temperature", type=TEMPERATURE, metavar="T", help="default: the protocol's, 0"
+    )
+    group.add_argument("--top-p", type=PROBABILITY, default=1.0, metavar="P")
+    group.add_argument("--seed", type=COUNT, default=0, metavar="N")
+    group.add_argument(
+        "--max-new-tokens", type=POSITIVE, metavar="N", help="default: the task's own"
+    )
     group.add_argument(
         "--too-long",
         choices=("fail", "skip"),
@@ -187,10 +185,6 @@ def _paraphrase(text: str) -> tuple[str, str]:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError where options do not go together."""
-    for name in ("limit", "samples", "max_new_tokens", "slots", "context"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not above zero")
     if args.samples > 1 and not args.temperature:
         raise UserError("--samples above 1 needs a --temperature: greedy answers are all the same")
 
@@ -214,6 +208,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from moi_jax.console import say
     from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
     from moi_jax.evaluation.results import read_results
+    from moi_jax.evaluation.runner import run_benchmarks
     from moi_jax.open_checkpoint import open_checkpoint
     from moi_jax.training.checkpoints import find_step
 
@@ -239,14 +234,15 @@ def evaluate(args: argparse.Namespace) -> None:
     with jax.set_mesh(checkpoint.mesh):
         if HELD_OUT in names:
             measure_held_out(checkpoint, held_out, args.out, console)
-        if tasks:
-            _benchmarks(checkpoint, args, tasks, options, console)
-        if harness:
-            from moi_jax.evaluation.lm_eval_run import run_lm_eval
+        if tasks or harness:
+            prompt = chosen_system(args, checkpoint.prompts["default_system_prompt"])
+            model, made_by = _chat_model(checkpoint, args, prompt)
+            say(console, f"{checkpoint.step} in {checkpoint.dtype}; {model.sampler.describe()}")
+            run_benchmarks(tasks, model, made_by, options, console)
+            if harness:
+                from moi_jax.evaluation.lm_eval_run import run_lm_eval
 
-            system_prompt = _system_prompt(checkpoint, args)
-            model = _chat_model(checkpoint, args, system_prompt)
-            run_lm_eval(harness, model, _made_by(checkpoint, system_prompt), options, console)
+                run_lm_eval(harness, model, made_by, options, console)
         if crossed:
             _crossed_prompts(checkpoint, args, crossed, options, console)
     if (args.out / "results.json").exists():
@@ -278,16 +274,12 @@ def _open_harness(args: argparse.Namespace) -> "list[Any]":
     return open_tasks(args.lm_eval.split(","), args.include_path)
 
 
-def _system_prompt(checkpoint: "OpenCheckpoint", args: argparse.Namespace) -> str | None:
-    if args.no_system:
-        return None
-    return args.system if args.system is not None else checkpoint.prompts["default_system_prompt"]
-
-
 def _chat_model(
     checkpoint: "OpenCheckpoint", args: argparse.Namespace, system_prompt: str | None
-) -> "ChatModel":
+) -> "tuple[ChatModel, dict[str, Any]]":
+    """The model under a system prompt, and what stands for it in its results."""
     from moi_jax.evaluation.chat_model import make_chat_model
+    from moi_jax.evaluation.runner import parameters_fingerprint
 
     make_chat = make_chat_model(
         checkpoint.make_model,
@@ -298,29 +290,8 @@ def _chat_model(
         context=args.context,
         mesh=checkpoint.mesh,
     )
-    return make_chat(checkpoint.parameters)
-
-
-def _benchmarks(
-    checkpoint: "OpenCheckpoint",
-    args: argparse.Namespace,
-    tasks: "Sequence[tuple[Task, Sequence[Item]]]",
-    options: Options,
-    console: "Console",
-) -> None:
-    from moi_jax.evaluation.runner import run_benchmarks
-
-    system_prompt = _system_prompt(checkpoint, args)
-    model = _chat_model(checkpoint, args, system_prompt)
-    run_benchmarks(tasks, model, _made_by(checkpoint, system_prompt), options, console)
-
-
-def _made_by(checkpoint: "OpenCheckpoint", system_prompt: str | None) -> "dict[str, Any]":
-    """What stands for the model in its results."""
-    from moi_jax.evaluation.runner import parameters_fingerprint
-
     template = checkpoint.tokenizer.template
-    return {
+    made_by = {
         "name": checkpoint_name(checkpoint.step),
         "parameters": parameters_fingerprint(checkpoint.step),
         "chat_template": template.name,
@@ -328,6 +299,7 @@ def _made_by(checkpoint: "OpenCheckpoint", system_prompt: str | None) -> "dict[s
         "system_prompt": system_prompt,
         "dtype": checkpoint.dtype,
     }
+    return make_chat(checkpoint.parameters), made_by
 
 
 def _crossed_prompts(
@@ -347,8 +319,8 @@ def _crossed_prompts(
     for name, prompt in single_prompts(checkpoint.prompts, checkpoint.tokenizer).items():
         say(console, f"{name}: {'no system block' if prompt is None else prompt}")
         under = dataclasses.replace(options, out=args.out / "prompts" / name.replace(" ", "_"))
-        made_by = {**_made_by(checkpoint, prompt), "name": name}
-        run_benchmarks(tasks, _chat_model(checkpoint, args, prompt), made_by, under, console)
+        model, made_by = _chat_model(checkpoint, args, prompt)
+        run_benchmarks(tasks, model, {**made_by, "name": name}, under, console)
         directories.append(under.out)
     say(console, f"report {write_report(directories, args.out / 'prompts' / 'report.html')}")
 

@@ -8,7 +8,15 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moi_jax.arguments import COUNT, POSITIVE, PROBABILITY, TEMPERATURE, add_model, text
+from moi_jax.arguments import (
+    COUNT,
+    POSITIVE,
+    PROBABILITY,
+    TEMPERATURE,
+    add_model,
+    chosen_system,
+    text,
+)
 from moi_jax.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -173,17 +181,8 @@ def _open(args: argparse.Namespace) -> "OpenCheckpoint":
     )
 
 
-def _system(opened: "OpenCheckpoint", args: argparse.Namespace) -> str | None:
-    """The system prompt; None for no block."""
-    if args.no_system:
-        return None
-    return opened.prompts["default_system_prompt"] if args.system is None else args.system
-
-
 def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
     """Says what the cache will take before anything is allocated for it."""
-    from rich import filesize
-
     from moi_jax.evaluation.chat_model import make_sampler
 
     sampler = make_sampler(
@@ -194,13 +193,9 @@ def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
         context=context,
         mesh=opened.mesh,
     )
-    longer = context > opened.config.seq_length
-    _note(
-        f"{opened.step} in {opened.dtype}; cache of {sampler.slots} x {context:,} tokens: at most "
-        f"{filesize.decimal(sampler.cache_bytes)}"
-        + (f" on each of {opened.mesh.size} devices" if opened.mesh.size > 1 else "")
-        + (f"; the model was made for {opened.config.seq_length:,} tokens" if longer else "")
-    )
+    limit = opened.config.seq_length
+    longer = f"; the model was made for {limit:,} tokens" if context > limit else ""
+    _note(f"{opened.step} in {opened.dtype}; {sampler.describe()}{longer}")
     return sampler
 
 
@@ -276,7 +271,9 @@ def _answer_prompt(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
     from moi_jax.data.rendering import render_prompt
 
     messages = [Message("user", args.prompt)]
-    prompt = render_prompt(messages, opened.tokenizer, _system(opened, args))
+    prompt = render_prompt(
+        messages, opened.tokenizer, chosen_system(args, opened.prompts["default_system_prompt"])
+    )
     completion = _answer_one(opened, args, prompt, _show)
     print()
     _note(_cut(completion))
@@ -305,7 +302,7 @@ def _answer_file(args: argparse.Namespace) -> None:
     check_absent(args.out)  # before what takes long
     rows = read_conversations(args.conversations)
     opened = _open(args)
-    system = _system(opened, args)
+    system = chosen_system(args, opened.prompts["default_system_prompt"])
     prompts = [render_prompt(row.messages, opened.tokenizer, system) for row in rows]
     decided = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "context")
     made_by = {"checkpoint": str(opened.step), "dtype": opened.dtype}
@@ -339,7 +336,12 @@ def _chat(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
     context = _context(opened, args, CHAT_CONTEXT)
     sampler = _sampler(opened, 1, context)
     room = min(args.max_new_tokens, context // 2)
-    chat = Chat(opened.tokenizer, _system(opened, args), context, room)
+    chat = Chat(
+        opened.tokenizer,
+        chosen_system(args, opened.prompts["default_system_prompt"]),
+        context,
+        room,
+    )
     numbers = count()
 
     def answer(prompt: list[int], show: Callable[[str], None]) -> str | None:

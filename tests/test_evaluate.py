@@ -130,12 +130,12 @@ def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
 def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
     item = Item("0", (Message("user", "Say 0."),), 0, follow_ups=("Again.", "And again."))
     log = AnswerLog(None, {})
-    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda: None)
+    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
     turns = [Message("user", "Say 0.")]
     for text, question in zip(answer.texts, ("Again.", "And again.", ""), strict=True):
         one = Item("x", tuple(turns), 0)
         ((_, alone),) = answer_items(
-            Echo(options), [one], chat, options, AnswerLog(None, {}), lambda: None
+            Echo(options), [one], chat, options, AnswerLog(None, {}), lambda count: None
         )
         assert alone.texts == (text,)
         turns += [Message("assistant", text), Message("user", question)]
@@ -147,7 +147,7 @@ def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
 
     def texts(asked):
         log = AnswerLog(None, {})
-        answered = answer_items(Echo(options), asked, chat, options, log, lambda: None)
+        answered = answer_items(Echo(options), asked, chat, options, log, lambda count: None)
         return answered[0][1].texts
 
     first = texts(items)
@@ -158,7 +158,7 @@ def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
 def test_choices_are_weighed_and_nothing_is_written(chat, options):
     item = Item("0", (Message("user", "A or B?"),), "B", choices=("A", "B", "AA"))
     log = AnswerLog(None, {})
-    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda: None)
+    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
     prompt = chat.prompt(item.messages)
     assert answer.texts == ()
     model = Decoder(preset("tiny"), chat.parameters)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from rich import filesize
 
 from moi_jax.errors import UserError
 from moi_jax.models import axes
@@ -104,6 +105,13 @@ class Sampler:
         A run takes no more than its longest request needs.
         """
         return self._bytes(self.context)
+
+    def describe(self) -> str:
+        """What the cache takes, to be told before anything is allocated."""
+        devices = 1 if self._mesh is None else self._mesh.size
+        size = filesize.decimal(self.cache_bytes)
+        each = f" on each of {devices} devices" if devices > 1 else ""
+        return f"cache of {self.slots} x {self.context:,} tokens: at most {size}{each}"
 
     def run(
         self,
