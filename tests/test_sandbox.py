@@ -73,6 +73,10 @@ def _descendants(pid: int) -> set[int]:
     return children.union(*map(_descendants, children))
 
 
+def program(code: str, *tests: str, names: tuple[str, ...] = ("f",), trusted: str = "") -> Program:
+    return Program(code, names, tests, trusted)
+
+
 @pytest.mark.parametrize("name", BREAK_OUTS)
 def test_break_outs_gain_nothing(
     name: str, run: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
