@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moi_jax.errors import run_command
-from moi_jax.evaluation.letters import LETTERS, find_letter
-from moi_jax.evaluation.math_equivalence import Equivalence
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Task
 from moi_jax.evaluation.tasks import make_task
+from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
+from moi_jax.evaluation.tasks.math_equivalence import Equivalence
 from moi_jax.evaluation.tasks.mmlu import read_questions
 
 

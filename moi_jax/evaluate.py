@@ -246,7 +246,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if crossed:
             _crossed_prompts(checkpoint, args, crossed, options, console)
     if (args.out / "results.json").exists():
-        from moi_jax.evaluation.report import write_report
+        from moi_jax.evaluation.reports.report import write_report
 
         say(console, f"report {write_report([args.out, *args.compare], args.out / 'report.html')}")
 
@@ -312,7 +312,7 @@ def _crossed_prompts(
     """The tasks under each prompt of the checkpoint and some that it never saw, side by side."""
     from moi_jax.console import say
     from moi_jax.evaluation.crossed_prompts import single_prompts
-    from moi_jax.evaluation.report import write_report
+    from moi_jax.evaluation.reports.report import write_report
     from moi_jax.evaluation.runner import run_benchmarks
 
     directories = []

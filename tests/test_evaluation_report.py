@@ -10,9 +10,9 @@ import pytest
 
 from moi_jax.errors import UserError
 from moi_jax.evaluation import statistics
-from moi_jax.evaluation.comparison import compare, read_evaluations
-from moi_jax.evaluation.report import write_report
-from moi_jax.evaluation.report_charts import bars, radar
+from moi_jax.evaluation.reports.charts import bars, radar
+from moi_jax.evaluation.reports.comparison import compare, read_evaluations
+from moi_jax.evaluation.reports.report import write_report
 from moi_jax.report_page import PALETTE
 
 PROMPT = "You are a helpful assistant."

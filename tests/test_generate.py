@@ -111,7 +111,7 @@ def test_prompt_ids_are_continued_as_the_reference_does(golden, made):
         capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False,
     )  # fmt: skip
     assert done.stdout == ",".join(map(str, case["new_tokens"])) + "\n", done.stderr
-    assert "cache of 1 x 64 tokens" in done.stderr
+    assert "cache of 1 x 128 tokens" in done.stderr
 
 
 def test_a_prompt_is_asked_under_the_saved_system_prompt_or_another(run, oracle):

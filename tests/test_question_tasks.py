@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.errors import UserError
-from moi_jax.evaluation import math_equivalence
-from moi_jax.evaluation.letters import find_letter
-from moi_jax.evaluation.math_equivalence import Equivalence
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
-from moi_jax.evaluation.rows import csv_rows, json_rows
-from moi_jax.evaluation.tasks import make_task
+from moi_jax.evaluation.tasks import make_task, math_equivalence
 from moi_jax.evaluation.tasks.competition_math import final_answer, last_boxed
 from moi_jax.evaluation.tasks.gsm8k import EXAMPLES, last_number
+from moi_jax.evaluation.tasks.letters import find_letter
+from moi_jax.evaluation.tasks.math_equivalence import Equivalence
+from moi_jax.evaluation.tasks.rows import csv_rows, json_rows
 
 GSM8K = [
     ("Ann has 3 pens and buys 2. How many has she?", "3 + 2 = <<3+2=5>>5 pens.\n#### 5"),

@@ -9,7 +9,7 @@ from moi_jax.data.conversations import Message
 from moi_jax.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
-from moi_jax.evaluation.rows import json_rows, malformed, missing
+from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 TOLERANCE = 1e-4

@@ -9,10 +9,10 @@ import numpy as np
 
 from moi_jax.data.conversations import Message
 from moi_jax.errors import UserError
-from moi_jax.evaluation.letters import LETTERS, find_letter
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
-from moi_jax.evaluation.rows import csv_rows, malformed, missing
+from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
+from moi_jax.evaluation.tasks.rows import csv_rows, malformed, missing
 
 SUBJECTS = 57
 MOST_SHOTS = 5

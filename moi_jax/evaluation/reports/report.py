@@ -9,8 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from moi_jax.errors import cannot_write
-from moi_jax.evaluation.comparison import Comparison, compare, read_evaluations
-from moi_jax.evaluation.report_charts import bars, color, radar
+from moi_jax.evaluation.reports.charts import bars, color, radar
+from moi_jax.evaluation.reports.comparison import Comparison, compare, read_evaluations
 from moi_jax.report_page import page_template
 from moi_jax.whole_files import write_whole
 
