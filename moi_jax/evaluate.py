@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         help="benchmark files, laid out as docs/evaluation.md says (default: data/benchmarks)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: evaluation/ and the checkpoint's name"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: runs/evaluation/ and the checkpoint's name",
     )
     parser.add_argument(
         "--compare",
@@ -213,7 +216,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from moi_jax.training.checkpoints import find_step
 
     console = Console()
-    args.out = args.out or Path("evaluation") / checkpoint_name(find_step(args.checkpoint))
+    args.out = args.out or Path("runs/evaluation") / checkpoint_name(find_step(args.checkpoint))
     options = Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
     names = task_names(args.tasks)
     # What can be refused is refused before the checkpoint is read.

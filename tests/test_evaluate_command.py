@@ -63,11 +63,11 @@ def test_a_task_of_training_that_is_not_there_is_named(place):
 
 def test_a_benchmark_goes_to_a_directory_named_after_the_run(place, monkeypatch):
     assert run(place, monkeypatch, "--tasks", "gsm8k", "--max-new-tokens", "8") == 0
-    found = results(place / "evaluation" / "run-2")
+    found = results(place / "runs" / "evaluation" / "run-2")
     assert found["checkpoint"]["system_prompt"] == "You are a helpful assistant."
     assert found["tasks"]["gsm8k"]["items"] == 5
     assert not found["tasks"]["gsm8k"]["complete"]  # 5 of its 1,319 items
-    assert "gsm8k" in (place / "evaluation" / "run-2" / "report.html").read_text()
+    assert "gsm8k" in (place / "runs" / "evaluation" / "run-2" / "report.html").read_text()
 
 
 def test_held_out_crosses_the_prompts_with_a_benchmark_too(place, monkeypatch, capsys):
