@@ -15,10 +15,10 @@ import numpy as np
 from rich.console import Console
 
 from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
-from moi_jax.evaluation.crossed_prompts import DEFAULT, OWN
-from moi_jax.evaluation.prompt_gaps import interval, resampled_means, summarize
-from moi_jax.evaluation.prompt_matrix import ItemSums
-from moi_jax.evaluation.prompt_matrix_report import draw_matrix, interval_text
+from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
+from moi_jax.evaluation.prompts.gaps import interval, resampled_means, summarize
+from moi_jax.evaluation.prompts.matrix import ItemSums
+from moi_jax.evaluation.prompts.matrix_report import draw_matrix, interval_text
 from moi_jax.open_checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -314,7 +314,7 @@ def _crossed_prompts(
 ) -> None:
     """The tasks under each prompt of the checkpoint and some that it never saw, side by side."""
     from moi_jax.console import say
-    from moi_jax.evaluation.crossed_prompts import single_prompts
+    from moi_jax.evaluation.prompts.crossing import single_prompts
     from moi_jax.evaluation.reports.report import write_report
     from moi_jax.evaluation.runner import run_benchmarks
 

@@ -14,8 +14,8 @@ from moi_jax.errors import UserError, cannot_write
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moi_jax.evaluation.crossed_prompts import Crossed
-    from moi_jax.evaluation.prompt_matrix import ItemSums, PromptMatrix
+    from moi_jax.evaluation.prompts.crossing import Crossed
+    from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
     from moi_jax.models.parameters import Tree
     from moi_jax.open_checkpoint import OpenCheckpoint
     from moi_jax.training.inputs import Inputs
@@ -60,7 +60,7 @@ def measure_held_out(
       UserError: no config is known, its data cannot be opened, the untrained checkpoint named
         does not fit, a loss is not finite, or `out` cannot be written.
     """
-    from moi_jax.evaluation.prompt_matrix_report import print_matrix
+    from moi_jax.evaluation.prompts.matrix_report import print_matrix
 
     began = _own_config(opened.step)
     config = options.config or began
@@ -150,7 +150,7 @@ def _untrained(
 def _cross(inputs: "Inputs", paraphrases: Mapping[str, str], console: "Console") -> "Crossed":
     from moi_jax.console import say
     from moi_jax.data.cache.prepare import resolve_prompt
-    from moi_jax.evaluation.crossed_prompts import PARAPHRASE, crossed_prompts
+    from moi_jax.evaluation.prompts.crossing import PARAPHRASE, crossed_prompts
 
     data = inputs.config.data
     own = {domain.name: resolve_prompt(data, domain) for domain in data.domains}
@@ -168,7 +168,7 @@ def _cross(inputs: "Inputs", paraphrases: Mapping[str, str], console: "Console")
 def _make_matrix(
     opened: "OpenCheckpoint", inputs: "Inputs", crossed: "Crossed", options: HeldOutOptions
 ) -> "PromptMatrix":
-    from moi_jax.evaluation.prompt_matrix import PromptMatrix
+    from moi_jax.evaluation.prompts.matrix import PromptMatrix
     from moi_jax.models import axes
 
     return PromptMatrix(
@@ -189,7 +189,7 @@ def _measure(
 ) -> dict[str, "ItemSums"]:
     from rich.progress import Progress
 
-    from moi_jax.evaluation.row_sums import make_row_sums
+    from moi_jax.evaluation.prompts.row_sums import make_row_sums
 
     row_sums = make_row_sums(opened.make_model, opened.mesh)
     measured = {}
@@ -207,8 +207,8 @@ def _results(
 ) -> Json:
     import numpy as np
 
-    from moi_jax.evaluation.crossed_prompts import token_count
-    from moi_jax.evaluation.prompt_gaps import summarize
+    from moi_jax.evaluation.prompts.crossing import token_count
+    from moi_jax.evaluation.prompts.gaps import summarize
 
     domain_of = np.array([item.domain for item in matrix.items], np.int64)
     domains = {}
@@ -230,7 +230,7 @@ def _results(
 
 
 def _settings(opened: "OpenCheckpoint", inputs: "Inputs", options: HeldOutOptions) -> Json:
-    from moi_jax.evaluation.prompt_gaps import INTERVAL
+    from moi_jax.evaluation.prompts.gaps import INTERVAL
 
     data = inputs.config.data
     return {
@@ -245,7 +245,7 @@ def _settings(opened: "OpenCheckpoint", inputs: "Inputs", options: HeldOutOption
 
 
 def _write(out: Path, results: Json, sums: dict[str, "ItemSums"], matrix: "PromptMatrix") -> None:
-    from moi_jax.evaluation.prompt_matrix_report import draw_matrix, item_lines
+    from moi_jax.evaluation.prompts.matrix_report import draw_matrix, item_lines
     from moi_jax.whole_files import write_whole
 
     lines = item_lines(sums, matrix.items, matrix.domains, matrix.columns)

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.errors import UserError
-from moi_jax.evaluation.judge import TRIES, Judge, read_rating
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.tasks import make_task
+from moi_jax.evaluation.tasks.judge import TRIES, Judge, read_rating
 
 from judge_endpoint import judge_endpoint
 
@@ -250,7 +250,7 @@ def test_only_what_changed_is_asked_again(evaluate, endpoint, data):
 def test_a_killed_run_asks_only_the_rest(evaluate, endpoint, tmp_path):
     endpoint.plans = {"121.1": ["silent"]}  # the 5th of 16
     program = f"""
-from moi_jax.evaluation.judge import Case, Judge
+from moi_jax.evaluation.tasks.judge import Case, Judge
 from pathlib import Path
 cases = [Case(n, 1, "single-v1", "Help.", f"answer {{n}}.1") for n in range(119, 127)]
 judge = Judge("org/judge", {endpoint.url!r}, workers=1)

@@ -25,12 +25,12 @@ from moi_jax.data.tokenizer import load_tokenizer
 from moi_jax.errors import UserError
 from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
 from moi_jax.evaluation import held_out as held_out_file
-from moi_jax.evaluation.crossed_prompts import columns, crossed_prompts
 from moi_jax.evaluation.held_out import HeldOut
-from moi_jax.evaluation.prompt_gaps import summarize
-from moi_jax.evaluation.prompt_matrix import ItemSums, PromptMatrix
-from moi_jax.evaluation.prompt_matrix_report import draw_matrix, print_matrix
-from moi_jax.evaluation.row_sums import RowSums, make_row_sums
+from moi_jax.evaluation.prompts.crossing import columns, crossed_prompts
+from moi_jax.evaluation.prompts.gaps import summarize
+from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
+from moi_jax.evaluation.prompts.matrix_report import draw_matrix, print_matrix
+from moi_jax.evaluation.prompts.row_sums import RowSums, make_row_sums
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import init_parameters
 from moi_jax.models.presets import PRESETS
@@ -232,7 +232,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 import jax.numpy as jnp
 from moi_jax import config
 from moi_jax.data.loader import Batch
-from moi_jax.evaluation.row_sums import make_row_sums
+from moi_jax.evaluation.prompts.row_sums import make_row_sums
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.presets import PRESETS
 from moi_jax.training.sharding import make_mesh

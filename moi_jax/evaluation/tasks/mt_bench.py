@@ -13,9 +13,9 @@ from typing import Any
 
 from moi_jax.data.conversations import Message
 from moi_jax.errors import UserError, cannot_write
-from moi_jax.evaluation.judge import MISSING, TRIES, Case, make_judge
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.tasks.judge import MISSING, TRIES, Case, make_judge
 from moi_jax.whole_files import write_whole
 
 QUESTIONS = 80

@@ -12,9 +12,9 @@ from moi_jax.data.loader import Batch, Placed, assemble
 from moi_jax.data.rendering import Instruction, system_text, with_system_prompt
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
-from moi_jax.evaluation.crossed_prompts import Crossed, columns
 from moi_jax.evaluation.held_out import batches_by_width
-from moi_jax.evaluation.row_sums import RowSums
+from moi_jax.evaluation.prompts.crossing import Crossed, columns
+from moi_jax.evaluation.prompts.row_sums import RowSums
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from rich.table import Table
 from moi_jax.console import say
 from moi_jax.data.preview.picture import INK, PADDING, QUIET, STYLE
 from moi_jax.errors import UserError
-from moi_jax.evaluation.crossed_prompts import DEFAULT, OWN
-from moi_jax.evaluation.prompt_matrix import HeldOutItem, ItemSums
+from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
+from moi_jax.evaluation.prompts.matrix import HeldOutItem, ItemSums
 
 Json = dict[str, Any]
 
