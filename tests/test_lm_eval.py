@@ -143,9 +143,12 @@ def own_tasks(monkeypatch):
 def evaluated(lm, folder, chat):
     """Task -> what the model said to each of its items, and the results."""
     manager = TaskManager(include_path=folder / "tasks", include_defaults=False)
-    names = [name for name in TASKS if not (chat and name == "texts")]
     results = lm_eval.simple_evaluate(
-        model=lm, tasks=names, task_manager=manager, apply_chat_template=chat, bootstrap_iters=0
+        model=lm,
+        tasks=list(TASKS),
+        task_manager=manager,
+        apply_chat_template=chat,
+        bootstrap_iters=0,
     )
     return results["samples"], results["results"]
 
@@ -321,6 +324,16 @@ def test_long_contexts_are_cut_on_the_left(chat_model):
     ((context, continuation),) = model.asked
     assert len(context) + len(continuation) == 33  # the last token is not read
     assert [*context, *continuation] == lm.tok_encode(f"{text} end")[-33:]
+
+
+def test_what_follows_nothing_follows_the_prefix_token(chat_model):
+    model = Answers(chat_model, Likelihood(-1.5, True))
+    lm = CheckpointLM(model)
+    lm.loglikelihood(asked("loglikelihood", "", "so") + asked("loglikelihood", "\n", "so"))
+    assert model.asked == [
+        ([lm.prefix_token_id], lm.tok_encode("so")),
+        ([lm.prefix_token_id], lm.tok_encode("\nso")),
+    ]
 
 
 @pytest.mark.parametrize(

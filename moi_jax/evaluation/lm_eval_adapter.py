@@ -112,7 +112,8 @@ class CheckpointLM(TemplateLM):
                     f"lm-eval asks for the likelihood of {len(continuation)} tokens, and the "
                     f"context holds {self.max_length}; raise --context, or leave the task out"
                 )
-            pairs.append((context[-room:], continuation))
+            # Nothing is left of a context of white space: the harness moves it to the continuation.
+            pairs.append((context[-room:] or [self.prefix_token_id], continuation))
         answers = [(0.0, False)] * len(pairs)
         scoring = self._model.scorer.run(self._model.parameters, pairs)
         for index, found in tqdm(scoring, "likelihoods", len(pairs), disable=disable_tqdm):
@@ -179,7 +180,7 @@ class CheckpointLM(TemplateLM):
             )
         sampled = wanted.get("do_sample")
         return Request(
-            self.tok_encode(text)[-room:],
+            self.tok_encode(text)[-room:] or [self.prefix_token_id],
             max_new_tokens=wanted["max_gen_toks"],
             temperature=wanted.get("temperature", 0.0) if sampled else 0.0,
             top_k=wanted.get("top_k") or 0,

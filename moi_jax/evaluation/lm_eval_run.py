@@ -53,8 +53,8 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
     except Exception as error:  # a task is a program and a download, and may raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"lm-eval cannot load the task {name} ({type(error).__name__}: {reason}); its data set "
-            f"comes from the Hugging Face hub or the cache in HF_HOME, where its file does not say"
+            f"lm-eval cannot load the task {name} ({type(error).__name__}: {reason}); its data and "
+            f"metrics come from the Hugging Face hub, without a network from the cache in HF_HOME"
         ) from None
     for task_name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
