@@ -23,7 +23,8 @@ from moi_jax.data.rendering import render_prompt
 from moi_jax.errors import UserError, run_command
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.gguf import GgufCheckpoint, open_gguf
-from moi_jax.sampling.greedy import make_greedy
+from moi_jax.sampling.requests import Request
+from moi_jax.sampling.sampler import Sampler
 from moi_jax.training.checkpoints import read_items, read_parameters
 
 QUESTIONS = (
@@ -83,14 +84,17 @@ def main() -> int:
         default = items.prompts["default_system_prompt"]
         prompts = [render_prompt([Message("user", q)], tokenizer, default) for q in QUESTIONS]
         print(tokenizer.decode(prompts[0]))
-        greedy = make_greedy(
-            partial(Decoder, items.model), tokenizer.template.stops, tokenizer.vocab_size
+        sampler = Sampler(
+            partial(Decoder, items.model),
+            items.model,
+            stop_ids=tokenizer.template.stops,
+            vocab_size=tokenizer.vocab_size,
+            decode=tokenizer.decode,
         )
         parameters = read_parameters(out, items.model, "float32", None)
-        for question, answer in zip(
-            QUESTIONS, greedy(parameters, prompts, NEW_TOKENS), strict=True
-        ):
-            print(f"\nuser: {question}\nassistant: {tokenizer.decode(answer)}")
+        requests = [Request(prompt, NEW_TOKENS) for prompt in prompts]
+        for index, answer in sorted(sampler.run(parameters, requests)):
+            print(f"\nuser: {QUESTIONS[index]}\nassistant: {answer.text}")
         tokens = np.array([prompts[0]], np.int32)
         ours, theirs = np.asarray(model(tokens)), reference_logits(open_gguf(path), tokens)
     difference = float(np.abs(ours - theirs).max())

@@ -5,6 +5,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moi_jax.arguments import (
+    COUNT,
+    POSITIVE,
+    PROBABILITY,
+    TEMPERATURE,
+    add_model,
+    chosen_system,
+)
 from moi_jax.errors import UserError, run_command
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.tasks import TASKS
@@ -51,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         help="benchmark files, laid out as docs/evaluation.md says (default: data/benchmarks)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: evaluation/ and the checkpoint's name"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: runs/evaluation/ and the checkpoint's name",
     )
     parser.add_argument(
         "--compare",
@@ -68,39 +79,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(group: "argparse._ArgumentGroup") -> None:
-    system = group.add_mutually_exclusive_group()
-    system.add_argument("--system", metavar="TEXT", help="system prompt (default: the saved one)")
-    system.add_argument("--no-system", action="store_true", help="no system block at all")
-    group.add_argument("--chat-template", metavar="NAME", help="default: the checkpoint's")
+    add_model(group)
     group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="default: float32 on a CPU, bfloat16 elsewhere",
+        "--slots", type=POSITIVE, default=16, metavar="N", help="answers at once (default: 16)"
     )
     group.add_argument(
-        "--mesh",
-        metavar="AXES",
-        help='such as "fsdp=2,tensor=4" (default: tensor over all devices)',
-    )
-    group.add_argument(
-        "--slots", type=int, default=16, metavar="N", help="answers written at once (default: 16)"
-    )
-    group.add_argument(
-        "--context", type=int, metavar="N", help="longest prompt and answer (default: the model's)"
+        "--context", type=POSITIVE, metavar="N", help="of prompt and answer (default: the model's)"
     )
 
 
 def _add_asking(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--limit", type=int, metavar="N", help="N items a task, evenly spaced")
-    group.add_argument("--shots", type=int, metavar="N", help="worked examples (default: none)")
+    group.add_argument("--limit", type=POSITIVE, metavar="N", help="N items a task, evenly spaced")
+    group.add_argument("--shots", type=COUNT, metavar="N", help="worked examples (default: none)")
     group.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="answers an item, for pass@k"
+        "--samples", type=POSITIVE, default=1, metavar="N", help="answers an item, for pass@k"
     )
-    group.add_argument("--temperature", type=float, metavar="T", help="default: the protocol's, 0")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    group.add_argument("--seed", type=int, default=0, metavar="N")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the task's own")
+    group.add_argument(
+        "--temperature", type=TEMPERATURE, metavar="T", help="default: the protocol's, 0"
+    )
+    group.add_argument("--top-p", type=PROBABILITY, default=1.0, metavar="P")
+    group.add_argument("--seed", type=COUNT, default=0, metavar="N")
+    group.add_argument(
+        "--max-new-tokens", type=POSITIVE, metavar="N", help="default: the task's own"
+    )
     group.add_argument(
         "--too-long",
         choices=("fail", "skip"),
@@ -127,7 +128,14 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     judge.add_argument(
         "--judge-url", metavar="URL", help="of an OpenAI-compatible API; key in OPENAI_API_KEY"
     )
-    judge.add_argument("--judge-max-cost", type=float, metavar="DOLLARS")
+    judge.add_argument(
+        "--judge-price",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="dollars per million tokens read and written, to tell the cost before the first call",
+    )
+    judge.add_argument("--judge-max-cost", type=float, metavar="DOLLARS", help="refuse above it")
     teval = parser.add_argument_group("teval")
     teval.add_argument(
         "--teval-system",
@@ -152,6 +160,14 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         help="shown beside (default: what the run began from)",
     )
     held_out.add_argument(
+        "--paraphrase",
+        type=_paraphrase,
+        action="append",
+        default=[],
+        metavar="DOMAIN=TEXT",
+        help="another wording of a domain's prompt (default: known for the shipped prompts)",
+    )
+    held_out.add_argument(
         "--generate",
         nargs="?",
         const=CROSSED,
@@ -163,11 +179,15 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     harness.add_argument("--include-path", type=Path, metavar="DIR", help="its tasks of your own")
 
 
+def _paraphrase(text: str) -> tuple[str, str]:
+    domain, equals, prompt = text.partition("=")
+    if not (domain and equals and prompt):
+        raise argparse.ArgumentTypeError(f"{text!r} is not DOMAIN=TEXT")
+    return domain, prompt
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError where options do not go together."""
-    for name in ("limit", "samples", "max_new_tokens", "slots", "context"):
-        if (getattr(args, name) or 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not above zero")
     if args.samples > 1 and not args.temperature:
         raise UserError("--samples above 1 needs a --temperature: greedy answers are all the same")
 
@@ -187,32 +207,51 @@ def evaluate(args: argparse.Namespace) -> None:
     import jax
     from rich.console import Console
 
-    from moi_jax.evaluation.report import write_report
+    from moi_jax.config_file import load_config
+    from moi_jax.console import say
+    from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
+    from moi_jax.evaluation.results import read_results
+    from moi_jax.evaluation.runner import run_benchmarks
     from moi_jax.open_checkpoint import open_checkpoint
     from moi_jax.training.checkpoints import find_step
 
     console = Console()
-    args.out = args.out or Path("evaluation") / checkpoint_name(find_step(args.checkpoint))
+    args.out = args.out or Path("runs/evaluation") / checkpoint_name(find_step(args.checkpoint))
     options = Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
     names = task_names(args.tasks)
     # What can be refused is refused before the checkpoint is read.
+    for directory in args.compare:
+        read_results(directory / "results.json")
     tasks = _open_tasks([name for name in names if name != HELD_OUT], options)
     crossed = _open_tasks(task_names(args.generate or ""), options)
+    harness = _open_harness(args)
+    held_out = HeldOutOptions(
+        config=load_config(args.config) if args.config else None,
+        untrained=args.untrained,
+        paraphrases=dict(args.paraphrase),
+        limit=args.limit,
+    )
     checkpoint = open_checkpoint(
         args.checkpoint, dtype=args.dtype, mesh=args.mesh, chat_template=args.chat_template
     )
     with jax.set_mesh(checkpoint.mesh):
         if HELD_OUT in names:
-            _held_out(checkpoint, args, console)
-        if tasks:
-            _benchmarks(checkpoint, args, tasks, options, console)
+            measure_held_out(checkpoint, held_out, args.out, console)
+        if tasks or harness:
+            prompt = chosen_system(args, checkpoint.prompts["default_system_prompt"])
+            model, made_by = _chat_model(checkpoint, args, prompt)
+            say(console, f"{checkpoint.step} in {checkpoint.dtype}; {model.sampler.describe()}")
+            run_benchmarks(tasks, model, made_by, options, console)
+            if harness:
+                from moi_jax.evaluation.lm_eval_run import run_lm_eval
+
+                run_lm_eval(harness, model, made_by, options, console)
         if crossed:
             _crossed_prompts(checkpoint, args, crossed, options, console)
-        if args.lm_eval:
-            _lm_eval(checkpoint, args, options, console)
     if (args.out / "results.json").exists():
-        report = write_report([args.out, *args.compare], args.out / "report.html")
-        console.print(f"report {report}", markup=False, highlight=False, soft_wrap=True)
+        from moi_jax.evaluation.reports.report import write_report
+
+        say(console, f"report {write_report([args.out, *args.compare], args.out / 'report.html')}")
 
 
 def checkpoint_name(step: Path) -> str:
@@ -230,16 +269,20 @@ def _open_tasks(names: "Sequence[str]", options: Options) -> "list[tuple[Task, l
     return [(task, task.load()) for task in made]
 
 
-def _system_prompt(checkpoint: "OpenCheckpoint", args: argparse.Namespace) -> str | None:
-    if args.no_system:
-        return None
-    return args.system if args.system is not None else checkpoint.prompts["default_system_prompt"]
+def _open_harness(args: argparse.Namespace) -> "list[Any]":
+    if not args.lm_eval:
+        return []
+    from moi_jax.evaluation.lm_eval_run import open_tasks
+
+    return open_tasks(args.lm_eval.split(","), args.include_path)
 
 
 def _chat_model(
     checkpoint: "OpenCheckpoint", args: argparse.Namespace, system_prompt: str | None
-) -> "ChatModel":
+) -> "tuple[ChatModel, dict[str, Any]]":
+    """The model under a system prompt, and what stands for it in its results."""
     from moi_jax.evaluation.chat_model import make_chat_model
+    from moi_jax.evaluation.runner import parameters_fingerprint
 
     make_chat = make_chat_model(
         checkpoint.make_model,
@@ -250,29 +293,8 @@ def _chat_model(
         context=args.context,
         mesh=checkpoint.mesh,
     )
-    return make_chat(checkpoint.parameters)
-
-
-def _benchmarks(
-    checkpoint: "OpenCheckpoint",
-    args: argparse.Namespace,
-    tasks: "Sequence[tuple[Task, Sequence[Item]]]",
-    options: Options,
-    console: "Console",
-) -> None:
-    from moi_jax.evaluation.runner import run_benchmarks
-
-    system_prompt = _system_prompt(checkpoint, args)
-    model = _chat_model(checkpoint, args, system_prompt)
-    run_benchmarks(tasks, model, _made_by(checkpoint, system_prompt), options, console)
-
-
-def _made_by(checkpoint: "OpenCheckpoint", system_prompt: str | None) -> "dict[str, Any]":
-    """What stands for the model in its results."""
-    from moi_jax.evaluation.runner import parameters_fingerprint
-
     template = checkpoint.tokenizer.template
-    return {
+    made_by = {
         "name": checkpoint_name(checkpoint.step),
         "parameters": parameters_fingerprint(checkpoint.step),
         "chat_template": template.name,
@@ -280,6 +302,30 @@ def _made_by(checkpoint: "OpenCheckpoint", system_prompt: str | None) -> "dict[s
         "system_prompt": system_prompt,
         "dtype": checkpoint.dtype,
     }
+    return make_chat(checkpoint.parameters), made_by
+
+
+def _crossed_prompts(
+    checkpoint: "OpenCheckpoint",
+    args: argparse.Namespace,
+    tasks: "Sequence[tuple[Task, Sequence[Item]]]",
+    options: Options,
+    console: "Console",
+) -> None:
+    """The tasks under each prompt of the checkpoint and some that it never saw, side by side."""
+    from moi_jax.console import say
+    from moi_jax.evaluation.crossed_prompts import single_prompts
+    from moi_jax.evaluation.reports.report import write_report
+    from moi_jax.evaluation.runner import run_benchmarks
+
+    directories = []
+    for name, prompt in single_prompts(checkpoint.prompts, checkpoint.tokenizer).items():
+        say(console, f"{name}: {'no system block' if prompt is None else prompt}")
+        under = dataclasses.replace(options, out=args.out / "prompts" / name.replace(" ", "_"))
+        model, made_by = _chat_model(checkpoint, args, prompt)
+        run_benchmarks(tasks, model, {**made_by, "name": name}, under, console)
+        directories.append(under.out)
+    say(console, f"report {write_report(directories, args.out / 'prompts' / 'report.html')}")
 
 
 if __name__ == "__main__":

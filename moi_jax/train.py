@@ -95,6 +95,8 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
                 inputs.config.data,
                 inputs.tokenizer,
                 machine.make_model,
+                inputs.model,
+                machine.mesh,
             )
 
         benchmark = None
@@ -106,9 +108,7 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
                 inputs.config.data.default_system_prompt,
                 mesh=machine.mesh,
             )
-            benchmark = make_benchmark(
-                config.eval.generate, directory / "benchmarks", chat, console
-            )
+            benchmark = make_benchmark(config.eval.generate, directory / "benchmarks", chat)
 
         def evaluate(parameters: "Tree", give_up: Callable[[], bool]) -> dict[str, float]:
             return held_out.losses(lambda batch: machine.sums(parameters, batch), give_up)

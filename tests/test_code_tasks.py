@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from moi_jax.data.conversations import Message
 from moi_jax.errors import UserError
-from moi_jax.evaluation.code_answers import complete, extract
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Score
 from moi_jax.evaluation.sandbox.sandbox import WEAK
+from moi_jax.evaluation.tasks.code_answers import complete, extract
 from moi_jax.evaluation.tasks.code_task import CodeTask, pass_at
 from moi_jax.evaluation.tasks.humaneval import HumanEval
 from moi_jax.evaluation.tasks.mbpp import MBPP

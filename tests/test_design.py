@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moi_jax"
-COMMANDS = {"train", "prepare", "convert", "preview"}
-SHARED = {"byte_level", "config", "config_file", "errors", "console", "whole_files"}
+COMMANDS = {"train", "prepare", "convert", "preview", "evaluate", "generate"}
+SHARED = {"byte_level", "config", "config_file", "errors", "console", "report_page", "whole_files"}
 MAY_IMPORT = {
     "models": SHARED,
     "tfds_datasets": set(),

@@ -12,8 +12,12 @@ from run_helpers import ENVIRONMENT, ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["train.steps=1", "train.sample_max_new_tokens=2"]
 # Run by .ci/run itself, or in need of files that are not ours to ship (the weights of Qwen-7B,
-# the public sets): their parts are tested in test_convert.py and test_run.py.
-NOT_HERE = ("Qwen-7B-Chat", "qwen_7b", "data.root=", "make ", "python docs/", "python benchmarks/")
+# public sets and benchmarks): their parts are tested in test_convert.py, test_run.py and
+# test_evaluate_command.py.
+NOT_HERE = (
+    *("Qwen-7B-Chat", "qwen_7b", "data.root=", "CKPT"),
+    *("make ", "runs/quickstart", "python docs/", "python benchmarks/"),
+)
 
 
 def commands() -> list[str]:

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 
 from moi_jax import config as config_lib
-from moi_jax.models.config import read_hf_config
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.published import read_published
 from moi_jax.sampling.likelihood import LikelihoodScorer
 from moi_jax.training.sharding import make_mesh, parameter_shardings
 
-from test_families import imported, transformers_model
 
-
-def scorer(config, **settings):
-    return LikelihoodScorer(lambda parameters: Decoder(config, parameters), config, **settings)
+def make_scorer(config, dtype="float32", **settings):
+    return LikelihoodScorer(
+        lambda parameters: Decoder(config, parameters, compute_dtype=dtype), config, **settings
+    )
 
 
 def scored(scorer, parameters, pairs):
@@ -36,12 +35,21 @@ def expected(logits, context, continuation):
 
 
 @pytest.fixture(scope="module")
-def llama():
-    """A tiny Llama of transformers, ours, and pairs of every kind with what torch says of them."""
+def llama(tmp_path_factory):
+    """A tiny Llama of transformers, as ours, and pairs with what torch says of them."""
     torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
-    model = transformers_model("llama 3")
-    config = read_hf_config(model.config.to_json_string(), "llama")
-    tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    settings = transformers.LlamaConfig(
+        vocab_size=90, hidden_size=48, intermediate_size=56, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(settings).float()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.15)
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    config, parameters = read_published(folder, None)
     ids = np.random.default_rng(0).integers(0, 90, 400).tolist()
     lengths = [(1, 1), (1, 30), (5, 3), (20, 17), (31, 1), (31, 2), (40, 18), (50, 14), (62, 3)]
     pairs = [(ids[n : n + c], ids[200 + n :][:k]) for n, (c, k) in enumerate(lengths)]
@@ -58,7 +66,12 @@ def llama():
     pairs += [(greedy[:7], greedy[7:]), (greedy[:7], [*greedy[7:20], greedy[20] ^ 1])]
     pairs += [(greedy[:7], [greedy[7] ^ 1, *greedy[8:]])]
     truth = [expected(logits([*c, *k]), c, k) for c, k in pairs]
-    return config, imported(config, tensors), pairs, truth
+    return config, parameters, pairs, truth
+
+
+@pytest.fixture(scope="module")
+def scorer(llama):
+    return make_scorer(llama[0], rows=4)
 
 
 def check(likelihoods, truth):
@@ -72,76 +85,69 @@ def check(likelihoods, truth):
     assert [likelihood.greedy for likelihood in likelihoods] == [greedy for _, greedy in truth]
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_likelihoods_equal_torch_however_they_are_batched(llama, rows):
-    config, parameters, pairs, truth = llama
+def test_likelihoods_equal_torch_together_and_one_by_one(llama, scorer):
+    _, parameters, pairs, truth = llama
     assert [greedy for _, greedy in truth[-3:]] == [True, False, False]
-    check(scored(scorer(config, rows=rows), parameters, pairs), truth)
+    check(scored(scorer, parameters, pairs), truth)
+    check([scored(scorer, parameters, [pair])[0] for pair in pairs], truth)
 
 
 def test_likelihoods_are_the_same_on_a_mesh(llama):
     config, parameters, pairs, truth = llama
     mesh = make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(parameters, parameter_shardings(config, mesh))
-    check(scored(scorer(config, rows=3, mesh=mesh), placed, pairs), truth)
+    scorer = make_scorer(config, rows=3, mesh=mesh)
+    check(scored(scorer, placed, pairs[:6]), truth[:6])
 
 
-def test_choices_of_one_question_share_a_row(llama):
-    config, parameters, pairs, truth = llama
-    batches = []
-
-    class Counted(LikelihoodScorer):
-        def _score(self, parameters, batch, width, before):
-            batches.append(len(batch))
-            return super()._score(parameters, batch, width, before)
-
-    counted = Counted(lambda p: Decoder(config, p), config)
-    check(scored(counted, parameters, pairs[9:14]), truth[9:14])
-    assert batches == [1]
+def test_choices_of_one_question_share_a_row(llama, scorer, monkeypatch):
+    _, parameters, pairs, truth = llama
+    batches, score = [], scorer._score
+    monkeypatch.setattr(
+        scorer, "_score", lambda *arguments: batches.append(arguments[1]) or score(*arguments)
+    )
+    check(scored(scorer, parameters, pairs[9:14]), truth[9:14])
+    assert batches == [[tuple(pairs[9][0])]]
 
 
-def test_a_pair_beyond_the_context_is_told_and_the_rest_scored(llama):
-    config, parameters, pairs, truth = llama
-    long = [(pairs[6][0], pairs[6][1]), (pairs[6][0], pairs[6][1][:9])]  # 58 and 49 tokens
-    found = scored(scorer(config, context=48), parameters, [*long, *pairs[:3]])
+def test_a_pair_beyond_the_context_is_told_and_the_rest_scored(llama, scorer):
+    _, parameters, pairs, truth = llama
+    context, continuation = pairs[8]  # the last token is not read: 65 tokens fit 64
+    found = scored(scorer, parameters, [([1, *context], continuation), pairs[8], pairs[0]])
     assert found[0].finish == "too_long"
     assert math.isnan(found[0].log_likelihood)
-    # The last token is not read, so that one more than the context fits.
-    check(found[1:], [(found[1].log_likelihood, found[1].greedy), *truth[:3]])
+    check(found[1:], [truth[8], truth[0]])
 
 
-def test_logits_that_are_not_finite_are_told(llama):
-    config, parameters, _, _ = llama
+def test_logits_that_are_not_finite_are_told(llama, scorer):
+    _, parameters, _, _ = llama
     embedding = np.array(parameters["embedding"])
     embedding[7] = math.nan
     damaged = {**parameters, "embedding": embedding}
-    found = scored(scorer(config), damaged, [([7], [3]), ([8, 9], [3]), ([8, 7], [3, 4])])
+    found = scored(scorer, damaged, [([7], [3]), ([8, 9], [3]), ([8, 7], [3, 4])])
     assert [likelihood.finish for likelihood in found] == ["not_finite", "scored", "not_finite"]
     assert math.isnan(found[0].log_likelihood)
     assert math.isfinite(found[1].log_likelihood)
 
 
-@pytest.mark.parametrize("length", [32, 65, 100])
-def test_qwen_v1_beyond_its_length_reads_as_the_reference_does(golden, length):
+def test_qwen_v1_beyond_its_length_reads_as_the_reference_does(golden):
     """Dynamic NTK and log-n attention of B, whose seq_length is 64."""
     config, parameters = read_published(golden / "B", None)
     arrays = np.load(golden / "B" / "logits.npz")
-    tokens = arrays[f"x{length}"][0].tolist()
-    next_token = int(arrays[f"eval_{length}"][0, -1].argmax())
-    for start in (1, length - 3, length):
-        pair = (tokens[:start], [*tokens[start:], next_token])
-        truth = expected(arrays[f"eval_{length}"][0], *pair)
-        (found,) = scored(scorer(config, context=128), parameters, [pair])
-        np.testing.assert_allclose(found.log_likelihood, truth[0], rtol=1e-6, atol=2e-5)
-        assert found.greedy == truth[1]
+    pairs, truth = [], []
+    for length in (65, 100):
+        logits = arrays[f"eval_{length}"][0]
+        tokens = [*arrays[f"x{length}"][0].tolist(), int(logits[-1].argmax())]
+        for start in (1, length - 3, length):
+            pairs.append((tokens[:start], tokens[start:]))
+            truth.append(expected(logits, *pairs[-1]))
+    assert truth[2][1]
+    check(scored(make_scorer(config, context=128), parameters, pairs), truth)
 
 
 def test_bfloat16_models_are_scored_in_float32(llama):
     config, parameters, pairs, truth = llama
-    low = LikelihoodScorer(
-        lambda p: Decoder(config, p, compute_dtype="bfloat16"), config, context=64
-    )
-    found = scored(low, jax.tree.map(lambda x: x.astype("bfloat16"), parameters), pairs)
-    values = [likelihood.log_likelihood for likelihood in found]
-    np.testing.assert_allclose(values, [log_likelihood for log_likelihood, _ in truth], rtol=0.05)
-    assert any(np.float32(v) != np.float32(v).astype("bfloat16") for v in values)
+    low = jax.tree.map(lambda x: x.astype("bfloat16"), parameters)
+    found = scored(make_scorer(config, "bfloat16"), low, pairs[2:3])[0].log_likelihood
+    assert found == pytest.approx(truth[2][0], rel=0.05)
+    assert np.float32(found) != np.float32(found).astype("bfloat16")

@@ -107,12 +107,12 @@ def answer_items(
     model: ChatModel,
     options: Options,
     log: AnswerLog,
-    advance: Callable[[], None],
+    advance: Callable[[int], None],
 ) -> list[tuple[Item, Answer]]:
     """Every item's answer: those the log has, and the model's for the others.
 
     Args:
-      advance: called whenever an answer (a turn, a sample, a choice) is there.
+      advance: told the number of answers (turns, samples, choices) that came.
     """
     asked = [item for item in items if not item.choices]
     chosen = [item for item in items if item.choices]
@@ -145,7 +145,7 @@ def _ask(
     model: ChatModel,
     options: Options,
     log: AnswerLog,
-    advance: Callable[[], None],
+    advance: Callable[[int], None],
 ) -> None:
     """One turn of all the items, in one go: the sampler keeps its slots filled."""
     requests, waiting = [], []
@@ -153,14 +153,18 @@ def _ask(
         prompt = model.prompt(_so_far(item, turn, log), system_block=item.system_block)
         for place in [(item.id, turn)] if item.follow_ups else places(item, options):
             if log.has(place, prompt):
-                advance()
+                advance(1)
             else:
                 waiting.append(place)
                 requests.append(_request(task, item, place, prompt, options))
     for index, completion in model.sampler.run(model.parameters, requests):
-        prompt = requests[index].prompt
-        log.add(waiting[index], prompt, text=completion.text, finish=completion.finish)
-        advance()
+        log.add(
+            waiting[index],
+            requests[index].prompt,
+            text=completion.text,
+            finish=completion.finish,
+        )
+        advance(1)
 
 
 def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
@@ -192,7 +196,7 @@ def _request(
 
 
 def _score_choices(
-    items: Sequence[Item], model: ChatModel, log: AnswerLog, advance: Callable[[], None]
+    items: Sequence[Item], model: ChatModel, log: AnswerLog, advance: Callable[[int], None]
 ) -> None:
     pairs, waiting = [], []
     for item in items:
@@ -200,19 +204,18 @@ def _score_choices(
         for n, choice in enumerate(item.choices):
             place, pair = (item.id, n), (prompt, model.tokenizer.encode(choice))
             if log.has(place, [*prompt, *pair[1]]):
-                advance()
+                advance(1)
             else:
                 waiting.append(place)
                 pairs.append(pair)
     for index, likelihood in model.scorer.run(model.parameters, pairs):
-        prompt, choice = pairs[index]
         log.add(
             waiting[index],
-            [*prompt, *choice],
+            [*pairs[index][0], *pairs[index][1]],
             log_likelihood=likelihood.log_likelihood,
             finish=likelihood.finish,
         )
-        advance()
+        advance(1)
 
 
 def evenly_spaced(items: Sequence[Item], limit: int | None) -> list[Item]:

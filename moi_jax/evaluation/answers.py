@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 
+from jax.sharding import Mesh
+
 from moi_jax import config
 from moi_jax.data.cache.prepare import resolve_prompt
 from moi_jax.data.conversations import Message
 from moi_jax.data.rendering import render_prompt
 from moi_jax.data.tokenizer import Tokenizer
+from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree
-from moi_jax.sampling.greedy import make_greedy
+from moi_jax.sampling.requests import Request
+from moi_jax.sampling.sampler import Sampler
 
 
 def make_sampler(
@@ -18,6 +22,8 @@ def make_sampler(
     data: config.Data,
     tokenizer: Tokenizer,
     make_model: Callable[[Tree], Decoder],
+    model: ModelConfig,
+    mesh: Mesh,
 ) -> Callable[[Tree], list[dict[str, str]]]:
     """A function from parameters to the answers, one object each as samples.jsonl holds them."""
     domains = {domain.name: domain for domain in data.domains}
@@ -34,13 +40,20 @@ def make_sampler(
                 }
             )
             prompts.append(render_prompt([Message("user", question.prompt)], tokenizer, prompt))
-    greedy = make_greedy(make_model, tokenizer.template.stops, tokenizer.vocab_size)
+    requests = [Request(prompt, max_new_tokens) for prompt in prompts]
+    sampler = Sampler(
+        make_model,
+        model,
+        stop_ids=tokenizer.template.stops,
+        vocab_size=tokenizer.vocab_size,
+        decode=tokenizer.decode,
+        slots=min(len(requests), 16),
+        context=max(len(prompt) for prompt in prompts) + max_new_tokens,
+        mesh=mesh,
+    )
 
     def sample(parameters: Tree) -> list[dict[str, str]]:
-        answers = greedy(parameters, prompts, max_new_tokens)
-        return [
-            {**line, "answer": tokenizer.decode(answer)}
-            for line, answer in zip(asked, answers, strict=True)
-        ]
+        answers = dict(sampler.run(parameters, requests))
+        return [{**line, "answer": answers[index].text} for index, line in enumerate(asked)]
 
     return sample

@@ -11,7 +11,7 @@ from moi_jax.console import say
 from moi_jax.data.cache.prepare import DomainCache, resolve_prompt
 from moi_jax.data.cache.selection import Selection
 from moi_jax.data.loader import Batch, Placed, assemble
-from moi_jax.data.rendering import Instruction, with_system_prompt
+from moi_jax.data.rendering import with_system_prompt
 from moi_jax.data.tokenizer import Tokenizer
 
 # Rows are cut to the shortest of these widths, times two and so on, that holds them.
@@ -116,23 +116,39 @@ class HeldOut:
 
     def _in_rows(self, placed: list[Placed]) -> list[Rows]:
         """One conversation a row, rows of like length together, the last batch filled up."""
-        by_width: dict[int, list[Placed]] = {}
-        for item in placed:
-            by_width.setdefault(self._width(item.instruction), []).append(item)
-        batches: list[Rows] = []
-        for width in sorted(by_width):
-            items = by_width[width]
-            rows = self._rows * self._data.sequence_length // width
-            rows = min(rows, len(items))
-            rows = -(-rows // self._row_multiple) * self._row_multiple
-            for first in range(0, len(items), rows):
-                filled = [[[item]] for item in items[first : first + rows]]
-                filled += [[]] * (rows - len(filled))
-                batches.append((width, filled))
-        return batches
+        batches = batches_by_width(
+            [len(item.instruction.tokens) for item in placed],
+            self._rows,
+            self._row_multiple,
+            self._data.sequence_length,
+        )
+        return [
+            (width, [[[placed[member]]] for member in members] + [[]] * (rows - len(members)))
+            for width, members, rows in batches
+        ]
 
-    def _width(self, instruction: Instruction) -> int:
+
+def batches_by_width(
+    lengths: Sequence[int], rows: int, row_multiple: int, longest: int
+) -> list[tuple[int, list[int], int]]:
+    """Batches of conversations of these lengths, one a row: (width, members, rows) each.
+
+    Args:
+      rows: of a batch of the width `longest`; narrower batches have more.
+      row_multiple: the rows of a batch divide by this.
+      longest: no conversation is longer.
+    """
+    by_width: dict[int, list[int]] = {}
+    for member, length in enumerate(lengths):
         width = _SHORTEST_ROW
-        while width < len(instruction.tokens):
+        while width < length:
             width *= 2
-        return min(width, self._data.sequence_length)
+        by_width.setdefault(min(width, longest), []).append(member)
+    batches = []
+    for width in sorted(by_width):
+        members = by_width[width]
+        count = min(rows * longest // width, len(members))
+        count = -(-count // row_multiple) * row_multiple
+        for first in range(0, len(members), count):
+            batches.append((width, members[first : first + count], count))
+    return batches

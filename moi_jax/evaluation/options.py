@@ -39,6 +39,7 @@ class Options:
     judge: str | None = None  # the judging model's name at the endpoint
     judge_url: str | None = None
     judge_max_cost: float | None = None  # in US dollars
+    judge_price: tuple[float, float] | None = None  # dollars per million tokens: prompts, judgments
     # T-Eval
     teval_system: Literal["default_then_user", "as_user", "as_system"] = "default_then_user"
     teval_compat: bool = False

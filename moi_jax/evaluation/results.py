@@ -1,11 +1,14 @@
 """From scores to results: means with intervals, groups, failures by kind, the overall figure."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moi_jax.errors import UserError
 from moi_jax.evaluation import statistics
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
 from moi_jax.evaluation.tasks import TASKS
@@ -118,3 +121,26 @@ def overall(tasks: Json) -> float | None:
     if all(tasks.get(name, {}).get("complete") for name in TASKS):
         return float(np.mean([tasks[name]["score"] for name in TASKS]))
     return None
+
+
+def describe(summary: Json) -> str:
+    """A task's results in one line."""
+    if summary["score"] is None:
+        metrics = summary["metrics"].items()
+        means = ", ".join(f"{name} {metric['mean']:.3f}" for name, metric in metrics)
+        return f"no score; {means or 'nothing was measured'} over {summary['items']} items"
+    low, high = summary["interval"]
+    failures = ", ".join(f"{count} {kind}" for kind, count in summary["failures"].items())
+    line = f"{summary['score']:.1f} ({low:.1f} to {high:.1f}) over {summary['items']} items"
+    return f"{line}; {failures}" if failures else line
+
+
+def read_results(path: Path) -> Json:
+    """Raises UserError where the file is missing or damaged."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if {"checkpoint", "tasks"} <= results.keys():
+            return results
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}; is that a directory of results?") from None
+    raise UserError(f"{path} is no results.json of an evaluation")

@@ -6,22 +6,21 @@ DIR/answers/TASK.jsonl                      the model's texts as they come: a ki
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import progress
 from rich.console import Console
 
-from moi_jax.console import say
+from moi_jax.console import count_bar, say
 from moi_jax.errors import UserError, cannot_write
 from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced, places
 from moi_jax.evaluation.chat_model import ChatModel
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Item, Task
-from moi_jax.evaluation.results import Scored, overall, summarize
+from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
 from moi_jax.whole_files import write_whole
 
 Json = dict[str, Any]
@@ -33,20 +32,19 @@ def run_task(
     model: ChatModel,
     options: Options,
     log: AnswerLog,
-    console: Console,
 ) -> tuple[list[Scored], int]:
     """Answers and scores of the items, and the number left out as too long (options.too_long)."""
     total = sum(len(places(item, options)) for item in items)
-    with _bar(f"{task.name}: answers", total, console) as advance:
+    with count_bar(f"{task.name}: answers", total) as advance:
         answered = answer_items(task, items, model, options, log, advance)
     kept = answered
     if options.too_long == "skip":
         kept = [(item, answer) for item, answer in answered if "too_long" not in answer.finishes]
     scored: list[Scored] = []
-    with _bar(f"{task.name}: scores", len(kept), console) as advance:
+    with count_bar(f"{task.name}: scores", len(kept)) as advance:
         for (item, answer), score in zip(kept, task.score(kept), strict=True):
             scored.append((item, answer, score))
-            advance()
+            advance(1)
     return scored, len(answered) - len(kept)
 
 
@@ -70,7 +68,9 @@ def run_benchmarks(
       UserError: options.out holds results of another model or of other settings.
     """
     path = options.out / "results.json"
-    results = read_results(path) if path.exists() else {"checkpoint": made_by, "tasks": {}}
+    results: Json = {"checkpoint": made_by, "tasks": {}}
+    if path.exists():
+        results = read_results(path)
     if results["checkpoint"] != made_by:
         raise UserError(
             f"{path} holds results of another model or system prompt "
@@ -81,7 +81,7 @@ def run_benchmarks(
         settings = _settings(task, model, options)
         log = AnswerLog(options.out / "answers" / f"{task.name}.jsonl", {**made_by, **settings})
         with closing(log):
-            scored, skipped = run_task(task, asked, model, options, log, console)
+            scored, skipped = run_task(task, asked, model, options, log)
         summary = summarize(task, scored, skipped, whole=options.limit is None)
         summary["settings"] = {**settings, "limit": options.limit, **summary["settings"]}
         results["tasks"][task.name] = summary
@@ -92,29 +92,6 @@ def run_benchmarks(
         for note in summary["notes"]:
             say(console, f"  {note}")
     return results
-
-
-def describe(summary: Json) -> str:
-    """A task's results in one line."""
-    if summary["score"] is None:
-        metrics = summary["metrics"].items()
-        means = ", ".join(f"{name} {metric['mean']:.3f}" for name, metric in metrics)
-        return f"no score; {means or 'nothing was measured'} over {summary['items']} items"
-    low, high = summary["interval"]
-    failures = ", ".join(f"{count} {kind}" for kind, count in summary["failures"].items())
-    line = f"{summary['score']:.1f} ({low:.1f} to {high:.1f}) over {summary['items']} items"
-    return f"{line}; {failures}" if failures else line
-
-
-def read_results(path: Path) -> Json:
-    """Raises UserError where the file is missing or damaged."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if {"checkpoint", "tasks"} <= results.keys():
-            return results
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read {path}: {error}; is that a directory of results?") from None
-    raise UserError(f"{path} is no results.json of an evaluation")
 
 
 def parameters_fingerprint(step: Path) -> str:
@@ -173,19 +150,3 @@ def _write(path: Path, text: str) -> None:
         write_whole(path, text)
     except OSError as error:
         raise cannot_write(path, error) from None
-
-
-@contextmanager
-def _bar(what: str, total: int, console: Console) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal; call what it yields for each thing done."""
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    off = not console.is_terminal
-    with progress.Progress(*columns, console=console, transient=True, disable=off) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from rich.console import Console
-
 from moi_jax import config
 from moi_jax.evaluation.answering import AnswerLog, evenly_spaced
 from moi_jax.evaluation.chat_model import ChatModel
@@ -20,7 +18,6 @@ def make_benchmark(
     settings: config.Generate,
     out: Path,
     make_chat: Callable[[Tree], ChatModel],
-    console: Console,
 ) -> Callable[[Tree, Callable[[], bool]], dict[str, float]]:
     """A function (parameters, whether to give up) -> eval/<task>/score, 0 to 100, of each task.
 
@@ -46,7 +43,7 @@ def make_benchmark(
             if give_up():
                 return {}
             with closing(AnswerLog(None, {})) as log:
-                scored, skipped = run_task(task, items, model, options, log, console)
+                scored, skipped = run_task(task, items, model, options, log)
             summary = summarize(task, scored, skipped, whole=False)
             if summary["score"] is not None:
                 scores[f"eval/{task.name}/score"] = summary["score"]

@@ -15,7 +15,7 @@ from moi_jax.models.parameters import Tree
 
 
 class Block(nnx.Module):
-    """A layer. `Decoder.layers` holds all of them, each parameter with a leading L axis."""
+    """A layer. `Decoder.layers` is all of them in one, each parameter with a leading L axis."""
 
     attention_norm: nnx.Param
     query: nnx.Param
@@ -36,15 +36,13 @@ class Block(nnx.Module):
         for name, value in parameters.items():
             setattr(self, name, nnx.Param(value))
 
-    def __call__(
-        self,
-        x: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        query_scale: jax.Array | None,
-        segment_ids: jax.Array,
-    ) -> jax.Array:
-        """[B, S, D] -> [B, S, D]; query_scale [B, S] is log-n attention, None for 1."""
+    def heads(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, query_scale: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, S, D] -> query [B, S, H, N], key and value [B, S, K, N], ready for attention.
+
+        query_scale [B, S] is log-n attention, None for 1.
+        """
         y = rms_norm(x, self.attention_norm[...], self.config.norm_eps)
         query = self.project(y, "query")
         key = self.project(y, "key")
@@ -54,7 +52,10 @@ class Block(nnx.Module):
         query, key = (rotary.apply_rotary(heads, cos, sin) for heads in (query, key))
         if query_scale is not None:
             query = query * query_scale[..., None, None].astype(query.dtype)
-        mixed = attention(query, key, self.project(y, "value"), segment_ids)
+        return query, key, self.project(y, "value")
+
+    def mix(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """Adds what attention gave [B, S, H, N], and the MLP's part, to x [B, S, D]."""
         x = x + jnp.einsum("bshn,hnd->bsd", mixed, self.out[...].astype(x.dtype))
         if self.config.out_bias:
             x = x + self.out_bias[...].astype(x.dtype)
@@ -84,12 +85,20 @@ class Decoder(nnx.Module):
         compute_dtype: jax.typing.DTypeLike = jnp.float32,
         remat: str = "none",
     ):
-        """`remat`: none, full (recompute each layer backward), dots (keep the projections)."""
+        """
+        Args:
+          parameters: as declared; or as `decoding.unstack` gives them, to decode with a cache.
+          remat: none, full (recompute each layer backward), dots (keep the projections).
+        """
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat
         self.embedding = nnx.Param(parameters["embedding"])
-        self.layers = Block(config, parameters["layers"])
+        layers = parameters["layers"]
+        if isinstance(layers, dict):
+            self.layers = Block(config, layers)
+        else:
+            self.blocks = nnx.List([Block(config, layer) for layer in layers])
         self.final_norm = nnx.Param(parameters["final_norm"])
         if not config.tied_head:
             self.head = nnx.Param(parameters["head"])
@@ -128,6 +137,39 @@ class Decoder(nnx.Module):
           rope_alpha: NTK factor per token [B, S]. None: from the length of its segment. A
             sampler hands in the prompt's, which a generation keeps to its end.
         """
+        return self._states(tokens, positions, segment_ids, training, rope_alpha)[0]
+
+    def prefill(
+        self, tokens: jax.Array, lengths: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Inference over prompts [B, S] of these lengths [B], filled up at their ends.
+
+        Returns:
+          The normed states [B, S, D], and what a cache keeps: every layer's keys and values,
+          two of [L, B, S, K, N]. Past a prompt's length all of it is noise.
+        """
+        ones = jnp.ones(tokens.shape, jnp.int32)
+        alpha = self.rope_alpha(lengths)
+        if alpha is not None:
+            alpha = jnp.broadcast_to(alpha[:, None], tokens.shape)
+        positions = rotary.segment_positions(ones)
+        return self._states(tokens, positions, ones, False, alpha, keep_heads=True)
+
+    def rope_alpha(self, lengths: jax.Array) -> jax.Array | None:
+        """The NTK factor of prompts of these lengths; None for a model without."""
+        if not self.config.dynamic_ntk:
+            return None
+        return rotary.ntk_alpha(lengths, self.config.seq_length)
+
+    def _states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        training: bool,
+        rope_alpha: jax.Array | None,
+        keep_heads: bool = False,
+    ) -> tuple[jax.Array, Any]:
         config = self.config
         statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
         # A row within seq_length needs no scaling, and the shape says so at trace time.
@@ -135,14 +177,7 @@ class Decoder(nnx.Module):
         if longer and config.dynamic_ntk and rope_alpha is None:
             lengths = rotary.segment_lengths(segment_ids)
             rope_alpha = rotary.ntk_alpha(lengths, config.seq_length)
-        cos, sin = rotary.rotary_angles(
-            positions,
-            config.head_dim,
-            config.rope_base,
-            config.rope_scaling,
-            rope_alpha,
-            statistics,
-        )
+        cos, sin = self.rotary_angles(positions, rope_alpha)
         query_scale = None
         if longer and config.logn_attention:
             query_scale = rotary.logn_scale(positions, config.seq_length, statistics)
@@ -150,12 +185,27 @@ class Decoder(nnx.Module):
         x = self.embed(tokens)
         graph, stacked = nnx.split(self.layers)
 
-        def layer(x: jax.Array, parameters: Any) -> tuple[jax.Array, None]:
-            x = nnx.merge(graph, parameters)(x, cos, sin, query_scale, segment_ids)
-            return constrain(x, "batch", None, None), None
+        def layer(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
+            block = nnx.merge(graph, parameters)
+            query, key, value = block.heads(x, cos, sin, query_scale)
+            x = block.mix(x, attention(query, key, value, segment_ids))
+            return constrain(x, "batch", None, None), (key, value) if keep_heads else None
 
-        x, _ = jax.lax.scan(_with_remat(layer, self.remat), x, stacked)
-        return rms_norm(x, self.final_norm[...], config.norm_eps)
+        x, heads = jax.lax.scan(_with_remat(layer, self.remat), x, stacked)
+        return rms_norm(x, self.final_norm[...], config.norm_eps), heads
+
+    def rotary_angles(
+        self, positions: jax.Array, alpha: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """cos and sin [B, S, N/2] at positions [B, S], under NTK factors [B, S] where given."""
+        return rotary.rotary_angles(
+            positions,
+            self.config.head_dim,
+            self.config.rope_base,
+            self.config.rope_scaling,
+            alpha,
+            jnp.promote_types(self.compute_dtype, jnp.float32),
+        )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, S] -> [B, S, D] in the compute dtype, split by rows."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import jinja2
 import matplotlib
 import yaml
 from markupsafe import Markup
@@ -19,13 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moi_jax.errors import UserError
+from moi_jax.report_page import PALETTE, page_template
 
 Point = tuple[int, float]
 
-# Okabe and Ito's palette without black and yellow: seen on white and on near-black, and told
-# apart by colour-blind readers. The marker is the second cue; it also tells a seventh domain
-# from the first.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# The second cue of a domain's line; it also tells a seventh domain from the first.
 MARKERS = "osD^vP*X"
 # Stand for the page's own text and rule colours, so that charts follow the light or dark theme.
 INK, RULE = "#0a0b0c", "#0a0b0d"
@@ -281,15 +278,8 @@ def write_report(run_dir: Path) -> Path:
         name: (PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
         for index, name in enumerate(names)
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, percent=percent)
-    page = environment.get_template("report.html.jinja").render(
+    path = Path(__file__).with_name("report.html.jinja")
+    page = page_template(path, number=number, percent=percent).render(
         run=run,
         colors={name: color for name, (color, _) in looks.items()},
         headline=headline(run),

@@ -1,11 +1,11 @@
 """Formats: what the keys of a row tell, and how each becomes one `Conversation` or `BadRow`."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from moi_jax.data.conversations import BadRow, Conversation, Message
+from moi_jax.data.conversations import BadRow, Conversation, Message, Role
 from moi_jax.data.sources import nested, react
 from moi_jax.data.sources.react import Event
 from moi_jax.data.sources.turns import CHAT_ROLES, SHAREGPT_ROLES, Reader, text_of, turns
@@ -38,6 +38,31 @@ def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation,
     Raises:
       BadRow: the row is no conversation that can be trained on.
     """
+    messages = _messages_of(row, form)
+    roles = _turn_roles(messages)
+    if "assistant" not in roles:
+        raise BadRow("no_assistant", "the row has no assistant turn")
+    _check_order(roles)
+    trimmed = roles[-1] == "user"
+    if trimmed:
+        messages = messages[:-1]
+    if any(message.role == "assistant" and not message.content.strip() for message in messages):
+        raise BadRow("empty_assistant", "an assistant turn is empty")
+    return Conversation(tuple(messages)), trimmed
+
+
+def to_chat(row: Mapping[str, Any], form: Format) -> tuple[Message, ...]:
+    """The messages of a row that need not be trained on: whose turn is the last, if any, is open.
+
+    Raises:
+      BadRow: the row is no chat.
+    """
+    messages = _messages_of(row, form)
+    _check_order(_turn_roles(messages))
+    return tuple(messages)
+
+
+def _messages_of(row: Mapping[str, Any], form: Format) -> list[Message]:
     if form.unwrap:
         row = form.unwrap(row)
     tools = react.tool_list(row)
@@ -51,7 +76,7 @@ def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation,
         _check_text(message.content)
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         messages = messages[1:]
-    return _check_turns(messages)
+    return messages
 
 
 def _check_text(content: str) -> None:
@@ -65,24 +90,21 @@ def _check_text(content: str) -> None:
         raise BadRow("lone_surrogate", f"half a surrogate pair at {error.start}") from None
 
 
-def _check_turns(messages: list[Message]) -> tuple[Conversation, bool]:
+def _turn_roles(messages: Sequence[Message]) -> list[Role]:
+    """The roles after the system message."""
     system_first = bool(messages) and messages[0].role == "system"
     roles = [message.role for message in messages[system_first:]]
     if "system" in roles:
         raise BadRow("system_not_first", "a system turn stands later than first")
-    if "assistant" not in roles:
-        raise BadRow("no_assistant", "the row has no assistant turn")
-    if roles[0] == "assistant":
+    return roles
+
+
+def _check_order(roles: Sequence[Role]) -> None:
+    if roles[:1] == ["assistant"]:
         raise BadRow("first_turn_assistant", "the first turn is the assistant's")
     for turn, (role, following) in enumerate(pairwise(roles), 1):
         if role == following:
             raise BadRow("roles_not_alternating", f"turns {turn} and {turn + 1} are both {role}'s")
-    trimmed = roles[-1] == "user"
-    if trimmed:
-        messages = messages[:-1]
-    if any(message.role == "assistant" and not message.content.strip() for message in messages):
-        raise BadRow("empty_assistant", "an assistant turn is empty")
-    return Conversation(tuple(messages)), trimmed
 
 
 def _pair(question_key: str, answer_key: str) -> Reader:

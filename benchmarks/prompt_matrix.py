@@ -1,0 +1,146 @@
+"""The prompt matrix of moi against packing: python benchmarks/prompt_matrix.py RUNS OUT.png
+
+Trains configs/quickstart.yaml under both strategies at equal loss tokens with three seeds, and
+measures each model's held-out losses under all prompts. Prints a markdown table and draws the
+means over the seeds. What is finished in the directory RUNS is not done again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
+from moi_jax.evaluation.crossed_prompts import DEFAULT, OWN
+from moi_jax.evaluation.prompt_gaps import interval, resampled_means, summarize
+from moi_jax.evaluation.prompt_matrix import ItemSums
+from moi_jax.evaluation.prompt_matrix_report import draw_matrix, interval_text
+from moi_jax.open_checkpoint import open_checkpoint
+
+ROOT = Path(__file__).parent.parent
+STRATEGIES = ("moi", "packing")
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--loss-tokens", type=int, default=100_000)
+    args = parser.parse_args()
+    measured = {
+        (strategy, seed): measure(args.runs.resolve(), strategy, seed, args.loss_tokens)
+        for strategy in STRATEGIES
+        for seed in SEEDS
+    }
+    layout = next(iter(measured.values()))[0]
+    sums = {name: [item_sums(layout, *one) for one in of(measured, name)] for name in STRATEGIES}
+    domain_of = np.repeat(
+        np.arange(len(layout["domains"])), [d["items"] for d in layout["domains"].values()]
+    )
+    print_table(layout, sums, domain_of, args.loss_tokens)
+    means = {}
+    for name, of_seeds in sums.items():
+        mean = ItemSums(
+            np.mean([one.nll for one in of_seeds], axis=0),
+            of_seeds[0].loss_tokens,
+            np.mean([one.correct for one in of_seeds], axis=0),
+        )
+        means[f"{name}, mean of {len(SEEDS)} seeds"] = summarize(
+            mean, domain_of, list(layout["domains"]), layout["columns"]
+        )
+    draw_matrix(means, layout["columns"], args.picture)
+
+
+def measure(runs: Path, strategy: str, seed: int, loss_tokens: int) -> tuple[dict, list[dict]]:
+    """held_out.json and the lines of held_out_items.jsonl of one run, trained where it is new."""
+    run = runs / f"{strategy}_{loss_tokens}_{seed}"
+    overrides = [
+        f"data.strategy={strategy}",
+        f"train.seed={seed}",
+        "train.steps=null",
+        f"train.loss_tokens={loss_tokens}",
+        "train.sample_prompts=[]",
+        f"data.cache_dir={runs / 'cache'}",
+        f"logging.run_dir={run}",
+    ]
+    out = run / "held_out"
+    if not (out / "held_out.json").exists():
+        config = ROOT / "configs" / "quickstart.yaml"
+        command = [sys.executable, "-m", "moi_jax.train", "--config", str(config), *overrides]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+        measure_held_out(open_checkpoint(run), HeldOutOptions(), out, Console(stderr=True))
+    lines = (out / "held_out_items.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads((out / "held_out.json").read_text(encoding="utf-8")), list(
+        map(json.loads, lines)
+    )
+
+
+def of(measured: dict, strategy: str) -> list[tuple[dict, list[dict]]]:
+    return [one for (name, _), one in measured.items() if name == strategy]
+
+
+def item_sums(layout: dict, results: dict, lines: list[dict]) -> ItemSums:
+    """The trained model's sums, in the order of the items, which is that of every run."""
+    assert results["columns"] == layout["columns"]
+    assert results["domains"] == layout["domains"]
+    trained = [line for line in lines if line["model"] == "trained"]
+    items = list(dict.fromkeys((line["domain"], line["item"]) for line in trained))
+    shape = len(items), len(layout["columns"])
+    nll, tokens, correct = np.full(shape, np.nan), np.zeros(shape), np.zeros(shape)
+    for line in trained:
+        place = items.index((line["domain"], line["item"])), layout["columns"].index(line["prompt"])
+        nll[place], tokens[place] = line["nll"], line["loss_tokens"]
+        correct[place] = line["correct"]
+    return ItemSums(nll, tokens, correct)
+
+
+def print_table(
+    layout: dict, sums: dict[str, list[ItemSums]], domain_of: np.ndarray, loss_tokens: int
+) -> None:
+    """Markdown: own and default loss, gap with its interval over items and range over seeds."""
+    columns = layout["columns"]
+    own, default = columns.index(OWN), columns.index(DEFAULT)
+    print(f"{loss_tokens:,} loss tokens, seeds {', '.join(map(str, SEEDS))}\n")
+    print(
+        "| domain (items) | strategy | own loss, mean (least to most over seeds) | default loss | "
+        "gap, mean (over seeds) | its 95 % interval (over items) |\n|" + " --- |" * 6
+    )
+    for number, (domain, told) in enumerate(layout["domains"].items()):
+        here = domain_of == number
+        tokens = sums[STRATEGIES[0]][0].loss_tokens[here, own]
+        same = told["prompts"][OWN] == told["prompts"][DEFAULT]
+        gaps = []  # of each item the mean over the seeds, in nats
+        for strategy, of_seeds in sums.items():
+            nll = np.array([one.nll[here] for one in of_seeds])  # [seeds, items, columns]
+            losses = nll.sum(axis=1) / tokens.sum()
+            gap = losses[:, default] - losses[:, own]
+            gaps.append((nll[:, :, default] - nll[:, :, own]).mean(axis=0))
+            figures = f"{spread(gap, '+')} | {interval_of(gaps[-1], tokens)}"
+            print(
+                f"| {domain} ({told['items']}) | {strategy} | {spread(losses[:, own])} | "
+                f"{losses[:, default].mean():.3f} | {'own is default | ' if same else figures} |"
+            )
+        if not same:
+            between = gaps[0] - gaps[1]
+            print(
+                f"| {domain} | {' - '.join(STRATEGIES)} | | | "
+                f"{between.sum() / tokens.sum():+.3f} | {interval_of(between, tokens)} |"
+            )
+
+
+def interval_of(values: np.ndarray, tokens: np.ndarray) -> str:
+    return interval_text(interval(resampled_means(values[:, None], tokens))[0])
+
+
+def spread(values: np.ndarray, sign: str = "") -> str:
+    low, high = values.min(), values.max()
+    return f"{values.mean():{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+if __name__ == "__main__":
+    main()

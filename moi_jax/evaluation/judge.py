@@ -1,0 +1,301 @@
+"""Ratings by a model behind any OpenAI-compatible endpoint, each kept as it arrives.
+
+The files have FastChat's layout (lm-sys/FastChat, fastchat/llm_judge), so that its tools read them.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+from moi_jax.console import say
+from moi_jax.errors import UserError
+from moi_jax.evaluation.options import Options
+
+if TYPE_CHECKING:
+    import openai
+
+Json = dict[str, Any]
+
+OPENAI = "https://api.openai.com/v1"
+MAX_TOKENS = 2048  # of a judgment
+TRIES = 3  # until a rating is missing
+MISSING = -1  # the score of a missing rating in the file; FastChat's tools leave those out
+RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII)
+FALLBACK = re.compile(r"\[(\d+\.?\d*)\]", re.ASCII)
+
+
+def read_rating(judgment: str) -> float | None:
+    """The first [[x]], else the first [x]; None where there is none or it is above 10."""
+    match = RATING.search(judgment) or FALLBACK.search(judgment)
+    return float(match[1]) if match and float(match[1]) <= 10 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One answer to rate: whose it is, and the prompt that shows it to the judge."""
+
+    question_id: int
+    turn: int
+    prompt_name: str
+    system: str
+    user: str
+
+    @property
+    def hash(self) -> str:
+        """Changes with the question, the answers, the reference and the judge's instructions."""
+        text = json.dumps([self.system, self.user])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Judgments:
+    """A file of judgments, one object a line; a line that a killed run left unfinished is dropped.
+
+    Lines without our "prompt_hash", such as FastChat's own, are kept and not used.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        self._found: dict[tuple[str, str], Json] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if self._take(line)]
+        if len(whole) < len(lines):
+            beside = path.with_name(f".{path.name}")
+            beside.write_bytes(b"".join(whole))
+            beside.replace(path)
+
+    def _take(self, line: bytes) -> bool:
+        """Remembers a line's judgment; False where the line is not whole."""
+        if not line.endswith(b"\n"):
+            return False
+        try:
+            record = json.loads(line)
+            judge, _ = record["judge"]
+            self._found[judge, record.get("prompt_hash")] = record
+        except (ValueError, TypeError, KeyError):
+            return False
+        return True
+
+    def find(self, judge: str, case: Case) -> Json | None:
+        return self._found.get((judge, case.hash))
+
+    def append(self, record: Json) -> None:
+        """From any thread; once it returns the record outlives the process."""
+        line = json.dumps(record) + "\n"
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            self._found[record["judge"][0], record["prompt_hash"]] = record
+
+
+class Fault(Exception):
+    """The endpoint does not do its part; says how, in a few words."""
+
+
+class NoCompletion(Fault):
+    """It answered something that is no chat completion."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judging model at an endpoint.
+
+    Attributes:
+      price: US dollars for a million prompt tokens, and for a million tokens of judgments.
+      max_cost: no more than this is begun, in US dollars.
+      workers: calls at a time.
+      timeout: seconds that the endpoint may be silent.
+      retries: after a timeout, a failed connection, 429 and 5xx; the openai library waits longer
+        each time, or as long as the endpoint says (Retry-After).
+      pause: seconds after an answer that is no chat completion.
+    """
+
+    model: str
+    url: str
+    price: tuple[float, float] | None = None
+    max_cost: float | None = None
+    workers: int = 4
+    timeout: float = 300.0
+    retries: int = 4
+    pause: float = 2.0
+
+    def rate(self, cases: Sequence[Case], answered_by: str, path: Path) -> Iterator[Json]:
+        """The judgment of each case, in order: what the file has, and what is still to be asked.
+
+        Args:
+          answered_by: whose answers these are, for the file.
+          path: the file of judgments; it grows by each as it arrives.
+
+        Yields:
+          Records as in the file: "score" (`MISSING` after `TRIES` judgments without a rating),
+          "judgment", "judge_version" (the model's name as the endpoint told it), ...
+
+        Raises:
+          UserError: it would cost too much, or the endpoint failed. What was judged is kept.
+        """
+        kept = Judgments(path)
+        to_ask = [case for case in cases if kept.find(self.model, case) is None]
+        if to_ask:
+            self._check_cost(to_ask, len(cases))
+        try:
+            yield from self._ask_all(cases, answered_by, kept)
+        except (Fault, OSError) as error:
+            what = f"cannot write {path}: {error}" if isinstance(error, OSError) else error
+            done = sum(kept.find(self.model, case) is not None for case in cases)
+            raise UserError(
+                f"judge {self.model} at {self.url}: {what}; {done} of {len(cases)} judgments are "
+                f"kept in {path}, and the same command goes on from there"
+            ) from None
+
+    def _check_cost(self, to_ask: Sequence[Case], total: int) -> None:
+        """Says what the calls will take; the prompt's tokens are guessed as 4 characters each."""
+        prompt = sum(len(case.system) + len(case.user) for case in to_ask) // 4
+        judgment = MAX_TOKENS * len(to_ask)
+        line = (
+            f"judging by {self.model} at {self.url}: {len(to_ask)} of {total} calls to make, about "
+            f"{prompt:,} prompt tokens and at most {judgment:,} tokens of judgments"
+        )
+        if self.price is not None:
+            cost = (prompt * self.price[0] + judgment * self.price[1]) / 1e6
+            line += f", at most about ${cost:.2f}"
+            if self.max_cost is not None and cost > self.max_cost:
+                raise UserError(
+                    f"{line}, above --judge-max-cost {self.max_cost:g}; the answers are kept: "
+                    "run the same command with a higher limit, or a cheaper judge"
+                )
+        say(Console(stderr=True), line)
+
+    def _ask_all(self, cases: Sequence[Case], answered_by: str, kept: Judgments) -> Iterator[Json]:
+        import openai
+
+        client = openai.OpenAI(
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            base_url=self.url,
+            timeout=openai.Timeout(self.timeout, connect=min(10.0, self.timeout)),
+            max_retries=self.retries,
+        )
+
+        def judgment(case: Case) -> Json:
+            record = kept.find(self.model, case)
+            if record is None:
+                record = self._judge(client, case, answered_by)
+                kept.append(record)
+            return record
+
+        with client, ThreadPoolExecutor(self.workers) as pool:
+            calls = [pool.submit(judgment, case) for case in cases]
+            try:
+                for call in calls:
+                    yield call.result()
+            finally:  # a fault, or Ctrl-C: calls under way end and are kept, no more begin
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _judge(self, client: "openai.OpenAI", case: Case, answered_by: str) -> Json:
+        """A record of the file: the first judgment with a rating, or the last without."""
+        for left in reversed(range(TRIES)):
+            try:
+                judgment, version = self._ask(client, case)
+            except NoCompletion:
+                if not left:
+                    raise
+                time.sleep(self.pause)
+                continue
+            rating = read_rating(judgment)
+            if rating is not None:
+                break
+        return {
+            "question_id": case.question_id,
+            "model": answered_by,
+            "judge": [self.model, case.prompt_name],
+            "user_prompt": case.user,
+            "judgment": judgment,
+            "score": MISSING if rating is None else rating,
+            "turn": case.turn,
+            "tstamp": time.time(),
+            "judge_version": version,
+            "prompt_hash": case.hash,
+        }
+
+    def _ask(self, client: "openai.OpenAI", case: Case) -> tuple[str, str]:
+        """The judgment, and the name of the model that made it."""
+        import openai
+
+        try:
+            response = client.chat.completions.with_raw_response.create(
+                model=self.model,
+                messages=[
+                    {"role": "system", "content": case.system},
+                    {"role": "user", "content": case.user},
+                ],
+                temperature=0,
+                max_tokens=MAX_TOKENS,
+            )
+        except openai.APITimeoutError:
+            raise Fault(f"no answer within {self.timeout:g} seconds, several times") from None
+        except openai.APIConnectionError as error:
+            raise Fault(f"cannot be reached ({error.__cause__ or error})") from None
+        except openai.APIStatusError as error:
+            told = error.body.get("message") if isinstance(error.body, dict) else None
+            hint = _HINTS.get(error.status_code, "")
+            line = _one_line(str(told or error.message))
+            raise Fault(f"status {error.status_code}{hint}: {line}") from None
+        try:
+            completion = json.loads(response.content)
+            content = completion["choices"][0]["message"]["content"]
+        except (ValueError, TypeError, KeyError, IndexError):
+            body = _one_line(response.content.decode(errors="replace"))
+            raise NoCompletion(f"its answer is no chat completion: {body!r}") from None
+        # A judge that declines may send no text at all: a judgment without a rating.
+        return content if isinstance(content, str) else "", str(completion.get("model"))
+
+
+_HINTS = {
+    401: " (is OPENAI_API_KEY right?)",
+    404: " (are the judge's name and the address right? Most end in /v1)",
+    429: " (too many requests, or nothing left to spend)",
+}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def make_judge(options: Options) -> Judge | None:
+    """The judge that the options name, if any.
+
+    Raises:
+      UserError: the options do not go together, or the openai library is missing.
+    """
+    if options.judge is None:
+        if options.judge_url is not None:
+            raise UserError("--judge-url says where; name the judging model too, with --judge")
+        return None
+    if importlib.util.find_spec("openai") is None:
+        raise UserError("--judge needs the openai library: pip install openai")
+    url = options.judge_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    address = urlsplit(url)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise UserError(f"--judge-url {url}: not an address such as http://localhost:8000/v1")
+    if url == OPENAI and not os.environ.get("OPENAI_API_KEY"):
+        raise UserError(
+            f"the judge at {OPENAI} needs a key in the environment, OPENAI_API_KEY; for another "
+            "endpoint give --judge-url"
+        )
+    if options.judge_max_cost is not None and options.judge_price is None:
+        raise UserError(
+            "--judge-max-cost needs --judge-price: US dollars for a million prompt tokens and for "
+            "a million tokens of judgments"
+        )
+    return Judge(options.judge, url, options.judge_price, options.judge_max_cost)

@@ -1,0 +1,1 @@
+"""report.html of evaluations: several checkpoints side by side."""

@@ -1,0 +1,148 @@
+"""MATH: competition problems; the boxed answer is compared as mathematics, by math-verify."""
+
+import importlib.util
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from moi_jax.data.conversations import Message
+from moi_jax.errors import UserError
+from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.tasks.math_equivalence import Equivalence
+from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+
+INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
+BOXED = re.compile(r"\\f?boxed\s*")
+UNBRACED = re.compile(r"[\w.]*")
+BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+# "The final answer is $5$." where nothing is boxed.
+FINAL = re.compile(r"\banswer[*_ ]*(?:\bis\b\s*:?|:)([^\n]+)", re.IGNORECASE)
+INLINE = re.compile(r"\$([^$]+)\$")
+
+
+class CompetitionMath(Task):
+    """The problem and a request for \\boxed{}; no worked examples.
+
+    The answer is what the last complete \\boxed{} holds. Where there is none, it is what is said
+    after the last "answer is" or "answer:" of the text: the first $...$ in that line, else the
+    rest of the sentence. Equal texts are equal; others are if math-verify, given the gold first,
+    says so: 1/2 is 0.5 and x = 5 is 5, but 2516_8 is 2516 as well, and 1,2 is 2,1.
+    """
+
+    name = "math"
+    files = (
+        "math/test500.jsonl (MATH-500, from huggingface.co/datasets/HuggingFaceH4/MATH-500) or "
+        "math/test/SUBJECT/N.json (the whole MATH, from github.com/hendrycks/math)"
+    )
+    max_new_tokens = 1024
+    whole = (500, 5000)
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        if importlib.util.find_spec("math_verify") is None:
+            raise UserError("math needs math-verify: pip install 'moi_jax[eval]'")
+        directory = options.data / "math"
+        self._lines, self._single = directory / "test500.jsonl", directory / "test"
+
+    def load(self) -> list[Item]:
+        if self._lines.is_file():
+            items = [
+                _item(row, row.get("unique_id") or f"math/{number}", where)
+                for number, (where, row) in enumerate(json_rows(self._lines, problem=str), 1)
+            ]
+        else:
+            items = [
+                _item(row, str(path.relative_to(self._single.parent)), where)
+                for path in sorted(self._single.glob("*/*.json"), key=_by_number)
+                for where, row in json_rows(path, problem=str, solution=str)
+            ]
+        if not items:
+            raise missing(self, self._lines)
+        if twice := [
+            name for name, count in Counter(item.id for item in items).items() if count > 1
+        ]:
+            raise malformed(str(self._lines), f"the unique_id {twice[0]!r} is there twice")
+        return items
+
+    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+        with Equivalence() as equivalence:
+            for item, answer in answered:
+                found = [final_answer(text) for text in answer.texts]
+                equal = [_equal(item.gold["answer"], text, equivalence) for text in found]
+                failure = "timeout" if None in equal else None
+                if not any(found):
+                    failure = "no answer"
+                details = {"extracted": found, "level": item.gold["level"]}
+                yield Score({"accuracy": fmean(map(bool, equal))}, failure, details)
+
+    def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
+        return {"accuracy": 1.0}
+
+    def settings(self) -> Json:
+        return {"data": "MATH-500" if self._lines.is_file() else "MATH"}
+
+    def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
+        levels: dict[str, list[float]] = {}
+        for item, score in zip(items, scores, strict=True):
+            levels.setdefault(item.gold["level"], []).append(score.metrics["accuracy"])
+        means = (f"{level} {100 * fmean(levels[level]):.1f}" for level in sorted(levels) if level)
+        return [f"by level: {line}"] if (line := ", ".join(means)) else []
+
+
+def final_answer(text: str) -> str | None:
+    """The answer in a solution; None where it tells none."""
+    if boxed := last_boxed(text):
+        return boxed
+    if not (told := FINAL.findall(text)):
+        return None
+    if inline := INLINE.search(told[-1]):
+        return inline.group(1).strip()
+    sentence = re.split(r"\.(?:\s|$)", told[-1])[0]
+    return sentence.strip("*_ ") or None
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last \\boxed{...} that is closed, and not empty, holds. \\boxed 5 holds 5."""
+    for match in reversed(list(BOXED.finditer(text))):
+        start = match.end()
+        if text.startswith("{", start):
+            content = text[start + 1 : _closing(text, start)].strip()
+        else:
+            unbraced = UNBRACED.match(text, start)
+            content = unbraced.group() if unbraced else ""
+        if content:
+            return content
+    return None
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the brace that opens at `start` is closed; start where it is not."""
+    depth = 0
+    for brace in BRACES.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if not depth:
+            return brace.start()
+    return start
+
+
+def _equal(gold: str, answer: str | None, equivalence: Equivalence) -> bool | None:
+    if not answer:
+        return False
+    return gold == answer or equivalence.equal(gold, answer)
+
+
+def _item(row: Json, name: str, where: str) -> Item:
+    answer = row.get("answer") or last_boxed(str(row.get("solution", "")))
+    if not isinstance(answer, str) or not answer.strip():
+        raise malformed(where, "there must be an 'answer', or a 'solution' with a \\boxed{} one")
+    question = Message("user", f"{row['problem']}\n\n{INSTRUCTION}")
+    gold = {"answer": answer.strip(), "level": str(row.get("level", ""))}
+    subject = str(row.get("subject") or row.get("type") or "")
+    return Item(str(name), (question,), gold, group=subject)
+
+
+def _by_number(path: Path) -> tuple[str, int, str]:
+    return path.parent.name, int(path.stem) if path.stem.isdecimal() else 0, path.stem

@@ -1,0 +1,82 @@
+"""Which of the choices A to D an answer in free text makes, by rules."""
+
+import re
+from collections.abc import Sequence
+
+LETTERS = "ABCD"
+# A letter by itself; not the article ("A common cause"), nor a name ("C++", "D = 3").
+LETTER = re.compile(
+    r"(?<![\w'’-])([A-D])(?![\w'’+#-]|\s*=)"
+    r"(?!(?<=A)\s(?!(?:and|as|because|for|has|is|or|since|was|would)\b)[a-z])"
+)
+# Before a letter: "answer is", "choice would be the", "Option:", "I choose".
+STATED = re.compile(
+    r"\b(?:(?:answer|choice|option)\b[^.\n]*?(?:\bis(?:n['’]t)?\b|\bbe\b|[:=])|choos\w+|chose|select|pick)"
+    r"\s*(?:[a-z]+[\s:,]+){0,3}[\s\"'“‘(\[]*$",
+    re.IGNORECASE,
+)
+# After a letter: "is correct", "would be the best answer".
+JUDGED = re.compile(
+    r"[^.\n]{0,60}?\b(?:is|be|was|seems)\b[^.\n]{0,20}?"
+    r"\b(?:correct|right|best (?:answer|choice))\b",
+    re.IGNORECASE,
+)
+LEADING = re.compile(r"\(?([A-D])(?:\s*[.):\n]|\s+[-–—]\s|\s*$)")
+ALONE = re.compile(r"\(?([a-dA-D])\)?\.?")
+BOXED = re.compile(r"\\boxed\{\s*(?:\\text\w*\{)?\s*\(?([A-D])\b")
+NEGATED = re.compile(r"\b(?:not|never|neither|wrong|incorrect|false)\b|n['’]t\b", re.IGNORECASE)
+
+
+def find_letter(text: str, choices: Sequence[str]) -> str | None:
+    """The letter, or None where no rule finds one. The first rule that finds one decides:
+
+    1. the last \\boxed{B};
+    2. stated: the last "answer is B", "choice: (B)", "I choose B", with no "not" in it;
+    3. judged: the last "B is correct", "B would be the best answer", with no "not" in it;
+    4. the text begins with "B.", "B)", "(B)" or "B:", or is nothing but the letter;
+    5. one of the letters is the only one that stands by itself in the text, those aside of which
+       it is said that they are not the answer;
+    6. the words of exactly one choice are in the text, whatever their case; words that are there
+       only within those of a longer choice do not count.
+    """
+    text = re.sub(r"[*`$]", "", text).strip()
+    if boxed := BOXED.findall(text):
+        return boxed[-1]
+    letters = list(LETTER.finditer(text))
+    ends = [0, *(letter.end() for letter in letters)]
+    starts = [*(letter.start() for letter in letters), len(text)]
+    befores = [text[end:start] for end, start in zip(ends, starts, strict=True)]
+    found: list[str] = []
+    denied: list[str] = []
+    for said in (
+        [STATED.search(before[-120:]) for before in befores[:-1]],
+        [JUDGED.match(after[:120]) for after in befores[1:]],
+    ):
+        for letter, match in zip(letters, said, strict=True):
+            if match:
+                (denied if NEGATED.search(match.group()) else found).append(letter.group(1))
+        if found:
+            return found[-1]
+    if first := LEADING.match(text) or ALONE.fullmatch(text):
+        return first.group(1).upper()
+    different = {letter.group(1) for letter in letters} - set(denied)
+    return different.pop() if len(different) == 1 else _quoted(text, choices)
+
+
+def _quoted(text: str, choices: Sequence[str]) -> str | None:
+    """The letter of the only choice whose words are in the text."""
+    text = _plain(text)
+    by_words: dict[str, str] = {}
+    for letter, choice in zip(LETTERS, choices, strict=True):
+        words = _plain(choice)
+        by_words[words] = by_words.get(words, "") + letter
+    found = ""
+    for words in sorted(filter(None, by_words), key=len, reverse=True):
+        whole = rf"(?<![\w-])(?<!\d[.,]){re.escape(words)}(?!\w|[.,]\d)"
+        text, count = re.subn(whole, "\0", text)
+        found += by_words[words] if count else ""
+    return found if len(found) == 1 else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")

@@ -1,0 +1,145 @@
+"""MMLU: questions of 57 subjects with four choices; the letter is read or weighed."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from moi_jax.data.conversations import Message
+from moi_jax.errors import UserError
+from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
+from moi_jax.evaluation.tasks.rows import csv_rows, malformed, missing
+
+SUBJECTS = 57
+MOST_SHOTS = 5
+INSTRUCTION = (
+    "Here is a question with four choices, A, B, C and D. Which of them is the best answer?"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of a file; `letter` is its gold answer."""
+
+    text: str
+    choices: tuple[str, ...]
+    letter: str
+
+
+class MMLU(Task):
+    """One instruction, the question and its choices as "A. ..." to "D. ...".
+
+    Shots, up to five, are the first rows of the subject's dev file, each a turn of its own that
+    the bare letter answers. With options.mmlu_method "generate" the model writes as it likes, and
+    `find_letter` reads its choice; with "likelihood" its choice is the likeliest of the four bare
+    letters right after the assistant's header. The score is over all questions alike.
+    """
+
+    name = "mmlu"
+    files = (
+        "mmlu/test/SUBJECT_test.csv, and for shots mmlu/dev/SUBJECT_dev.csv, from data.tar of "
+        "github.com/hendrycks/test"
+    )
+    whole = (14042,)
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        self.shots = options.shots or 0
+        if self.shots > MOST_SHOTS:
+            raise UserError(
+                f"mmlu: {self.shots} shots, but a subject has {MOST_SHOTS} worked examples; ask "
+                f"for 0 to {MOST_SHOTS}"
+            )
+
+    def load(self) -> list[Item]:
+        directory = self.options.data / "mmlu" / "test"
+        items = []
+        for path in sorted(directory.glob("*.csv")):
+            subject = path.stem.removesuffix("_test")
+            examples = self._examples(subject)
+            choices = tuple(LETTERS) if self.options.mmlu_method == "likelihood" else ()
+            for number, question in enumerate(read_questions(path), 1):
+                messages = (*examples, Message("user", ask(question)))
+                gold = {"letter": question.letter, "choices": list(question.choices)}
+                name = f"{subject}/{number}"
+                items.append(Item(name, messages, gold, group=subject, choices=choices))
+        if not items:
+            raise missing(self, directory)
+        return items
+
+    def _examples(self, subject: str) -> list[Message]:
+        """The shots of a subject, as turns."""
+        if not self.shots:
+            return []
+        path = self.options.data / "mmlu" / "dev" / f"{subject}_dev.csv"
+        questions = read_questions(path) if path.is_file() else []
+        if len(questions) < self.shots:
+            raise UserError(
+                f"mmlu: {self.shots} shots, but {path} holds {len(questions)} questions; ask for "
+                f"fewer shots, or fetch {self.files}"
+            )
+        turns = []
+        for question in questions[: self.shots]:
+            turns += [Message("user", ask(question)), Message("assistant", question.letter)]
+        return turns
+
+    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+        for item, answer in answered:
+            if item.choices:
+                letters = [_likeliest(answer.log_likelihoods)]
+            else:
+                letters = [find_letter(text, item.gold["choices"]) for text in answer.texts]
+            failure = None if any(letters) else "no answer"
+            right = fmean(letter == item.gold["letter"] for letter in letters)
+            yield Score({"accuracy": right}, failure, {"extracted": letters})
+
+    def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
+        return {"accuracy": 1.0}
+
+    def settings(self) -> Json:
+        return {"shots": self.shots, "method": self.options.mmlu_method}
+
+    def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
+        subjects = len({item.group for item in items})
+        return [f"{subjects} of {SUBJECTS} subjects"] if subjects < SUBJECTS else []
+
+
+def ask(question: Question) -> str:
+    """The user's text for a question."""
+    choices = (
+        f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)
+    )
+    return "\n".join([INSTRUCTION, "", question.text, *choices])
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a CSV file: question, four choices, the answer as A to D or 0 to 3.
+
+    A first row whose last cell is "answer" is a header.
+
+    Raises:
+      UserError: a row is something else.
+    """
+    questions = []
+    for number, (where, row) in enumerate(csv_rows(path)):
+        cells = [cell.strip() for cell in row]
+        text, choices, answer = cells[0], cells[1:-1], cells[-1]
+        if not number and answer.lower() == "answer":
+            continue
+        letter = dict(zip("0123", LETTERS, strict=True)).get(answer, answer.upper())
+        if len(choices) != len(LETTERS) or not text or letter not in tuple(LETTERS):
+            raise malformed(
+                where, "there must be six cells: a question, four choices, and A to D or 0 to 3"
+            )
+        questions.append(Question(text, tuple(choices), letter))
+    return questions
+
+
+def _likeliest(log_likelihoods: Sequence[float]) -> str | None:
+    """None where one of them is not finite: the question did not fit, or the model is broken."""
+    finite = len(log_likelihoods) == len(LETTERS) and np.isfinite(log_likelihoods).all()
+    return LETTERS[int(np.argmax(log_likelihoods))] if finite else None

@@ -1,0 +1,126 @@
+"""T-Eval: planning, reasoning, choosing and calling tools, step by step (Chen et al., 2023)."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import ClassVar
+
+from moi_jax.errors import UserError
+from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.teval.embedder import UPSTREAM, Embedder, Similarity, load_embedder
+from moi_jax.evaluation.teval.records import SubtaskFile, find_files, load_file
+from moi_jax.evaluation.teval.scoring import BY_EMBEDDING, COUNTED, Variant, score_answer
+
+METRIC_VERSION = "v2"  # v1 compared the arguments of understand by embeddings
+PUBLISHED = (
+    "instruct_json", "instruct_str", "plan_json", "plan_str", "reason_str", "retrieve_str",
+    "understand_str", "reason_retrieve_understand_json", "review_str",
+)  # fmt: skip
+
+
+class TEval(Task):
+    """All subtasks that DATA/teval has files of; those by embeddings only where an embedder is.
+
+    The score is the mean of six subtasks, each the mean of its variants: asked for JSON or for
+    words. Where the data is in two languages it is of the English files.
+    """
+
+    name = "teval"
+    files = "teval/*.json"
+    stop_strings: ClassVar[tuple[str, ...]] = (
+        "<eoa>", "<|im_end|>", "\nuser", "\nassistant", "[INST]",
+    )  # fmt: skip
+
+    def __init__(self, options: Options, embedder: Embedder | None = None):
+        """
+        Args:
+          embedder: in place of the one of the options.
+        """
+        super().__init__(options)
+        self._files: list[SubtaskFile] = []
+        self._similarity = Similarity(embedder) if embedder is not None else None
+        self._embedder = "as given" if embedder is not None else None
+        self._no_embedder = ""  # why there is none
+
+    def load(self) -> list[Item]:
+        self._files = find_files(self.options.data / "teval")
+        items = [
+            item for file in self._files for item in load_file(file, self.options.teval_system)
+        ]
+        needed = any(subtask in file.tasks for file in self._files for subtask in BY_EMBEDDING)
+        if needed and self._similarity is None:
+            self._find_embedder()
+        return items
+
+    def _find_embedder(self) -> None:
+        """The one that was named, or upstream's if it is on this machine: now, not after hours."""
+        named = self.options.teval_embedder
+        name = named or UPSTREAM[min(file.language for file in self._files)]
+        try:
+            self._similarity = Similarity(load_embedder(name, download=named is not None))
+            self._embedder = name
+        except UserError as error:
+            if named:
+                raise
+            self._no_embedder = str(error)
+
+    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+        for item, answer in answered:
+            variant = Variant.of(item.group)
+            scores = [
+                score_answer(
+                    variant, text, item.gold, self._similarity, compat=self.options.teval_compat
+                )
+                for text in answer.texts
+            ]
+            yield _mean(scores)
+
+    def weights(self, counts: Mapping[str, int]) -> dict[str, float] | None:
+        languages = {Variant.of(metric.split("/")[0]).language for metric in counts}
+        language = min(languages, default="")
+        weights = {}
+        for subtask, metrics in COUNTED.items():
+            variants = [Variant(subtask, form, language) for form in ("json", "str")]
+            names = [variant.metric(subtask, metric) for variant in variants for metric in metrics]
+            measured = [name for name in names if counts.get(name)]
+            if not measured:
+                return None
+            weights.update({name: 1 / len(COUNTED) / len(measured) for name in measured})
+        return weights
+
+    def is_whole(self, items: Sequence[Item]) -> bool:
+        """Whether every published variant is there, in one language."""
+        groups = {item.group for item in items}
+        return groups >= set(PUBLISHED) or groups >= {f"{group}_zh" for group in PUBLISHED}
+
+    def settings(self) -> Json:
+        return {
+            "data_version": self._data_version(),
+            "metric_version": METRIC_VERSION,
+            "teval_compat": self.options.teval_compat,
+            "teval_embedder": self._embedder,
+            "files": [file.path.name for file in self._files],
+        }
+
+    def _data_version(self) -> str:
+        return " and ".join(sorted({file.version for file in self._files}))
+
+    def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
+        notes = [f"T-Eval data {self._data_version()}, scored by the rules of {METRIC_VERSION}"]
+        asked = {subtask for item in items for subtask in Variant.of(item.group).subtasks}
+        missing = [subtask for subtask in COUNTED if subtask not in asked]
+        unscored = [subtask for subtask in BY_EMBEDDING if subtask in asked]
+        if missing:
+            notes.append(f"not measured, for want of data: {', '.join(missing)}")
+        if unscored and self._similarity is None:
+            notes.append(f"not scored: {', '.join(unscored)}: {self._no_embedder}")
+        if {Variant.of(item.group).language for item in items} == {"", "zh"}:
+            notes.append("the score is of the English files; the Chinese are reported beside it")
+        return notes
+
+
+def _mean(scores: Sequence[Score]) -> Score:
+    """Of the samples of one item; what is told of them beside the metrics is the first's."""
+    first = scores[0]
+    metrics = {name: fmean(score.metrics[name] for score in scores) for name in first.metrics}
+    return Score(metrics, first.failure, first.details)

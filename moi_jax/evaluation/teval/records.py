@@ -1,0 +1,213 @@
+"""T-Eval's files: which there are, and the item that each of their records becomes."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moi_jax.data.conversations import Message
+from moi_jax.errors import UserError
+from moi_jax.evaluation.protocol import Item
+from moi_jax.evaluation.teval.parsing import load_lenient
+from moi_jax.evaluation.teval.plan import FINISH
+from moi_jax.evaluation.teval.scoring import LETTERS, Variant, read_plan
+
+Json = dict[str, Any]
+
+FILE_NAME = re.compile(
+    r"(?P<tasks>instruct|plan|reason|retrieve|understand|review|reason_retrieve_understand|rru)"
+    r"(_(?P<form>json|str))?(_(?P<zh>zh))?_(?P<version>v[12])(_(?P<zh_last>zh))?"
+)
+# The marks around thought, action and args in a template of an answer in words.
+MARKS = ("thought_start", "thought_end", "action_start", "action_end", "args_start", "args_end")
+FORMS = {"json": "json", "str": "str", "string": "str"}
+
+
+@dataclass(frozen=True, slots=True)
+class SubtaskFile:
+    """A file of records; form is "" where each record says its own (instruct)."""
+
+    path: Path
+    tasks: str
+    form: str
+    language: str
+    version: str
+
+
+def find_files(directory: Path) -> list[SubtaskFile]:
+    """The subtask files of the directory by name; others, such as api_descrip.json, are not ours.
+
+    Raises:
+      UserError: there are none, or two of the same subtask.
+    """
+    found: dict[tuple[str, ...], SubtaskFile] = {}
+    for path in sorted(directory.glob("*.json")):
+        name = FILE_NAME.fullmatch(path.stem)
+        if not name or not (name["form"] or name["tasks"] == "instruct"):
+            continue
+        tasks = name["tasks"].replace("rru", "reason_retrieve_understand")
+        language = name["zh"] or name["zh_last"] or ""
+        file = SubtaskFile(path, tasks, name["form"] or "", language, name["version"])
+        for form in [file.form] if file.form else ["json", "str"]:
+            other = found.setdefault((tasks, form, language), file)
+            if other is not file:
+                raise UserError(
+                    f"{other.path} and {path.name} are the same subtask in two versions; "
+                    f"keep one of them there"
+                )
+    if not found:
+        raise UserError(
+            f"{directory} has no file of T-Eval; put its subtasks there, such as "
+            f"plan_json_v1.json and review_str_v1.json, or name another data directory"
+        )
+    return list(dict.fromkeys(found.values()))
+
+
+def load_file(file: SubtaskFile, system: str) -> list[Item]:
+    """An item for each record.
+
+    Args:
+      system: how the record's own system text is asked, see Options.teval_system.
+
+    Raises:
+      UserError: naming the file, and the record that is malformed.
+    """
+    try:
+        records = json.loads(file.path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {file.path}: {error}") from None
+    if not isinstance(records, dict):
+        raise UserError(f"{file.path} is no JSON object of records by their keys")
+    items = []
+    for key, fields in records.items():
+        record = _Record(f"{file.path}: record {key!r}", fields)
+        variant = Variant(file.tasks, file.form or _own_form(record), file.language)
+        items.append(
+            Item(
+                f"{file.path.stem}/{key}",
+                _render(_turns(record), system, record),
+                _gold(record, variant),
+                group=variant.name,
+                system_block=system != "as_user",
+            )
+        )
+    return items
+
+
+class _Record:
+    """A record's fields, and where they stand for messages of errors."""
+
+    def __init__(self, where: str, fields: Any):
+        self.where = where
+        self.fields = fields
+
+    def take(self, *path: str, kind: type | tuple[type, ...]) -> Any:
+        """The value at a path of keys; UserError unless it is there and of that type."""
+        value = self.fields
+        for key in path:
+            if not isinstance(value, dict) or key not in value:
+                raise self.error(f"{'.'.join(path)} is missing")
+            value = value[key]
+        if not isinstance(value, kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            names = " or ".join(each.__name__ for each in kinds)
+            raise self.error(f"{'.'.join(path)} is no {names}")
+        return value
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{self.where}: {problem}")
+
+
+def _own_form(record: _Record) -> str:
+    form = record.take("meta_data", "response_format", kind=str)
+    if form not in FORMS:
+        raise record.error(f"meta_data.response_format is {form!r}, neither json nor string")
+    return FORMS[form]
+
+
+def _turns(record: _Record) -> list[tuple[str, str]]:
+    turns = []
+    for number, turn in enumerate(record.take("origin_prompt", kind=list)):
+        role, content = (
+            turn.get(key) if isinstance(turn, dict) else None for key in ("role", "content")
+        )
+        if role not in ("system", "user", "assistant", "function") or not isinstance(content, str):
+            raise record.error(f"origin_prompt[{number}] has no known role, or no text as content")
+        turns.append((role, content))
+    return turns
+
+
+def _render(turns: Sequence[tuple[str, str]], system: str, record: _Record) -> tuple[Message, ...]:
+    """The turns as a chat: what is no assistant's is the user's, and neighbours are one turn.
+
+    The system text at the head is the user's too, but for `system` as_system. Later system turns
+    hold the answers of functions in the first release of the data.
+    """
+    merged: list[Message] = []
+    for role, content in turns:
+        if role == "system" and system == "as_system" and all(m.role == role for m in merged):
+            now = Message("system", content)
+        else:
+            now = Message("assistant" if role == "assistant" else "user", content)
+        if merged and merged[-1].role == now.role:
+            now = Message(now.role, f"{merged.pop().content}\n{now.content}")
+        merged.append(now)
+    if not merged or merged[-1].role != "user":
+        raise record.error("origin_prompt does not end with a turn that the model could answer")
+    return tuple(merged)
+
+
+def _gold(record: _Record, variant: Variant) -> Json:
+    """What scoring.score_answer compares with."""
+    if variant.tasks == "instruct":
+        return _instruct_gold(record, variant.form)
+    if variant.tasks == "plan":
+        return _plan_gold(record, variant.form)
+    if variant.tasks == "review":
+        answer = record.take("ground_truth", "answer", kind=str)
+        if answer not in LETTERS:
+            raise record.error(f"ground_truth.answer is {answer!r}, none of {', '.join(LETTERS)}")
+        return {"answer": answer}
+    return _step_gold(record, variant)
+
+
+def _instruct_gold(record: _Record, form: str) -> Json:
+    keys = ("thought", "action", "args") if form == "json" else MARKS
+    return {
+        "template": {key: record.take("template", key, kind=str) for key in keys},
+        "action": record.take("ground_truth", "action", kind=str),
+        "args": record.take("ground_truth", "args", kind=dict),
+    }
+
+
+def _plan_gold(record: _Record, form: str) -> Json:
+    plan = record.take("ground_truth", kind=(list, str))
+    steps = read_plan(load_lenient(plan, "[", "]") if isinstance(plan, str) else plan)
+    if not [step for step in steps if step.name != FINISH]:
+        raise record.error("ground_truth is no plan: a list of steps with id, name and args")
+    gold: Json = {"steps": [{"name": step.name, "args": step.args} for step in steps]}
+    if form == "str":
+        gold["apis"] = record.take("meta", "API_list", kind=list)
+        if not all(isinstance(name, str) and name for name in gold["apis"]):
+            raise record.error("meta.API_list holds something else than names")
+    return gold
+
+
+def _step_gold(record: _Record, variant: Variant) -> Json:
+    """Of thought, name and args those that the subtasks ask for."""
+    truth = record.take("ground_truth", kind=(dict, str))
+    if isinstance(truth, str):
+        record = _Record(record.where, {"ground_truth": load_lenient(truth, "{", "}")})
+    gold: Json = {}
+    for subtask in variant.subtasks:
+        if subtask != "understand":
+            key = {"reason": "thought", "retrieve": "name"}[subtask]
+            gold[key] = record.take("ground_truth", key, kind=str)
+        elif variant.form == "json":
+            args = record.take("ground_truth", "args", kind=object)
+            gold["args"] = args if isinstance(args, dict) else {}
+        else:
+            gold["args"] = str(record.take("ground_truth", "args", kind=object))
+    return gold

@@ -1,0 +1,210 @@
+"""Answers to many requests: a slot for each under way, refilled as soon as one is done."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from rich import filesize
+
+from moi_jax.errors import UserError
+from moi_jax.models import axes
+from moi_jax.models.cache import AXES, Cache, cache_shape, empty_cache, resize
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoding import unstack
+from moi_jax.models.parameters import Tree, abstract_parameters
+from moi_jax.sampling.answer import Answer
+from moi_jax.sampling.requests import Completion, Finish, Request
+from moi_jax.sampling.rows import Row, power_bucket, prompt_batches
+from moi_jax.sampling.slots import (
+    FINISHES,
+    NOTHING,
+    RUNNING,
+    STEPS,
+    Slots,
+    Vocabulary,
+    advance,
+    empty_slots,
+    fill,
+)
+
+# The same where someone reads the text as it comes.
+STEPS_READ = 4
+# The cache has this length times a power of two, or the most that the run needs.
+SHORTEST_CACHE = 128
+
+
+class Sampler:
+    """Batched generation with a KV cache.
+
+    Attributes:
+      slots: answers under way at once.
+      context: tokens that prompt and answer may have together.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[Tree], Decoder],
+        config: ModelConfig,
+        *,
+        stop_ids: Sequence[int],
+        vocab_size: int,
+        decode: Callable[[Sequence[int]], str],
+        slots: int = 16,
+        context: int | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """
+        Args:
+          make_model: parameters -> model.
+          stop_ids: each ends an answer, and is not part of it.
+          vocab_size: ids the tokenizer has; embedding rows beyond are never generated.
+          decode: ids -> text.
+          slots: rounded up to a multiple of the mesh's batch shards.
+          context: None is the model's seq_length.
+          mesh: the one that the parameters lie on; None is one device.
+        """
+        self._config, self._decode, self._mesh = config, decode, mesh
+        self._axes = dict(mesh.shape) if mesh is not None else {}
+        self._shards = math.prod(self._axes.get(axis, 1) for axis in axes.RULES["batch"])
+        self.slots = -(-slots // self._shards) * self._shards
+        self.context = context or config.seq_length
+        vocabulary = Vocabulary(vocab_size, tuple(stop_ids))
+        self._dtype = jax.eval_shape(
+            lambda parameters: jnp.zeros((), make_model(parameters).compute_dtype),
+            abstract_parameters(config, jnp.float32),
+        ).dtype
+
+        def new(length: int, greedy: bool) -> tuple[Cache, Slots]:
+            cache = empty_cache(config, self.slots, length, self._dtype)
+            return cache, empty_slots(self.slots, greedy)
+
+        self._unstack = jax.jit(lambda parameters: unstack(config, parameters, self._dtype))
+        self._new = jax.jit(new, static_argnums=(0, 1))
+        self._resize = jax.jit(resize, static_argnums=1)
+        self._fill = jax.jit(
+            lambda parameters, *given: fill(make_model(parameters), vocabulary, *given),
+            donate_argnums=(1, 2),
+        )
+        self._advance = jax.jit(
+            lambda layers, *given: advance(make_model(layers), vocabulary, *given),
+            donate_argnums=(1, 2),
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache on each device where answers reach to the end of the context.
+
+        A run takes no more than its longest request needs.
+        """
+        return self._bytes(self.context)
+
+    def describe(self) -> str:
+        """What the cache takes, to be told before anything is allocated."""
+        devices = 1 if self._mesh is None else self._mesh.size
+        size = filesize.decimal(self.cache_bytes)
+        each = f" on each of {devices} devices" if devices > 1 else ""
+        return f"cache of {self.slots} x {self.context:,} tokens: at most {size}{each}"
+
+    def run(
+        self,
+        parameters: Tree,
+        requests: Sequence[Request],
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """The answers, each with the index of its request, in the order they are finished.
+
+        Besides the cache a run holds the layers' parameters once more, in the compute dtype.
+
+        Args:
+          parameters: of the model, as `make_model` takes them.
+          on_text: told a request's index and new text of its answer, once that text is certain:
+            no part of a stop string or of an unfinished character.
+
+        Raises:
+          UserError: a prompt is empty, or the cache does not fit the device.
+        """
+        waiting: deque[Row] = deque()
+        for index, request in enumerate(requests):
+            length = len(request.prompt)
+            if not length:
+                raise UserError(f"request {index} has an empty prompt; it needs a token at least")
+            if length >= self.context:
+                yield index, Completion((), "", "too_long")
+            elif request.max_new_tokens < 1:
+                yield index, Completion((), "", "length")
+            else:
+                limit = min(length + request.max_new_tokens, self.context)
+                told = partial(on_text, index) if on_text else None
+                waiting.append(Row(index, request, limit, Answer(request, self._decode, told)))
+        if not waiting:
+            return
+        longest = max(row.limit for row in waiting)
+        longest = min(-(-longest // SHORTEST_CACHE) * SHORTEST_CACHE, self.context)
+        greedy = all(row.request.temperature <= 0 for row in waiting)
+        with self._on_mesh():
+            layers = self._unstack(parameters)
+            self._check_memory(longest)
+            cache, slots = self._new(min(SHORTEST_CACHE, longest), greedy)
+
+        steps = STEPS_READ if on_text else STEPS
+        rows: dict[int, Row] = {}  # by their slots
+        while waiting or rows:
+            free = (slot for slot in range(self.slots) if slot not in rows)
+            fresh = {slot: waiting.popleft() for slot in islice(free, len(waiting))}
+            rows |= fresh
+            reach = max(min(row.length + steps, row.limit) for row in rows.values())
+            patience = self.slots // 16 + 1 if waiting else self.slots
+            with self._on_mesh():
+                wanted = min(power_bucket(reach, SHORTEST_CACHE), longest)
+                if cache.length != wanted:
+                    cache = self._resize(cache, wanted)
+                for prompts in prompt_batches(fresh, self._shards, self.slots, greedy):
+                    cache, slots = self._fill(parameters, cache, slots, *prompts)
+                live = np.isin(np.arange(self.slots), list(rows))
+                cache, slots, written = self._advance(
+                    layers, cache, slots, live, np.int32(steps), np.int32(patience)
+                )
+                written, finish = jax.device_get((written, slots.finish))
+            for slot, row in list(rows.items()):
+                tokens = written[0 if slot in fresh else 1 :, slot]
+                stopped = row.answer.add(tokens[tokens != NOTHING].tolist())
+                if stopped or finish[slot] != RUNNING:
+                    del rows[slot]
+                    reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
+                    yield row.index, row.answer.finished(reason)
+
+    def _on_mesh(self) -> AbstractContextManager[object]:
+        return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
+
+    def _bytes(self, length: int) -> int:
+        """Of a cache of this length on each device."""
+        shape = cache_shape(self._config, self.slots, length)
+        size = 2 * self._config.num_layers * math.prod(shape) * self._dtype.itemsize
+        if self._mesh is None:
+            return size
+        spec = axes.partition_spec(AXES, shape, self._axes)
+        part = NamedSharding(self._mesh, spec).shard_shape(shape)
+        return size // (math.prod(shape) // math.prod(part))
+
+    def _check_memory(self, length: int) -> None:
+        """Raises UserError when a cache of this length evidently has no room on a device."""
+        devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
+        for device in devices:
+            memory = device.memory_stats() or {}
+            if {"bytes_limit", "bytes_in_use"} <= memory.keys():
+                free = memory["bytes_limit"] - memory["bytes_in_use"]
+                if self._bytes(length) > free:
+                    raise UserError(
+                        f"the KV cache of {self.slots} slots of {length} tokens takes "
+                        f"{self._bytes(length) / 2**30:.1f} GiB on {device}, where "
+                        f"{free / 2**30:.1f} GiB are free; lower slots, context or "
+                        f"max_new_tokens"
+                    )
