@@ -26,7 +26,7 @@ BUILT_IN: tuple[Any, ...] = (
     frozenset,
 )
 # What else is a value: instances of these pass, and the runner makes them anew by these names. All
-# are written in C: to one written in Python, as Fraction is, a forged pickle can give any attributes.
+# are written in C. To one in Python, such as Fraction, a forged pickle gives any attributes.
 VALUE_TYPES = {
     ("builtins", "bytearray"),
     ("builtins", "range"),
