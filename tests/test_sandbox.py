@@ -111,7 +111,7 @@ def test_endless_programs_are_ended(name: str, run: Judge):
 
 @pytest.mark.parametrize("name", VERDICT_ATTACKS)
 def test_attacks_on_the_verdict_fail(name: str, run: Judge):
-    tests = ("assert f(2) == 4", "assert f(3) == 9", "assert f(12345) == 152399025")
+    tests = ("assert f(2) == 4", "assert f(3) == 9", "assert abs(f(12345) - 152399025) < 0.5")
     assert not run(program(VERDICT_ATTACKS[name], *tests)).passed
 
 
@@ -181,7 +181,6 @@ def test_failures_are_told_by_kind(code: str, verdict: Verdict, run: Judge):
         "[1, [2.5, ('x', {3})], {'a': frozenset({4})}]",
         "range(3)",
         "__import__('decimal').Decimal('1.50')",
-        "__import__('fractions').Fraction(1, 3)",
         "__import__('datetime').date(2020, 2, 29)",
         "__import__('collections').deque([1, 2])",
         "int",

@@ -53,7 +53,7 @@ class Verdict:
 
 
 def judge(backend: Backend, limits: Limits, program: Program) -> Verdict:
-    """Runs a program and its tests; when this returns, nothing of them runs any more.
+    """Runs a program and its tests; when this returns, all that it started is killed.
 
     Raises:
       UserError: the sandbox itself does not start.

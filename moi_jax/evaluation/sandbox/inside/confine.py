@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import platform
 import resource
 from collections.abc import Mapping
 from contextlib import suppress
@@ -106,7 +105,7 @@ def _drop_capabilities() -> None:
 
 def _filter_system_calls() -> None:
     """A seccomp filter. It is read top down; a jump counts the instructions it passes over."""
-    machine = platform.machine()
+    machine = os.uname().machine
     if machine not in MACHINES:
         raise OSError(f"system calls of {machine} are not known")
     architecture, column = MACHINES[machine]

@@ -50,7 +50,7 @@ def run(asked: dict[str, Any]) -> dict[str, str]:
     os.close(replies_in)
     tests = json.loads(wire.receive(0))
     try:
-        _test(_Link(requests_in, replies_out), tests["trusted"], tests["tests"])
+        _test(_Link(requests_in, replies_out), asked["names"], tests["trusted"], tests["tests"])
     except wire.Closed:
         return _end_of(child)
     except ProgramError as error:
@@ -96,12 +96,14 @@ def _handle_of(obj: Any) -> int:
     return object.__getattribute__(obj, "_handle")
 
 
-def _test(link: _Link, trusted: str, tests: Sequence[str]) -> None:
+def _test(link: _Link, names: Sequence[str], trusted: str, tests: Sequence[str]) -> None:
     """Runs the tests in a namespace of what the program and the trusted code define.
 
-    A name that the trusted code defines is never the program's.
+    The program gives the names that are asked of it and no other, such as a built-in function's;
+    and one that the trusted code defines is not the program's.
     """
-    namespace = {"__name__": "tests", **link.reply()}
+    given = link.reply()
+    namespace = {"__name__": "tests", **{name: given[name] for name in names if name in given}}
     exec(compile(trusted, "<trusted>", "exec"), namespace)
     for number, source in enumerate(tests):
         exec(compile(source, f"<test {number}>", "exec"), namespace)
@@ -128,4 +130,4 @@ def _end_of(child: int) -> dict[str, str]:
     number = os.WTERMSIG(status)
     if number == signal.SIGXCPU:
         return {"failure": "timeout", "error": "out of processor time"}
-    return {"failure": "killed", "error": f"the program was ended by {signal.Signals(number).name}"}
+    return {"failure": "killed", "error": f"the program was ended: {signal.strsignal(number)}"}
