@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moi_jax import config as config_lib
@@ -124,6 +125,7 @@ def test_greedy_tokens_equal_transformers_generate(family):
         bos_token_id=None, eos_token_id=None, **sizes,
     )  # fmt: skip
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # more of them wait for each other on matrices this small
     model = getattr(transformers, f"{name}ForCausalLM")(theirs).float().eval()
     for parameter_name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)
@@ -149,9 +151,12 @@ def test_greedy_tokens_equal_transformers_generate(family):
     assert [tokens_of(sampler, parameters, [r])[0] for r in requests] == expected
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_refilled_slots_give_the_tokens_of_plain_recomputation(parameters, slots):
-    """Through rings that grow, shrink and wrap: lengths from 2 to 117, answers from 1 to 80."""
+@pytest.mark.parametrize(("slots", "shortest"), [(1, 128), (3, 32)])
+def test_refilled_slots_give_the_tokens_of_plain_recomputation(
+    parameters, monkeypatch, slots, shortest
+):
+    """Through rings that wrap, grow and shrink: lengths from 2 to 117, answers from 1 to 80."""
+    monkeypatch.setattr("moi_jax.sampling.sampler.SHORTEST_CACHE", shortest)
     asked = zip((37, 1, 90, 60, 20, 3, 64, 5), (80, 40, 20, 57, 1, 33, 17, 64), strict=True)
     prompts = [(length, count) for length, count in asked]
     texts = random_prompts([length for length, _ in prompts])
@@ -172,21 +177,19 @@ def test_the_cache_and_the_rows_lie_on_the_mesh_and_the_tokens_are_the_same(para
     requests = [Request(prompt, count) for prompt, count in asked]
     one = sampler_of(MODEL, slots=4)
     expected = tokens_of(one, parameters, requests)
-    for axes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}):
-        mesh = make_mesh(config_lib.Mesh(**axes))
-        placed = jax.device_put(parameters, parameter_shardings(MODEL, mesh))
-        sampler = sampler_of(MODEL, slots=3, mesh=mesh)
-        assert sampler.slots == (4 if "tensor" in axes else 8)
-        assert sampler.cache_bytes == one.cache_bytes // (8 if "tensor" in axes else 4)
-        with jax.set_mesh(mesh):
-            assert tokens_of(sampler, placed, requests) == expected
-        assert jax.sharding.get_abstract_mesh().empty  # left as it was
+    mesh = make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(parameters, parameter_shardings(MODEL, mesh))
+    sampler = sampler_of(MODEL, slots=3, mesh=mesh)
+    assert sampler.slots == 4
+    assert sampler.cache_bytes == one.cache_bytes // 8
+    assert tokens_of(sampler, placed, requests) == expected
+    assert jax.sharding.get_abstract_mesh().empty  # left as it was
 
 
 SAMPLED = [
     Request(prompt, 24, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     for prompt, temperature, top_k, top_p, seed in zip(
-        random_prompts((5, 17, 30, 2, 9, 9)),
+        [*random_prompts((5, 17, 30, 2)), [8] * 9, [8] * 9],
         (1.0, 0.7, 0.0, 1.5, 1.0, 1.0),
         (0, 5, 0, 0, 40, 40),
         (1.0, 1.0, 1.0, 0.8, 0.9, 0.9),
@@ -198,21 +201,18 @@ SAMPLED = [
 
 def test_draws_depend_on_seed_and_index_alone(parameters):
     """Not on the slots, on what is beside a request or on the order of requests."""
-    expected = tokens_of(sampler_of(MODEL, slots=8), parameters, SAMPLED)
     sampler = sampler_of(MODEL, slots=3)
-    assert tokens_of(sampler, parameters, SAMPLED) == expected
+    expected = tokens_of(sampler, parameters, SAMPLED)
     assert tokens_of(sampler, parameters, SAMPLED[::-1]) == expected[::-1]
-    assert tokens_of(sampler, parameters, SAMPLED[3:4]) == expected[3:4]
-    twins = [dataclasses.replace(SAMPLED[0], seed=seed) for seed in (0, 7)]
-    assert tokens_of(sampler, parameters, twins)[0] == expected[0]
-    assert tokens_of(sampler, parameters, twins)[1] != expected[0]
+    assert [tokens_of(sampler, parameters, [r])[0] for r in SAMPLED] == expected
+    assert expected[4] != expected[5]  # but for their seeds they are the same
 
 
 def drawn(logits, temperature, top_k, top_p, count=4000):
     """How often each id is chosen over so many seeds, as shares."""
     draws = Draws(*(jnp.full(count, x) for x in (temperature, top_k, top_p)), jnp.arange(count))
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    ids = choose(rows, draws, jnp.zeros(count, jnp.int32))
+    ids = jax.jit(choose)(rows, draws, jnp.zeros(count, jnp.int32))
     return np.bincount(ids, minlength=len(logits)) / count
 
 
@@ -236,15 +236,15 @@ def test_ids_are_drawn_by_temperature_then_top_k_then_top_p(temperature, top_k, 
 
 
 def test_a_large_vocabulary_is_cut_where_sorting_cuts_it():
-    logits = np.random.default_rng(0).normal(0, 3, 5000).astype(np.float32)
+    logits = np.random.default_rng(0).normal(0, 1, 1000).astype(np.float32)
     ranked = np.argsort(-logits)
     probabilities = np.exp(logits[ranked].astype(np.float64))
     nucleus = np.searchsorted(np.cumsum(probabilities / probabilities.sum()), 0.3) + 1
-    assert 10 < nucleus < 300
+    assert 20 < nucleus < 200
     for top_k, top_p, kept in ((7, 1.0, 7), (0, 0.3, nucleus)):
-        shares = drawn(logits, 1.0, top_k, top_p, count=8000)
+        shares = drawn(logits, 1.0, top_k, top_p, count=2000)
         assert set(np.flatnonzero(shares)) <= set(ranked[:kept])
-        assert len(np.flatnonzero(shares)) > 0.8 * kept
+        assert len(np.flatnonzero(shares)) > 0.9 * kept
 
 
 def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(golden):
@@ -352,14 +352,14 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
     sampler = sampler_of(MODEL, slots=6, context=500)
     assert len(tokens_of(sampler, parameters, [Request([1], 40)])[0]) == 40
     with pytest.raises(UserError, match=r"6 slots of 500 tokens .* on device 0, .* lower slots"):
-        list(sampler.run(parameters, [Request([1], 600)]))
+        list(sampler.run(parameters, [Request([1], 600)] * 6))
 
 
 def bytes_as_text(ids):
     return bytes(ids).decode("utf-8", errors="replace")
 
 
-@settings(deadline=None)
+@hypothesis_settings(deadline=None)
 @example("añb", ["ñb"], [1])
 @example("aab", ["ab", "b"], [3])
 @given(

@@ -82,12 +82,11 @@ class Sampler:
             abstract_parameters(config, jnp.float32),
         ).dtype
 
-        def new(length: int, greedy: bool) -> tuple[Cache, Slots]:
-            cache = empty_cache(config, self.slots, length, self._dtype)
-            return cache, empty_slots(self.slots, greedy)
+        def new(rows: int, length: int, greedy: bool) -> tuple[Cache, Slots]:
+            return empty_cache(config, rows, length, self._dtype), empty_slots(rows, greedy)
 
         self._unstack = jax.jit(lambda parameters: unstack(config, parameters, self._dtype))
-        self._new = jax.jit(new, static_argnums=(0, 1))
+        self._new = jax.jit(new, static_argnums=(0, 1, 2))
         self._resize = jax.jit(resize, static_argnums=1)
         self._fill = jax.jit(
             lambda parameters, *given: fill(make_model(parameters), vocabulary, *given),
@@ -100,11 +99,12 @@ class Sampler:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the cache on each device where answers reach to the end of the context.
+        """Of the cache on each device, every slot taken and to the end of the context.
 
-        A run takes no more than its longest request needs.
+        A run takes what its own requests need at the time; while the cache grows the shorter one
+        is there too.
         """
-        return self._bytes(self.context)
+        return self._bytes(self.slots, self.context)
 
     def describe(self) -> str:
         """What the cache takes, to be told before anything is allocated."""
@@ -148,27 +148,28 @@ class Sampler:
             return
         longest = max(row.limit for row in waiting)
         longest = min(-(-longest // SHORTEST_CACHE) * SHORTEST_CACHE, self.context)
+        count = min(power_bucket(len(waiting), self._shards), self.slots)
         greedy = all(row.request.temperature <= 0 for row in waiting)
         with self._on_mesh():
-            layers = self._unstack(parameters)
-            self._check_memory(longest)
-            cache, slots = self._new(min(SHORTEST_CACHE, longest), greedy)
+            layers = jax.block_until_ready(self._unstack(parameters))
+            self._check_memory(count, longest)
+            cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
 
         steps = STEPS_READ if on_text else STEPS
         rows: dict[int, Row] = {}  # by their slots
         while waiting or rows:
-            free = (slot for slot in range(self.slots) if slot not in rows)
+            free = (slot for slot in range(count) if slot not in rows)
             fresh = {slot: waiting.popleft() for slot in islice(free, len(waiting))}
             rows |= fresh
             reach = max(min(row.length + steps, row.limit) for row in rows.values())
-            patience = self.slots // 16 + 1 if waiting else self.slots
+            patience = count // 16 + 1 if waiting else count
             with self._on_mesh():
                 wanted = min(power_bucket(reach, SHORTEST_CACHE), longest)
                 if cache.length != wanted:
                     cache = self._resize(cache, wanted)
-                for prompts in prompt_batches(fresh, self._shards, self.slots, greedy):
+                for prompts in prompt_batches(fresh, self._shards, count, greedy):
                     cache, slots = self._fill(parameters, cache, slots, *prompts)
-                live = np.isin(np.arange(self.slots), list(rows))
+                live = np.isin(np.arange(count), list(rows))
                 cache, slots, written = self._advance(
                     layers, cache, slots, live, np.int32(steps), np.int32(patience)
                 )
@@ -184,9 +185,9 @@ class Sampler:
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
 
-    def _bytes(self, length: int) -> int:
-        """Of a cache of this length on each device."""
-        shape = cache_shape(self._config, self.slots, length)
+    def _bytes(self, rows: int, length: int) -> int:
+        """Of a cache of so many rows of this length, on each device."""
+        shape = cache_shape(self._config, rows, length)
         size = 2 * self._config.num_layers * math.prod(shape) * self._dtype.itemsize
         if self._mesh is None:
             return size
@@ -194,17 +195,17 @@ class Sampler:
         part = NamedSharding(self._mesh, spec).shard_shape(shape)
         return size // (math.prod(shape) // math.prod(part))
 
-    def _check_memory(self, length: int) -> None:
-        """Raises UserError when a cache of this length evidently has no room on a device."""
+    def _check_memory(self, rows: int, length: int) -> None:
+        """Raises UserError when a cache of this size evidently has no room on a device."""
+        size = self._bytes(rows, length)
         devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
         for device in devices:
             memory = device.memory_stats() or {}
             if {"bytes_limit", "bytes_in_use"} <= memory.keys():
                 free = memory["bytes_limit"] - memory["bytes_in_use"]
-                if self._bytes(length) > free:
+                if size > free:
                     raise UserError(
-                        f"the KV cache of {self.slots} slots of {length} tokens takes "
-                        f"{self._bytes(length) / 2**30:.1f} GiB on {device}, where "
-                        f"{free / 2**30:.1f} GiB are free; lower slots, context or "
-                        f"max_new_tokens"
+                        f"the KV cache of {rows} slots of {length} tokens takes "
+                        f"{size / 2**30:.1f} GiB on {device}, where {free / 2**30:.1f} GiB are "
+                        f"free; lower slots, context or max_new_tokens"
                     )

@@ -44,7 +44,8 @@ class Vocabulary(NamedTuple):
 def empty_slots(rows: int, greedy: bool) -> Slots:
     zeros, ones = jnp.zeros(rows, jnp.int32), jnp.ones(rows, jnp.int32)
     draws = Draws(jnp.zeros(rows), zeros, jnp.ones(rows), jnp.zeros(rows, jnp.uint32))
-    return Slots(zeros, ones, ones, ones, jnp.full(rows, STOP), None if greedy else draws)
+    slots = Slots(zeros, ones, ones, ones, jnp.full(rows, STOP), None if greedy else draws)
+    return _replicated(slots)
 
 
 def fill(
