@@ -170,6 +170,7 @@ class Decoder(nnx.Module):
         rope_alpha: jax.Array | None,
         keep_heads: bool = False,
     ) -> tuple[jax.Array, Any]:
+        """The normed states, and every layer's keys and values where they are to be kept."""
         config = self.config
         statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
         # A row within seq_length needs no scaling, and the shape says so at trace time.
