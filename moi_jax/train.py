@@ -61,7 +61,7 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
     from rich.console import Console
 
     from moi_jax.console import say
-    from moi_jax.evaluation.answers import make_sampler
+    from moi_jax.evaluation.answers import make_sample_answers
     from moi_jax.evaluation.chat_model import make_chat_model
     from moi_jax.evaluation.held_out import HeldOut
     from moi_jax.evaluation.while_training import make_benchmark
@@ -89,7 +89,7 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
         )
         sample = None
         if config.train.sample_prompts:
-            sample = make_sampler(
+            sample = make_sample_answers(
                 config.train.sample_prompts,
                 config.train.sample_max_new_tokens,
                 inputs.config.data,

@@ -9,14 +9,14 @@ from moi_jax.data.cache.prepare import resolve_prompt
 from moi_jax.data.conversations import Message
 from moi_jax.data.rendering import render_prompt
 from moi_jax.data.tokenizer import Tokenizer
+from moi_jax.evaluation.chat_model import make_sampler
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree
 from moi_jax.sampling.requests import Request
-from moi_jax.sampling.sampler import Sampler
 
 
-def make_sampler(
+def make_sample_answers(
     samples: tuple[config.SamplePrompt, ...],
     max_new_tokens: int,
     data: config.Data,
@@ -41,13 +41,10 @@ def make_sampler(
             )
             prompts.append(render_prompt([Message("user", question.prompt)], tokenizer, prompt))
     requests = [Request(prompt, max_new_tokens) for prompt in prompts]
-    sampler = Sampler(
+    sampler = make_sampler(
         make_model,
         model,
-        stop_ids=tokenizer.template.stops,
-        vocab_size=tokenizer.vocab_size,
-        decode=tokenizer.decode,
-        slots=min(len(requests), 16),
+        tokenizer,
         context=max(len(prompt) for prompt in prompts) + max_new_tokens,
         mesh=mesh,
     )
