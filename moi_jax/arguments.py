@@ -29,6 +29,7 @@ def _number(
 POSITIVE = _number(int, lambda n: n > 0, "whole number above 0")
 COUNT = _number(int, lambda n: n >= 0, "whole number from 0 on")
 TEMPERATURE = _number(float, lambda n: 0 <= n < math.inf, "temperature from 0 on")
+MONEY = _number(float, lambda n: 0 <= n < math.inf, "number of dollars")
 PROBABILITY = _number(float, lambda n: 0 < n <= 1, "probability above 0")
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from moi_jax.arguments import (
     COUNT,
+    MONEY,
     POSITIVE,
     PROBABILITY,
     TEMPERATURE,
     add_model,
     chosen_system,
+    text,
 )
 from moi_jax.errors import UserError, run_command
 from moi_jax.evaluation.options import Options
@@ -33,9 +35,9 @@ CROSSED = "gsm8k,humaneval"
 def main() -> int:
     parser = _parser()
     args = parser.parse_args()
+    if args.tasks is None and args.lm_eval is None:
+        args.tasks = HELD_OUT
     _check(args)
-    if args.tasks is None:
-        args.tasks = "" if args.lm_eval else HELD_OUT
     evaluate(args)
     return 0
 
@@ -130,12 +132,12 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     )
     judge.add_argument(
         "--judge-price",
-        type=float,
+        type=MONEY,
         nargs=2,
         metavar=("IN", "OUT"),
         help="dollars per million tokens read and written, to tell the cost before the first call",
     )
-    judge.add_argument("--judge-max-cost", type=float, metavar="DOLLARS", help="refuse above it")
+    judge.add_argument("--judge-max-cost", type=MONEY, metavar="DOLLARS", help="refuse above it")
     teval = parser.add_argument_group("teval")
     teval.add_argument(
         "--teval-system",
@@ -179,10 +181,10 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     harness.add_argument("--include-path", type=Path, metavar="DIR", help="its tasks of your own")
 
 
-def _paraphrase(text: str) -> tuple[str, str]:
-    domain, equals, prompt = text.partition("=")
+def _paraphrase(given: str) -> tuple[str, str]:
+    domain, equals, prompt = text(given).partition("=")
     if not (domain and equals and prompt):
-        raise argparse.ArgumentTypeError(f"{text!r} is not DOMAIN=TEXT")
+        raise argparse.ArgumentTypeError(f"{given!r} is not DOMAIN=TEXT")
     return domain, prompt
 
 
@@ -190,12 +192,22 @@ def _check(args: argparse.Namespace) -> None:
     """Raises UserError where options do not go together."""
     if args.samples > 1 and not args.temperature:
         raise UserError("--samples above 1 needs a --temperature: greedy answers are all the same")
+    names, harness = task_names(args.tasks), names_of(args.lm_eval)
+    if not names and not harness:
+        raise UserError("neither --tasks nor --lm-eval names a task, so there is nothing to do")
+    if names == [HELD_OUT] and not harness and (args.system is not None or args.no_system):
+        raise UserError("held_out has system prompts of its own; --system is for other tasks")
 
 
-def task_names(text: str) -> list[str]:
-    """The tasks of a comma-separated list; all is the seven."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    return list(dict.fromkeys(name for n in names for name in (TASKS if n == "all" else [n])))
+def names_of(given: str | None) -> list[str]:
+    """Each name of a comma-separated list once."""
+    return list(dict.fromkeys(filter(None, map(str.strip, (given or "").split(",")))))
+
+
+def task_names(given: str | None) -> list[str]:
+    """The tasks of such a list; all is the seven."""
+    listed = names_of(given)
+    return list(dict.fromkeys(name for n in listed for name in (TASKS if n == "all" else [n])))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -211,9 +223,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from moi_jax.console import say
     from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
     from moi_jax.evaluation.results import read_results
-    from moi_jax.evaluation.runner import run_benchmarks
+    from moi_jax.evaluation.runner import results_so_far, run_benchmarks
+    from moi_jax.evaluation.tasks import open_task
     from moi_jax.open_checkpoint import open_checkpoint
     from moi_jax.training.checkpoints import find_step
+    from moi_jax.whole_files import check_writable
 
     console = Console()
     args.out = args.out or Path("runs/evaluation") / checkpoint_name(find_step(args.checkpoint))
@@ -222,8 +236,8 @@ def evaluate(args: argparse.Namespace) -> None:
     # What can be refused is refused before the checkpoint is read.
     for directory in args.compare:
         read_results(directory / "results.json")
-    tasks = _open_tasks([name for name in names if name != HELD_OUT], options)
-    crossed = _open_tasks(task_names(args.generate or ""), options)
+    tasks = [open_task(name, options) for name in names if name != HELD_OUT]
+    crossed = [open_task(name, options) for name in task_names(args.generate)]
     harness = _open_harness(args)
     held_out = HeldOutOptions(
         config=load_config(args.config) if args.config else None,
@@ -235,11 +249,13 @@ def evaluate(args: argparse.Namespace) -> None:
         args.checkpoint, dtype=args.dtype, mesh=args.mesh, chat_template=args.chat_template
     )
     with jax.set_mesh(checkpoint.mesh):
+        prompt = chosen_system(args, checkpoint.prompts["default_system_prompt"])
+        model, made_by = _chat_model(checkpoint, args, prompt)
+        check_writable(args.out)
+        results_so_far(args.out, made_by)
         if HELD_OUT in names:
             measure_held_out(checkpoint, held_out, args.out, console)
         if tasks or harness:
-            prompt = chosen_system(args, checkpoint.prompts["default_system_prompt"])
-            model, made_by = _chat_model(checkpoint, args, prompt)
             say(console, f"{checkpoint.step} in {checkpoint.dtype}; {model.sampler.describe()}")
             run_benchmarks(tasks, model, made_by, options, console)
             if harness:
@@ -262,19 +278,12 @@ def checkpoint_name(step: Path) -> str:
     return step.name
 
 
-def _open_tasks(names: "Sequence[str]", options: Options) -> "list[tuple[Task, list[Item]]]":
-    from moi_jax.evaluation.tasks import make_task
-
-    made = [make_task(name, options) for name in names]
-    return [(task, task.load()) for task in made]
-
-
 def _open_harness(args: argparse.Namespace) -> "list[Any]":
-    if not args.lm_eval:
+    if not names_of(args.lm_eval):
         return []
     from moi_jax.evaluation.lm_eval_run import open_tasks
 
-    return open_tasks(args.lm_eval.split(","), args.include_path)
+    return open_tasks(names_of(args.lm_eval), args.include_path)
 
 
 def _chat_model(
@@ -317,13 +326,16 @@ def _crossed_prompts(
     from moi_jax.evaluation.prompts.crossing import single_prompts
     from moi_jax.evaluation.reports.report import write_report
     from moi_jax.evaluation.runner import run_benchmarks
+    from moi_jax.evaluation.tasks import make_task
 
     directories = []
     for name, prompt in single_prompts(checkpoint.prompts, checkpoint.tokenizer).items():
         say(console, f"{name}: {'no system block' if prompt is None else prompt}")
         under = dataclasses.replace(options, out=args.out / "prompts" / name.replace(" ", "_"))
         model, made_by = _chat_model(checkpoint, args, prompt)
-        run_benchmarks(tasks, model, {**made_by, "name": name}, under, console)
+        # Made anew: a task may keep files of its own beside the results.
+        again = [(make_task(task.name, under), items) for task, items in tasks]
+        run_benchmarks(again, model, made_by, under, console)
         directories.append(under.out)
     say(console, f"report {write_report(directories, args.out / 'prompts' / 'report.html')}")
 

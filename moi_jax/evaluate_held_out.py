@@ -61,7 +61,10 @@ def measure_held_out(
         does not fit, a loss is not finite, or `out` cannot be written.
     """
     from moi_jax.evaluation.prompts.matrix_report import print_matrix
+    from moi_jax.evaluation.runner import parameters_fingerprint
 
+    parameters = parameters_fingerprint(opened.step)
+    _check_same(out / "held_out.json", parameters)
     began = _own_config(opened.step)
     config = options.config or began
     if config is None:
@@ -79,6 +82,7 @@ def measure_held_out(
     sums = _measure(opened, matrix, models, console)
     results = {
         "checkpoint": str(opened.step),
+        "parameters": parameters,
         "untrained": untrained[0] if untrained else None,
         **_results(matrix, inputs, crossed, sums),
         "settings": _settings(opened, inputs, options),
@@ -86,6 +90,16 @@ def measure_held_out(
     print_matrix(results, console)
     _write(out, results, sums, matrix)
     return results
+
+
+def _check_same(path: Path, parameters: str) -> None:
+    """Raises UserError where the file is of another checkpoint."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not there, or not whole: measured anew
+    if before != parameters:
+        raise UserError(f"{path} is of another checkpoint; choose another --out")
 
 
 def _own_config(step: Path) -> Config | None:
@@ -105,7 +119,13 @@ def _open_inputs(opened: "OpenCheckpoint", config: Config, console: "Console") -
     model = config.model.model_copy(update={"init_from": opened.step, "preset": None})
     tokenizer = TokenizerConfig(chat_template=opened.tokenizer.template.name)
     config = config.model_copy(update={"model": model, "tokenizer": tokenizer})
-    return open_inputs(resolve(config), console)
+    try:
+        return open_inputs(resolve(config), console)
+    except UserError as error:
+        raise UserError(
+            f"{error}. The data of {opened.step} are looked for as in training: run this where "
+            f"training ran, or name a config with another data.root by --config"
+        ) from None
 
 
 def _untrained(
@@ -140,10 +160,11 @@ def _untrained(
         say(console, f"what the checkpoint was trained from is left out: {error}")
         return None
     if items.model != opened.config or items.tokenizer != opened.tokenizer.files:
-        raise UserError(
-            f"{source} has another architecture or tokenizer than {opened.step}, and its losses "
-            f"cannot stand beside; name another one by --untrained"
-        )
+        differs = f"{source} has another architecture or tokenizer than {opened.step}"
+        if named:
+            raise UserError(f"{differs}, so its losses cannot stand beside; name another one")
+        say(console, f"what the checkpoint was trained from is left out: {differs}")
+        return None
     return str(source), read_parameters(source, opened.config, opened.dtype, opened.mesh)
 
 
@@ -187,18 +208,14 @@ def _make_matrix(
 def _measure(
     opened: "OpenCheckpoint", matrix: "PromptMatrix", models: dict[str, "Tree"], console: "Console"
 ) -> dict[str, "ItemSums"]:
-    from rich.progress import Progress
-
+    from moi_jax.console import count_bar
     from moi_jax.evaluation.prompts.row_sums import make_row_sums
 
     row_sums = make_row_sums(opened.make_model, opened.mesh)
     measured = {}
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for name, parameters in models.items():
-            bar = progress.add_task(f"held-out, {name}", total=matrix.rows)
-            measured[name] = matrix.measure(
-                partial(row_sums, parameters), partial(progress.advance, bar)
-            )
+    for name, parameters in models.items():
+        with count_bar(f"held-out, {name}", matrix.rows) as advance:
+            measured[name] = matrix.measure(partial(row_sums, parameters), advance)
     return measured
 
 

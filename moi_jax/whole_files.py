@@ -13,12 +13,17 @@ def check_new(path: Path) -> None:
     """Raises UserError where nothing can be written as `path`."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists; name a new directory, nothing is overwritten")
+    check_writable(path.parent)
+
+
+def check_writable(directory: Path) -> None:
+    """Makes the directory; raises UserError where nothing can be written into it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise cannot_write(directory, error) from None
 
 
 @contextmanager

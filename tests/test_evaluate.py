@@ -1,6 +1,7 @@
 """Benchmarks on a real tiny model: answers kept and gone on with, scores, results, the command."""
 
 import json
+import resource
 from collections.abc import Iterator
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from moi_jax import config
 from moi_jax.data.conversations import Message
 from moi_jax.data.tokenizer import load_tokenizer
 from moi_jax.errors import UserError
@@ -17,6 +19,8 @@ from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
 from moi_jax.evaluation.results import overall, read_results, summarize
 from moi_jax.evaluation.runner import run_benchmarks
+from moi_jax.evaluation.tasks import open_task
+from moi_jax.evaluation.while_training import make_benchmark
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import init_parameters
 from moi_jax.models.presets import preset
@@ -51,12 +55,12 @@ class Echo(Task):
 @pytest.fixture(scope="module")
 def chat():
     """The preset tiny with random weights, 128 tokens of context."""
-    config = preset("tiny")
+    model = preset("tiny")
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
     make_chat = make_chat_model(
-        lambda p: Decoder(config, p), config, tokenizer, "You help.", slots=2, context=128
+        lambda p: Decoder(model, p), model, tokenizer, "You help.", slots=2, context=128
     )
-    return make_chat(init_parameters(config, jax.random.key(0), np.float32))
+    return make_chat(init_parameters(model, jax.random.key(0), np.float32))
 
 
 @pytest.fixture
@@ -127,6 +131,85 @@ def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
         run(chat, options, made_by={**MADE_BY, "parameters": "4567"})
 
 
+def test_a_result_that_takes_the_place_of_another_is_told(chat, options, capsys):
+    task = Echo(options)
+    run_benchmarks([(task, task.load())], chat, MADE_BY, options, Console(width=200))
+    fewer = Options(data=options.data, out=options.out, limit=1)
+    run_benchmarks([(task, task.load())], chat, MADE_BY, fewer, Console(width=200))
+    told = capsys.readouterr().out.split("\n")[-2]
+    assert "takes the place of an earlier result" in told
+    assert "over 3 items" in told
+    assert "(limit None, now 1)" in told
+
+
+@pytest.mark.parametrize("damage", ["[]\n", "{\n", '{"a": 1}\n{}\n'])
+def test_a_damaged_log_is_named(tmp_path, damage):
+    path = tmp_path / "echo.jsonl"
+    path.write_text(damage)
+    with pytest.raises(UserError, match=r"echo.jsonl is damaged .*; delete it to begin anew"):
+        AnswerLog(path, {"a": 1})
+
+
+@pytest.mark.parametrize("tasks", ["[]", '{"gsm8k": {"score": 1}}', '{"gsm8k": null}'])
+def test_damaged_results_are_named(tmp_path, tasks):
+    path = tmp_path / "results.json"
+    path.write_text(f'{{"checkpoint": {{}}, "tasks": {tasks}}}')
+    with pytest.raises(UserError, match=r"results.json is no results.json of an evaluation, or"):
+        read_results(path)
+
+
+def test_a_full_disk_is_told_and_the_answers_before_are_kept(tmp_path):
+    path = tmp_path / "echo.jsonl"
+    log = AnswerLog(path, {})
+    log.add(("0", 0), [1], text="kept", finish="stop")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*echo.jsonl.*The answers before are"):
+            log.add(("1", 0), [1], text="x" * 100, finish="stop")  # torn by the limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.close()
+    assert list(AnswerLog(path, {}).found) == [("0", 0)]
+
+
+def test_half_a_surrogate_pair_is_kept(tmp_path):
+    log = AnswerLog(tmp_path / "echo.jsonl", {})
+    log.add(("0", 0), [1], text="\ud83d é", finish="stop")
+    log.close()
+    assert AnswerLog(tmp_path / "echo.jsonl", {}).found["0", 0]["text"] == "\ud83d é"
+
+
+def test_training_is_not_kept_waiting_by_a_benchmark(chat, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(6)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(lines)
+    settings = config.Generate(tasks=("gsm8k",), data=tmp_path, limit=5, max_new_tokens=4)
+    benchmark = make_benchmark(settings, tmp_path / "out", lambda _: chat)
+    assert list(benchmark(chat.parameters, lambda: False)) == ["eval/gsm8k/score"]
+    asked = []
+    assert benchmark(chat.parameters, lambda: len(asked) == 2 or asked.append(0)) == {}
+
+
+def test_a_benchmark_without_a_score_of_few_items_is_refused_in_training(chat, tmp_path):
+    with pytest.raises(UserError, match=r"eval.generate.tasks names mt_bench"):
+        make_benchmark(config.Generate(tasks=("mt_bench",)), tmp_path, lambda _: chat)
+
+
+def test_an_id_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "humaneval").mkdir()
+    row = {
+        **{"task_id": "HumanEval/0", "entry_point": "f", "prompt": "def f():\n    pass\n"},
+        **{"canonical_solution": "    pass\n", "test": "def check(f):\n    assert True\n"},
+    }
+    path = tmp_path / "humaneval" / "HumanEval.jsonl"
+    path.write_text(2 * (json.dumps(row) + "\n"))
+    options = Options(data=tmp_path, out=tmp_path, allow_code_execution=True, sandbox="weak")
+    with pytest.raises(UserError, match=r"humaneval: 1 ids come more than once.*HumanEval/0"):
+        open_task("humaneval", options)
+
+
 def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
     item = Item("0", (Message("user", "Say 0."),), 0, follow_ups=("Again.", "And again."))
     log = AnswerLog(None, {})
@@ -184,9 +267,9 @@ def test_an_item_longer_than_the_context_is_counted(chat, options, policy, count
 
 def test_logits_that_are_not_finite_are_named(options, chat):
     broken = jax.tree.map(lambda x: x * np.nan, chat.parameters)
-    config = preset("tiny")
+    model = preset("tiny")
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
-    make_chat = make_chat_model(lambda p: Decoder(config, p), config, tokenizer, None, context=128)
+    make_chat = make_chat_model(lambda p: Decoder(model, p), model, tokenizer, None, context=128)
     summary = run(make_chat(broken), options)["tasks"]["echo"]
     assert summary["failures"]["not finite"] == 3
     assert any("not finite for 3 items, the first 0" in note for note in summary["notes"])

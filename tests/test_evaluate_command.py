@@ -87,8 +87,7 @@ def test_held_out_crosses_the_prompts_with_a_benchmark_too(place, monkeypatch, c
         "as_maths": "You are a mathematician.",
         "none": None,
     }
-    report = (out / "prompts" / "report.html").read_text()
-    assert "as maths" in report
+    assert "as_maths" in (out / "prompts" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -97,6 +96,8 @@ def test_held_out_crosses_the_prompts_with_a_benchmark_too(place, monkeypatch, c
         (["--tasks", "gsm9k"], r"no benchmark 'gsm9k'; choose among gsm8k, math, humaneval"),
         (["--tasks", "math"], r"nothing in .*math.*; put below the data directory"),
         (["--tasks", "humaneval"], r"--allow-code-execution"),
+        (["--tasks", " , "], r"there is nothing to do"),
+        (["--tasks", "held_out", "--no-system"], r"held_out has system prompts of its own"),
         (["--tasks", "gsm8k", "--samples", "3"], r"--samples above 1 needs a --temperature"),
         (
             ["--tasks", "gsm8k", "--compare", "nowhere"],
@@ -113,6 +114,20 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_written(
         run(place, monkeypatch, *arguments, "--out", out)
     assert "\n" not in str(told.value)
     assert not out.exists()
+
+
+def test_held_out_losses_of_another_checkpoint_are_not_written_over(place, monkeypatch, tmp_path):
+    (tmp_path / "held_out.json").write_text('{"parameters": "0123"}')
+    with pytest.raises(UserError, match=r"held_out.json is of another checkpoint"):
+        run(place, monkeypatch, "--out", tmp_path)
+
+
+def test_data_that_moved_is_told_with_the_way_out(place, monkeypatch, tmp_path):
+    config = tmp_path / "moved.yaml"
+    moved = (place / "run" / "config.yaml").read_text().replace("data/samples", "data/nowhere")
+    config.write_text(moved)
+    with pytest.raises(UserError, match=r"run this where training ran, or name a config"):
+        run(place, monkeypatch, "--config", config, "--out", tmp_path / "out")
 
 
 def test_results_of_another_prompt_are_not_written_over(place, monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from moi_jax.evaluation.protocol import Answer, Item, Task
 from moi_jax.sampling.requests import Request
 
 Json = dict[str, Any]
+T = TypeVar("T")
 # An item's id, and which of its turns, samples or choices.
 Place = tuple[str, int]
 
@@ -44,14 +45,14 @@ class AnswerLog:
             if lines:
                 _check_same(path, json.loads(lines[0]), made_by)
             else:
-                path.write_text(json.dumps(made_by) + "\n", encoding="utf-8")
+                path.write_text(json_line(made_by), encoding="utf-8")
             for line in lines[1:]:
                 record = json.loads(line)
                 self.found[record["id"], record["n"]] = record
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise cannot_write(path, error) from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it to begin anew") from None
 
     def has(self, place: Place, prompt: Sequence[int]) -> bool:
@@ -63,12 +64,26 @@ class AnswerLog:
         line = {"id": item, "n": n, "prompt": _key(prompt), **record}
         self.found[place] = line
         if self._file:
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+            whole = json_line(line).encode()
+            try:
+                written = self._file.write(whole)  # unbuffered: there, or not
+            except OSError:
+                written = 0
+            if written < len(whole):
+                raise UserError(
+                    f"cannot write {self._file.name}: is the disk full? The answers before are "
+                    f"kept, and the same command goes on"
+                )
 
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+
+def json_line(value: Json) -> str:
+    """One line of JSON; half a surrogate pair, which UTF-8 cannot hold, is kept escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def _key(prompt: Sequence[int]) -> str:
@@ -218,7 +233,7 @@ def _score_choices(
         advance(1)
 
 
-def evenly_spaced(items: Sequence[Item], limit: int | None) -> list[Item]:
+def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
     """`limit` of the items, spread over all of them; all where there are no more."""
     if limit is None or limit >= len(items):
         return list(items)

@@ -98,6 +98,7 @@ def run_lm_eval(
         generation["max_gen_toks"] = options.max_new_tokens
     if options.temperature is not None:
         generation |= {"temperature": options.temperature, "do_sample": options.temperature > 0}
+    if options.top_p < 1:
         generation["top_p"] = options.top_p
     kept = fingerprint([made_by, model.scorer.context])
     tracker = EvaluationTracker(output_path=str(folder))

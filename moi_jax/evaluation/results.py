@@ -16,6 +16,11 @@ from moi_jax.evaluation.tasks import TASKS
 Json = dict[str, Any]
 Scored = tuple[Item, Answer, Score]
 
+# What a report reads of each task.
+TASK_KEYS = {
+    *("score", "interval", "items", "complete", "weights", "metrics", "groups", "failures"),
+    *("skipped", "notes", "settings"),
+}
 # Failures that are told by how an answer ended.
 ENDS = {"length": "cut at its length", "too_long": "too long", "not_finite": "not finite"}
 
@@ -139,8 +144,12 @@ def read_results(path: Path) -> Json:
     """Raises UserError where the file is missing or damaged."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        if {"checkpoint", "tasks"} <= results.keys():
+        if results["checkpoint"].keys() and all(
+            task.keys() >= TASK_KEYS for task in results["tasks"].values()
+        ):
             return results
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; is that a directory of results?") from None
-    raise UserError(f"{path} is no results.json of an evaluation")
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is no results.json of an evaluation, or a damaged one")

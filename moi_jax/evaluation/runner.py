@@ -6,9 +6,10 @@ DIR/answers/TASK.jsonl                      the model's texts as they come: a ki
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from rich.console import Console
 
 from moi_jax.console import count_bar, say
 from moi_jax.errors import UserError, cannot_write
-from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced, places
+from moi_jax.evaluation.answering import (
+    AnswerLog,
+    answer_items,
+    evenly_spaced,
+    json_line,
+    places,
+)
 from moi_jax.evaluation.chat_model import ChatModel
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Item, Task
@@ -32,11 +39,21 @@ def run_task(
     model: ChatModel,
     options: Options,
     log: AnswerLog,
+    after_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Scored], int]:
-    """Answers and scores of the items, and the number left out as too long (options.too_long)."""
+    """Answers and scores of the items, and the number left out as too long (options.too_long).
+
+    Args:
+      after_each: called after every answer and score; what it raises ends the task.
+    """
+
+    def counted(advance: Callable[[int], None], count: int) -> None:
+        advance(count)
+        after_each()
+
     total = sum(len(places(item, options)) for item in items)
     with count_bar(f"{task.name}: answers", total) as advance:
-        answered = answer_items(task, items, model, options, log, advance)
+        answered = answer_items(task, items, model, options, log, partial(counted, advance))
     kept = answered
     if options.too_long == "skip":
         kept = [(item, answer) for item, answer in answered if "too_long" not in answer.finishes]
@@ -44,7 +61,7 @@ def run_task(
     with count_bar(f"{task.name}: scores", len(kept)) as advance:
         for (item, answer), score in zip(kept, task.score(kept), strict=True):
             scored.append((item, answer, score))
-            advance(1)
+            counted(advance, 1)
     return scored, len(answered) - len(kept)
 
 
@@ -67,31 +84,58 @@ def run_benchmarks(
     Raises:
       UserError: options.out holds results of another model or of other settings.
     """
-    path = options.out / "results.json"
-    results: Json = {"checkpoint": made_by, "tasks": {}}
-    if path.exists():
-        results = read_results(path)
-    if results["checkpoint"] != made_by:
-        raise UserError(
-            f"{path} holds results of another model or system prompt "
-            f"({_difference(results['checkpoint'], made_by)}); choose another --out"
-        )
-    for task, items in tasks:
-        asked = evenly_spaced(items, options.limit)
-        settings = _settings(task, model, options)
-        log = AnswerLog(options.out / "answers" / f"{task.name}.jsonl", {**made_by, **settings})
-        with closing(log):
+    results = results_so_far(options.out, made_by)
+    with ExitStack() as opened:
+        # All of them before the first: what cannot go on is told before hours of work.
+        logs = []
+        for task, _ in tasks:
+            path = options.out / "answers" / f"{task.name}.jsonl"
+            made = {**made_by, **_settings(task, model, options)}
+            logs.append(opened.enter_context(closing(AnswerLog(path, made))))
+        for (task, items), log in zip(tasks, logs, strict=True):
+            asked = evenly_spaced(items, options.limit)
             scored, skipped = run_task(task, asked, model, options, log)
-        summary = summarize(task, scored, skipped, whole=options.limit is None)
-        summary["settings"] = {**settings, "limit": options.limit, **summary["settings"]}
-        results["tasks"][task.name] = summary
-        results["overall"] = overall(results["tasks"])
-        _write(options.out / "samples" / f"{task.name}.jsonl", _samples(scored))
-        _write(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        say(console, f"{task.name}: {describe(summary)}")
-        for note in summary["notes"]:
-            say(console, f"  {note}")
+            summary = summarize(task, scored, skipped, whole=options.limit is None)
+            summary["settings"] = {
+                **_settings(task, model, options),
+                "limit": options.limit,
+                "too_long": options.too_long,
+                **summary["settings"],
+            }
+            _tell(task.name, summary, results["tasks"].get(task.name), console)
+            results["tasks"][task.name] = summary
+            results["overall"] = overall(results["tasks"])
+            _write(options.out / "samples" / f"{task.name}.jsonl", _samples(scored))
+            _write(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
+
+
+def results_so_far(out: Path, made_by: Json) -> Json:
+    """What results.json in `out` holds; nothing yet where it is not there.
+
+    Raises:
+      UserError: it is damaged, or of another model or system prompt.
+    """
+    path = out / "results.json"
+    if not path.exists():
+        return {"checkpoint": made_by, "tasks": {}, "overall": None}
+    results = read_results(path)
+    if results["checkpoint"] != made_by:
+        differs = _difference(results["checkpoint"], made_by)
+        raise UserError(
+            f"{path} holds results of another model or system prompt ({differs}); choose another "
+            f"--out"
+        )
+    return results
+
+
+def _tell(name: str, summary: Json, before: Json | None, console: Console) -> None:
+    say(console, f"{name}: {describe(summary)}")
+    for note in summary["notes"]:
+        say(console, f"  {note}")
+    if before and before["settings"] != summary["settings"]:
+        differs = _difference(before["settings"], summary["settings"])
+        say(console, f"  it takes the place of an earlier result: {describe(before)} ({differs})")
 
 
 def parameters_fingerprint(step: Path) -> str:
@@ -119,8 +163,8 @@ def _settings(task: Task, model: ChatModel, options: Options) -> Json:
 
 
 def _difference(before: Json, now: Json) -> str:
-    keys = [key for key in now if before.get(key) != now[key]]
-    return ", ".join(f"{key} {before.get(key)!r}, now {now[key]!r}" for key in keys)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
 
 
 def _samples(scored: Sequence[Scored]) -> str:
@@ -139,7 +183,7 @@ def _samples(scored: Sequence[Scored]) -> str:
             "gold": item.gold,
             **asdict(score),
         }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        lines.append(json_line(line))
     return "".join(lines)
 
 

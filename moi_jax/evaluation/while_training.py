@@ -5,13 +5,17 @@ from contextlib import closing
 from pathlib import Path
 
 from moi_jax import config
+from moi_jax.errors import UserError
 from moi_jax.evaluation.answering import AnswerLog, evenly_spaced
 from moi_jax.evaluation.chat_model import ChatModel
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.runner import run_task
-from moi_jax.evaluation.tasks import make_task
+from moi_jax.evaluation.tasks import open_task
 from moi_jax.models.parameters import Tree
+
+# Those whose score needs the whole benchmark, or a judge.
+NO_SLICE = {"mt_bench", "teval"}
 
 
 def make_benchmark(
@@ -27,26 +31,40 @@ def make_benchmark(
     Raises:
       UserError: a task is unknown, may not run here, or its data is missing or damaged.
     """
+    for name in NO_SLICE.intersection(settings.tasks):
+        raise UserError(
+            f"eval.generate.tasks names {name}, which has no score of a few items; run it by "
+            f"python -m moi_jax.evaluate"
+        )
     options = Options(
         data=settings.data,
         out=out,
         max_new_tokens=settings.max_new_tokens,
         allow_code_execution=settings.allow_code_execution,
     )
-    tasks = [make_task(name, options) for name in settings.tasks]
-    asked = [(task, evenly_spaced(task.load(), settings.limit)) for task in tasks]
+    opened = [open_task(name, options) for name in settings.tasks]
+    asked = [(task, evenly_spaced(items, settings.limit)) for task, items in opened]
 
     def benchmark(parameters: Tree, give_up: Callable[[], bool]) -> dict[str, float]:
+        def after_each() -> None:
+            if give_up():
+                raise GivenUp
+
         model = make_chat(parameters)
         scores: dict[str, float] = {}
-        for task, items in asked:
-            if give_up():
-                return {}
-            with closing(AnswerLog(None, {})) as log:
-                scored, skipped = run_task(task, items, model, options, log)
-            summary = summarize(task, scored, skipped, whole=False)
-            if summary["score"] is not None:
+        try:
+            for task, items in asked:
+                after_each()
+                with closing(AnswerLog(None, {})) as log:
+                    scored, skipped = run_task(task, items, model, options, log, after_each)
+                summary = summarize(task, scored, skipped, whole=False)
                 scores[f"eval/{task.name}/score"] = summary["score"]
+        except GivenUp:
+            return {}
         return scores
 
     return benchmark
+
+
+class GivenUp(Exception):
+    """Raised where someone waits for the run to stop."""

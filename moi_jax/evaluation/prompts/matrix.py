@@ -12,6 +12,7 @@ from moi_jax.data.loader import Batch, Placed, assemble
 from moi_jax.data.rendering import Instruction, system_text, with_system_prompt
 from moi_jax.data.tokenizer import Tokenizer
 from moi_jax.errors import UserError
+from moi_jax.evaluation.answering import evenly_spaced
 from moi_jax.evaluation.held_out import batches_by_width
 from moi_jax.evaluation.prompts.crossing import Crossed, columns
 from moi_jax.evaluation.prompts.row_sums import RowSums
@@ -88,7 +89,7 @@ class PromptMatrix:
         lengths: list[int] = []
         for domain, (cache, selection) in enumerate(zip(caches, selections, strict=True)):
             prompts = crossed[cache.name]
-            records = evenly_spaced(selection.held_out, limit)
+            records = np.array(evenly_spaced(selection.held_out.tolist(), limit), np.int64)
             self.too_long[cache.name] = 0
             for record, instruction in zip(records, cache.read(records), strict=True):
                 item = HeldOutItem(f"{cache.hashes[record, 0]:016x}", domain, instruction)
@@ -167,10 +168,3 @@ class PromptMatrix:
             f"{self.domains[item.domain]} is {loss} under the prompt {one.prompt!r}; are these "
             f"weights sound, and does it happen in float32?"
         )
-
-
-def evenly_spaced(records: np.ndarray, limit: int | None) -> np.ndarray:
-    """At most `limit` of them."""
-    if limit is None or limit >= len(records):
-        return records
-    return records[np.arange(limit) * len(records) // limit]

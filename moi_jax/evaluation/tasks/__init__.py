@@ -1,13 +1,14 @@
 """The benchmarks by name. Each is imported when it is asked for."""
 
 import importlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from moi_jax.errors import UserError
 
 if TYPE_CHECKING:
     from moi_jax.evaluation.options import Options
-    from moi_jax.evaluation.protocol import Task
+    from moi_jax.evaluation.protocol import Item, Task
 
 # Name: the module and its class. The mean of all seven is the overall figure.
 TASKS = {
@@ -27,3 +28,20 @@ def make_task(name: str, options: "Options") -> "Task":
         raise UserError(f"there is no benchmark {name!r}; choose among {', '.join(TASKS)}")
     module, kind = TASKS[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(options)
+
+
+def open_task(name: str, options: "Options") -> "tuple[Task, list[Item]]":
+    """A task and all of its items.
+
+    Raises:
+      UserError: as `make_task` and `Task.load`, or two items have the same id.
+    """
+    task = make_task(name, options)
+    items = task.load()
+    twice = [item for item, count in Counter(item.id for item in items).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{name}: {len(twice)} ids come more than once in its files, the first {twice[0]}; an "
+            f"item is known by its id, so leave one of each"
+        )
+    return task, items
