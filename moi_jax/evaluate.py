@@ -263,7 +263,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
                 run_lm_eval(harness, model, made_by, options, console)
         if crossed:
-            _crossed_prompts(checkpoint, args, crossed, options, console)
+            _crossed_prompts(checkpoint, model, made_by, crossed, options, console)
     if (args.out / "results.json").exists():
         from moi_jax.evaluation.reports.report import write_report
 
@@ -316,7 +316,8 @@ def _chat_model(
 
 def _crossed_prompts(
     checkpoint: "OpenCheckpoint",
-    args: argparse.Namespace,
+    model: "ChatModel",
+    made_by: "dict[str, Any]",
     tasks: "Sequence[tuple[Task, Sequence[Item]]]",
     options: Options,
     console: "Console",
@@ -331,13 +332,13 @@ def _crossed_prompts(
     directories = []
     for name, prompt in single_prompts(checkpoint.prompts, checkpoint.tokenizer).items():
         say(console, f"{name}: {'no system block' if prompt is None else prompt}")
-        under = dataclasses.replace(options, out=args.out / "prompts" / name.replace(" ", "_"))
-        model, made_by = _chat_model(checkpoint, args, prompt)
+        under = dataclasses.replace(options, out=options.out / "prompts" / name.replace(" ", "_"))
         # Made anew: a task may keep files of its own beside the results.
         again = [(make_task(task.name, under), items) for task, items in tasks]
-        run_benchmarks(again, model, made_by, under, console)
+        asked = dataclasses.replace(model, system_prompt=prompt)
+        run_benchmarks(again, asked, {**made_by, "system_prompt": prompt}, under, console)
         directories.append(under.out)
-    say(console, f"report {write_report(directories, args.out / 'prompts' / 'report.html')}")
+    say(console, f"report {write_report(directories, options.out / 'prompts' / 'report.html')}")
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ def drawn(logits, temperature, top_k, top_p, count=4000):
         (1.0, 0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
         (1.0, 3, 0.5, [4 / 7, 3 / 7, 0, 0]),  # of the three the first two reach a half
         (1.0, 0, 1e-6, [1, 0, 0, 0]),
+        (1.0, 0, 1e-50, [1, 0, 0, 0]),  # nothing in float32
         (0.0, 0, 1.0, [1, 0, 0, 0]),
     ],
 )
@@ -334,6 +335,42 @@ def test_a_run_like_the_one_before_compiles_nothing(parameters):
     assert len(traces) == count
 
 
+def test_a_chat_that_grows_compiles_for_few_lengths_of_the_cache(parameters):
+    traces = []
+
+    def make_model(parameters):
+        traces.append(1)
+        return Decoder(MODEL, parameters)
+
+    sampler = sampler_of(MODEL, make_model, context=2048)
+    for length in (70, 110, 120):  # a prompt of 128, in a ring of 128 or 256
+        tokens_of(sampler, parameters, [Request(p, 60) for p in random_prompts((length,))])
+    count = len(traces)
+    for length in (75, 101, 118):
+        tokens_of(sampler, parameters, [Request(p, 70) for p in random_prompts((length,))])
+    assert len(traces) == count
+
+
+def test_a_prompt_is_never_wider_than_the_context(parameters):
+    widths = []
+
+    def make_model(parameters):
+        model = Decoder(MODEL, parameters)
+        prefill = model.prefill
+        model.prefill = lambda tokens, lengths: (
+            widths.append(tokens.shape[1]) or prefill(tokens, lengths)
+        )
+        return model
+
+    (answer,) = tokens_of(
+        sampler_of(MODEL, make_model, context=150),
+        parameters,
+        [Request(p, 9) for p in random_prompts((140,))],
+    )
+    assert len(answer) == 9
+    assert widths == [150]
+
+
 def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(parameters, monkeypatch):
     # Keys and values x layers x slots x heads x tokens x width x bytes.
     expected = 2 * 2 * 6 * 2 * 500 * MODEL.head_dim
@@ -341,9 +378,13 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
     bf16 = partial(Decoder, MODEL, compute_dtype=jnp.bfloat16)
     assert sampler_of(MODEL, bf16, slots=6, context=500).cache_bytes == 2 * expected
 
+    layers = 4 * sum(x.size for x in jax.tree.leaves(parameters["layers"]))
+    # The cache, and beside it one of half its length while it grows.
+    needed = layers + 4 * expected * 750 // 500
+
     class Device:
         def memory_stats(self):
-            return {"bytes_limit": 3 * expected, "bytes_in_use": expected}
+            return {"bytes_limit": needed + 99, "bytes_in_use": 100}
 
         def __str__(self):
             return "device 0"
@@ -351,7 +392,7 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     sampler = sampler_of(MODEL, slots=6, context=500)
     assert len(tokens_of(sampler, parameters, [Request([1], 40)])[0]) == 40
-    with pytest.raises(UserError, match=r"6 slots of 500 tokens .* on device 0, .* lower slots"):
+    with pytest.raises(UserError, match=r"6 answers of up to 500 tokens .* device 0 has .* Lower"):
         list(sampler.run(parameters, [Request([1], 600)] * 6))
 
 

@@ -51,6 +51,9 @@ def make_sample_answers(
 
     def sample(parameters: Tree) -> list[dict[str, str]]:
         answers = dict(sampler.run(parameters, requests))
-        return [{**line, "answer": answers[index].text} for index, line in enumerate(asked)]
+        return [
+            {**line, "answer": answers[index].text, "finish": answers[index].finish}
+            for index, line in enumerate(asked)
+        ]
 
     return sample

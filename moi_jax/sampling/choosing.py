@@ -35,7 +35,9 @@ def _draw(logits: jax.Array, draws: Draws, index: jax.Array) -> jax.Array:
     logits = logits / jnp.where(draws.temperature > 0, draws.temperature, 1)
     top_k = jnp.where(draws.top_k > 0, draws.top_k, logits.size)
     logits = _keep_likeliest(logits, jnp.ones_like(logits), top_k)
-    top_p = jnp.where(draws.top_p < 1, draws.top_p, jnp.inf)
+    # At least the likeliest id is kept, however little is asked for.
+    top_p = jnp.maximum(draws.top_p, jnp.finfo(jnp.float32).tiny)
+    top_p = jnp.where(top_p < 1, top_p, jnp.inf)
     logits = _keep_likeliest(logits, jax.nn.softmax(logits), top_p)
     key = jax.random.fold_in(jax.random.key(draws.seed), index)
     return jax.random.categorical(key, logits).astype(jnp.int32)

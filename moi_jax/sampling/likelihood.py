@@ -16,6 +16,7 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.loss import token_scores
 from moi_jax.models.parameters import Tree
+from moi_jax.sampling.rows import PREFILL_TOKENS
 
 # (context ids, continuation ids), neither of them empty.
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -58,14 +59,14 @@ class LikelihoodScorer:
         """
         Args:
           make_model: parameters -> model.
-          rows: in a batch; more where the mesh splits rows into more parts.
+          rows: in a batch; fewer where they are long, and divided by the mesh's batch shards.
           context: tokens that the model reads at most; None is the model's seq_length.
           mesh: where the parameters lie; None is one device.
         """
         self.context = config.seq_length if context is None else context
         self._mesh = mesh
-        parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
-        self._rows = -(-rows // parts) * parts
+        self._parts = 1 if mesh is None else math.prod(mesh.shape[a] for a in RULES["batch"])
+        self._rows = -(-rows // self._parts) * self._parts
 
         def score(
             parameters: Tree, tokens: jax.Array, lengths: jax.Array, before: int
@@ -112,9 +113,11 @@ class LikelihoodScorer:
             before = max(len(pairs[index][1]) for index in sharing) - 1
             shapes.setdefault(self._shape(len(read), before), []).append(read)
         for (width, before), rows in sorted(shapes.items(), reverse=True):
-            for first in range(0, len(rows), self._rows):
-                batch = rows[first : first + self._rows]
-                scores = self._score(parameters, batch, width, before)
+            # The scores of attention are width x width: long rows come in smaller batches.
+            count = min(self._rows, max(PREFILL_TOKENS // width, 1) * self._parts)
+            for first in range(0, len(rows), count):
+                batch = rows[first : first + count]
+                scores = self._score(parameters, batch, count, width, before)
                 for read, *of_row in zip(batch, *scores, strict=False):  # filled up with rows
                     for index in indices[read]:
                         yield index, _likelihood(pairs[index][1], *of_row)
@@ -128,16 +131,16 @@ class LikelihoodScorer:
         return width, _SHORT if before <= _SHORT < width else width
 
     def _score(
-        self, parameters: Tree, batch: Sequence[Ids], width: int, before: int
+        self, parameters: Tree, batch: Sequence[Ids], count: int, width: int, before: int
     ) -> tuple[np.ndarray, ...]:
-        """Runs the model over a batch of rows.
+        """Runs the model over a batch of rows, filled up to `count`.
 
         Returns:
           log_probs [B, V] of the token after each row, and the likeliest one, int[B]; of the row's
           own last `before` tokens nll [B, before], and whether they are the likeliest, bool.
         """
-        tokens = np.zeros((self._rows, width), np.int32)
-        lengths = np.ones(self._rows, np.int32)  # of rows without a pair, too
+        tokens = np.zeros((count, width), np.int32)
+        lengths = np.ones(count, np.int32)  # of rows without a pair, too
         for row, read in enumerate(batch):
             tokens[row, : len(read)] = read
             lengths[row] = len(read)

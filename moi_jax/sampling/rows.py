@@ -16,6 +16,7 @@ from moi_jax.sampling.slots import RUNNING, Slots
 # Tokens of prompts that are computed at once: the scores of their attention are S x S.
 PREFILL_TOKENS = 4096
 SHORTEST_PROMPT = 64
+ALL = 2**31 - 1  # more than any vocabulary has
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Row:
 
 
 def prompt_batches(
-    rows: Mapping[int, Row], multiple: int, slots: int, greedy: bool
+    rows: Mapping[int, Row], multiple: int, slots: int, greedy: bool, context: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Slots]]:
     """What `slots.fill` needs to put these rows into their slots.
 
@@ -42,9 +43,10 @@ def prompt_batches(
     Args:
       multiple: divides the rows of each batch.
       slots: how many there are; rows that fill up a batch are said to go where there is none.
+      context: no prompt is longer.
     """
     longest = max((len(row.request.prompt) for row in rows.values()), default=0)
-    width = power_bucket(longest, SHORTEST_PROMPT)
+    width = min(power_bucket(longest, SHORTEST_PROMPT), context)
     most = max(PREFILL_TOKENS // width, multiple)
     places = list(rows)
     for group in (places[n : n + most] for n in range(0, len(places), most)):
@@ -73,7 +75,7 @@ def _slots(rows: Sequence[Row], count: int, greedy: bool) -> Slots:
     lengths = column(np.int32, (len(r.prompt) for r in requests), 1)
     draws = Draws(
         temperature=column(np.float32, (r.temperature for r in requests), 0),
-        top_k=column(np.int32, (r.top_k for r in requests), 0),
+        top_k=column(np.int32, (min(r.top_k, ALL) for r in requests), 0),
         top_p=column(np.float32, (r.top_p for r in requests), 1),
         seed=column(np.uint32, (r.seed % 2**32 for r in requests), 0),
     )

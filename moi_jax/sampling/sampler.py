@@ -19,7 +19,7 @@ from moi_jax.models.cache import AXES, Cache, cache_shape, empty_cache, resize
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.decoding import unstack
-from moi_jax.models.parameters import Tree, abstract_parameters
+from moi_jax.models.parameters import Tree, abstract_parameters, declare
 from moi_jax.sampling.answer import Answer
 from moi_jax.sampling.requests import Completion, Finish, Request
 from moi_jax.sampling.rows import Row, power_bucket, prompt_batches
@@ -37,7 +37,7 @@ from moi_jax.sampling.slots import (
 
 # The same where someone reads the text as it comes.
 STEPS_READ = 4
-# The cache has this length times a power of two, or the most that the run needs.
+# The cache has this length times a power of two, or that of the context.
 SHORTEST_CACHE = 128
 
 
@@ -75,7 +75,7 @@ class Sampler:
         self._axes = dict(mesh.shape) if mesh is not None else {}
         self._shards = math.prod(self._axes.get(axis, 1) for axis in axes.RULES["batch"])
         self.slots = -(-slots // self._shards) * self._shards
-        self.context = context or config.seq_length
+        self.context = config.seq_length if context is None else context
         vocabulary = Vocabulary(vocab_size, tuple(stop_ids))
         self._dtype = jax.eval_shape(
             lambda parameters: jnp.zeros((), make_model(parameters).compute_dtype),
@@ -111,7 +111,10 @@ class Sampler:
         devices = 1 if self._mesh is None else self._mesh.size
         size = filesize.decimal(self.cache_bytes)
         each = f" on each of {devices} devices" if devices > 1 else ""
-        return f"cache of {self.slots} x {self.context:,} tokens: at most {size}{each}"
+        return (
+            f"cache of {self.slots} x {self.context:,} tokens: at most {size}{each}, and "
+            f"{filesize.decimal(self._layers_bytes())} for the layers' weights once more"
+        )
 
     def run(
         self,
@@ -146,13 +149,12 @@ class Sampler:
                 waiting.append(Row(index, request, limit, Answer(request, self._decode, told)))
         if not waiting:
             return
-        longest = max(row.limit for row in waiting)
-        longest = min(-(-longest // SHORTEST_CACHE) * SHORTEST_CACHE, self.context)
+        longest = self._ring(max(row.limit for row in waiting))
         count = min(power_bucket(len(waiting), self._shards), self.slots)
         greedy = all(row.request.temperature <= 0 for row in waiting)
+        self._check_memory(count, longest)
         with self._on_mesh():
-            layers = jax.block_until_ready(self._unstack(parameters))
-            self._check_memory(count, longest)
+            layers = self._unstack(parameters)
             cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
 
         steps = STEPS_READ if on_text else STEPS
@@ -164,10 +166,9 @@ class Sampler:
             reach = max(min(row.length + steps, row.limit) for row in rows.values())
             patience = count // 16 + 1 if waiting else count
             with self._on_mesh():
-                wanted = min(power_bucket(reach, SHORTEST_CACHE), longest)
-                if cache.length != wanted:
-                    cache = self._resize(cache, wanted)
-                for prompts in prompt_batches(fresh, self._shards, count, greedy):
+                if cache.length != self._ring(reach):
+                    cache = self._resize(cache, self._ring(reach))
+                for prompts in prompt_batches(fresh, self._shards, count, greedy, self.context):
                     cache, slots = self._fill(parameters, cache, slots, *prompts)
                 live = np.isin(np.arange(count), list(rows))
                 cache, slots, written = self._advance(
@@ -182,30 +183,44 @@ class Sampler:
                     reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
                     yield row.index, row.answer.finished(reason)
 
+    def _ring(self, tokens: int) -> int:
+        """The length of a cache that holds so many; a few lengths, so few shapes to compile."""
+        return min(power_bucket(tokens, SHORTEST_CACHE), self.context)
+
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
 
     def _bytes(self, rows: int, length: int) -> int:
         """Of a cache of so many rows of this length, on each device."""
-        shape = cache_shape(self._config, rows, length)
-        size = 2 * self._config.num_layers * math.prod(shape) * self._dtype.itemsize
+        layer = self._elements(cache_shape(self._config, rows, length), AXES)
+        return 2 * self._config.num_layers * layer * self._dtype.itemsize
+
+    def _layers_bytes(self) -> int:
+        """Of the layers' parameters in the compute dtype, on each device."""
+        layers = [p for path, p in declare(self._config).items() if path.startswith("layers.")]
+        return sum(self._elements(p.shape, p.axes) for p in layers) * self._dtype.itemsize
+
+    def _elements(self, shape: tuple[int, ...], names: Sequence[str | None]) -> int:
+        """Of an array with these logical axes, on each device."""
         if self._mesh is None:
-            return size
-        spec = axes.partition_spec(AXES, shape, self._axes)
-        part = NamedSharding(self._mesh, spec).shard_shape(shape)
-        return size // (math.prod(shape) // math.prod(part))
+            return math.prod(shape)
+        spec = axes.partition_spec(names, shape, self._axes)
+        return math.prod(NamedSharding(self._mesh, spec).shard_shape(shape))
 
     def _check_memory(self, rows: int, length: int) -> None:
-        """Raises UserError when a cache of this size evidently has no room on a device."""
-        size = self._bytes(rows, length)
+        """Raises UserError when cache and layers evidently have no room on a device."""
+        # While a cache grows the one of half its length is there too.
+        cache = self._bytes(rows, length) + self._bytes(rows, length // 2)
+        needed = cache + self._layers_bytes()
         devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
         for device in devices:
             memory = device.memory_stats() or {}
             if {"bytes_limit", "bytes_in_use"} <= memory.keys():
                 free = memory["bytes_limit"] - memory["bytes_in_use"]
-                if size > free:
+                if needed > free:
                     raise UserError(
-                        f"the KV cache of {rows} slots of {length} tokens takes "
-                        f"{size / 2**30:.1f} GiB on {device}, where {free / 2**30:.1f} GiB are "
-                        f"free; lower slots, context or max_new_tokens"
+                        f"{rows} answers of up to {length} tokens need a KV cache of "
+                        f"{cache / 2**30:.1f} GiB, and the layers' weights once more "
+                        f"{self._layers_bytes() / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} "
+                        f"GiB free. Lower slots, context or max_new_tokens"
                     )

@@ -118,6 +118,9 @@ def advance(
 def _accept(slots: Slots, logits: jax.Array, vocabulary: Vocabulary) -> Slots:
     """With the next token of the rows under way, chosen from logits [B, V]."""
     logits = logits[:, : vocabulary.size]
+    if slots.draws is not None:
+        # Whole on a device: choosing goes over a row many times.
+        logits = constrain(logits, "batch", None)
     token = choose(logits, slots.draws, slots.length - slots.prompt)
     running = slots.finish == RUNNING
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
