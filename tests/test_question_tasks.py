@@ -341,9 +341,11 @@ def test_mmlu_asks_the_question_with_its_choices(tmp_path: Path):
     mmlu = task("mmlu", tmp_path)
     first, second = mmlu.load()
     [message] = first.messages
-    instruction, _, rest = message.content.partition("\n\n")
-    assert "A, B, C and D" in instruction
-    assert rest == "Which, of these\nis best?\nA. None\nB. two\nC. x,\u2028y\nD. 4"
+    assert message.content == (
+        "The following is a multiple-choice question. Please choose the most suitable one among "
+        "A, B, C and D as the answer to this question.\n\n"
+        "Which, of these\nis best?\nA. None\nB. two\nC. x,\u2028y\nD. 4\n"
+    )
     assert (first.id, first.group, first.gold["letter"]) == ("anatomy/1", "anatomy", "B")
     assert (second.id, second.gold["letter"], second.choices) == ("anatomy/2", "D", ())
     assert mmlu.notes([first, second], []) == ["1 of 57 subjects"]
@@ -370,7 +372,7 @@ def test_mmlu_shots_are_turns_answered_by_letters(tmp_path: Path):
     mmlu = task("mmlu", tmp_path, shots=2)
     [item] = mmlu.load()
     assert [message.role for message in item.messages] == ["user", "assistant"] * 2 + ["user"]
-    assert item.messages[0].content.endswith("\n\nq1\nA. 1\nB. 2\nC. 3\nD. 4")
+    assert item.messages[0].content.endswith("\n\nq1\nA. 1\nB. 2\nC. 3\nD. 4\n")
     assert [message.content for message in item.messages[1::2]] == ["C", "D"]
     assert mmlu.settings() == {"shots": 2, "method": "generate"}
     with pytest.raises(UserError, match=r"4 shots, but .*law_dev\.csv holds 3"):
