@@ -390,26 +390,27 @@ def test_options_that_do_not_go_together_are_refused_at_once(evaluate, options, 
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("question.jsonl", None, r"there is no .*question.jsonl; put into .*data: mt_bench/"),
-        ("question.jsonl", '{"question_id": 81,\n', "question.jsonl:1 is not JSON"),
-        ("question.jsonl", "[]\n", "question.jsonl:1 is no JSON object"),
+        ("question.jsonl", None, r"nothing in .*question.jsonl; put below .*data: mt_bench/"),
+        ("question.jsonl", '{"question_id": 81,\n', "question.jsonl, line 1: .*mend the row"),
+        ("question.jsonl", '{"turns": ["\\ud83d", ""]}\n', "question.jsonl, line 1: a text holds"),
+        ("question.jsonl", "3\n", "question.jsonl, line 1: the row is a .*mend the row"),
         (
             "question.jsonl",
             '{"question_id": 81, "category": "art", "turns": ["a", "b"]}\n',
-            "question.jsonl:1: a question has",
+            "question.jsonl, line 1: a question has",
         ),
         (
             "question.jsonl",
             '\n{"question_id": 81, "category": "math", "turns": ["a", "b"]}\n',
-            "question.jsonl:2: question 81 of math .* has none",
+            "question.jsonl, line 2: question 81 of math .* has none",
         ),
         ("judge_prompts.jsonl", "", "has no prompt single-v1"),
         (
             "judge_prompts.jsonl",
             '{"name": "single-v1", "system_prompt": "", "prompt_template": "{answer_c}"}\n',
-            "judge_prompts.jsonl:1: prompt single-v1 cannot be filled in",
+            "judge_prompts.jsonl, line 1: prompt single-v1 cannot be filled in",
         ),
-        ("reference_answer/gpt-4.jsonl", '{"question_id": 103}\n', "gpt-4.jsonl:1: an answer has"),
+        ("reference_answer/gpt-4.jsonl", '{"question_id": 103}\n', "gpt-4.jsonl, line 1: an answer has"),
     ],
 )
 def test_bad_files_are_named_with_their_line(data, tmp_path, file, text, words):
