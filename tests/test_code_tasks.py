@@ -258,6 +258,9 @@ def test_malformed_humaneval_rows_are_named(row: dict, message: str, tmp_path: P
         ({**SQUARE_ROW, "test_list": [3]}, "line 2: 'test_list' must hold texts"),
         ({**SQUARE_ROW, "test_list": []}, "line 2: 'test_list' must hold texts"),
         ({**SQUARE_ROW, "test_list": "assert"}, "line 2: 'test_list' must be a list"),
+        ({**SQUARE_ROW, "test_imports": None}, "line 2: 'test_imports' must hold texts"),
+        ({**SQUARE_ROW, "test_imports": "import"}, "line 2: 'test_imports' must hold texts"),
+        ({**SQUARE_ROW, "test_imports": [1]}, "line 2: 'test_imports' must hold texts"),
     ],
 )
 def test_malformed_mbpp_rows_are_named(row: dict, message: str, tmp_path: Path):

@@ -51,6 +51,7 @@ class MMLU(Task):
         "mmlu/test/SUBJECT_test.csv, and for shots mmlu/dev/SUBJECT_dev.csv, from data.tar of "
         "github.com/hendrycks/test"
     )
+    takes_shots = True
     whole = (14042,)
 
     def __init__(self, options: Options):
