@@ -30,6 +30,7 @@ class JudgeEndpoint(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.judgment = "Rating: [[5]]"
         self.version = "stub-2024"
+        self.usage: dict | None = None  # told with each completion
         self.plans: dict[str, list[str]] = {}
         self.asked: dict[str, list[dict]] = defaultdict(list)  # mark -> requests
         self.keys: set[str] = set()
@@ -105,6 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "message": {"role": "assistant", "content": text},
                 }
             ],
+            **({"usage": self.server.usage} if self.server.usage else {}),
         }
 
     def _send(self, status, body, headers=()):

@@ -50,6 +50,13 @@ HALVE_ROW = {
     "canonical_solution": "    return math.floor(x / 2)\n",
     "test": "def check(candidate):\n    assert candidate(5) == 2\n",
 }
+JOIN_ROW = {
+    "task_id": "HumanEval/2",
+    "prompt": 'FIX = """\njoin(\'a\\n\')\n"""\n\ndef join(x):\n    """Joins."""\n',
+    "entry_point": "join",
+    "canonical_solution": "    return x\n",
+    "test": "def check(candidate):\n    assert candidate(5) == 5\n",
+}
 SQUARE_ROW = {
     "task_id": 11,
     "text": "Write a function to square a number.",
@@ -109,16 +116,21 @@ def test_the_weak_sandbox_is_said_loudly(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_humaneval_asks_for_the_entry_point_and_not_its_helper(tmp_path: Path):
-    double, halve = humaneval(tmp_path, DOUBLE_ROW, HALVE_ROW).load()
+    double, halve, join = humaneval(tmp_path, DOUBLE_ROW, HALVE_ROW, JOIN_ROW).load()
     assert double.id == "HumanEval/0"
     asked = (
         "Write a Python function `double_all(numbers: List[int]) -> List[int]` to solve the "
-        "following problem:\nDouble each number.\n>>> double_all([1, 2])\n[2, 4]\n"
+        "following problem:\nDouble each number.\n>>> double_all([1, 2])\n[2, 4]\n\n"
     )
     assert double.messages == (Message("user", asked + DOUBLE),)
     assert halve.messages[0].content.startswith(
         "Write a Python function `halve(x)` to solve the following problem:\nHalve x,\nrounded "
-        "down.\ndef halve(x):\n"
+        "down.\n\ndef halve(x):\n"
+    )
+    # As upstream's: edge newlines are kept, escapes are not resolved, and a text before is taken.
+    assert join.messages[0].content == (
+        "Write a Python function `join(x)` to solve the following problem:\n"
+        "\njoin('a\\n')\n\n" + JOIN_ROW["prompt"]
     )
 
 
@@ -246,6 +258,9 @@ def test_malformed_humaneval_rows_are_named(row: dict, message: str, tmp_path: P
         ({**SQUARE_ROW, "test_list": [3]}, "line 2: 'test_list' must hold texts"),
         ({**SQUARE_ROW, "test_list": []}, "line 2: 'test_list' must hold texts"),
         ({**SQUARE_ROW, "test_list": "assert"}, "line 2: 'test_list' must be a list"),
+        ({**SQUARE_ROW, "test_imports": None}, "line 2: 'test_imports' must hold texts"),
+        ({**SQUARE_ROW, "test_imports": "import"}, "line 2: 'test_imports' must hold texts"),
+        ({**SQUARE_ROW, "test_imports": [1]}, "line 2: 'test_imports' must hold texts"),
     ],
 )
 def test_malformed_mbpp_rows_are_named(row: dict, message: str, tmp_path: Path):

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from moi_jax.errors import UserError
 from moi_jax.evaluation import statistics
 from moi_jax.evaluation.reports.charts import bars, radar
-from moi_jax.evaluation.reports.comparison import compare, read_evaluations
+from moi_jax.evaluation.reports.comparison import PUBLISHED, compare, read_evaluations
 from moi_jax.evaluation.reports.report import write_report
+from moi_jax.evaluation.tasks import TASKS
 from moi_jax.report_page import PALETTE
 
 PROMPT = "You are a helpful assistant."
@@ -51,6 +53,7 @@ def result(task: str, values: list[float], **changes) -> dict:
         for name, start in (("even", 1), ("odd", 0))
     }
     settings = {"system_prompt": PROMPT, "temperature": None, "shots": 0, "limit": None}
+    settings |= {"samples": 1, "max_new_tokens": 512, "context": 2048}
     return {
         **{"score": score, "interval": interval, "items": len(values), "complete": True},
         **{"weights": {"accuracy": 1.0}, "metrics": {"accuracy": mean}, "groups": groups},
@@ -223,7 +226,19 @@ def test_other_data_is_warned_of(two):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"complete": False}, {"settings": {"shots": 4}}, {"settings": {"temperature": 0.7}}],
+    [
+        {"complete": False},
+        *(
+            {"settings": {key: value}}
+            for key, value in [
+                ("shots", 4),
+                ("temperature", 0.7),
+                ("samples", 10),
+                ("max_new_tokens", 16),
+                ("context", 64),
+            ]
+        ),
+    ],
 )
 def test_published_figures_are_for_the_same_protocol_only(two, tmp_path: Path, changes: dict):
     for directory in two:
@@ -232,6 +247,19 @@ def test_published_figures_are_for_the_same_protocol_only(two, tmp_path: Path, c
     assert page.row("gsm8k")[3] == "–"
     assert page.row("mmlu")[3] == "55.8"
     assert "README of github.com/QwenLM/Qwen" in page.text
+
+
+@pytest.mark.parametrize("changes", [{"chat_template": "llama3"}, {"system_prompt": None}])
+def test_published_figures_are_for_the_same_template_and_prompt_only(tmp_path: Path, changes: dict):
+    evaluations = read_evaluations([evaluation(tmp_path / "a", RIGHT, **changes)])
+    assert [task.published for task in compare(evaluations)] == [None, None, None]
+
+
+def test_published_figures_are_for_the_length_that_the_tasks_have():
+    for name, (_, protocol) in PUBLISHED.items():
+        module, kind = TASKS[name]
+        task = getattr(import_module(f"moi_jax.evaluation.tasks.{module}"), kind)
+        assert protocol["max_new_tokens"] == task.max_new_tokens
 
 
 def test_examples_are_items_on_which_checkpoints_disagree(two):

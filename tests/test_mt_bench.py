@@ -89,11 +89,13 @@ def endpoint(monkeypatch):
 def evaluate(data, tmp_path, endpoint):
     """Scores, as the runner would, answers that say which they are; (task, items, scores)."""
 
-    def run(answer="answer {}.{}", url=endpoint.url, timeout=20.0, **options):
+    def run(answer="answer {}.{}", url=endpoint.url, timeout=20.0, workers=4, **options):
         options = {"judge": "org/judge", "judge_url": url, **options}
         task = make_task("mt_bench", Options(data=data, out=tmp_path / "moi-7b", **options))
         if task.judge is not None:
-            task.judge = replace(task.judge, timeout=timeout, retries=1, pause=0.01)
+            task.judge = replace(
+                task.judge, timeout=timeout, workers=workers, retries=1, pause=0.01
+            )
         items = task.load()
         answers = [
             Answer(tuple(answer.format(item.id, turn) for turn in (1, 2)), ("stop", "length"))
@@ -362,8 +364,36 @@ def test_cost_is_told_first_and_limited(evaluate, endpoint, capsys):
 def test_prompt_tokens_are_guessed_as_four_characters_each(evaluate, endpoint, capsys):
     evaluate()
     asked = [request["messages"] for requests in endpoint.asked.values() for request in requests]
-    characters = sum(len(message["content"]) for messages in asked for message in messages)
-    assert f"about {characters // 4:,} prompt tokens" in capsys.readouterr().err
+    tokens = sum(sum(len(each["content"]) for each in messages) // 4 for messages in asked)
+    told = capsys.readouterr().err
+    assert f"about {tokens:,} prompt tokens" in told
+    assert "if every judgment is as long as allowed and none has to be repeated" in told
+
+
+USAGE = {"prompt_tokens": 10, "completion_tokens": 2048}
+
+
+@pytest.mark.parametrize(
+    ("usage", "judgment", "prices", "limit", "calls", "spent"),
+    [
+        # A call may cost 0.2048 $, and is made three times: 16 fit into 3.3 $.
+        (USAGE, "no rating", (0.0, 100.0), 3.3, 16, "3.277"),
+        # Judgments half as long leave 0.2048 $ for one more 30 times.
+        ({**USAGE, "completion_tokens": 1024}, "no rating", (0.0, 100.0), 3.3, 31, "3.174"),
+        (None, "x" * 4 * 1024, (0.0, 100.0), 3.3, 31, "3.174"),
+        # The prompts are far longer than guessed.
+        ({**USAGE, "prompt_tokens": 30_000}, "[[5]]", (10.0, 0.0), 2.1, 7, "2.1"),
+    ],
+)
+def test_calls_end_before_they_cost_more_than_the_limit(
+    evaluate, endpoint, tmp_path, usage, judgment, prices, limit, calls, spent
+):
+    endpoint.usage, endpoint.judgment = usage, judgment
+    with pytest.raises(UserError, match=rf"\${spent} are spent.*-max-cost {limit}; ") as raised:
+        evaluate(judge_price=prices, judge_max_cost=limit, workers=1)
+    kept = len(read_lines(judgments(tmp_path)))
+    assert f"{kept} of 16 judgments are kept" in str(raised.value)
+    assert endpoint.calls == calls
 
 
 def test_the_environments_key_is_sent(evaluate, endpoint, monkeypatch):
@@ -380,6 +410,12 @@ def test_the_environments_key_is_sent(evaluate, endpoint, monkeypatch):
         ({"judge_url": None}, "OPENAI_API_KEY"),
         ({"judge_max_cost": 3.0}, "needs --judge-price"),
         ({"samples": 2}, "leave --samples at 1"),
+        ({"judge_price": (1.0, float("nan"))}, "--judge-price must be dollars, 0 or more"),
+        ({"judge_price": (-1.0, 1.0)}, "--judge-price must be dollars, 0 or more"),
+        (
+            {"judge_price": (1.0, 1.0), "judge_max_cost": float("inf")},
+            "--judge-max-cost must be dollars, 0 or more",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_at_once(evaluate, options, words):
@@ -390,26 +426,31 @@ def test_options_that_do_not_go_together_are_refused_at_once(evaluate, options, 
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("question.jsonl", None, r"there is no .*question.jsonl; put into .*data: mt_bench/"),
-        ("question.jsonl", '{"question_id": 81,\n', "question.jsonl:1 is not JSON"),
-        ("question.jsonl", "[]\n", "question.jsonl:1 is no JSON object"),
+        ("question.jsonl", None, r"nothing in .*question.jsonl; put below .*data: mt_bench/"),
+        ("question.jsonl", '{"question_id": 81,\n', "question.jsonl, line 1: .*mend the row"),
+        ("question.jsonl", '{"turns": ["\\ud83d", ""]}\n', "question.jsonl, line 1: a text holds"),
+        ("question.jsonl", "3\n", "question.jsonl, line 1: the row is a .*mend the row"),
         (
             "question.jsonl",
             '{"question_id": 81, "category": "art", "turns": ["a", "b"]}\n',
-            "question.jsonl:1: a question has",
+            "question.jsonl, line 1: a question has",
         ),
         (
             "question.jsonl",
             '\n{"question_id": 81, "category": "math", "turns": ["a", "b"]}\n',
-            "question.jsonl:2: question 81 of math .* has none",
+            "question.jsonl, line 2: question 81 of math .* has none",
         ),
         ("judge_prompts.jsonl", "", "has no prompt single-v1"),
         (
             "judge_prompts.jsonl",
             '{"name": "single-v1", "system_prompt": "", "prompt_template": "{answer_c}"}\n',
-            "judge_prompts.jsonl:1: prompt single-v1 cannot be filled in",
+            "judge_prompts.jsonl, line 1: prompt single-v1 cannot be filled in",
         ),
-        ("reference_answer/gpt-4.jsonl", '{"question_id": 103}\n', "gpt-4.jsonl:1: an answer has"),
+        (
+            "reference_answer/gpt-4.jsonl",
+            '{"question_id": 103}\n',
+            "gpt-4.jsonl, line 1: an answer has",
+        ),
     ],
 )
 def test_bad_files_are_named_with_their_line(data, tmp_path, file, text, words):

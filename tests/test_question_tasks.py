@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moi_jax.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
-from moi_jax.evaluation.tasks import make_task, math_equivalence
+from moi_jax.evaluation.tasks import TASKS, make_task, math_equivalence
 from moi_jax.evaluation.tasks.competition_math import final_answer, last_boxed
 from moi_jax.evaluation.tasks.gsm8k import EXAMPLES, last_number
 from moi_jax.evaluation.tasks.letters import find_letter
@@ -66,7 +66,13 @@ def test_rows_of_json_say_where_they_stand(tmp_path: Path):
     assert [row["q"] for _, row in json_rows(path, q=str)] == ["a\u2028b", "c"]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"r": "a"}', '{"q": 1}', '{"q": " "}', "\udcff"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "[1]", '{"r": "a"}', '{"q": 1}', '{"q": " "}', "\udcff"),
+        *(r'{"q": "\ud83d"}', r'{"q": "a", "r": [{"\ude00": 1}]}'),
+    ],
+)
 def test_malformed_row_of_json_is_named(tmp_path: Path, line: str):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"q": "a"}}\n{line}\n', errors="surrogateescape")
@@ -103,6 +109,23 @@ def test_missing_data_says_what_to_put_where(tmp_path: Path, name: str, told: st
     with pytest.raises(UserError, match=told) as error:
         task(name, tmp_path).load()
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_shots_are_refused_where_a_task_has_none(tmp_path: Path, name: str):
+    asked = {"shots": 1, "allow_code_execution": True, "sandbox": "weak"}
+    if name in ("gsm8k", "mbpp", "mmlu"):
+        assert task(name, tmp_path, **asked).options.shots == 1
+    else:
+        with pytest.raises(UserError, match=f"{name} has no worked examples; .*: gsm8k, mbpp and"):
+            task(name, tmp_path, **asked)
+        assert task(name, tmp_path, **{**asked, "shots": 0}).options.shots == 0
+
+
+def test_whole_characters_in_escapes_are_taken(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(r'{"q": "\ud83d\ude00"}')
+    assert [row for _, row in json_rows(path)] == [{"q": "\U0001f600"}]
 
 
 # GSM8K
@@ -341,9 +364,11 @@ def test_mmlu_asks_the_question_with_its_choices(tmp_path: Path):
     mmlu = task("mmlu", tmp_path)
     first, second = mmlu.load()
     [message] = first.messages
-    instruction, _, rest = message.content.partition("\n\n")
-    assert "A, B, C and D" in instruction
-    assert rest == "Which, of these\nis best?\nA. None\nB. two\nC. x,\u2028y\nD. 4"
+    assert message.content == (
+        "The following is a multiple-choice question. Please choose the most suitable one among "
+        "A, B, C and D as the answer to this question.\n\n"
+        "Which, of these\nis best?\nA. None\nB. two\nC. x,\u2028y\nD. 4\n"
+    )
     assert (first.id, first.group, first.gold["letter"]) == ("anatomy/1", "anatomy", "B")
     assert (second.id, second.gold["letter"], second.choices) == ("anatomy/2", "D", ())
     assert mmlu.notes([first, second], []) == ["1 of 57 subjects"]
@@ -370,7 +395,7 @@ def test_mmlu_shots_are_turns_answered_by_letters(tmp_path: Path):
     mmlu = task("mmlu", tmp_path, shots=2)
     [item] = mmlu.load()
     assert [message.role for message in item.messages] == ["user", "assistant"] * 2 + ["user"]
-    assert item.messages[0].content.endswith("\n\nq1\nA. 1\nB. 2\nC. 3\nD. 4")
+    assert item.messages[0].content.endswith("\n\nq1\nA. 1\nB. 2\nC. 3\nD. 4\n")
     assert [message.content for message in item.messages[1::2]] == ["C", "D"]
     assert mmlu.settings() == {"shots": 2, "method": "generate"}
     with pytest.raises(UserError, match=r"4 shots, but .*law_dev\.csv holds 3"):

@@ -196,6 +196,7 @@ def test_two_versions_of_a_subtask_are_refused(tmp_path: Path, names: tuple[str,
     ("name", "fields", "problem"),
     [
         ("plan_json", 3, "origin_prompt is missing"),
+        ("review_str", {**review("A"), "template": ["\ud83d"]}, r"a text holds '\\ud83d', half"),
         ("plan_json", record(ground_truth=3), "ground_truth is no list or str"),
         ("plan_json", plan("json", PLAN[2:]), "ground_truth is no plan"),
         ("plan_json", plan("json", [{"id": 0, "name": "a"}]), "ground_truth is no plan"),
@@ -489,7 +490,36 @@ def test_the_score_is_the_mean_of_six_subtasks_each_the_mean_of_its_variants(tmp
     assert weights["review_str/answer"] == pytest.approx(1 / 6)
     assert weights["instruct_json/format"] == pytest.approx(1 / 24)
     assert not any("precision" in name or "recall" in name for name in weights)
-    assert benchmark.is_whole(benchmark.load())
+
+
+def test_it_is_whole_with_all_variants_and_the_records_known_of_plan_and_review(tmp_path: Path):
+    benchmark = task(write(tmp_path, ALL))
+    items = benchmark.load()
+    assert not benchmark.is_whole(items)
+    assert benchmark.notes(items, [])[1:] == [
+        "plan_json: 1 of at least 553 records",
+        "plan_str: 1 of at least 553 records",
+        "review_str: 1 of at least 487 records",
+    ]
+    assert benchmark.is_whole(items * 553)
+    assert not benchmark.is_whole(items * 486)
+    without = [item for item in items if item.group != "retrieve_str"]
+    assert not benchmark.is_whole(without * 553)
+
+
+def test_what_the_limit_left_out_is_not_told_as_missing_data(tmp_path: Path):
+    files = {name: ALL[name] for name in ("reason_str_v2", "retrieve_str_v2", "understand_str_v2")}
+    benchmark = task(write(tmp_path, files))
+    assert benchmark.notes(benchmark.load()[:1], []) == [
+        "T-Eval data v2, scored by the rules of v2",
+        "not measured, for want of data: instruct, plan, review",
+        "not measured, as none of their items were asked: retrieve, understand",
+    ]
+
+
+def test_the_place_of_the_system_text_stands_in_the_settings(tmp_path: Path):
+    benchmark = task(write(tmp_path, ALL), teval_system="as_user")
+    assert benchmark.settings()["teval_system"] == "as_user"
 
 
 def test_there_is_no_score_without_all_six_and_the_missing_ones_are_told(tmp_path: Path):
@@ -503,6 +533,8 @@ def test_there_is_no_score_without_all_six_and_the_missing_ones_are_told(tmp_pat
     assert notes == [
         "T-Eval data v2, scored by the rules of v2",
         "not measured, for want of data: instruct, reason, retrieve",
+        "plan_json: 1 of at least 553 records",
+        "review_str: 1 of at least 487 records",
     ]
 
 
@@ -523,6 +555,7 @@ def test_the_score_is_of_the_english_files_where_there_are_two_languages(tmp_pat
     assert alone is not None
     assert alone.keys() == {name.replace("/", "_zh/") for name in weights}
     assert "English" in benchmark.notes(items, list(scores.values()))[-1]
+    assert benchmark.is_whole([item for item in items if item.group.endswith("_zh")] * 553)
 
 
 def without_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from moi_jax.data.conversations import Message
+from moi_jax.errors import UserError
 from moi_jax.evaluation.options import Options
 
 Json = dict[str, Any]
@@ -75,6 +76,7 @@ class Task(ABC):
     Attributes:
       files: below the data directory, what the task reads, told when it is missing.
       max_new_tokens, stop_strings: of every answer.
+      takes_shots: whether it has worked examples to show before the question.
       whole: how many items the benchmark has (one number for each published form); a score over
         fewer is no part of the overall figure. () where `weights` alone decides.
     """
@@ -83,10 +85,16 @@ class Task(ABC):
     files: ClassVar[str]
     max_new_tokens: ClassVar[int] = 512
     stop_strings: ClassVar[tuple[str, ...]] = ()
+    takes_shots: ClassVar[bool] = False
     whole: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, options: Options):
         """Raises UserError where options or the machine do not allow this task."""
+        if options.shots and not self.takes_shots:
+            raise UserError(
+                f"{self.name} has no worked examples; give --shots only with tasks that take them: "
+                "gsm8k, mbpp and mmlu"
+            )
         self.options = options
 
     @abstractmethod

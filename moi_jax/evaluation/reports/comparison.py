@@ -18,13 +18,16 @@ Samples = dict[str, Json]
 # A difference and the two ends of its interval.
 Gap = tuple[float, float, float]
 
-# Figures that the authors of Qwen-7B-Chat give in their README, each with the settings it has.
+# Figures that the authors of Qwen-7B-Chat give in their README, each with the settings it has: one
+# greedy answer of at most 512 tokens, in a context that never cuts it shorter.
+GREEDY: Json = {"samples": 1, "max_new_tokens": 512}
 PUBLISHED: dict[str, tuple[float, Json]] = {
-    "gsm8k": (50.3, {"shots": 0}),
-    "mmlu": (55.8, {"shots": 0, "method": "generate"}),
-    "humaneval": (37.2, {}),
+    "gsm8k": (50.3, {**GREEDY, "shots": 0}),
+    "mmlu": (55.8, {**GREEDY, "shots": 0, "method": "generate"}),
+    "humaneval": (37.2, GREEDY),
 }
-PUBLISHED_PROMPT = "You are a helpful assistant."
+PUBLISHED_BY = {"system_prompt": "You are a helpful assistant.", "chat_template": "chatml"}
+PUBLISHED_CONTEXT = 2048
 # Of the model, what must be the same on both sides of a comparison.
 SHARED = ("system_prompt", "chat_template", "template_hash", "dtype")
 # Settings that say where, not what.
@@ -191,7 +194,7 @@ def _asked(sample: Json) -> list[Any]:
 
 
 def published(name: str, evaluation: Evaluation) -> float | None:
-    """The published figure where the evaluation has its protocol: all items, greedy, 0-shot."""
+    """The published figure where all that decides the answers is as its authors had it."""
     result = evaluation.tasks.get(name)
     if not result or name not in PUBLISHED:
         return None
@@ -199,8 +202,9 @@ def published(name: str, evaluation: Evaluation) -> float | None:
     settings = result["settings"]
     same = (
         result.get("complete")
-        and evaluation.made_by.get("system_prompt") == PUBLISHED_PROMPT
+        and all(evaluation.made_by.get(key) == value for key, value in PUBLISHED_BY.items())
         and not settings.get("temperature")
+        and settings.get("context", 0) >= PUBLISHED_CONTEXT
         and all(settings.get(key) == value for key, value in protocol.items())
     )
     return figure if same else None

@@ -60,6 +60,7 @@ class GSM8K(Task):
         "gsm8k/test.jsonl from github.com/openai/grade-school-math; for worked examples of its "
         "own gsm8k/train.jsonl as well"
     )
+    takes_shots = True
     whole = (1319,)
 
     def __init__(self, options: Options):

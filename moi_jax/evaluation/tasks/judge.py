@@ -6,6 +6,7 @@ The files have FastChat's layout (lm-sys/FastChat, fastchat/llm_judge), so that 
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import threading
@@ -22,6 +23,7 @@ from rich.console import Console
 from moi_jax.console import say
 from moi_jax.errors import UserError
 from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.tasks.bill import Bill, OverLimit
 
 if TYPE_CHECKING:
     import openai
@@ -114,7 +116,7 @@ class Judge:
 
     Attributes:
       price: US dollars for a million prompt tokens, and for a million tokens of judgments.
-      max_cost: no more than this is begun, in US dollars.
+      max_cost: no call is begun that could make this command cost more, in US dollars.
       workers: calls at a time.
       timeout: seconds that the endpoint may be silent.
       retries: after a timeout, a failed connection, 429 and 5xx; the openai library waits longer
@@ -151,7 +153,7 @@ class Judge:
             self._check_cost(to_ask, len(cases))
         try:
             yield from self._ask_all(cases, answered_by, kept)
-        except (Fault, OSError) as error:
+        except (Fault, OverLimit, OSError) as error:
             what = f"cannot write {path}: {error}" if isinstance(error, OSError) else error
             done = sum(kept.find(self.model, case) is not None for case in cases)
             raise UserError(
@@ -160,16 +162,17 @@ class Judge:
             ) from None
 
     def _check_cost(self, to_ask: Sequence[Case], total: int) -> None:
-        """Says what the calls will take; the prompt's tokens are guessed as 4 characters each."""
-        prompt = sum(len(case.system) + len(case.user) for case in to_ask) // 4
+        """Says what the calls will take, if each is made once."""
+        prompt = sum(map(_prompt_tokens, to_ask))
         judgment = MAX_TOKENS * len(to_ask)
         line = (
-            f"judging by {self.model} at {self.url}: {len(to_ask)} of {total} calls to make, about "
-            f"{prompt:,} prompt tokens and at most {judgment:,} tokens of judgments"
+            f"judging by {self.model} at {self.url}: {len(to_ask)} of {total} calls to make; if "
+            f"every judgment is as long as allowed and none has to be repeated, about {prompt:,} "
+            f"prompt tokens and {judgment:,} tokens of judgments"
         )
         if self.price is not None:
-            cost = (prompt * self.price[0] + judgment * self.price[1]) / 1e6
-            line += f", at most about ${cost:.2f}"
+            cost = Bill(self.price, None).cost(prompt, judgment)
+            line += f", about ${cost:.2f}"
             if self.max_cost is not None and cost > self.max_cost:
                 raise UserError(
                     f"{line}, above --judge-max-cost {self.max_cost:g}; the answers are kept: "
@@ -187,10 +190,12 @@ class Judge:
             max_retries=self.retries,
         )
 
+        bill = Bill(self.price, self.max_cost)
+
         def judgment(case: Case) -> Json:
             record = kept.find(self.model, case)
             if record is None:
-                record = self._judge(client, case, answered_by)
+                record = self._judge(client, case, answered_by, bill)
                 kept.append(record)
             return record
 
@@ -202,11 +207,11 @@ class Judge:
             finally:  # a fault, or Ctrl-C: calls under way end and are kept, no more begin
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _judge(self, client: "openai.OpenAI", case: Case, answered_by: str) -> Json:
+    def _judge(self, client: "openai.OpenAI", case: Case, answered_by: str, bill: Bill) -> Json:
         """A record of the file: the first judgment with a rating, or the last without."""
         for left in reversed(range(TRIES)):
             try:
-                judgment, version = self._ask(client, case)
+                judgment, version = self._ask(client, case, bill)
             except NoCompletion:
                 if not left:
                     raise
@@ -228,8 +233,25 @@ class Judge:
             "prompt_hash": case.hash,
         }
 
-    def _ask(self, client: "openai.OpenAI", case: Case) -> tuple[str, str]:
+    def _ask(self, client: "openai.OpenAI", case: Case, bill: Bill) -> tuple[str, str]:
         """The judgment, and the name of the model that made it."""
+        most = bill.cost(_prompt_tokens(case), MAX_TOKENS)
+        bill.begin(most)
+        content = self._send(client, case)
+        try:
+            completion = json.loads(content)
+            judgment = completion["choices"][0]["message"]["content"]
+        except (ValueError, TypeError, KeyError, IndexError):
+            bill.end(most, most)  # it may have been charged for, and does not say
+            body = _one_line(content.decode(errors="replace"))
+            raise NoCompletion(f"its answer is no chat completion: {body!r}") from None
+        # A judge that declines may send no text at all: a judgment without a rating.
+        judgment = judgment if isinstance(judgment, str) else ""
+        bill.end(most, bill.cost(*_tokens_used(completion, case, judgment)))
+        return judgment, str(completion.get("model"))
+
+    def _send(self, client: "openai.OpenAI", case: Case) -> bytes:
+        """What the endpoint answers."""
         import openai
 
         try:
@@ -251,14 +273,22 @@ class Judge:
             hint = _HINTS.get(error.status_code, "")
             line = _one_line(str(told or error.message))
             raise Fault(f"status {error.status_code}{hint}: {line}") from None
-        try:
-            completion = json.loads(response.content)
-            content = completion["choices"][0]["message"]["content"]
-        except (ValueError, TypeError, KeyError, IndexError):
-            body = _one_line(response.content.decode(errors="replace"))
-            raise NoCompletion(f"its answer is no chat completion: {body!r}") from None
-        # A judge that declines may send no text at all: a judgment without a rating.
-        return content if isinstance(content, str) else "", str(completion.get("model"))
+        return response.content
+
+
+def _prompt_tokens(case: Case) -> int:
+    """A guess, of four characters a token."""
+    return (len(case.system) + len(case.user)) // 4
+
+
+def _tokens_used(completion: Json, case: Case, judgment: str) -> tuple[int, int]:
+    """Of prompt and judgment, as the endpoint tells them; where it does not, guessed."""
+    match completion.get("usage"):
+        case {"prompt_tokens": int(read), "completion_tokens": int(written)} if (
+            read >= 0 and written >= 0
+        ):
+            return read, written
+    return _prompt_tokens(case), len(judgment) // 4
 
 
 _HINTS = {
@@ -298,4 +328,10 @@ def make_judge(options: Options) -> Judge | None:
             "--judge-max-cost needs --judge-price: US dollars for a million prompt tokens and for "
             "a million tokens of judgments"
         )
+    for name, amounts in (
+        ("--judge-price", options.judge_price or ()),
+        ("--judge-max-cost", () if options.judge_max_cost is None else (options.judge_max_cost,)),
+    ):
+        if not all(math.isfinite(amount) and amount >= 0 for amount in amounts):
+            raise UserError(f"{name} must be dollars, 0 or more")
     return Judge(options.judge, url, options.judge_price, options.judge_max_cost)

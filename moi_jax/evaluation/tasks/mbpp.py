@@ -27,6 +27,7 @@ class MBPP(CodeTask):
         "mbpp/mbpp.jsonl from github.com/google-research/google-research, mbpp/ (or "
         "mbpp/sanitized-mbpp.json, which is taken where the other is not)"
     )
+    takes_shots = True
     whole = (500, 257)
 
     def __init__(self, options: Options):
@@ -48,6 +49,9 @@ class MBPP(CodeTask):
                 raise malformed(where, "'text' (or 'prompt') must be a str that is not empty")
             if not row["test_list"] or not all(isinstance(test, str) for test in row["test_list"]):
                 raise malformed(where, "'test_list' must hold texts, at least one")
+            imports = row.get("test_imports", [])
+            if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+                raise malformed(where, "'test_imports' must hold texts")
             question = Message("user", _question(text, row["test_list"]))
             code = row["code"].replace("\r\n", "\n")
             if row["task_id"] in SHOTS:

@@ -16,8 +16,10 @@ from moi_jax.evaluation.tasks.rows import csv_rows, malformed, missing
 
 SUBJECTS = 57
 MOST_SHOTS = 5
+# As the official chat evaluation of Qwen asks it.
 INSTRUCTION = (
-    "Here is a question with four choices, A, B, C and D. Which of them is the best answer?"
+    "The following is a multiple-choice question. Please choose the most suitable one among A, B, "
+    "C and D as the answer to this question."
 )
 
 
@@ -31,12 +33,17 @@ class Question:
 
 
 class MMLU(Task):
-    """One instruction, the question and its choices as "A. ..." to "D. ...".
+    """Asked as the official chat evaluation of Qwen does.
 
     Shots, up to five, are the first rows of the subject's dev file, each a turn of its own that
     the bare letter answers. With options.mmlu_method "generate" the model writes as it likes, and
     `find_letter` reads its choice; with "likelihood" its choice is the likeliest of the four bare
     letters right after the assistant's header. The score is over all questions alike.
+
+    Upstream reads the choice otherwise. It puts a letter in the place of every choice's words
+    first, takes the first statement where we take the last, and without one the first letter that
+    stands by itself; with no letter it takes the choice most alike to the text. It always finds
+    one, where we may say that there is no answer.
     """
 
     name = "mmlu"
@@ -44,6 +51,7 @@ class MMLU(Task):
         "mmlu/test/SUBJECT_test.csv, and for shots mmlu/dev/SUBJECT_dev.csv, from data.tar of "
         "github.com/hendrycks/test"
     )
+    takes_shots = True
     whole = (14042,)
 
     def __init__(self, options: Options):
@@ -109,11 +117,11 @@ class MMLU(Task):
 
 
 def ask(question: Question) -> str:
-    """The user's text for a question."""
+    """The user's text for a question; it ends in a newline, as upstream's."""
     choices = (
         f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)
     )
-    return "\n".join([INSTRUCTION, "", question.text, *choices])
+    return "\n".join([INSTRUCTION, "", question.text, *choices, ""])
 
 
 def read_questions(path: Path) -> list[Question]:

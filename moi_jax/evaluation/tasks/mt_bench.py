@@ -16,6 +16,7 @@ from moi_jax.errors import UserError, cannot_write
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.judge import MISSING, TRIES, Case, make_judge
+from moi_jax.evaluation.tasks.rows import json_rows, missing
 from moi_jax.whole_files import write_whole
 
 QUESTIONS = 80
@@ -231,26 +232,11 @@ class MTBench(Task):
         return references
 
     def _rows(self, name: str) -> Iterator[tuple[str, Json]]:
-        """(place, object) of each line of a file of the benchmark."""
+        """(place, object) of each row of a file of the benchmark."""
         path = self._data / name
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except FileNotFoundError:
-            raise UserError(
-                f"there is no {path}; put into {self.options.data}: {self.files}"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{where} is not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{where} is no JSON object")
-                yield where, row
+        if not path.is_file():
+            raise missing(self, path)
+        return json_rows(path)
 
 
 def _two_turns(answer: Answer) -> tuple[str, str]:

@@ -2,8 +2,10 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moi_jax.data.conversations import BadRow
 from moi_jax.data.sources.readers import SourceFile, parse
@@ -26,7 +28,7 @@ def json_rows(path: Path, **fields: type) -> Iterator[tuple[str, Json]]:
       fields: what every row must have, by name; a text must not be blank.
 
     Raises:
-      UserError: a row is not JSON, or lacks a field or has another type there.
+      UserError: a row is not JSON, or lacks a field or has another type there, or half a character.
     """
     for line, _, raw in SourceFile(path.name, path).rows():
         where = f"{path}, line {line}"
@@ -34,11 +36,24 @@ def json_rows(path: Path, **fields: type) -> Iterator[tuple[str, Json]]:
             row = parse(raw)
         except BadRow as bad:
             raise malformed(where, bad.detail) from None
+        check_texts(where, row)
         for name, kind in fields.items():
             value = row.get(name)
             if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
                 raise malformed(where, f"{name!r} must be a {kind.__name__} that is not empty")
         yield where, row
+
+
+def check_texts(where: str, value: Any) -> None:
+    """Raises UserError where a text in a JSON value holds half of a character, such as "\\ud83d".
+
+    JSON's escapes can say so, but no file and no model can be given it.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise malformed(where, f"a text holds {half}, half of a character") from None
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:

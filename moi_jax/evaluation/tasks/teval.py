@@ -1,5 +1,6 @@
 """T-Eval: planning, reasoning, choosing and calling tools, step by step (Chen et al., 2023)."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import ClassVar
@@ -16,6 +17,8 @@ PUBLISHED = (
     "instruct_json", "instruct_str", "plan_json", "plan_str", "reason_str", "retrieve_str",
     "understand_str", "reason_retrieve_understand_json", "review_str",
 )  # fmt: skip
+# Records by the paper; what its other subtasks have differs between the releases of the data.
+LEAST = {"plan_json": 553, "plan_str": 553, "review_str": 487}
 
 
 class TEval(Task):
@@ -38,6 +41,7 @@ class TEval(Task):
         """
         super().__init__(options)
         self._files: list[SubtaskFile] = []
+        self._records: Counter[str] = Counter()  # by variant
         self._similarity = Similarity(embedder) if embedder is not None else None
         self._embedder = "as given" if embedder is not None else None
         self._no_embedder = ""  # why there is none
@@ -47,6 +51,7 @@ class TEval(Task):
         items = [
             item for file in self._files for item in load_file(file, self.options.teval_system)
         ]
+        self._records = Counter(item.group for item in items)
         needed = any(subtask in file.tasks for file in self._files for subtask in BY_EMBEDDING)
         if needed and self._similarity is None:
             self._find_embedder()
@@ -89,14 +94,22 @@ class TEval(Task):
         return weights
 
     def is_whole(self, items: Sequence[Item]) -> bool:
-        """Whether every published variant is there, in one language."""
-        groups = {item.group for item in items}
-        return groups >= set(PUBLISHED) or groups >= {f"{group}_zh" for group in PUBLISHED}
+        """Whether every published variant is there, in one language, and none is known to be cut.
+
+        Only of plan and review it is known how many records they have: a file of another subtask
+        counts as whole however short it is.
+        """
+        counts = Counter(item.group for item in items)
+        return any(
+            all(counts[variant + language] >= LEAST.get(variant, 1) for variant in PUBLISHED)
+            for language in ("", "_zh")
+        )
 
     def settings(self) -> Json:
         return {
             "data_version": self._data_version(),
             "metric_version": METRIC_VERSION,
+            "teval_system": self.options.teval_system,
             "teval_compat": self.options.teval_compat,
             "teval_embedder": self._embedder,
             "files": [file.path.name for file in self._files],
@@ -108,10 +121,18 @@ class TEval(Task):
     def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
         notes = [f"T-Eval data {self._data_version()}, scored by the rules of {METRIC_VERSION}"]
         asked = {subtask for item in items for subtask in Variant.of(item.group).subtasks}
-        missing = [subtask for subtask in COUNTED if subtask not in asked]
+        there = {subtask for name in self._records for subtask in Variant.of(name).subtasks}
+        missing = [subtask for subtask in COUNTED if subtask not in there]
+        left_out = [subtask for subtask in COUNTED if subtask in there - asked]
         unscored = [subtask for subtask in BY_EMBEDDING if subtask in asked]
         if missing:
             notes.append(f"not measured, for want of data: {', '.join(missing)}")
+        if left_out:
+            notes.append(f"not measured, as none of their items were asked: {', '.join(left_out)}")
+        for name, count in self._records.items():
+            least = LEAST.get(name.removesuffix("_zh"), 0)
+            if count < least:
+                notes.append(f"{name}: {count} of at least {least} records")
         if unscored and self._similarity is None:
             notes.append(f"not scored: {', '.join(unscored)}: {self._no_embedder}")
         if {Variant.of(item.group).language for item in items} == {"", "zh"}:

@@ -10,6 +10,7 @@ from typing import Any
 from moi_jax.data.conversations import Message
 from moi_jax.errors import UserError
 from moi_jax.evaluation.protocol import Item
+from moi_jax.evaluation.tasks.rows import check_texts
 from moi_jax.evaluation.teval.parsing import load_lenient
 from moi_jax.evaluation.teval.plan import FINISH
 from moi_jax.evaluation.teval.scoring import LETTERS, Variant, read_plan
@@ -82,7 +83,8 @@ def load_file(file: SubtaskFile, system: str) -> list[Item]:
         raise UserError(f"{file.path} is no JSON object of records by their keys")
     items = []
     for key, fields in records.items():
-        record = _Record(f"{file.path}: record {key!r}", fields)
+        record = _Record(f"{file.path}: record {key!a}", fields)
+        check_texts(record.where, {key: fields})
         variant = Variant(file.tasks, file.form or _own_form(record), file.language)
         items.append(
             Item(
