@@ -137,7 +137,9 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         metavar=("IN", "OUT"),
         help="dollars per million tokens read and written, to tell the cost before the first call",
     )
-    judge.add_argument("--judge-max-cost", type=MONEY, metavar="DOLLARS", help="refuse above it")
+    judge.add_argument(
+        "--judge-max-cost", type=MONEY, metavar="DOLLARS", help="ended before it is passed"
+    )
     teval = parser.add_argument_group("teval")
     teval.add_argument(
         "--teval-system",
@@ -252,7 +254,8 @@ def evaluate(args: argparse.Namespace) -> None:
         prompt = chosen_system(args, checkpoint.prompts["default_system_prompt"])
         model, made_by = _chat_model(checkpoint, args, prompt)
         check_writable(args.out)
-        results_so_far(args.out, made_by)
+        if tasks:
+            results_so_far(args.out, made_by)
         if HELD_OUT in names:
             measure_held_out(checkpoint, held_out, args.out, console)
         if tasks or harness:

@@ -44,7 +44,7 @@ def workplace(tmp_path_factory):
 
 def test_every_marked_command_runs_in_order(workplace):
     commands = re.findall(r"^    (python -m .*?)\s+#$", PAGE, re.MULTILINE)
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         words = shlex.split(command)[1:]
         if "--config" in command:
