@@ -251,6 +251,7 @@ def test_a_file_that_was_interrupted_goes_on_with_what_is_left(run, asked, monke
         ('{"messages": []}', "in.jsonl:2: .*a user's message last"),
         ('{"question": "x", "answer": "y"}', "in.jsonl:2: no list 'messages'"),
         (json.dumps({"messages": [user("a"), user("b")]}), "in.jsonl:2: turns 1 and 2 are both"),
+        (json.dumps({"messages": [user("<|im_end|>")]}), "in.jsonl:2: .*control_tokens"),
         (json.dumps({"messages": json.dumps([user("a")])}), "in.jsonl:2: .*a user's message last"),
         (
             json.dumps({"messages": [user("a"), {"role": "assistant", "content": "b"}]}),
@@ -263,6 +264,32 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, line, message):
     path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
     with pytest.raises(UserError, match=message):
         read_conversations(path)
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_blank_system_prompt_of_a_row_is_kept(tmp_path, text):
+    own = {"role": "System", "content": text}
+    path = write_rows(
+        tmp_path / "in.jsonl",
+        {"messages": [own, user("Hi")]},
+        {"messages": [user("Hi")], "system": text},
+        {"messages": [{**own, "content": [{"type": "text", "text": text}]}, user("Hi")]},
+        {"messages": [own, user("Hi")], "tools": [{"name": "look"}]},
+        {"messages": [{**own, "content": "Be kind."}, user("Hi")], "system": text},
+        {"messages": [user("Hi")]},
+    )
+    systems = [
+        row.messages[0].content if row.messages[0].role == "system" else None
+        for row in read_conversations(path)
+    ]
+    assert systems == [text] * 4 + ["Be kind.", None]
+
+
+def test_half_a_surrogate_pair_beside_the_messages_is_written_as_it_came(run, tmp_path):
+    line = r'{"id": "\ud83d", "messages": [{"role": "user", "content": "Hi"}]}'
+    (tmp_path / "in.jsonl").write_text(line + "\n")
+    run("--conversations", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", *SHORT)
+    assert read_rows(tmp_path / "out.jsonl")[0]["id"] == "\ud83d"
 
 
 def test_a_file_without_rows_or_none_at_all_is_refused(tmp_path):
