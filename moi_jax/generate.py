@@ -97,7 +97,8 @@ def _arguments() -> argparse.Namespace:
         raise UserError("--prompt-ids are the whole prompt; leave --system and --no-system out")
     if args.prompt_ids and args.stop:
         raise UserError(
-            "--stop ends a text and --prompt-ids prints ids, which may hold its end too"
+            "--stop ends a text and --prompt-ids prints ids, of which one may pass its end; "
+            "leave --stop out"
         )
     return args
 
