@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from moi_jax.data.templates import TEMPLATES
 
+LARGEST = 2**31 - 1  # what an int32 holds
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -26,8 +27,8 @@ def _number(
     return parse
 
 
-POSITIVE = _number(int, lambda n: n > 0, "whole number above 0")
-COUNT = _number(int, lambda n: n >= 0, "whole number from 0 on")
+POSITIVE = _number(int, lambda n: 0 < n <= LARGEST, f"whole number from 1 to {LARGEST:,}")
+COUNT = _number(int, lambda n: 0 <= n <= LARGEST, f"whole number from 0 to {LARGEST:,}")
 TEMPERATURE = _number(float, lambda n: 0 <= n < math.inf, "temperature from 0 on")
 MONEY = _number(float, lambda n: 0 <= n < math.inf, "number of dollars")
 PROBABILITY = _number(float, lambda n: 0 < n <= 1, "probability above 0")

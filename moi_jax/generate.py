@@ -42,7 +42,7 @@ def main() -> int:
 
 def _generate(args: argparse.Namespace) -> None:
     chats = args.prompt is None and args.prompt_ids is None and args.conversations is None
-    if chats and not sys.stdin.isatty():
+    if chats and not (sys.stdin and sys.stdin.isatty()):  # it is None where it was closed
         args.prompt, chats = _standard_input(), False
     if args.conversations:
         _answer_file(args)
@@ -95,6 +95,11 @@ def _arguments() -> argparse.Namespace:
         raise UserError("--conversations and --out go together; give both or neither")
     if args.prompt_ids and (args.system is not None or args.no_system):
         raise UserError("--prompt-ids are the whole prompt; leave --system and --no-system out")
+    if args.prompt_ids and args.stop:
+        raise UserError(
+            "--stop ends a text and --prompt-ids prints ids, of which one may pass its end; "
+            "leave --stop out"
+        )
     return args
 
 
@@ -129,11 +134,12 @@ def _add_answer(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--stop",
-        type=text,
+        type=_stop,
         action="append",
         default=[],
         metavar="TEXT",
-        help="end the answer before TEXT, beside where the chat template ends it; may be repeated",
+        help="end the answer before TEXT, beside where the chat template ends it; may be repeated; "
+        "not with --prompt-ids",
     )
 
 
@@ -154,6 +160,12 @@ def _add_cache(group: "argparse._ArgumentGroup") -> None:
     )
 
 
+def _stop(given: str) -> str:
+    if not given:
+        raise argparse.ArgumentTypeError("an empty text ends nothing")
+    return text(given)
+
+
 def _ids(given: str) -> list[int]:
     """The ids of "1,2,3"."""
     try:
@@ -163,11 +175,13 @@ def _ids(given: str) -> list[int]:
 
 
 def _standard_input() -> str:
-    sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
-    try:
-        prompt = sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError:
-        raise UserError("standard input is not valid UTF-8") from None
+    prompt = ""
+    if sys.stdin:
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
+        try:
+            prompt = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError:
+            raise UserError("standard input is not valid UTF-8") from None
     if not prompt.strip():
         raise UserError("there is no prompt: give one, or --conversations, or chat on a terminal")
     return prompt
@@ -298,6 +312,7 @@ def _answer_file(args: argparse.Namespace) -> None:
         check_absent,
         read_conversations,
     )
+    from moi_jax.evaluation.runner import parameters_fingerprint
 
     check_absent(args.out)  # before what takes long
     rows = read_conversations(args.conversations)
@@ -305,7 +320,7 @@ def _answer_file(args: argparse.Namespace) -> None:
     system = chosen_system(args, opened.prompts["default_system_prompt"])
     prompts = [render_prompt(row.messages, opened.tokenizer, system) for row in rows]
     decided = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "context")
-    made_by = {"checkpoint": str(opened.step), "dtype": opened.dtype}
+    made_by = {"parameters": parameters_fingerprint(opened.step), "dtype": opened.dtype}
     made_by |= {name: getattr(args, name) for name in decided}
     answers = AnsweredFile(args.out, rows, prompts, made_by)
     waiting = answers.waiting()

@@ -244,6 +244,27 @@ def test_a_file_that_was_interrupted_goes_on_with_what_is_left(run, asked, monke
     assert out.read_bytes() == expected
 
 
+def test_a_file_goes_on_with_the_same_parameters_wherever_they_are(
+    made, run, asked, tmp_path, monkeypatch
+):
+    arguments, out = asked
+    path, moved = remade(made, tmp_path / "ckpt", 0), tmp_path / "moved"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sampler, "run", stopped)
+    with pytest.raises(AssertionError):  # of the exit status
+        run(*arguments, checkpoint=path)
+    path.rename(moved)
+    with pytest.raises(AssertionError):
+        run(*arguments, checkpoint=moved)
+    remade(made, path, 1)
+    with pytest.raises(UserError, match=r"out.jsonl.partial holds answers made otherwise \(param"):
+        run(*arguments, checkpoint=path)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -251,6 +272,7 @@ def test_a_file_that_was_interrupted_goes_on_with_what_is_left(run, asked, monke
         ('{"messages": []}', "in.jsonl:2: .*a user's message last"),
         ('{"question": "x", "answer": "y"}', "in.jsonl:2: no list 'messages'"),
         (json.dumps({"messages": [user("a"), user("b")]}), "in.jsonl:2: turns 1 and 2 are both"),
+        (json.dumps({"messages": [user("<|im_end|>")]}), "in.jsonl:2: .*control_tokens"),
         (json.dumps({"messages": json.dumps([user("a")])}), "in.jsonl:2: .*a user's message last"),
         (
             json.dumps({"messages": [user("a"), {"role": "assistant", "content": "b"}]}),
@@ -263,6 +285,32 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, line, message):
     path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
     with pytest.raises(UserError, match=message):
         read_conversations(path)
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_blank_system_prompt_of_a_row_is_kept(tmp_path, text):
+    own = {"role": "System", "content": text}
+    path = write_rows(
+        tmp_path / "in.jsonl",
+        {"messages": [own, user("Hi")]},
+        {"messages": [user("Hi")], "system": text},
+        {"messages": [{**own, "content": [{"type": "text", "text": text}]}, user("Hi")]},
+        {"messages": [own, user("Hi")], "tools": [{"name": "look"}]},
+        {"messages": [{**own, "content": "Be kind."}, user("Hi")], "system": text},
+        {"messages": [user("Hi")]},
+    )
+    systems = [
+        row.messages[0].content if row.messages[0].role == "system" else None
+        for row in read_conversations(path)
+    ]
+    assert systems == [text] * 4 + ["Be kind.", None]
+
+
+def test_half_a_surrogate_pair_beside_the_messages_is_written_as_it_came(run, tmp_path):
+    line = r'{"id": "\ud83d", "messages": [{"role": "user", "content": "Hi"}]}'
+    (tmp_path / "in.jsonl").write_text(line + "\n")
+    run("--conversations", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", *SHORT)
+    assert read_rows(tmp_path / "out.jsonl")[0]["id"] == "\ud83d"
 
 
 def test_a_file_without_rows_or_none_at_all_is_refused(tmp_path):
@@ -438,6 +486,7 @@ def test_a_chat_on_a_terminal_streams_and_goes_on_after_an_answer_was_stopped(ma
         (["Hi", "--out", "x"], "--conversations and --out go together"),
         (["Hi", "--prompt-ids", "1"], "are asked one at a time"),
         (["--prompt-ids", "1", "--no-system"], "--prompt-ids are the whole prompt"),
+        (["--prompt-ids", "1", "--stop", "x"], "--stop ends a text and --prompt-ids prints ids"),
         (["Hi", "--chat-template", "llama3"], r"no special token <\|begin_of_text\|>"),
         (["Hi", "--mesh", "tensor=3,data=3"], "does not fit 8 cpu devices"),
         (["Hi", "--mesh", "context=2"], "'context=2' is no mesh.*fsdp=2,tensor=4"),
@@ -458,7 +507,9 @@ def test_a_mistake_is_one_clear_line(run, arguments, message):
         ["Hi", "--temperature", "-1"], ["Hi", "--temperature", "nan"], ["Hi", "--top-p", "0"],
         ["Hi", "--top-k", "-1"], ["Hi", "--max-new-tokens", "0"], ["Hi", "--slots", "x"],
         ["--prompt-ids", "1,,2"], ["--prompt-ids", "-1"], ["--prompt-ids", ""],
-        ["\udcff"], ["Hi", "--system", "\udcff"],
+        ["\udcff"], ["Hi", "--system", "\udcff"], ["Hi", "--stop", ""], ["Hi", "--stop", "\udcff"],
+        ["Hi", "--top-k", str(2**31)], ["Hi", "--context", str(2**31)],
+        ["Hi", "--seed", str(2**31)], ["--prompt-ids", str(2**31)],
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_refused_before_anything_is_read(run, arguments):
@@ -470,6 +521,56 @@ def test_a_wrong_option_is_refused_before_anything_is_read(run, arguments):
 def test_input_that_is_no_text_is_refused(run):
     with pytest.raises(UserError, match="standard input is not valid UTF-8"):
         run(stdin=b"\xff\n")
+
+
+def test_a_number_that_is_too_large_is_told_what_is_not(run, capsys):
+    with pytest.raises(SystemExit):
+        run("Hi", "--context", 2**31)
+    assert "is no whole number from 1 to 2,147,483,647" in capsys.readouterr().err
+
+
+def test_a_closed_standard_input_is_no_prompt():
+    command = shlex.join([sys.executable, "-m", "moi_jax.generate", "nowhere"]) + " <&-"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: there is no prompt: .*\n", done.stderr)
+
+
+BROKEN = "raise BrokenPipeError('of a worker')"
+
+
+@pytest.mark.parametrize(
+    ("work", "options", "reader", "status", "told"),
+    [
+        ("print('a')", [], False, 128 + signal.SIGPIPE, ""),
+        ("print('a')", ["-u"], False, 128 + signal.SIGPIPE, ""),
+        ("print('a' * 100_000); print('b')", [], False, 128 + signal.SIGPIPE, ""),
+        ("sys.exit(3)", [], False, 3, ""),
+        (BROKEN, [], True, 1, "BrokenPipeError: of a worker\n"),
+        ("print('a'); sys.exit(3)", [], True, 3, ""),
+    ],
+)
+def test_a_command_ends_quietly_when_the_reader_of_its_output_has_left(
+    work, options, reader, status, told
+):
+    code = f"import sys; from moi_jax.errors import run_command\ndef main(): {work}\n"
+    out, into = os.pipe()
+    if not reader:
+        os.close(out)
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONUNBUFFERED"}
+    try:
+        done = subprocess.run(
+            [sys.executable, *options, "-c", code + "run_command(main)"],
+            stdout=into, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(into)
+        if reader:
+            os.close(out)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.endswith(told) if told else not done.stderr
 
 
 def remade(made: Path, path: Path, value: float, **changes) -> Path:

@@ -312,3 +312,41 @@ def test_weak_limits_time_memory_and_files_and_cleans_up(monkeypatch: pytest.Mon
         failure, _, code = ENDED[name]
         assert sandbox.run(program(code, "attempt()", names=("attempt",))).failure == failure
     assert not sandbox.run(program(VERDICT_ATTACKS["equals_everything"], "assert f(2) == 4")).passed
+
+
+FORGED_FROM_THE_RUNNERS_MEMORY = """
+import os, re, signal
+def regions(maps):
+    for line in maps:
+        yield (int(address, 16) for address in line.split()[0].split("-"))
+def f(x):
+    parent = os.getppid()
+    with open(f"/proc/{parent}/maps") as maps, open(f"/proc/{parent}/mem", "rb", 0) as memory:
+        for start, end in regions(maps):
+            try:
+                memory.seek(start)
+                nonce = re.search(rb'"nonce": "([0-9a-f]{32})"', memory.read(end - start))
+            except (OSError, OverflowError):
+                continue
+            if nonce:
+                with open(f"/proc/{parent}/fd/1", "wb", 0) as out:
+                    out.write(b'{"passed": "%s"}' % nonce[1])
+                os.kill(parent, signal.SIGKILL)
+"""
+
+
+def test_weak_hides_the_runners_memory_from_the_program_even_of_root():
+    verdict = Sandbox("weak", LIMITS).run(program(FORGED_FROM_THE_RUNNERS_MEMORY, "f(2)"))
+    assert verdict.failure == "error"
+    assert verdict.error.startswith(("PermissionError", "FileNotFoundError"))
+
+
+def test_weak_leaves_no_capabilities_to_what_the_program_starts():
+    code = """
+import subprocess
+def f():
+    status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True).stdout
+    return [line.split()[1] for line in status.splitlines() if line.startswith("CapEff")]
+"""
+    test = "assert set(''.join(f())) <= {'0'}, f()"
+    assert Sandbox("weak", LIMITS).run(program(code, test)) == Verdict(None)

@@ -1,6 +1,5 @@
 """A file of conversations, each answered: a JSON object a line, and again with the answer."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 from moi_jax.data.conversations import BadRow, Message
 from moi_jax.data.sources.formats import FORMATS, to_chat
 from moi_jax.data.sources.readers import SourceFile, parse
+from moi_jax.data.sources.turns import text_of
 from moi_jax.errors import UserError, cannot_write
-from moi_jax.evaluation.answering import AnswerLog
+from moi_jax.evaluation.answering import AnswerLog, json_line
 from moi_jax.sampling.requests import Completion
 from moi_jax.whole_files import write_whole
 
@@ -37,7 +37,7 @@ def read_conversations(path: Path) -> list[Row]:
     for raw in SourceFile(path.name, path).rows():
         try:
             content = parse(raw.raw)
-            messages = to_chat(content, FORMATS["messages"])
+            messages = _with_empty_system(to_chat(content, FORMATS["messages"]), content)
         except BadRow as bad:
             raise UserError(f"{path}:{raw.line}: {bad.detail} ({bad.reason})") from None
         if not messages or messages[-1].role != "user" or not isinstance(content["messages"], list):
@@ -49,6 +49,21 @@ def read_conversations(path: Path) -> list[Row]:
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
+
+
+def _with_empty_system(messages: tuple[Message, ...], content: Json) -> tuple[Message, ...]:
+    """The messages under the row's own system prompt, be it blank.
+
+    In training a blank one is none and is dropped; here it would give way to the default prompt.
+    """
+    if messages and messages[0].role == "system":
+        return messages
+    if content.get("system") is not None:
+        return (Message("system", text_of(content, "system")), *messages)
+    turns = content["messages"]
+    if isinstance(turns, list) and turns and str(turns[0].get("role")).lower() == "system":
+        return (Message("system", text_of(turns[0], "content")), *messages)
+    return messages
 
 
 def check_absent(path: Path) -> None:
@@ -98,7 +113,7 @@ class AnsweredFile:
             message = {"role": "assistant", "content": answer["text"]}
             messages = [*row.content["messages"], message]
             content = {**row.content, "messages": messages, "finish": answer["finish"]}
-            lines.append(json.dumps(content, ensure_ascii=False) + "\n")
+            lines.append(json_line(content))
         try:
             write_whole(self._path, "".join(lines))
             self.partial.unlink()

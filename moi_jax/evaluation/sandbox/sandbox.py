@@ -15,7 +15,8 @@ from moi_jax.evaluation.sandbox.probe import unenforced
 WEAK = (
     "the weak sandbox: generated code runs with this user's rights. It can reach the network, "
     "read and change this user's files, see and stop other processes, and leave processes behind; "
-    "limited are only time, the memory of each process and the size of each file"
+    "one that sets out to can even forge its verdict. Limited are only time, the memory of each "
+    "process and the size of each file"
 )
 
 
