@@ -13,17 +13,24 @@ def check_new(path: Path) -> None:
     """Raises UserError where nothing can be written as `path`."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists; name a new directory, nothing is overwritten")
-    check_writable(path.parent)
+    try:
+        _try_writing(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def check_writable(directory: Path) -> None:
     """Makes the directory; raises UserError where nothing can be written into it."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        _try_writing(directory)
     except OSError as error:
         raise cannot_write(directory, error) from None
+
+
+def _try_writing(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
 
 
 @contextmanager

@@ -137,3 +137,9 @@ def test_results_of_another_prompt_are_not_written_over(place, monkeypatch, tmp_
     with pytest.raises(UserError, match=r"holds results of another model or system prompt"):
         run(place, monkeypatch, *arguments, "--system", "You are a pirate.")
     assert results(tmp_path) == before
+
+
+def test_a_directory_that_cannot_be_written_is_told_before_the_work(place, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"cannot write .*file/out: Not a directory"):
+        run(place, monkeypatch, "--out", tmp_path / "file" / "out")
