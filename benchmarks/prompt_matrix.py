@@ -2,24 +2,31 @@
 
 Trains configs/quickstart.yaml under both strategies at equal loss tokens with three seeds, and
 measures each model's held-out losses under all prompts. Prints a markdown table and draws the
-means over the seeds. What is finished in the directory RUNS is not done again.
+means over the seeds; then the loss under the own prompt of the same conversations where each
+follows a held-out chat in its chunk, as MoI trains them. What is finished in the directory RUNS is
+not trained again.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
+from moi_jax.config_file import load_config
+from moi_jax.data.loader import Placed, assemble
 from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
 from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
 from moi_jax.evaluation.prompts.gaps import interval, resampled_means, summarize
 from moi_jax.evaluation.prompts.matrix import ItemSums
 from moi_jax.evaluation.prompts.matrix_report import draw_matrix, interval_text
-from moi_jax.open_checkpoint import open_checkpoint
+from moi_jax.evaluation.prompts.row_sums import make_row_sums
+from moi_jax.open_checkpoint import OpenCheckpoint, open_checkpoint
+from moi_jax.training.inputs import Inputs, open_inputs, resolve
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = ("moi", "packing")
@@ -54,11 +61,12 @@ def main() -> None:
             mean, domain_of, list(layout["domains"]), layout["columns"]
         )
     draw_matrix(means, layout["columns"], args.picture)
+    print_after_chat(args.runs.resolve(), args.loss_tokens)
 
 
 def measure(runs: Path, strategy: str, seed: int, loss_tokens: int) -> tuple[dict, list[dict]]:
     """held_out.json and the lines of held_out_items.jsonl of one run, trained where it is new."""
-    run = runs / f"{strategy}_{loss_tokens}_{seed}"
+    run = run_of(runs, strategy, seed, loss_tokens)
     overrides = [
         f"data.strategy={strategy}",
         f"train.seed={seed}",
@@ -78,6 +86,50 @@ def measure(runs: Path, strategy: str, seed: int, loss_tokens: int) -> tuple[dic
     return json.loads((out / "held_out.json").read_text(encoding="utf-8")), list(
         map(json.loads, lines)
     )
+
+
+def run_of(runs: Path, strategy: str, seed: int, loss_tokens: int) -> Path:
+    return runs / f"{strategy}_{loss_tokens}_{seed}"
+
+
+def print_after_chat(runs: Path, loss_tokens: int) -> None:
+    """Markdown: the loss of each domain but chat, alone in its row and after a chat."""
+    print("\n| domain | strategy | own loss alone | after a chat in its chunk |\n|" + " --- |" * 4)
+    found = {
+        strategy: np.array([after_chat(run_of(runs, strategy, s, loss_tokens)) for s in SEEDS])
+        for strategy in STRATEGIES
+    }
+    for number, domain in enumerate(("code", "maths", "tools")):
+        for strategy, losses in found.items():  # [seeds, domains, (alone, after a chat)]
+            alone, after = losses[:, number].T
+            print(f"| {domain} | {strategy} | {spread(alone)} | {spread(after)} |")
+
+
+def after_chat(run: Path) -> list[tuple[float, float]]:
+    """For each domain but the first, chat: loss under the own prompt alone, and after a chat."""
+    opened = open_checkpoint(run)
+    inputs = open_inputs(resolve(load_config(run / "config.yaml"), run), Console(quiet=True))
+    row_sums = make_row_sums(opened.make_model, opened.mesh)
+    chats, *others = (
+        list(cache.read(selection.held_out))
+        for cache, selection in zip(inputs.caches, inputs.selections, strict=True)
+    )
+    losses = []
+    for domain, items in enumerate(others, 1):
+        alone = [[[Placed(item, domain, 1.0)]] for item in items]
+        # Weight 0: the chat is read, and no label of it counts.
+        before = [Placed(chats[n % len(chats)], 0, 0.0) for n in range(len(items))]
+        after = [[[chat, *row[0]]] for chat, row in zip(before, alone, strict=True)]
+        losses.append(tuple(loss(rows, row_sums, opened, inputs) for rows in (alone, after)))
+    return losses
+
+
+def loss(rows: list, row_sums: Callable, opened: OpenCheckpoint, inputs: Inputs) -> float:
+    width = max(sum(len(placed.instruction.tokens) for placed in row[0]) for row in rows)
+    pad = opened.tokenizer.template.pad
+    batch = assemble(rows, width, pad, "chunk", inputs.config.loss.targets)
+    sums = row_sums(opened.parameters, batch)
+    return float(np.sum(sums.nll) / np.sum(sums.loss_tokens))
 
 
 def of(measured: dict, strategy: str) -> list[tuple[dict, list[dict]]]:
