@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"tasks: {', '.join(TASKS)} (the seven), and {HELD_OUT}: the held-out "
         f"conversations of the run under its own and other system prompts.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a step, or a run")
     parser.add_argument("--tasks", metavar="A,B", help=f"or all (default: {HELD_OUT})")
     parser.add_argument(
         "--data",

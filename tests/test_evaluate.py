@@ -18,7 +18,7 @@ from moi_jax.evaluation.chat_model import make_chat_model
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
 from moi_jax.evaluation.results import overall, read_results, summarize
-from moi_jax.evaluation.runner import run_benchmarks
+from moi_jax.evaluation.runner import parameters_fingerprint, run_benchmarks
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.evaluation.while_training import make_benchmark
 from moi_jax.models.decoder import Decoder
@@ -114,6 +114,38 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(chat, options, monkeypatch)
     )
 
 
+def test_what_is_asked_is_what_task_item_and_options_say(chat, options, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat.sampler, "run", lambda _, requests: asked.extend(requests) or [])
+    monkeypatch.setattr(Echo, "stop_strings", ("END",))
+    message = Message("user", "Say 0.")
+    items = [
+        Item("0", (message,), 0),
+        Item("1", (message,), 0, temperature=0.5),
+        Item("2", (message,), 0, system_block=False),
+    ]
+
+    def requests(**choices):
+        asked.clear()
+        chosen = Options(data=options.data, out=options.out, **choices)
+        with pytest.raises(KeyError):  # nothing is answered
+            answer_items(Echo(chosen), items, chat, chosen, AnswerLog(None, {}), lambda count: None)
+        return asked
+
+    plain = list(requests())
+    assert [r.temperature for r in plain] == [0.0, 0.5, 0.0]
+    assert {(r.max_new_tokens, r.top_p, r.top_k, r.stop_strings) for r in plain} == {
+        (8, 1.0, 0, ("END",))
+    }
+    assert plain[0].prompt == plain[1].prompt == chat.prompt([message])
+    assert chat.tokenizer.decode(plain[2].prompt) == (
+        "<|im_start|>user\nSay 0.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    other = requests(temperature=0.7, top_p=0.9, max_new_tokens=3, seed=1)
+    assert {(r.temperature, r.top_p, r.max_new_tokens) for r in other} == {(0.7, 0.9, 3)}
+    assert not {r.seed for r in other} & {r.seed for r in plain}
+
+
 def test_an_item_that_changed_is_asked_again(chat, options):
     run(chat, options)
     items = Echo(options).load()
@@ -180,16 +212,22 @@ def test_half_a_surrogate_pair_is_kept(tmp_path):
     assert AnswerLog(tmp_path / "echo.jsonl", {}).found["0", 0]["text"] == "\ud83d é"
 
 
-def test_training_is_not_kept_waiting_by_a_benchmark(chat, tmp_path):
+def test_training_asks_a_few_items_and_is_not_kept_waiting(chat, tmp_path, monkeypatch):
     (tmp_path / "gsm8k").mkdir()
     rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(6)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "gsm8k" / "test.jsonl").write_text(lines)
     settings = config.Generate(tasks=("gsm8k",), data=tmp_path, limit=5, max_new_tokens=4)
     benchmark = make_benchmark(settings, tmp_path / "out", lambda _: chat)
+    requests = []
+    ask = chat.sampler.run
+    monkeypatch.setattr(
+        chat.sampler, "run", lambda p, asked: requests.extend(asked) or ask(p, asked)
+    )
     assert list(benchmark(chat.parameters, lambda: False)) == ["eval/gsm8k/score"]
-    asked = []
-    assert benchmark(chat.parameters, lambda: len(asked) == 2 or asked.append(0)) == {}
+    assert [request.max_new_tokens for request in requests] == [4] * 5
+    looks = []
+    assert benchmark(chat.parameters, lambda: len(looks) == 2 or looks.append(0)) == {}
 
 
 def test_a_benchmark_without_a_score_of_few_items_is_refused_in_training(chat, tmp_path):
@@ -261,6 +299,7 @@ def test_an_item_longer_than_the_context_is_counted(chat, options, policy, count
     summary = run(chat, options, items)["tasks"]["echo"]
     assert summary["items"] == counted
     assert summary["skipped"] == 3 - counted
+    assert summary["settings"]["too_long"] == policy
     assert summary["failures"].get("too long", 0) == counted - 2
     assert summary["complete"] == (policy == "fail")
 
@@ -273,6 +312,16 @@ def test_logits_that_are_not_finite_are_named(options, chat):
     summary = run(make_chat(broken), options)["tasks"]["echo"]
     assert summary["failures"]["not finite"] == 3
     assert any("not finite for 3 items, the first 0" in note for note in summary["notes"])
+
+
+def test_a_checkpoint_is_known_by_its_files_wherever_it_lies(tmp_path):
+    for step, file in (("a", "x1"), ("b", "x1"), ("c", "y2")):
+        (tmp_path / step / "parameters" / "d").mkdir(parents=True)
+        (tmp_path / step / "parameters" / "d" / file).write_text("0")
+    known = [parameters_fingerprint(tmp_path / step) for step in "abc"]
+    assert known[0] == known[1] != known[2]
+    (tmp_path / "b" / "parameters" / "d" / "x1").write_text("01")
+    assert parameters_fingerprint(tmp_path / "b") != known[0]
 
 
 def test_evenly_spaced_items_cover_the_file():
@@ -293,6 +342,33 @@ def test_the_interval_and_the_groups_are_of_the_items(options):
     assert high == pytest.approx(49.6, abs=1.5)
     assert not summary["complete"]  # 100 items are not the three of the benchmark
     assert summary["groups"]["a"] == {"items": 50, "accuracy": 0.4}
+
+
+def test_a_part_of_a_benchmark_is_not_complete(options):
+    scored = [(Item("0", (), 0), Answer(("",), ("stop",)), Score({"accuracy": 1.0}))] * 3
+    assert summarize(Echo(options), scored, skipped=0, whole=True)["complete"]
+    assert not summarize(Echo(options), scored, skipped=0, whole=False)["complete"]
+    assert not summarize(Echo(options), scored, skipped=1, whole=True)["complete"]
+
+
+def test_an_answer_that_is_missing_for_a_known_reason_fails_once(options):
+    wrong = Score({"accuracy": 0.0}, "no answer")
+    ends = ("too_long", "not_finite", "length", "stop")
+    scored = [(Item(end, (), 0), Answer(("",), (end,)), wrong) for end in ends]
+    assert summarize(Echo(options), scored, skipped=0, whole=True)["failures"] == {
+        "no answer": 2, "too long": 1, "not finite": 1, "cut at its length": 1,
+    }  # fmt: skip
+
+
+def test_the_last_of_the_seven_brings_the_overall_figure(chat, options, monkeypatch):
+    monkeypatch.setattr(Echo, "name", "gsm8k")
+    first = run(chat, options)
+    assert first["overall"] is None
+    gsm8k = first["tasks"]["gsm8k"]
+    others = ("math", "humaneval", "mbpp", "mmlu", "mt_bench", "teval")
+    first["tasks"] |= {name: {**gsm8k, "score": 30.0} for name in others}
+    (options.out / "results.json").write_text(json.dumps(first))
+    assert run(chat, options)["overall"] == pytest.approx((6 * 30 + gsm8k["score"]) / 7)
 
 
 def test_the_overall_figure_needs_all_seven_in_full():

@@ -9,6 +9,7 @@ import pytest
 from moi_jax import config as config_lib
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.published import read_published
+from moi_jax.sampling import likelihood
 from moi_jax.sampling.likelihood import LikelihoodScorer
 from moi_jax.training.sharding import make_mesh, parameter_shardings
 
@@ -108,6 +109,26 @@ def test_choices_of_one_question_share_a_row(llama, scorer, monkeypatch):
     )
     check(scored(scorer, parameters, pairs[9:14]), truth[9:14])
     assert batches == [[tuple(pairs[9][0])]]
+
+
+def test_long_rows_come_in_smaller_batches(llama, monkeypatch):
+    """The scores of their attention are as wide as they are long."""
+    monkeypatch.setattr(likelihood, "PREFILL_TOKENS", 128)
+    config, parameters, *_ = llama
+    shapes = []
+
+    def make_model(parameters):
+        model = Decoder(config, parameters)
+        states = model.hidden_states
+        model.hidden_states = lambda tokens, *a, **k: (
+            shapes.append(tokens.shape) or states(tokens, *a, **k)
+        )
+        return model
+
+    pairs = [(list(range(1, length)), [5]) for length in (10, 12, 14, 60, 61, 62)]
+    found = scored(LikelihoodScorer(make_model, config, rows=8), parameters, pairs)
+    assert all(one.finish == "scored" for one in found)
+    assert sorted(shapes) == [(2, 64), (4, 32)]
 
 
 def test_a_pair_beyond_the_context_is_told_and_the_rest_scored(llama, scorer):

@@ -5,14 +5,19 @@ import json
 import shutil
 from functools import partial
 
+import lm_eval
 import numpy as np
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from rich.console import Console
 
 from moi_jax.convert import export_checkpoint, import_checkpoint
 from moi_jax.data.tokenizer import load_tokenizer
 from moi_jax.errors import UserError
+from moi_jax.evaluation import lm_eval_run
 from moi_jax.evaluation.chat_model import make_chat_model
+from moi_jax.evaluation.lm_eval_adapter import CheckpointLM
 from moi_jax.evaluation.options import Options
 from moi_jax.open_checkpoint import open_checkpoint
 from moi_jax.sampling.likelihood import Likelihood
@@ -20,14 +25,9 @@ from moi_jax.sampling.requests import Completion
 
 from run_helpers import SAMPLES
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-lm_eval_run = pytest.importorskip("moi_jax.evaluation.lm_eval_run")
-CheckpointLM = lm_eval_run.CheckpointLM
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
-Instance = pytest.importorskip("lm_eval.api.instance").Instance
-TaskManager = lm_eval_run.TaskManager
 
 CONTEXT = 192
 SYSTEM = "You are brief."

@@ -22,8 +22,6 @@ from moi_jax.evaluation.tasks.judge import TRIES, Judge, read_rating
 
 from judge_endpoint import judge_endpoint
 
-pytest.importorskip("openai")
-
 TURN_1 = "Rate it.\n[Question]\n{question}\n[Answer]\n{answer}"
 TURN_1_MATH = TURN_1.replace("[Answer]", "[Reference]\n{ref_answer_1}\n[Answer]")
 TURN_2 = "{question_1}\n{answer_1}\n{question_2}\n{answer_2}"

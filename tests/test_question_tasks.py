@@ -292,7 +292,6 @@ def test_math_items_of_lines_and_of_single_files(tmp_path: Path):
     [
         ({"problem": "?", "solution": "none"}, "line 3: there must be an 'answer'"),
         ({"problem": "", "answer": "1"}, "line 3: 'problem'"),
-        (MATH[0], "'test/algebra/9.json' is there twice"),
     ],
 )
 def test_math_row_that_is_malformed_is_named(tmp_path: Path, row: dict, told: str):

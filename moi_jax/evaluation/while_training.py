@@ -1,7 +1,6 @@
 """Benchmarks on a few of their items while a model is trained (eval.generate)."""
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 from moi_jax import config
@@ -55,8 +54,8 @@ def make_benchmark(
         try:
             for task, items in asked:
                 after_each()
-                with closing(AnswerLog(None, {})) as log:
-                    scored, skipped = run_task(task, items, model, options, log, after_each)
+                log = AnswerLog(None, {})
+                scored, skipped = run_task(task, items, model, options, log, after_each)
                 summary = summarize(task, scored, skipped, whole=False)
                 scores[f"eval/{task.name}/score"] = summary["score"]
         except GivenUp:

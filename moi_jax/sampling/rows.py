@@ -16,7 +16,6 @@ from moi_jax.sampling.slots import RUNNING, Slots
 # Tokens of prompts that are computed at once: the scores of their attention are S x S.
 PREFILL_TOKENS = 4096
 SHORTEST_PROMPT = 64
-ALL = 2**31 - 1  # more than any vocabulary has
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def _slots(rows: Sequence[Row], count: int, greedy: bool) -> Slots:
     lengths = column(np.int32, (len(r.prompt) for r in requests), 1)
     draws = Draws(
         temperature=column(np.float32, (r.temperature for r in requests), 0),
-        top_k=column(np.int32, (min(r.top_k, ALL) for r in requests), 0),
+        top_k=column(np.int32, (r.top_k for r in requests), 0),
         top_p=column(np.float32, (r.top_p for r in requests), 1),
         seed=column(np.uint32, (r.seed % 2**32 for r in requests), 0),
     )

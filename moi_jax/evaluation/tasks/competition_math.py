@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -61,10 +60,6 @@ class CompetitionMath(Task):
             ]
         if not items:
             raise missing(self, self._lines)
-        if twice := [
-            name for name, count in Counter(item.id for item in items).items() if count > 1
-        ]:
-            raise malformed(str(self._lines), f"the unique_id {twice[0]!r} is there twice")
         return items
 
     def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
