@@ -90,6 +90,34 @@ def test_held_out_crosses_the_prompts_with_a_benchmark_too(place, monkeypatch, c
     assert "as_maths" in (out / "prompts" / "report.html").read_text()
 
 
+def test_a_task_keeps_its_own_files_under_each_crossed_prompt(place, monkeypatch, tmp_path):
+    folder = tmp_path / "data" / "mt_bench"
+    (folder / "reference_answer").mkdir(parents=True)
+    (folder / "reference_answer" / "gpt-4.jsonl").write_text("")
+    question = {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}
+    (folder / "question.jsonl").write_text(json.dumps(question) + "\n")
+    names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+    prompts = [{"name": n, "system_prompt": "", "prompt_template": "{question_1}"} for n in names]
+    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    (folder / "judge_prompts.jsonl").write_text(lines)
+    out = tmp_path / "out"
+    arguments = ["--generate", "mt_bench", "--limit", "1", "--max-new-tokens", "2", "--out", out]
+    assert run(place, monkeypatch, *arguments, "--data", tmp_path / "data") == 0
+    written = sorted(path.relative_to(out) for path in out.rglob("model_answer/*.jsonl"))
+    assert [str(path.parts[1]) for path in written] == ["as_maths", "default", "none", "unrelated"]
+    assert not (out / "mt_bench").exists()
+
+
+def test_results_of_another_prompt_are_told_before_anything_is_measured(
+    place, monkeypatch, tmp_path
+):
+    arguments = ["--limit", "1", "--max-new-tokens", "4", "--out", tmp_path]
+    assert run(place, monkeypatch, "--tasks", "gsm8k", *arguments) == 0
+    with pytest.raises(UserError, match=r"holds results of another model or system prompt"):
+        run(place, monkeypatch, "--tasks", "held_out,gsm8k", *arguments, "--system", "Hi.")
+    assert not (tmp_path / "held_out.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
