@@ -67,6 +67,15 @@ def test_no_instruction_stands_twice_in_a_row(plan):
         assert len(flat) == len(set(flat))
 
 
+def test_packing_ends_where_a_group_holds_an_instruction_twice():
+    """Found by chance: next fit began a row at the same group for ever."""
+    lengths = [[5, 12, 4, 2, 16], [5, 12, 4, 2, 16], [7, 2, 2, 2, 2, 6, 59, 5, 15, 54], [28, 33, 8]]
+    switches = {"sampling": "weights", "order": "shuffled", "packing": "sequential"}
+    switches |= {"chunk_size": 4, "epoch_end": "shortest", "unit": "instructions"}
+    plan = plan_epoch(corpus_of(lengths), data_section(4, 64, **switches), 0, 3)
+    assert len(plan.instructions) + plan.unplaced.size == 12
+
+
 @given(corpora(longest=64), switches(), st.integers(0, 3))
 def test_instructions_are_drawn_placed_or_counted_as_unplaced(corpus, chosen, epoch):
     counts = corpus.counts

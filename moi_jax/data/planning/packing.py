@@ -168,6 +168,8 @@ def sequential(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> 
     stop = np.searchsorted(ends, ends - sizes + sequence_length, side="right")
     # ... or that repeats an instruction of the row.
     stop = np.minimum(stop, np.minimum.accumulate(next_copy(members)[::-1])[::-1])
+    # A group of few instructions may hold one twice; it stands alone.
+    stop = np.maximum(stop, np.arange(1, groups + 1))
     starts = array("q")
     group, stops = 0, stop.data
     while group < groups:
