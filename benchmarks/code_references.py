@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from moi_jax.errors import run_command
+from moi_jax.common.errors import run_command
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item
 from moi_jax.evaluation.tasks import mbpp

@@ -21,12 +21,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from moi_jax.checkpoints.hf.published import TensorFiles
+from moi_jax.checkpoints.hf.weights import published_shapes
+from moi_jax.checkpoints.hf.writer import write_tensors
 from moi_jax.models.config import ModelConfig, to_hf_config
 from moi_jax.models.parameters import declare
 from moi_jax.models.presets import preset
-from moi_jax.models.published import TensorFiles
-from moi_jax.models.published_writer import write_tensors
-from moi_jax.models.weights import published_shapes
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "moi_jax" / "data" / "samples" / "tokenizer"

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from moi_jax.config import Data
-from moi_jax.config_file import load_config, make_config
+from moi_jax.common.errors import UserError, run_command
+from moi_jax.config.load import load_config, make_config
+from moi_jax.config.schema import Data
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import plan_epoch
-from moi_jax.data.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, load_tokenizer
-from moi_jax.errors import UserError, run_command
+from moi_jax.text.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, load_tokenizer
 
 PUBLIC_SETS = Path(__file__).parent.parent / "configs" / "public_sets.yaml"
 PACKAGES = ("trl", "datasets", "transformers", "tokenizers", "grain", "seqpacker")

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moi_jax.checkpoints.hf.published import read_published
+from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.models import rotary
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.loss import token_nll
 from moi_jax.models.parameters import map_parameters
-from moi_jax.models.published import read_published
-from moi_jax.models.weights import import_parameters
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "qwen_v1"
 BAR_LOGITS, BAR_GRADIENTS = 2e-5, 1e-6

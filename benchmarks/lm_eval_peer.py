@@ -21,15 +21,15 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from moi_jax.checkpoints.opener import open_checkpoint
+from moi_jax.common.errors import run_command
 from moi_jax.convert import export_checkpoint
-from moi_jax.errors import run_command
 from moi_jax.evaluation.answering import evenly_spaced
-from moi_jax.evaluation.chat_model import ChatModel, make_chat_model
-from moi_jax.evaluation.lm_eval_adapter import CheckpointLM
+from moi_jax.evaluation.harness.adapter import CheckpointLM
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Item
 from moi_jax.evaluation.tasks.gsm8k import GSM8K
-from moi_jax.open_checkpoint import open_checkpoint
+from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 
 TASK = """\
 task: gsm8k_raw

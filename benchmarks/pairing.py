@@ -15,10 +15,10 @@ from itertools import combinations
 import numpy as np
 from rich.console import Console
 
-from moi_jax.config_file import load_config
+from moi_jax.common.errors import run_command
+from moi_jax.config.load import load_config
 from moi_jax.data.planning import mixture
 from moi_jax.data.planning.epoch import EpochPlan, plan_epoch
-from moi_jax.errors import run_command
 from moi_jax.training.inputs import open_inputs, resolve
 
 SEEDS = 20

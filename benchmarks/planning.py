@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.config_file import make_config
+from moi_jax.config.load import make_config
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import plan_epoch
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from rich.console import Console
 
-from moi_jax.config_file import make_config
+from moi_jax.config.load import make_config
 from moi_jax.data.cache.prepare import prepare
-from moi_jax.data.tokenizer import load_tokenizer
+from moi_jax.text.tokenizer import load_tokenizer
 
 WORDS = "the of a to and in is it you that he was for on are with as they be at".split()  # noqa: SIM905
 

@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from moi_jax.config_file import load_config
+from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
+from moi_jax.config.load import load_config
 from moi_jax.data.loader import Placed, assemble
-from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
 from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
 from moi_jax.evaluation.prompts.gaps import interval, resampled_means, summarize
 from moi_jax.evaluation.prompts.matrix import ItemSums
 from moi_jax.evaluation.prompts.matrix_report import draw_matrix, interval_text
+from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
 from moi_jax.evaluation.prompts.row_sums import make_row_sums
-from moi_jax.open_checkpoint import OpenCheckpoint, open_checkpoint
 from moi_jax.training.inputs import Inputs, open_inputs, resolve
 
 ROOT = Path(__file__).parent.parent

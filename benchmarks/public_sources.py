@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from moi_jax.config import Source
-from moi_jax.data.conversations import BadRow, content_hash
+from moi_jax.common.errors import UserError
+from moi_jax.config.schema import Source
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import convert, detect_format, expand
-from moi_jax.errors import UserError
+from moi_jax.text.conversations import BadRow, content_hash
 
 PATTERNS = ("**/*.json", "**/*.jsonl", "**/*.gz", "**/*.zst", "**/*.parquet", "**/*array_record*")
 

@@ -19,17 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from moi_jax.data.conversations import Message
-from moi_jax.data.rendering import render_prompt
-from moi_jax.data.tokenizer import Tokenizer
-from moi_jax.errors import run_command
+from moi_jax.checkpoints.checkpoints import read_items, read_parameters
+from moi_jax.checkpoints.hf.weights import export_tensors
+from moi_jax.common.errors import run_command
 from moi_jax.models.config import ModelConfig, to_hf_config
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree
-from moi_jax.models.weights import export_tensors
 from moi_jax.sampling.requests import Request
 from moi_jax.sampling.sampler import Sampler
-from moi_jax.training.checkpoints import read_items, read_parameters
+from moi_jax.text.conversations import Message
+from moi_jax.text.rendering import render_prompt
+from moi_jax.text.tokenizer import Tokenizer
 
 QUESTIONS = (
     "What is the capital of France?",

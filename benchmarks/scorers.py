@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from moi_jax.errors import run_command
+from moi_jax.common.errors import run_command
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Task
 from moi_jax.evaluation.tasks import make_task

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 import moi_jax
-from moi_jax.data.conversations import Message
-from moi_jax.data.rendering import render_prompt
-from moi_jax.errors import UserError, run_command
+from moi_jax.checkpoints.checkpoints import read_items, read_parameters
+from moi_jax.checkpoints.hf.gguf import GgufCheckpoint, open_gguf
+from moi_jax.common.errors import UserError, run_command
 from moi_jax.models.decoder import Decoder
-from moi_jax.models.gguf import GgufCheckpoint, open_gguf
 from moi_jax.sampling.requests import Request
 from moi_jax.sampling.sampler import Sampler
-from moi_jax.training.checkpoints import read_items, read_parameters
+from moi_jax.text.conversations import Message
+from moi_jax.text.rendering import render_prompt
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moi_jax.config import STRATEGIES
-from moi_jax.config_file import load_config
+from moi_jax.config.load import load_config
+from moi_jax.config.schema import STRATEGIES
 from moi_jax.data.planning.run import RunPlan
 from moi_jax.data.preview.picture import draw_row
 from moi_jax.data.preview.row import view_row

@@ -7,7 +7,7 @@ batches of a run. Both resolve on first use: importing this package imports no j
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moi_jax.training.checkpoints import load as load
+    from moi_jax.checkpoints.checkpoints import load as load
     from moi_jax.training.inputs import batches as batches
 
 __all__ = ["batches", "load"]
@@ -15,7 +15,7 @@ __all__ = ["batches", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from moi_jax.training.checkpoints import load
+        from moi_jax.checkpoints.checkpoints import load
 
         return load
     if name == "batches":

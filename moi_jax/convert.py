@@ -12,13 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moi_jax.errors import UserError, run_command
-from moi_jax.whole_files import check_new, new_directory, write_texts
+from moi_jax.common.errors import UserError, run_command
+from moi_jax.common.whole_files import check_new, new_directory, write_texts
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from moi_jax.models.published import Published
+    from moi_jax.checkpoints.hf.published import Published
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 DTYPES = ("float32", "bfloat16")
@@ -125,14 +125,14 @@ def import_checkpoint(
     import ml_dtypes  # noqa: F401  # brings bfloat16 to numpy
     import numpy as np
 
-    from moi_jax.data.jinja_templates import check_template
-    from moi_jax.data.prompts import prompts_item
-    from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
-    from moi_jax.models.provenance import read_provenance
-    from moi_jax.models.published import open_published
-    from moi_jax.models.weights import import_parameters
-    from moi_jax.training.checkpoints import ModelItems, save_model
-    from moi_jax.training.model_card import model_card
+    from moi_jax.checkpoints.checkpoints import ModelItems, save_model
+    from moi_jax.checkpoints.hf.model_card import model_card
+    from moi_jax.checkpoints.hf.provenance import read_provenance
+    from moi_jax.checkpoints.hf.published import open_published
+    from moi_jax.checkpoints.hf.weights import import_parameters
+    from moi_jax.text.jinja_templates import check_template
+    from moi_jax.text.prompts import prompts_item
+    from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
     check_new(out)
     published = open_published(source)
@@ -181,13 +181,13 @@ def export_checkpoint(
     import ml_dtypes  # noqa: F401  # brings bfloat16 to numpy
     import numpy as np
 
-    from moi_jax.console import byte_bar
+    from moi_jax.checkpoints.checkpoints import find_step, read_items, stored_parameters
+    from moi_jax.checkpoints.hf.model_card import model_card
+    from moi_jax.checkpoints.hf.published_files import published_files, where_exact
+    from moi_jax.checkpoints.hf.weights import export_tensors, published_shapes
+    from moi_jax.checkpoints.hf.writer import write_tensors
+    from moi_jax.common.console import byte_bar
     from moi_jax.models.config import in_family
-    from moi_jax.models.published_writer import write_tensors
-    from moi_jax.models.weights import export_tensors, published_shapes
-    from moi_jax.training.checkpoints import find_step, read_items, stored_parameters
-    from moi_jax.training.model_card import model_card
-    from moi_jax.training.published_files import published_files, where_exact
 
     check_new(out)
     step = find_step(checkpoint)
@@ -211,7 +211,7 @@ def export_checkpoint(
 
 
 def _export(args: argparse.Namespace) -> None:
-    from moi_jax.hub import check_token, push
+    from moi_jax.checkpoints.hf.hub import check_token, push
 
     if args.push:
         check_token()  # before an hour of writing
@@ -234,19 +234,19 @@ def verify_checkpoint(
     import jax.numpy as jnp
     import numpy as np
 
-    from moi_jax.console import byte_bar
-    from moi_jax.data.tokenizer import Tokenizer
-    from moi_jax.evaluation import parity
-    from moi_jax.models.config import in_family, read_hf_config
-    from moi_jax.models.decoder import Decoder
-    from moi_jax.models.published import TensorFiles, read_bytes
-    from moi_jax.models.weights import export_tensors, redundant_tensors
-    from moi_jax.training.checkpoints import (
+    from moi_jax.checkpoints.checkpoints import (
         find_step,
         read_items,
         read_parameters,
         stored_parameters,
     )
+    from moi_jax.checkpoints.hf import verify as parity
+    from moi_jax.checkpoints.hf.published import TensorFiles, read_bytes
+    from moi_jax.checkpoints.hf.weights import export_tensors, redundant_tensors
+    from moi_jax.common.console import byte_bar
+    from moi_jax.models.config import in_family, read_hf_config
+    from moi_jax.models.decoder import Decoder
+    from moi_jax.text.tokenizer import Tokenizer
 
     step = find_step(checkpoint)
     items = read_items(step)
@@ -286,7 +286,7 @@ def verify_checkpoint(
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from moi_jax.evaluation.parity import describe
+    from moi_jax.checkpoints.hf.verify import describe
 
     report = verify_checkpoint(args.checkpoint, args.against, args.tensors_only)
     print(json.dumps(report, indent=1) if args.json else describe(report))
@@ -296,8 +296,8 @@ def _verify(args: argparse.Namespace) -> int:
 @contextmanager
 def _reading(published: "Published") -> Iterator[Callable[[str], "np.ndarray"]]:
     """Reads the tensors of a published checkpoint with a bar of bytes; warns of NaN and inf."""
-    from moi_jax.console import byte_bar
-    from moi_jax.models.published import count_not_finite
+    from moi_jax.checkpoints.hf.published import count_not_finite
+    from moi_jax.common.console import byte_bar
 
     seen: set[str] = set()
     damaged: dict[str, int] = {}

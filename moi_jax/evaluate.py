@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moi_jax.arguments import (
+from moi_jax.cli.arguments import (
     COUNT,
     MONEY,
     POSITIVE,
@@ -15,7 +15,7 @@ from moi_jax.arguments import (
     chosen_system,
     text,
 )
-from moi_jax.errors import UserError, run_command
+from moi_jax.common.errors import UserError, run_command
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.tasks import TASKS
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from moi_jax.evaluation.chat_model import ChatModel
+    from moi_jax.checkpoints.opener import OpenCheckpoint
     from moi_jax.evaluation.protocol import Item, Task
-    from moi_jax.open_checkpoint import OpenCheckpoint
+    from moi_jax.sampling.chat_model import ChatModel
 
 HELD_OUT = "held_out"
 CROSSED = "gsm8k,humaneval"
@@ -221,15 +221,15 @@ def evaluate(args: argparse.Namespace) -> None:
     import jax
     from rich.console import Console
 
-    from moi_jax.config_file import load_config
-    from moi_jax.console import say
-    from moi_jax.evaluate_held_out import HeldOutOptions, measure_held_out
+    from moi_jax.checkpoints.checkpoints import find_step
+    from moi_jax.checkpoints.opener import open_checkpoint
+    from moi_jax.common.console import say
+    from moi_jax.common.whole_files import check_writable
+    from moi_jax.config.load import load_config
+    from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
     from moi_jax.evaluation.results import read_results
     from moi_jax.evaluation.runner import results_so_far, run_benchmarks
     from moi_jax.evaluation.tasks import open_task
-    from moi_jax.open_checkpoint import open_checkpoint
-    from moi_jax.training.checkpoints import find_step
-    from moi_jax.whole_files import check_writable
 
     console = Console()
     args.out = args.out or Path("runs/evaluation") / checkpoint_name(find_step(args.checkpoint))
@@ -262,7 +262,7 @@ def evaluate(args: argparse.Namespace) -> None:
             say(console, f"{checkpoint.step} in {checkpoint.dtype}; {model.sampler.describe()}")
             run_benchmarks(tasks, model, made_by, options, console)
             if harness:
-                from moi_jax.evaluation.lm_eval_run import run_lm_eval
+                from moi_jax.evaluation.harness.run import run_lm_eval
 
                 run_lm_eval(harness, model, made_by, options, console)
         if crossed:
@@ -284,7 +284,7 @@ def checkpoint_name(step: Path) -> str:
 def _open_harness(args: argparse.Namespace) -> "list[Any]":
     if not names_of(args.lm_eval):
         return []
-    from moi_jax.evaluation.lm_eval_run import open_tasks
+    from moi_jax.evaluation.harness.run import open_tasks
 
     return open_tasks(names_of(args.lm_eval), args.include_path)
 
@@ -293,8 +293,8 @@ def _chat_model(
     checkpoint: "OpenCheckpoint", args: argparse.Namespace, system_prompt: str | None
 ) -> "tuple[ChatModel, dict[str, Any]]":
     """The model under a system prompt, and what stands for it in its results."""
-    from moi_jax.evaluation.chat_model import make_chat_model
     from moi_jax.evaluation.runner import parameters_fingerprint
+    from moi_jax.sampling.chat_model import make_chat_model
 
     make_chat = make_chat_model(
         checkpoint.make_model,
@@ -326,7 +326,7 @@ def _crossed_prompts(
     console: "Console",
 ) -> None:
     """The tasks under each prompt of the checkpoint and some that it never saw, side by side."""
-    from moi_jax.console import say
+    from moi_jax.common.console import say
     from moi_jax.evaluation.prompts.crossing import single_prompts
     from moi_jax.evaluation.reports.report import write_report
     from moi_jax.evaluation.runner import run_benchmarks

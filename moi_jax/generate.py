@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moi_jax.arguments import (
+from moi_jax.cli.arguments import (
     COUNT,
     POSITIVE,
     PROBABILITY,
@@ -17,10 +17,10 @@ from moi_jax.arguments import (
     chosen_system,
     text,
 )
-from moi_jax.errors import UserError, run_command
+from moi_jax.common.errors import UserError, run_command
 
 if TYPE_CHECKING:
-    from moi_jax.open_checkpoint import OpenCheckpoint
+    from moi_jax.checkpoints.opener import OpenCheckpoint
     from moi_jax.sampling.requests import Completion, Request
     from moi_jax.sampling.sampler import Sampler
 
@@ -188,7 +188,7 @@ def _standard_input() -> str:
 
 
 def _open(args: argparse.Namespace) -> "OpenCheckpoint":
-    from moi_jax.open_checkpoint import open_checkpoint
+    from moi_jax.checkpoints.opener import open_checkpoint
 
     return open_checkpoint(
         args.checkpoint, dtype=args.dtype, mesh=args.mesh, chat_template=args.chat_template
@@ -197,7 +197,7 @@ def _open(args: argparse.Namespace) -> "OpenCheckpoint":
 
 def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
     """Says what the cache will take before anything is allocated for it."""
-    from moi_jax.evaluation.chat_model import make_sampler
+    from moi_jax.sampling.chat_model import make_sampler
 
     sampler = make_sampler(
         opened.make_model,
@@ -281,8 +281,8 @@ def _answer_one(
 
 
 def _answer_prompt(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
-    from moi_jax.data.conversations import Message
-    from moi_jax.data.rendering import render_prompt
+    from moi_jax.text.conversations import Message
+    from moi_jax.text.rendering import render_prompt
 
     messages = [Message("user", args.prompt)]
     prompt = render_prompt(
@@ -305,14 +305,14 @@ def _answer_ids(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
 
 
 def _answer_file(args: argparse.Namespace) -> None:
-    from moi_jax.console import count_bar
-    from moi_jax.data.rendering import render_prompt
-    from moi_jax.evaluation.conversation_file import (
+    from moi_jax.common.console import count_bar
+    from moi_jax.evaluation.runner import parameters_fingerprint
+    from moi_jax.sampling.conversation_file import (
         AnsweredFile,
         check_absent,
         read_conversations,
     )
-    from moi_jax.evaluation.runner import parameters_fingerprint
+    from moi_jax.text.rendering import render_prompt
 
     check_absent(args.out)  # before what takes long
     rows = read_conversations(args.conversations)
@@ -346,7 +346,7 @@ def _answer_file(args: argparse.Namespace) -> None:
 
 
 def _chat(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
-    from moi_jax.evaluation.chat import Chat, chat_on_terminal
+    from moi_jax.sampling.chat import Chat, chat_on_terminal
 
     context = _context(opened, args, CHAT_CONTEXT)
     sampler = _sampler(opened, 1, context)

@@ -5,8 +5,8 @@ import json
 import time
 from pathlib import Path
 
-from moi_jax.config_file import load_config
-from moi_jax.errors import UserError, run_command
+from moi_jax.common.errors import UserError, run_command
+from moi_jax.config.load import load_config
 
 
 def _shard(text: str) -> tuple[int, int]:

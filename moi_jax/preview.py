@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moi_jax.config_file import load_config
-from moi_jax.errors import UserError, run_command
+from moi_jax.common.errors import UserError, run_command
+from moi_jax.config.load import load_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,7 +117,7 @@ def _count(text: str) -> int:
 def _show_rows(
     inputs: "Inputs", run: "RunPlan", args: argparse.Namespace, console: "Console"
 ) -> None:
-    from moi_jax.console import say
+    from moi_jax.common.console import say
     from moi_jax.data.preview.picture import draw_row
     from moi_jax.data.preview.row import print_legend, print_row, view_row
 
@@ -138,7 +138,7 @@ def _show_rows(
 def _show_statistics(
     inputs: "Inputs", run: "RunPlan", args: argparse.Namespace, console: "Console"
 ) -> None:
-    from moi_jax.console import say
+    from moi_jax.common.console import say
     from moi_jax.data.preview.picture import draw_lengths
     from moi_jax.data.preview.statistics import length_statistics, print_accounts, print_lengths
 
@@ -156,7 +156,7 @@ def _show_statistics(
 def _audit(inputs: "Inputs", run: "RunPlan", count: int, seed: int, console: "Console") -> int:
     import random
 
-    from moi_jax.console import say
+    from moi_jax.common.console import say
     from moi_jax.data.preview.audit import audit
 
     rows = sorted(random.Random(seed).sample(range(run.total_rows), min(count, run.total_rows)))

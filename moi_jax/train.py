@@ -7,9 +7,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moi_jax.config import Config
-from moi_jax.config_file import load_config
-from moi_jax.errors import UserError, run_command
+from moi_jax.common.errors import UserError, run_command
+from moi_jax.config.load import load_config
+from moi_jax.config.schema import Config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,16 +60,16 @@ def train(config: Config, *, fresh: bool = False, allow_change: bool = False) ->
     import jax
     from rich.console import Console
 
-    from moi_jax.console import say
-    from moi_jax.evaluation.answers import make_sample_answers
-    from moi_jax.evaluation.chat_model import make_chat_model
+    from moi_jax.checkpoints.checkpoints import RunCheckpoints
+    from moi_jax.common.console import say
     from moi_jax.evaluation.held_out import HeldOut
     from moi_jax.evaluation.while_training import make_benchmark
-    from moi_jax.training.checkpoints import RunCheckpoints
+    from moi_jax.sampling.chat_model import make_chat_model
+    from moi_jax.sampling.sample_answers import make_sample_answers
     from moi_jax.training.inputs import open_inputs, resolve
     from moi_jax.training.loop import fit
     from moi_jax.training.report import write_report
-    from moi_jax.training.runtime import move_aside, run_directory
+    from moi_jax.training.run_directory import move_aside, run_directory
     from moi_jax.training.setup import build_machine, start_run
 
     console = Console()
@@ -151,7 +151,7 @@ def _print_answers(directory: Path, console: "Console") -> None:
     """The sample answers before and after training, under each prompt."""
     import json
 
-    from moi_jax.console import say
+    from moi_jax.common.console import say
 
     path = directory / "samples.jsonl"
     if not path.exists():

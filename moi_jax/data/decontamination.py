@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 
 WORDS = 13  # in a row; Brown et al. 2020, appendix C
 SHORTEST = 8  # words of a question that is looked for whole

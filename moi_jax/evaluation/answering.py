@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moi_jax.data.conversations import Message
-from moi_jax.errors import UserError, cannot_write
-from moi_jax.evaluation.chat_model import ChatModel
+from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Task
+from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.requests import Request
+from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
 T = TypeVar("T")

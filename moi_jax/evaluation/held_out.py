@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from rich.console import Console
 
-from moi_jax import config
-from moi_jax.console import say
-from moi_jax.data.cache.prepare import DomainCache, resolve_prompt
+from moi_jax.common.console import say
+from moi_jax.config import schema as config
+from moi_jax.data.cache.prepare import DomainCache
 from moi_jax.data.cache.selection import Selection
 from moi_jax.data.loader import Batch, Placed, assemble
-from moi_jax.data.rendering import with_system_prompt
-from moi_jax.data.tokenizer import Tokenizer
+from moi_jax.text.prompts import resolve_prompt
+from moi_jax.text.rendering import with_system_prompt
+from moi_jax.text.tokenizer import Tokenizer
 
 # Rows are cut to the shortest of these widths, times two and so on, that holds them.
 _SHORTEST_ROW = 128

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from moi_jax.data.conversations import Message
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
+from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation import statistics
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
 from moi_jax.evaluation.tasks import TASKS

@@ -15,8 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
-from moi_jax.console import count_bar, say
-from moi_jax.errors import UserError, cannot_write
+from moi_jax.common.console import count_bar, say
+from moi_jax.common.errors import UserError, cannot_write
+from moi_jax.common.whole_files import write_whole
 from moi_jax.evaluation.answering import (
     AnswerLog,
     answer_items,
@@ -24,11 +25,10 @@ from moi_jax.evaluation.answering import (
     json_line,
     places,
 )
-from moi_jax.evaluation.chat_model import ChatModel
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Item, Task
 from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
-from moi_jax.whole_files import write_whole
+from moi_jax.sampling.chat_model import ChatModel
 
 Json = dict[str, Any]
 

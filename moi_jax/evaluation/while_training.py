@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from moi_jax import config
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
+from moi_jax.config import schema as config
 from moi_jax.evaluation.answering import AnswerLog, evenly_spaced
-from moi_jax.evaluation.chat_model import ChatModel
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.runner import run_task
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.models.parameters import Tree
+from moi_jax.sampling.chat_model import ChatModel
 
 # Those whose score needs the whole benchmark, or a judge.
 NO_SLICE = {"mt_bench", "teval"}

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.models.families import FAMILIES, Family
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moi_jax.models import rotary
-from moi_jax.models.attention import attention
-from moi_jax.models.axes import constrain
+from moi_jax.models.attention.xla import attention
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.parameters import Tree
+from moi_jax.parallel.axes import constrain
 
 
 class Block(nnx.Module):

@@ -3,11 +3,11 @@
 import jax
 
 from moi_jax.models import rotary
-from moi_jax.models.axes import constrain
-from moi_jax.models.cache import Cache, cached_attention, write
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder, rms_norm
+from moi_jax.models.kv_cache import Cache, cached_attention, write
 from moi_jax.models.parameters import Tree, declare
+from moi_jax.parallel.axes import constrain
 
 
 def unstack(config: ModelConfig, parameters: Tree, dtype: jax.typing.DTypeLike) -> Tree:

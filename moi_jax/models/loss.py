@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moi_jax.models.axes import constrain
+from moi_jax.parallel.axes import constrain
 
 # Tokens a device whose logits exist at a time: 1.2 GiB of float32 at Qwen's vocabulary.
 CHUNK_TOKENS = 2048

@@ -6,7 +6,7 @@ it reads the config.json beside the weights, which may differ (a base model's le
 
 from typing import Any
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig, RopeScaling
 from moi_jax.models.families import FAMILIES
 

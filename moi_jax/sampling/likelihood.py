@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moi_jax.models.axes import RULES
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.loss import token_scores
 from moi_jax.models.parameters import Tree
+from moi_jax.parallel.axes import RULES
 from moi_jax.sampling.rows import PREFILL_TOKENS
 
 # (context ids, continuation ids), neither of them empty.

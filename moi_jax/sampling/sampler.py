@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from rich import filesize
 
-from moi_jax.errors import UserError
-from moi_jax.models import axes
-from moi_jax.models.cache import AXES, Cache, cache_shape, empty_cache, resize
+from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.decoding import unstack
+from moi_jax.models.kv_cache import AXES, Cache, cache_shape, empty_cache, resize
 from moi_jax.models.parameters import Tree, abstract_parameters, declare
+from moi_jax.parallel import axes
 from moi_jax.sampling.answer import Answer
 from moi_jax.sampling.requests import Completion, Finish, Request
 from moi_jax.sampling.rows import Row, power_bucket, prompt_batches

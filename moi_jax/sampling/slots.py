@@ -5,10 +5,10 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from moi_jax.models.axes import constrain
-from moi_jax.models.cache import Cache, insert
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.decoding import decode
+from moi_jax.models.kv_cache import Cache, insert
+from moi_jax.parallel.axes import constrain
 from moi_jax.sampling.choosing import Draws, choose
 from moi_jax.sampling.requests import Finish
 

@@ -8,21 +8,21 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from moi_jax.config import Config
-from moi_jax.config_file import load_config
-from moi_jax.console import say
+from moi_jax.checkpoints.checkpoints import ModelItems, newest_step, read_items
+from moi_jax.common.console import say
+from moi_jax.common.errors import UserError
+from moi_jax.config.load import load_config
+from moi_jax.config.schema import Config
 from moi_jax.data.cache.prepare import DomainCache, prepare
 from moi_jax.data.cache.selection import Selection, domain_report, select
 from moi_jax.data.loader import Batch, RowSource, batch_dataset
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.run import RunPlan
 from moi_jax.data.planning.statistics import mixture_statistics, print_mixture, print_sources
-from moi_jax.data.prompts import fingerprint, prompts_item, saved_template
-from moi_jax.data.tokenizer import Tokenizer, load_tokenizer
-from moi_jax.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.presets import preset
-from moi_jax.training.checkpoints import ModelItems, newest_step, read_items
+from moi_jax.text.prompts import fingerprint, prompts_item, saved_template
+from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

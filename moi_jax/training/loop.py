@@ -11,14 +11,14 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from moi_jax.config import Config
-from moi_jax.console import say
+from moi_jax.checkpoints.checkpoints import RunCheckpoints
+from moi_jax.common.console import say
+from moi_jax.common.errors import UserError
+from moi_jax.config.schema import Config
 from moi_jax.data.loader import Batch
-from moi_jax.errors import UserError
 from moi_jax.models.parameters import Tree
-from moi_jax.training.checkpoints import RunCheckpoints
 from moi_jax.training.metrics import MetricsLog, StepWindow, print_step
-from moi_jax.training.runtime import StopSignal
+from moi_jax.training.run_directory import StopSignal
 from moi_jax.training.state import TrainState
 from moi_jax.training.step import Metrics
 

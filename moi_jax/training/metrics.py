@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from moi_jax.console import say
-from moi_jax.errors import UserError
-from moi_jax.whole_files import write_whole
+from moi_jax.common.console import say
+from moi_jax.common.errors import UserError
+from moi_jax.common.whole_files import write_whole
 
 Record = dict[str, Any]
 Tracker = Callable[[Record], None]

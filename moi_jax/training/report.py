@@ -17,8 +17,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moi_jax.errors import UserError
-from moi_jax.report_page import PALETTE, page_template
+from moi_jax.common.errors import UserError
+from moi_jax.reports.page import PALETTE, page_template
 
 Point = tuple[int, float]
 

@@ -13,24 +13,24 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from moi_jax.config_file import load_config
-from moi_jax.console import say
+from moi_jax.checkpoints.checkpoints import RunCheckpoints, read_parameters
+from moi_jax.common.console import say
+from moi_jax.common.errors import UserError
+from moi_jax.common.whole_files import write_whole
+from moi_jax.config.load import load_config
 from moi_jax.data.loader import Batch, batch_dataset
 from moi_jax.data.planning.run import RunPlan
-from moi_jax.errors import UserError
-from moi_jax.models import axes
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.parameters import Tree
-from moi_jax.training import runtime
-from moi_jax.training.checkpoints import RunCheckpoints, read_parameters
+from moi_jax.parallel import axes
+from moi_jax.parallel.sharding import check_rows, local_rows, make_mesh, place_batch
+from moi_jax.training import run_directory as runtime
 from moi_jax.training.inputs import Inputs, Resolved
 from moi_jax.training.loop import Evaluate, Run
 from moi_jax.training.metrics import MetricsLog, truncate_after
 from moi_jax.training.optimizer import make_optimizer, make_schedule
-from moi_jax.training.sharding import check_rows, local_rows, make_mesh, place_batch
 from moi_jax.training.state import abstract_state, new_state, random_parameters
 from moi_jax.training.step import make_eval_step, make_train_step
-from moi_jax.whole_files import write_whole
 
 # Where a run without a checkpoint begins.
 FIRST_POSITION: dict[str, Any] = {"step": 0, "row": 0, "epoch_rows": [0], "skipped_in_a_row": 0}

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.parameters import Tree, abstract_parameters, init_parameters
-from moi_jax.training.sharding import parameter_shardings, replicated
+from moi_jax.parallel.sharding import parameter_shardings, replicated
 
 
 @jax.tree_util.register_dataclass

@@ -13,8 +13,8 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.loss import token_nll
 from moi_jax.models.parameters import Tree
+from moi_jax.parallel.sharding import batch_sharding, parameter_shardings, replicated
 from moi_jax.training.optimizer import Schedule
-from moi_jax.training.sharding import batch_sharding, parameter_shardings, replicated
 from moi_jax.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moi_jax import config
+from moi_jax.common.errors import UserError
+from moi_jax.config import schema as config
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import Row, convert
-from moi_jax.data.tokenizer import Tokenizer
-from moi_jax.errors import UserError
+from moi_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moi_jax.data.decontamination import Benchmarks

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from moi_jax.data import rendering
+from moi_jax.common.errors import UserError
 from moi_jax.data.cache.blocks import PART, Block, Finished, move_into_place
 from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
-from moi_jax.data.rendering import Instruction
-from moi_jax.errors import UserError
+from moi_jax.text import rendering
+from moi_jax.text.rendering import Instruction
 
 MANIFEST, BLOCKS = "manifest.json", "blocks.json"
 

@@ -20,8 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from moi_jax import config
-from moi_jax.console import say
+from moi_jax.common.console import say
+from moi_jax.common.errors import UserError
+from moi_jax.config import schema as config
 from moi_jax.data.cache.blocks import (
     PART,
     Block,
@@ -39,20 +40,11 @@ from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import detect_format, expand
-from moi_jax.data.tokenizer import Tokenizer
-from moi_jax.errors import UserError
+from moi_jax.text.prompts import resolve_prompt
+from moi_jax.text.tokenizer import Tokenizer
 
 CACHE_FORMAT = 4
 ABANDONED_SECONDS = 24 * 3600
-
-
-def resolve_prompt(data: config.Data, domain: config.Domain) -> str | None:
-    """The system prompt of a domain under data.system_prompts; None for no system block."""
-    if data.system_prompts == "none":
-        return None
-    if data.system_prompts == "default" or domain.prompt is None:
-        return data.default_system_prompt
-    return domain.prompt
 
 
 def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[DomainCache]:

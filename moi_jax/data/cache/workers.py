@@ -12,8 +12,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from moi_jax.common.errors import UserError
 from moi_jax.data.cache.blocks import BlockMaker, Task
-from moi_jax.errors import UserError
 
 _maker: BlockMaker  # of a worker process
 

@@ -7,11 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from moi_jax.config import Data, Train
+from moi_jax.common.errors import UserError
+from moi_jax.config.schema import Data, Train
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import EpochPlan, last_epoch, plan_epoch
 from moi_jax.data.planning.mixture import epoch_counts
-from moi_jax.errors import UserError
 
 # Full plans held: the epoch being read, the next one, and the last one, for which threads that
 # read ahead may still ask; of small epochs as many more as these instructions make up.

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moi_jax.config import Data
-from moi_jax.console import say
+from moi_jax.common.console import say
+from moi_jax.config.schema import Data
 from moi_jax.data.cache.prepare import DomainCache
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.mixture import asked_shares

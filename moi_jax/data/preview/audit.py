@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.config import Data, Domain
-from moi_jax.data.conversations import BadRow, Conversation, Message
+from moi_jax.config.schema import Data, Domain
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.loader import Batch, RowSource
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.sources.rows import convert, detect_format, expand
-from moi_jax.data.tokenizer import Tokenizer
+from moi_jax.text.conversations import BadRow, Conversation, Message
+from moi_jax.text.tokenizer import Tokenizer
 
 # Weights are quotients: these may be rounded in another order.
 WEIGHT_TOLERANCE = 1e-6

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from moi_jax.common.errors import UserError
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.preview.row import RowView
-from moi_jax.errors import UserError
 
 # After Okabe and Ito, told apart by colour-blind readers too; more domains share a scale.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")

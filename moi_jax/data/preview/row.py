@@ -9,10 +9,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from moi_jax.config import Data
-from moi_jax.console import say
+from moi_jax.common.console import say
+from moi_jax.config.schema import Data
 from moi_jax.data.loader import Batch, RowSource
-from moi_jax.data.tokenizer import Tokenizer
+from moi_jax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

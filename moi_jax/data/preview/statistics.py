@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from moi_jax.console import say
+from moi_jax.common.console import say
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.statistics import figures_table
 

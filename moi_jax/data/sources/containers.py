@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moi_jax.data.conversations import BadRow
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
+from moi_jax.text.conversations import BadRow
 
 BOM = b"\xef\xbb\xbf"
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"

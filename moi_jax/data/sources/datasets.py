@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from moi_jax import tfds_datasets
-from moi_jax.config import Source
+from moi_jax.common.errors import UserError
+from moi_jax.config.schema import Source
+from moi_jax.data import tfds_datasets
 from moi_jax.data.sources.readers import RawRow, SourceFile
-from moi_jax.errors import UserError
 
 HELD = 1000  # rows of a Hugging Face dataset in memory at a time
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from moi_jax.data.conversations import BadRow, Conversation, Message, Role
 from moi_jax.data.sources import nested, react
 from moi_jax.data.sources.react import Event
 from moi_jax.data.sources.turns import CHAT_ROLES, SHAREGPT_ROLES, Reader, text_of, turns
+from moi_jax.text.conversations import BadRow, Conversation, Message, Role
 
 CONTROL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|extra_\d+)\|>")
 

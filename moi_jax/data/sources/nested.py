@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moi_jax.data.conversations import BadRow
 from moi_jax.data.sources.readers import decode
+from moi_jax.text.conversations import BadRow
 
 Row = Mapping[str, Any]
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moi_jax.data.conversations import BadRow, Message
 from moi_jax.data.sources.readers import decode
+from moi_jax.text.conversations import BadRow, Message
 
 # The words that structure a turn; inside a text they are moved off the line's beginning, so that
 # neither a reader of the turn nor the mask of observations (rendering.py) takes them for structure.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moi_jax.data.conversations import BadRow
 from moi_jax.data.sources.containers import RawRow, in_lines, read_rows
+from moi_jax.text.conversations import BadRow
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from reprlib import repr as shown  # the content of a row may be of any length and depth
 from typing import Any
 
-from moi_jax.data.conversations import BadRow, Message, Role
 from moi_jax.data.sources.react import Call, Event, Observation, Thought, compact, named_function
 from moi_jax.data.sources.readers import decode
+from moi_jax.text.conversations import BadRow, Message, Role
 
 CHAT_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES: dict[str, Role] = {**CHAT_ROLES, "human": "user", "gpt": "assistant"}

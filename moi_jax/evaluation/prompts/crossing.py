@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moi_jax.config import CONTROL_TOKEN
-from moi_jax.data.tokenizer import Tokenizer
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
+from moi_jax.config.schema import CONTROL_TOKEN
+from moi_jax.text.tokenizer import Tokenizer
 
 OWN, DEFAULT, PARAPHRASE, UNRELATED, NONE = "own", "default", "paraphrase", "unrelated", "none"
 
@@ -87,7 +87,7 @@ def single_prompts(item: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, s
     """The prompts that one benchmark is crossed with, each once: the default one comes first.
 
     Args:
-      item: the prompts item of the checkpoint, see data/prompts.py.
+      item: the prompts item of the checkpoint, see text/prompts.py.
     """
     default = item["default_system_prompt"]
     prompts = {DEFAULT: default}

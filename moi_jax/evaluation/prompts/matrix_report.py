@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moi_jax.console import say
+from moi_jax.common.console import say
+from moi_jax.common.errors import UserError
 from moi_jax.data.preview.picture import INK, PADDING, QUIET, STYLE
-from moi_jax.errors import UserError
 from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
 from moi_jax.evaluation.prompts.matrix import HeldOutItem, ItemSums
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moi_jax.data.loader import Batch
-from moi_jax.models import axes
 from moi_jax.models.decoder import Decoder
 from moi_jax.models.loss import token_scores
 from moi_jax.models.parameters import Tree
+from moi_jax.parallel import axes
 
 
 class RowSums(NamedTuple):

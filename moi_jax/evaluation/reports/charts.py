@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from moi_jax.report_page import PALETTE
+from moi_jax.reports.page import PALETTE
 
 # A score and its interval, all 0 to 100; None where there is none.
 Bar = tuple[float, tuple[float, float] | None] | None

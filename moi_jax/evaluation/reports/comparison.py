@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation import statistics
 from moi_jax.evaluation.results import read_results
 from moi_jax.evaluation.tasks import TASKS

@@ -8,11 +8,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from moi_jax.errors import cannot_write
+from moi_jax.common.errors import cannot_write
+from moi_jax.common.whole_files import write_whole
 from moi_jax.evaluation.reports.charts import bars, color, radar
 from moi_jax.evaluation.reports.comparison import Comparison, compare, read_evaluations
-from moi_jax.report_page import page_template
-from moi_jax.whole_files import write_whole
+from moi_jax.reports.page import page_template
 
 LONGEST = 3000  # characters shown of a text
 

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.sandbox import backends
 from moi_jax.evaluation.sandbox.backends import Backend, Limits
 from moi_jax.evaluation.sandbox.inside.namespaces import DIRECTORY, NOBODY

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Literal
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.sandbox.backends import Backend, Limits, candidates
 from moi_jax.evaluation.sandbox.judge import Program, Verdict, judge
 from moi_jax.evaluation.sandbox.probe import unenforced

@@ -4,7 +4,7 @@ import importlib
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 
 if TYPE_CHECKING:
     from moi_jax.evaluation.options import Options

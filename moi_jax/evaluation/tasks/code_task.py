@@ -8,8 +8,8 @@ from math import comb
 
 from rich.console import Console
 
-from moi_jax.console import say
-from moi_jax.errors import UserError
+from moi_jax.common.console import say
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.sandbox.judge import Program, Verdict

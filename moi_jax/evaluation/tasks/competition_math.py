@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from moi_jax.data.conversations import Message
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.math_equivalence import Equivalence
 from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.text.conversations import Message
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 BOXED = re.compile(r"\\f?boxed\s*")

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from statistics import fmean
 
-from moi_jax.data.conversations import Message
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.text.conversations import Message
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 TOLERANCE = 1e-4

@@ -3,12 +3,12 @@
 import ast
 import re
 
-from moi_jax.data.conversations import Message
 from moi_jax.evaluation.protocol import Item
 from moi_jax.evaluation.sandbox.judge import Program
 from moi_jax.evaluation.tasks.code_answers import complete, defines, extract
 from moi_jax.evaluation.tasks.code_task import CodeTask
 from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.text.conversations import Message
 
 QUOTED = re.compile(r"(\"\"\"|''')(.*?)\1", re.DOTALL)
 

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from moi_jax.console import say
-from moi_jax.errors import UserError
+from moi_jax.common.console import say
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.tasks.bill import Bill, OverLimit
 

@@ -3,14 +3,14 @@
 import ast
 from collections.abc import Sequence
 
-from moi_jax.data.conversations import Message
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Item, Json
 from moi_jax.evaluation.sandbox.judge import Program
 from moi_jax.evaluation.tasks.code_answers import extract
 from moi_jax.evaluation.tasks.code_task import CodeTask
 from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.text.conversations import Message
 
 EVALUATED = range(11, 511)
 SHOTS = (2, 3, 4)

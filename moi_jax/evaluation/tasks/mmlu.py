@@ -7,12 +7,12 @@ from statistics import fmean
 
 import numpy as np
 
-from moi_jax.data.conversations import Message
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
 from moi_jax.evaluation.tasks.rows import csv_rows, malformed, missing
+from moi_jax.text.conversations import Message
 
 SUBJECTS = 57
 MOST_SHOTS = 5

@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from moi_jax.data.conversations import Message
-from moi_jax.errors import UserError, cannot_write
+from moi_jax.common.errors import UserError, cannot_write
+from moi_jax.common.whole_files import write_whole
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.judge import MISSING, TRIES, Case, make_judge
 from moi_jax.evaluation.tasks.rows import json_rows, missing
-from moi_jax.whole_files import write_whole
+from moi_jax.text.conversations import Message
 
 QUESTIONS = 80
 TEMPERATURES = {

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moi_jax.data.conversations import BadRow
+from moi_jax.common.errors import UserError
 from moi_jax.data.sources.readers import SourceFile, parse
-from moi_jax.errors import UserError
 from moi_jax.evaluation.protocol import Json, Task
+from moi_jax.text.conversations import BadRow
 
 
 def missing(task: Task, path: Path) -> UserError:

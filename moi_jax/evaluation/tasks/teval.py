@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import ClassVar
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.teval.embedder import UPSTREAM, Embedder, Similarity, load_embedder

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 
 # Texts -> float[texts, width], a vector for each.
 Embedder = Callable[[list[str]], np.ndarray]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moi_jax.data.conversations import Message
-from moi_jax.errors import UserError
+from moi_jax.common.errors import UserError
 from moi_jax.evaluation.protocol import Item
 from moi_jax.evaluation.tasks.rows import check_texts
 from moi_jax.evaluation.teval.parsing import load_lenient
 from moi_jax.evaluation.teval.plan import FINISH
 from moi_jax.evaluation.teval.scoring import LETTERS, Variant, read_plan
+from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Llama 2, 3, 3.1 and 3.2, SmolLM2: the layout the younger Qwens follow too."""
 
-from moi_jax.models.family import Family, HFTensor
+from moi_jax.models.families.family import Family, HFTensor
 
 KEYS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),

@@ -1,7 +1,7 @@
 """Qwen1.5, Qwen2 and Qwen2.5: Llama's layout with biases on queries, keys and values."""
 
 from moi_jax.models.families import llama
-from moi_jax.models.family import Family
+from moi_jax.models.families.family import Family
 
 QWEN2 = Family(
     name="qwen2",

@@ -1,7 +1,7 @@
 """Qwen3, the dense sizes: RMSNorm over each head of queries and keys, heads of a width apart."""
 
 from moi_jax.models.families import llama
-from moi_jax.models.family import Family, HFTensor
+from moi_jax.models.families.family import Family, HFTensor
 
 QWEN3 = Family(
     name="qwen3",

@@ -1,6 +1,6 @@
 """Qwen (2023): q, k and v in one tensor, names and keys of its own, NTK and log-n attention."""
 
-from moi_jax.models.family import Family, HFTensor
+from moi_jax.models.families.family import Family, HFTensor
 
 QWEN_V1 = Family(
     name="qwen_v1",

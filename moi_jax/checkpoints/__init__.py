@@ -1,0 +1,1 @@
+"""Checkpoints: our format, opening one, and (hf/) published files in and out."""

@@ -1,0 +1,1 @@
+"""Published checkpoints: weights, tokenizers and cards in and out."""

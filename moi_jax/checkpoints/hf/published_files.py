@@ -1,0 +1,77 @@
+"""What goes out beside exported weights: configuration, tokenizer, chat template, licences."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moi_jax.checkpoints.checkpoints import ModelItems
+from moi_jax.models.config import in_family, to_hf_config
+from moi_jax.text.jinja_templates import export_jinja
+from moi_jax.text.tokenizer import TiktokenTokenizer, Tokenizer
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def published_files(
+    items: ModelItems, as_family: str | None, dtype: str, step: Path
+) -> dict[str, str]:
+    """Name -> text of all but the weights and the card, of a model read from `step`."""
+    config = {
+        **to_hf_config(in_family(items.model, as_family or items.model.family)),
+        "torch_dtype": dtype,
+        **items.provenance.get("token_ids", {}),
+    }
+    trained = (step / "config").is_dir()
+    files = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "generation_config.json": json.dumps(_generation(items, trained), indent=2) + "\n",
+        **items.tokenizer,
+        **items.provenance.get("files", {}),
+    }
+    if as_family and "qwen.tiktoken" in files:
+        files |= _fast_tokenizer(items)
+        del files["qwen.tiktoken"]
+    # What was only converted keeps the template it came with; what was trained has ours.
+    own = "chat_template.jinja" in files or '"chat_template"' in files.get(TOKENIZER_CONFIG, "")
+    if items.prompts["chat_template"] and (trained or not own):
+        files["chat_template.jinja"] = export_jinja(items.prompts)
+    return files
+
+
+def _fast_tokenizer(items: ModelItems) -> dict[str, str]:
+    """A tokenizer of Qwen v1 as the readers of Qwen2 know it."""
+    tokenizer = Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"])
+    assert isinstance(tokenizer, TiktokenTokenizer)
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": items.model.seq_length,
+    }
+    return {
+        "tokenizer.json": tokenizer.to_json(),
+        TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def _generation(items: ModelItems, trained: bool) -> dict[str, Any]:
+    """generation_config.json: the source's; a trained model stops where it has learnt to, too."""
+    source = items.provenance.get("generation_config")
+    name = items.prompts["chat_template"]
+    if name is None or (source is not None and not trained):
+        return source or {}
+    template = Tokenizer.from_files(items.tokenizer, name).template
+    before = (source or {}).get("eos_token_id") or []
+    before = before if isinstance(before, list) else [before]
+    ends = [*template.stops, *(end for end in before if end not in template.stops)]
+    return {"pad_token_id": template.pad, **(source or {}), "eos_token_id": ends}
+
+
+def where_exact(items: ModelItems) -> str:
+    """What the user of a Qwen v1 model by Qwen2's names has to know."""
+    if not (items.model.dynamic_ntk or items.model.logn_attention):
+        return "as qwen2: exact, this model has neither dynamic NTK nor log-n attention"
+    return (
+        f"as qwen2: exact up to {items.model.seq_length} tokens; beyond, Qwen v1 has dynamic NTK "
+        f"and log-n attention, which Qwen2 has not"
+    )

@@ -1,0 +1,123 @@
+"""Published tensors into our parameters and back, by the table of the model's family."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from moi_jax.models.config import ModelConfig, in_family
+from moi_jax.models.families import FAMILIES
+from moi_jax.models.families.family import HFTensor
+from moi_jax.models.parameters import declare
+
+
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of this architecture holds, with its published shape.
+
+    In the order of the file: embedding, layer by layer, final norm, head.
+    """
+    return {name: _published_shape(tensor, config) for name, tensor, _ in _instances(config)}
+
+
+def redundant_tensors(config: ModelConfig) -> dict[str, str | None]:
+    """Tensors a checkpoint may hold besides: a tied head's copy, tables made from the config.
+
+    Name -> the tensor that it must equal; None where there is nothing to compare.
+    """
+    family = FAMILIES[config.family]
+    copies: dict[str, str | None] = {
+        name.format(layer): None for name in family.redundant for layer in range(config.num_layers)
+    }
+    if config.tied_head:
+        by_path = {tensor.paths: tensor.name for tensor in family.tensors}
+        copies[by_path["head",]] = by_path["embedding",]
+    return copies
+
+
+def import_parameters(
+    config: ModelConfig, read: Callable[[str], np.ndarray], dtype: np.typing.DTypeLike
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Our parameters one at a time, (dotted path, array of `dtype`), layers stacked.
+
+    Args:
+      read: a published tensor by its name, in any dtype. Called for one tensor at a time, once
+        for every parameter that has a part of it, so that no more than one is ever held.
+    """
+    for path in declare(config):
+        yield path, _stacked(config, path, read, dtype)
+
+
+def export_tensors(
+    config: ModelConfig,
+    get: Callable[[str, int | None], np.ndarray],
+    as_family: str | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Published tensors one at a time, (name, contiguous array), in the dtype `get` gives.
+
+    Args:
+      get: our parameter by its dotted path, or one layer of a stacked one by its number.
+      as_family: another family's names, see `in_family` for where that is exact.
+
+    Raises:
+      UserError: the parameters cannot be written as `as_family`.
+    """
+    config = in_family(config, as_family or config.family)
+    for name, tensor, layer in _instances(config):
+        rows = [_published(get(path, layer), tensor) for path in tensor.paths]
+        yield name, rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def _instances(config: ModelConfig) -> Iterator[tuple[str, HFTensor, int | None]]:
+    """Name, table entry and layer of every published tensor."""
+    declared = declare(config)
+    tensors = [
+        tensor for tensor in FAMILIES[config.family].tensors if declared.keys() & {*tensor.paths}
+    ]
+    first = next(i for i, tensor in enumerate(tensors) if "{}" in tensor.name)
+    stacked = [tensor for tensor in tensors if "{}" in tensor.name]
+    whole = [tensor for tensor in tensors if "{}" not in tensor.name]
+    yield from ((tensor.name, tensor, None) for tensor in whole[:first])
+    for layer in range(config.num_layers):
+        yield from ((tensor.name.format(layer), tensor, layer) for tensor in stacked)
+    yield from ((tensor.name, tensor, None) for tensor in whole[first:])
+
+
+def _stacked(
+    config: ModelConfig, path: str, read: Callable[[str], np.ndarray], dtype: np.typing.DTypeLike
+) -> np.ndarray:
+    parameter = np.empty(declare(config)[path].shape, dtype)
+    for name, tensor, layer in _instances(config):
+        if path in tensor.paths:
+            _place(read(name), tensor, path, parameter if layer is None else parameter[layer])
+    return parameter
+
+
+def _place(published: np.ndarray, tensor: HFTensor, path: str, place: np.ndarray) -> None:
+    """Copies the rows of a published tensor that are `path`'s into one layer of ours."""
+    rows = np.split(published, len(tensor.paths))[tensor.paths.index(path)]
+    place[...] = (rows.T if tensor.inputs else rows).reshape(place.shape)
+
+
+def _published(parameter: np.ndarray, tensor: HFTensor) -> np.ndarray:
+    """Ours -> [out, in], or rows alone for what is no matrix product (biases, norms)."""
+    if not tensor.inputs:
+        return parameter.reshape(*_rows(tensor, parameter.shape))
+    columns = math.prod(parameter.shape[: tensor.inputs])
+    return np.ascontiguousarray(parameter.reshape(columns, -1).T)
+
+
+def _rows(tensor: HFTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The embedding [V, D] is published as it is; a bias [heads, N] in one row."""
+    return shape if tensor.paths == ("embedding",) else (math.prod(shape),)
+
+
+def _published_shape(tensor: HFTensor, config: ModelConfig) -> tuple[int, ...]:
+    shape = declare(config)[tensor.paths[0]].shape
+    if "{}" in tensor.name:
+        shape = shape[1:]
+    if tensor.inputs:
+        columns = math.prod(shape[: tensor.inputs])
+        shape = (math.prod(shape) // columns, columns)
+    else:
+        shape = _rows(tensor, shape)
+    return (len(tensor.paths) * shape[0], *shape[1:])

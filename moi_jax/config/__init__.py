@@ -1,0 +1,1 @@
+"""The typed experiment: its schema, and reading it from YAML."""

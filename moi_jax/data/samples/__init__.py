@@ -1,1 +1,0 @@
-"""The sample set and its makers."""

@@ -1,0 +1,1 @@
+"""Attention inside segments, one file a backend."""

@@ -1,0 +1,1 @@
+"""Meshes, logical axes, and how arrays are placed on them."""

@@ -1,0 +1,150 @@
+"""A chat that goes on: what was said so far, the prompt of the next answer, and the terminal."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from moi_jax.common.errors import UserError
+from moi_jax.text.conversations import Message
+from moi_jax.text.rendering import render_prompt
+from moi_jax.text.tokenizer import Tokenizer
+
+HELP = """\
+/system TEXT   another system prompt, for what was said too; without TEXT: shows it
+/no-system     no system prompt at all
+/undo          takes back the last question and its answer
+/reset         forgets what was said
+/quit          leaves, as Ctrl-D does; Ctrl-C stops an answer
+A message that begins with / goes to the model when a space stands before it."""
+
+
+class Chat:
+    """Questions and answers under one system prompt, as many as the context holds.
+
+    Attributes:
+      messages: users' and assistant's in turn.
+      system: the system prompt; None for no system block.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None, context: int, room: int):
+        """
+        Args:
+          context: tokens of a prompt and its answer together.
+          room: tokens kept free for the answer: the oldest exchanges are forgotten for it.
+        """
+        self.messages: list[Message] = []
+        self.system = system
+        self._tokenizer, self._context, self._room = tokenizer, context, room
+
+    def ask(self, question: str) -> tuple[list[int], int]:
+        """Adds a user's message.
+
+        Returns:
+          The prompt of its answer, and the number of old exchanges that were forgotten for it.
+
+        Raises:
+          UserError: it does not fit the context even alone; nothing was added.
+        """
+        asked = [*self.messages, Message("user", question)]
+        forgotten = 0
+        while len(ids := self._prompt(asked)) + self._room > self._context and len(asked) > 1:
+            asked, forgotten = asked[2:], forgotten + 1
+        if len(ids) >= self._context:
+            raise UserError(
+                f"the message makes a prompt of {len(ids):,} tokens and the context has "
+                f"{self._context:,}; shorten it, or the system prompt"
+            )
+        self.messages = asked
+        return ids, forgotten
+
+    def answered(self, text: str) -> None:
+        """Adds the answer to the last question; without any text both are gone."""
+        if text:
+            self.messages.append(Message("assistant", text))
+        else:
+            self.messages.pop()
+
+    def undo(self) -> None:
+        """Takes back the last exchange, if any."""
+        del self.messages[-2:]
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        return render_prompt(messages, self._tokenizer, self.system)
+
+
+def chat_on_terminal(
+    chat: Chat,
+    answer: Callable[[list[int], Callable[[str], None]], str | None],
+    note: Callable[[str], None],
+) -> None:
+    """Reads messages and shows their answers until /quit or the input's end.
+
+    Args:
+      answer: (prompt, where text goes as soon as it is certain) -> what to tell afterwards;
+        Ctrl-C interrupts it.
+      note: tells the user a line that is no answer.
+    """
+    note("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands")
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        print(text, end="", flush=True)
+
+    for message in _read(chat, note):
+        shown.clear()
+        try:
+            prompt, forgotten = chat.ask(message)
+        except UserError as error:
+            note(str(error))
+            continue
+        if forgotten:
+            note(f"(the context is full; exchanges forgotten, oldest first: {forgotten})")
+        try:
+            ended = answer(prompt, show)
+        except KeyboardInterrupt:
+            ended = "(stopped)"
+        print()
+        if ended:
+            note(ended)
+        chat.answered("".join(shown))
+
+
+def _read(chat: Chat, note: Callable[[str], None]) -> Iterator[str]:
+    """What the user says to the model; commands are carried out."""
+    import readline  # noqa: F401  # gives input() its line editing
+
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    while True:
+        try:
+            line = input("> ")
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            note(_command(chat, *line.partition(" ")[::2]))
+        elif line.strip():
+            yield line.strip()
+
+
+def _command(chat: Chat, name: str, text: str) -> str:
+    """Carries out a command; returns what to tell."""
+    if name == "/help":
+        return HELP
+    if name == "/reset":
+        chat.messages.clear()
+        return "forgotten"
+    if name == "/undo":
+        chat.undo()
+        return f"{len(chat.messages) // 2} exchanges are left"
+    if name == "/system" and text.strip():
+        chat.system = text.strip()
+    elif name == "/no-system":
+        chat.system = None
+    elif name != "/system":
+        return f"there is no command {name}; /help lists them"
+    return "no system prompt" if chat.system is None else f"system prompt: {chat.system}"

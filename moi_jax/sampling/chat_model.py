@@ -1,0 +1,77 @@
+"""A checkpoint as a benchmark meets it: conversations in, texts and likelihoods out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.parameters import Tree
+from moi_jax.sampling.likelihood import LikelihoodScorer
+from moi_jax.sampling.sampler import Sampler
+from moi_jax.text.conversations import Message
+from moi_jax.text.rendering import render_prompt
+from moi_jax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """Parameters with what makes them answer.
+
+    Attributes:
+      system_prompt: of every conversation that brings none of its own; None for no system block.
+    """
+
+    sampler: Sampler
+    scorer: LikelihoodScorer
+    parameters: Tree
+    tokenizer: Tokenizer
+    system_prompt: str | None
+
+    def prompt(self, messages: Sequence[Message], *, system_block: bool = True) -> list[int]:
+        """The ids that a model answers, under the conversation's own system prompt or ours."""
+        return render_prompt(messages, self.tokenizer, self.system_prompt if system_block else None)
+
+
+def make_chat_model(
+    make_model: Callable[[Tree], Decoder],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    system_prompt: str | None,
+    *,
+    slots: int = 16,
+    context: int | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[[Tree], ChatModel]:
+    """A function parameters -> `ChatModel`: compiled programs are shared by all that it makes.
+
+    Args:
+      make_model: parameters -> model.
+      slots, context: see `Sampler`.
+    """
+    sampler = make_sampler(make_model, config, tokenizer, slots=slots, context=context, mesh=mesh)
+    scorer = LikelihoodScorer(make_model, config, context=context, mesh=mesh)
+    return lambda parameters: ChatModel(sampler, scorer, parameters, tokenizer, system_prompt)
+
+
+def make_sampler(
+    make_model: Callable[[Tree], Decoder],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    slots: int = 16,
+    context: int | None = None,
+    mesh: Mesh | None = None,
+) -> Sampler:
+    """A sampler that stops where the tokenizer's chat template does."""
+    return Sampler(
+        make_model,
+        config,
+        stop_ids=tokenizer.template.stops,
+        vocab_size=tokenizer.vocab_size,
+        decode=tokenizer.decode,
+        slots=slots,
+        context=context,
+        mesh=mesh,
+    )

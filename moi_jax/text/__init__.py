@@ -1,0 +1,1 @@
+"""Conversations as text and tokens: tokenizers, chat templates, rendering, prompts."""

@@ -1,0 +1,200 @@
+"""Conversations as training rows with their loss spans, and inference prompts.
+
+The tokenizer's chat template says what stands around content; role, fixed text and content are
+encoded separately. In ChatML, layout and labels are those of Qwen's official fine-tuning rows.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moi_jax.text.conversations import Conversation, Message
+from moi_jax.text.templates import Template
+from moi_jax.text.tokenizer import Tokenizer
+
+ASSISTANT, QWEN_OFFICIAL = 1, 2
+TARGETS = {"assistant": ASSISTANT, "qwen_official": QWEN_OFFICIAL}
+
+# In a ReAct answer, one that calls a tool, the model writes "Observation:" and the tool what
+# follows it, up to the model's next thought, call or answer.
+TOOL_CALL = "Action Input:"
+OBSERVATION = re.compile(
+    r"\nObservation:(.*?)(?=\nThought:|\nAction:|\nFinal Answer:|\Z)", re.DOTALL
+)
+
+Span = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """A conversation as tokens.
+
+    Attributes:
+      tokens: int32[n].
+      system_length: tokens before the first turn: the template's opening and the system block.
+      spans: int32[m, 3], rows (start, end, targets): tokens [start, end) are labels under the
+        choices of loss.targets in the bit mask `targets`. Sorted, never overlapping.
+      row_system: the row's own system text, "" if none.
+    """
+
+    tokens: np.ndarray
+    system_length: int
+    spans: np.ndarray
+    row_system: str
+
+
+def label_mask(instruction: Instruction, targets: str) -> np.ndarray:
+    """bool[n]: True where a token is a label under loss.targets; never at token 0."""
+    mask = np.zeros(len(instruction.tokens), bool)
+    for start, end, bits in instruction.spans.tolist():
+        if bits & TARGETS[targets]:
+            mask[start:end] = True
+    return mask
+
+
+def loss_tokens(instruction: Instruction) -> tuple[int, int]:
+    """The number of labels under `assistant` and under `qwen_official`."""
+    counts = {ASSISTANT: 0, QWEN_OFFICIAL: 0}
+    for start, end, bits in instruction.spans.tolist():
+        for target in counts:
+            counts[target] += (end - start) * bool(bits & target)
+    return counts[ASSISTANT], counts[QWEN_OFFICIAL]
+
+
+def system_text(prompt: str | None, row_system: str, mode: str) -> str | None:
+    """The text of the system block by data.row_system; None for no block."""
+    if not row_system:
+        return prompt
+    if not prompt or mode == "keep":
+        return row_system
+    return prompt if mode == "replace" else f"{prompt}\n\n{row_system}"
+
+
+def _head(template: Template, system: list[int] | None) -> tuple[list[int], list[Span]]:
+    """What stands before the first turn; the token that begins that turn is a label, too."""
+    if system is None:
+        return list(template.opening), []
+    tokens = [*template.opening, *template.headers["system"], *system, *template.footer]
+    return tokens, [(len(tokens) - len(template.footer), len(tokens) + 1, QWEN_OFFICIAL)]
+
+
+def render(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, prompt: str | None, row_system: str
+) -> list[Instruction]:
+    """Renders conversations as training rows under one domain's system prompt.
+
+    Args:
+      conversations: any number; one batch for the tokenizer.
+      tokenizer: gives the ids, and the template.
+      prompt: the system prompt; None for no system block but a row's own.
+      row_system: data.row_system, what becomes of a row's own system text.
+    """
+    template = tokenizer.template
+    systems = [system_text(prompt, c.system or "", row_system) for c in conversations]
+    distinct = list({text for text in systems if text is not None})
+    contents = [message.content for c in conversations for message in c.turns]
+    texts = [template.text(content) for content in (*distinct, *contents)]
+    encoded = iter(tokenizer.encode_batch(texts))
+    system_ids: dict[str | None, list[int] | None] = {None: None}
+    system_ids.update((text, next(encoded)) for text in distinct)
+    instructions = []
+    for conversation, system in zip(conversations, systems, strict=True):
+        tokens, spans = _head(template, system_ids[system])
+        system_length = len(tokens)
+        for number, message in enumerate(conversation.turns):
+            # What is not trained on of an answer is not trained on around it either.
+            labels = message.role != "assistant" or message.train
+            if number and labels:
+                spans.append((len(tokens), len(tokens) + 1, QWEN_OFFICIAL))
+            tokens += template.headers[message.role]
+            start = len(tokens)
+            tokens += next(encoded)
+            end = len(tokens)
+            tokens += template.footer
+            if message.role == "assistant" and message.train:
+                spans += _answer_spans(template.text(message.content), start, end + 1, tokenizer)
+                end += 1
+            if labels and end < len(tokens):
+                spans.append((end, len(tokens), QWEN_OFFICIAL))
+        instructions.append(
+            Instruction(
+                np.array(tokens, np.int32),
+                system_length,
+                np.array(spans, np.int32),
+                conversation.system or "",
+            )
+        )
+    return instructions
+
+
+def _answer_spans(content: str, start: int, end: int, tokenizer: Tokenizer) -> list[Span]:
+    """Spans of an answer's tokens [start, end), the token that ends it included."""
+    both = ASSISTANT | QWEN_OFFICIAL
+    if TOOL_CALL not in content or "\nObservation:" not in content:
+        return [(start, end, both)]
+    _, offsets = tokenizer.encode_with_offsets(content)
+    begins = np.array([begin for begin, _ in offsets])
+    spans: list[Span] = []
+    for observation in OBSERVATION.finditer(tokenizer.normalize(content)):
+        first, last = (start + np.searchsorted(begins, observation.span(1))).tolist()
+        spans += [(spans[-1][1] if spans else start, first, both), (first, last, QWEN_OFFICIAL)]
+    return [*spans, (spans[-1][1], end, both)]
+
+
+def with_system_prompt(
+    instruction: Instruction, tokenizer: Tokenizer, prompt: str | None, row_system: str
+) -> Instruction:
+    """The same turns under another system prompt: what `render` gives for that prompt."""
+    text = system_text(prompt, instruction.row_system, row_system)
+    template = tokenizer.template
+    content = None if text is None else tokenizer.encode(template.text(text))
+    head, head_spans = _head(template, content)
+    # What begins the first turn belongs to the block's span: none begins or ends at the border.
+    spans = instruction.spans[instruction.spans[:, 0] > instruction.system_length]
+    spans = spans + np.array([len(head) - instruction.system_length] * 2 + [0], np.int32)
+    return replace(
+        instruction,
+        tokens=np.concatenate(
+            [np.array(head, np.int32), instruction.tokens[instruction.system_length :]]
+        ),
+        system_length=len(head),
+        spans=np.concatenate([np.array(head_spans, np.int32).reshape(-1, 3), spans]),
+    )
+
+
+def first_exchanges(
+    instruction: Instruction, tokenizer: Tokenizer, limit: int
+) -> tuple[Instruction, int]:
+    """Drops whole exchanges from the end until at most `limit` tokens are left.
+
+    Returns:
+      The shorter instruction and the number of its exchanges; 0 where not even one fits.
+    """
+    tokens, system_length = instruction.tokens, instruction.system_length
+    # Text never holds this token, so it marks the turns; every second one begins an exchange.
+    turns = system_length + np.flatnonzero(tokens[system_length:] == tokenizer.template.turn)
+    ends = np.append(turns[2::2], len(tokens))
+    count = int(np.searchsorted(ends, limit, side="right"))
+    end = int(ends[count - 1]) if count else system_length
+    spans = instruction.spans[instruction.spans[:, 0] < end]
+    return replace(instruction, tokens=tokens[:end], spans=spans), count
+
+
+def render_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, prompt: str | None
+) -> list[int]:
+    """The inference prompt of a chat that a user's message ends: the model answers next.
+
+    A system message at the head of `messages` takes the place of `prompt`.
+    """
+    template = tokenizer.template
+    if messages[0].role == "system":
+        prompt, messages = messages[0].content, messages[1:]
+    system = None if prompt is None else tokenizer.encode(template.text(prompt))
+    tokens, _ = _head(template, system)
+    for message in messages:
+        tokens += template.headers[message.role]
+        tokens += tokenizer.encode(template.text(message.content)) + template.footer
+    return tokens + template.headers["assistant"]

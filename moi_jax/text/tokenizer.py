@@ -1,0 +1,276 @@
+"""Tokenizers: text to ids and back, by tokenizer.json (tokenizers) or qwen.tiktoken (tiktoken)."""
+
+import base64
+import copy
+import hashlib
+import os
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+
+from moi_jax.common.errors import UserError
+from moi_jax.text.byte_level import QWEN_PATTERN
+from moi_jax.text.templates import TEMPLATES, Template, find_template
+from moi_jax.text.vocabulary_files import from_ranks, from_vocabulary_files
+
+# Qwen v1's special tokens, numbered on from the last rank.
+QWEN_SPECIALS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *(f"<|extra_{n}|>" for n in range(205)),
+)
+
+# Saved and exported beside the file that decides the ids, where they are there.
+COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+TEXTS_PER_TASK = 64
+
+
+class Tokenizer(ABC):
+    """Special tokens in text are plain text: they never parse.
+
+    Attributes:
+      files: name -> text of the files that a checkpoint saves; `from_files` reads them back.
+      fingerprint: sha256 hex of the file that decides the ids.
+      vocab_size: one more than the greatest id, special tokens included.
+    """
+
+    files: dict[str, str]
+    fingerprint: str
+    vocab_size: int
+
+    @staticmethod
+    def from_files(files: Mapping[str, str], template: str | None = None) -> "Tokenizer":
+        """The tokenizer of the files, as `Tokenizer.files` holds them.
+
+        Args:
+          template: the name of its chat template; None for the first one whose special tokens it
+            has. A tokenizer with those of none can do all but render conversations.
+
+        Raises:
+          UserError: the files hold no tokenizer, or one without the template's special tokens.
+        """
+        if not files.keys() & KINDS.keys() and "vocab.json" in files:
+            files = {**files, "tokenizer.json": from_vocabulary_files(files)}
+        for name, kind in KINDS.items():
+            if name in files:
+                return kind(name, files, template)
+        raise UserError(
+            f"no tokenizer: looked for {' and '.join(KINDS)}, or vocab.json with merges.txt"
+        )
+
+    def __init__(self, name: str, files: Mapping[str, str], template: str | None):
+        self.files = dict(files)
+        self.fingerprint = hashlib.sha256(files[name].encode()).hexdigest()
+        self._open(name, files[name])
+        self._template = TEMPLATES[template](self) if template else find_template(self)
+
+    def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[dict[str, str], str | None]]:
+        return Tokenizer.from_files, (self.files, self._template.name if self._template else None)
+
+    def with_template(self, name: str) -> "Tokenizer":
+        """The same tokenizer with another chat template.
+
+        Raises:
+          UserError: it lacks a special token that the template needs.
+        """
+        other = copy.copy(self)
+        other._template = TEMPLATES[name](self)
+        return other
+
+    @property
+    def template(self) -> Template:
+        """The chat template that conversations are rendered in.
+
+        Raises:
+          UserError: the tokenizer has the special tokens of none.
+        """
+        if self._template is None:
+            raise UserError(
+                f"the tokenizer has the special tokens of no chat template "
+                f"({', '.join(TEMPLATES)}), so it cannot render conversations; choose another one"
+            )
+        return self._template
+
+    @abstractmethod
+    def _open(self, name: str, text: str) -> None:
+        """Reads the vocabulary from the text of the file `name`; sets `vocab_size`."""
+
+    @abstractmethod
+    def special(self, token: str) -> int | None:
+        """The id of a special token; None where there is none of that name."""
+
+    @abstractmethod
+    def normalize(self, text: str) -> str:
+        """The form of a text that offsets count in: composed (NFC), where the tokenizer does it."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, on all cores."""
+
+    @abstractmethod
+    def use_one_thread(self) -> None:
+        """Keeps `encode_batch` to one core: for a process beside which others encode."""
+
+    @abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the half-open character range of each in the normalised text.
+
+        A character whose bytes are split among tokens lies in the range of each of them.
+        """
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of the ids; special tokens show as their text."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self.encode_batch([text])[0]
+
+
+class JsonTokenizer(Tokenizer):
+    """tokenizer.json, read by the tokenizers library."""
+
+    def _open(self, name: str, text: str) -> None:
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(f"{name} is no tokenizer: {error}") from None
+        backend.encode_special_tokens = True
+        # The file may carry a truncation, a padding, and a post-processor that trims offsets.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = None
+        self._backend = backend
+        # Done here, as the offsets that the library gives count in the text before it.
+        self._nfc = isinstance(backend.normalizer, tokenizers.normalizers.NFC)
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+
+    def special(self, token: str) -> int | None:
+        number = self._backend.token_to_id(token)
+        return None if number is None or number in self.encode(token) else number
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self._nfc else text
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        normal = [self.normalize(text) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(normal)]
+
+    def use_one_thread(self) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library looks at each call
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._backend.encode(self.normalize(text))
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+class TiktokenTokenizer(Tokenizer):
+    """qwen.tiktoken, read by the tiktoken library."""
+
+    def _open(self, name: str, text: str) -> None:
+        try:
+            lines = [line.split() for line in text.splitlines() if line]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        except ValueError as error:
+            raise UserError(f"{name} is no tokenizer of base64 tokens and ranks: {error}") from None
+        # tiktoken panics in Rust on these.
+        complete = all(bytes([byte]) in ranks for byte in range(256))
+        if sorted(ranks.values()) != list(range(len(lines))) or not complete:
+            raise UserError(f"{name} is no tokenizer: a rank or one of the 256 bytes is missing")
+        self._threads = os.cpu_count() or 1
+        self._ranks = ranks
+        self._specials = {s: len(ranks) + n for n, s in enumerate(QWEN_SPECIALS)}
+        self._backend = tiktoken.Encoding(
+            name,
+            pat_str=QWEN_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens=self._specials,
+        )
+        self.vocab_size = self._backend.n_vocab
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that gives the same ids."""
+        return from_ranks(self._ranks, self._specials)
+
+    def special(self, token: str) -> int | None:
+        return self._specials.get(token)
+
+    def normalize(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        normal = [self.normalize(text) for text in texts]
+        if len(normal) <= TEXTS_PER_TASK or self._threads == 1:
+            return self._encode_task(normal)
+        # tiktoken's own batch makes a task of each text, which eats what the threads win.
+        tasks = [normal[n : n + TEXTS_PER_TASK] for n in range(0, len(normal), TEXTS_PER_TASK)]
+        with ThreadPoolExecutor(min(len(tasks), self._threads)) as threads:
+            return [ids for task in threads.map(self._encode_task, tasks) for ids in task]
+
+    def use_one_thread(self) -> None:
+        self._threads = 1
+
+    def _encode_task(self, texts: list[str]) -> list[list[int]]:
+        return [self._backend.encode_ordinary(text) for text in texts]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        text = self.normalize(text)
+        ids = self._backend.encode_ordinary(text)
+        if not ids:
+            return [], []
+        ends = np.cumsum([len(token) for token in self._backend.decode_tokens_bytes(ids)])
+        starts = np.concatenate([[0], ends[:-1]])
+        # The character each byte belongs to: all but UTF-8's continuation bytes begin one.
+        bytes_ = np.frombuffer(text.encode(), np.uint8)
+        character = np.cumsum((bytes_ & 0xC0) != 0x80) - 1
+        ranges = zip(character[starts].tolist(), (character[ends - 1] + 1).tolist(), strict=True)
+        return ids, list(ranges)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._backend.decode([int(i) for i in ids])
+
+
+KINDS: dict[str, type[Tokenizer]] = {
+    "tokenizer.json": JsonTokenizer,
+    "qwen.tiktoken": TiktokenTokenizer,
+}
+
+
+def load_tokenizer(directory: Path, template: str | None = None) -> Tokenizer:
+    """Reads a directory: its tokenizer.json, qwen.tiktoken, or vocab.json with merges.txt.
+
+    Args:
+      template: as in `Tokenizer.from_files`.
+
+    Raises:
+      UserError: the directory or the files are missing or hold no tokenizer, or one without the
+        template's special tokens.
+    """
+    directory = directory.expanduser()
+    wanted = (*KINDS, *COMPANIONS)
+    try:
+        files = {
+            name: (directory / name).read_text(encoding="utf-8")
+            for name in wanted
+            if (directory / name).is_file()
+        }
+        return Tokenizer.from_files(files, template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer in {directory}: {error}") from None
+    except UserError as error:
+        raise UserError(f"tokenizer directory {directory}: {error}") from None

@@ -1,0 +1,305 @@
+"""Formats: what each becomes, tool calls in ReAct form, and the page that documents them."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moi_jax.data.sources import formats, rows
+from moi_jax.data.sources.formats import FORMATS, to_conversation
+from moi_jax.data.sources.readers import SourceFile
+from moi_jax.text import rendering
+from moi_jax.text.conversations import BadRow, Conversation, Message
+from moi_jax.text.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "data_format.md").read_text(encoding="utf-8")
+USER, GPT = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+PLAIN = (Message("user", "2 + 2?"), Message("assistant", "4"))
+CALL = {"name": "add", "arguments": '{"a": 2,\n "b": 2}'}
+STEP = 'Thought: {}\nAction: add\nAction Input: {{"a": 2, "b": 2}}\nObservation:{}'
+STOCK = "I need to call add."
+END = "\nThought: I now know the final answer.\nFinal Answer: 4"
+
+
+def chat(*turns: Any, **keys: Any) -> dict[str, Any]:
+    return {"messages": [USER, *turns], **keys}
+
+
+def calling(*calls: dict[str, Any], content: str | None = None, **keys: Any) -> dict[str, Any]:
+    listed = [{"id": str(n), "type": "function", "function": c} for n, c in enumerate(calls)]
+    return {"role": "assistant", "content": content, "tool_calls": listed, **keys}
+
+
+def tool(text: str, **keys: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": text, **keys}
+
+
+def turns_of(row: dict[str, Any]) -> tuple[Message, ...]:
+    name = formats.detect(row)
+    assert name is not None
+    return to_conversation(row, FORMATS[name])[0].messages
+
+
+def answer(row: dict[str, Any]) -> str:
+    (question, message) = turns_of(row)
+    assert question == PLAIN[0]
+    return message.content
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": json.dumps([USER, GPT])},
+        {"messages": [{**USER, "role": "User"}, {**GPT, "role": "ASSISTANT"}]},
+        {"messages": [{**USER, "content": [{"type": "text", "text": "2 + 2?"}]}, GPT]},
+        {"messages": [USER, {**GPT, "content": [{"type": "text", "value": "4"}]}]},
+        {"messages": [USER, {**GPT, "tool_calls": None, "function_call": None}]},
+        {"messages": [USER, {**GPT, "tool_calls": [], "reasoning_content": " "}]},
+        {"messages": [USER, GPT], "tools": None, "functions": []},
+        {"messages": [USER, GPT], "tools": " ", "system": ""},
+        {"messages": [USER, GPT], "id": 7, "unknown": {"nested": [None]}},
+        {"conversations": [{"from": "Human", "value": "2 + 2?"}, {"from": "GPT", "value": "4"}]},
+        {"instruction": "2 + 2?", "output": "4", "history": []},
+        {"instruction": "2 + 2?", "input": None, "output": "4", "history": None},
+    ],
+)
+def test_ragged_rows_that_are_whole_are_read(row: dict[str, Any]) -> None:
+    assert turns_of(row) == PLAIN
+
+
+def test_long_rows_text_of_several_parts_and_odd_letters_come_through() -> None:
+    text = "\u2028\u0085é\ud7ff😀\t" * 3000
+    parts = [{"type": "text", "text": text}, {"type": "text", "text": "end"}]
+    assert answer(chat({"role": "assistant", "content": parts})) == f"{text}\nend"
+
+
+def test_system_text_stands_first_wherever_the_row_has_it() -> None:
+    system = {"role": "system", "content": "S"}
+    assert turns_of(chat(GPT, system="S")) == (Message("system", "S"), *PLAIN)
+    assert turns_of({"messages": [system, USER, GPT]}) == (Message("system", "S"), *PLAIN)
+
+
+def test_alpaca_history_is_the_earlier_turns() -> None:
+    row = {"instruction": "2 + 2?", "output": "4", "history": [["1 + 1?", "2"], ["So?", "Yes."]]}
+    earlier = [("user", "1 + 1?"), ("assistant", "2"), ("user", "So?"), ("assistant", "Yes.")]
+    assert turns_of(row) == (*(Message(*turn) for turn in earlier), *PLAIN)
+
+
+def test_reasoning_without_tools_is_a_think_block() -> None:
+    expected = "<think>\nTwo and two.\n</think>\n\n4"
+    parts = [{"type": "reasoning", "value": "Two and two."}, {"type": "text", "value": "4"}]
+    assert answer(chat({**GPT, "reasoning_content": "Two and two."})) == expected
+    assert answer(chat({**GPT, "content": parts})) == expected
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [calling(CALL), tool("4"), GPT],
+        [calling({**CALL, "arguments": {"a": 2, "b": 2}}, content=""), tool(" 4\n"), GPT],
+        [{"role": "assistant", "content": None, "function_call": CALL},
+         {"role": "function", "name": "add", "content": "4"}, GPT],
+        [{"role": "function_call", "content": json.dumps(CALL)},
+         {"role": "observation", "content": "4"}, GPT],
+        [{"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(CALL)}]},
+         tool([{"type": "text", "text": "4"}]), GPT],
+    ],
+)  # fmt: skip
+def test_call_observation_and_answer_are_one_assistant_turn(turns: list[dict[str, Any]]) -> None:
+    assert answer(chat(*turns)) == STEP.format(STOCK, " 4") + END
+
+
+def test_sharegpt_calls_are_read_like_those_of_messages() -> None:
+    turns = [("human", "2 + 2?"), ("function_call", json.dumps([CALL])), ("observation", "4")]
+    row = {"conversations": [{"from": f, "value": v} for f, v in [*turns, ("gpt", "4")]]}
+    assert answer(row) == STEP.format(STOCK, " 4") + END
+
+
+@pytest.mark.parametrize(
+    ("turns", "thought"),
+    [
+        ([calling(CALL, content="Add.")], "Add."),
+        ([calling(CALL, content="Thought: Add.\n")], "Add."),
+        ([calling(CALL, content="Add.", reasoning_content="Hm.")], "Hm.\n\nAdd."),
+        ([{"role": "assistant", "content": "Add."}, calling(CALL)], "Add."),
+        ([calling(CALL, content=" ")], STOCK),
+    ],
+)
+def test_text_beside_a_call_is_its_thought(turns: list, thought: str) -> None:
+    assert answer(chat(*turns, tool("4"), GPT)) == STEP.format(thought, " 4") + END
+
+
+def test_calls_made_together_are_written_one_after_another_with_their_own_results() -> None:
+    other = {"name": "subtract", "arguments": ""}
+    first = STEP.format("Both.", " 4")
+    second = "Thought: I need to call subtract.\nAction: subtract\nAction Input: {}\nObservation: 0"
+    both = calling(CALL, other, content="Both.")
+    assert answer(chat(both, tool("4"), tool("0"), GPT)) == f"{first}\n{second}{END}"
+    named = [tool("0", tool_call_id="1"), tool("4", tool_call_id="0")]
+    assert answer(chat(both, *named, GPT)) == f"{second}\n{first}{END}"
+
+
+def test_last_call_may_stay_unanswered_and_ends_where_generation_stops() -> None:
+    assert answer(chat(calling(CALL))) == STEP.format(STOCK, "")
+    row = chat(calling(CALL), tool("3"), calling(CALL, content="Again."))
+    assert answer(row) == STEP.format(STOCK, " 3") + "\n" + STEP.format("Again.", "")
+
+
+def test_tools_and_form_stand_before_the_first_question_alone() -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "number"}}}
+    listed = [
+        {"type": "function",
+         "function": {"name": "add", "description": "Adds é.", "parameters": parameters}},
+        {"name": "now"},
+    ]  # fmt: skip
+    row = chat(GPT, {"role": "user", "content": "Sure?"}, GPT, tools=listed)
+    first, *rest = turns_of(row)
+    assert rest == [PLAIN[1], Message("user", "Sure?"), PLAIN[1]]
+    assert f"\n\nadd: Adds é. Parameters: {json.dumps(parameters)}\nnow: Parameters: {{}}\n\n" in (
+        first.content
+    )
+    assert "one of [add, now]\n" in first.content
+    assert first.content.endswith("\n\nBegin!\n\nQuestion: 2 + 2?")
+    del row["tools"]
+    for same in ({"tools": json.dumps(listed)}, {"functions": listed}):
+        assert turns_of({**row, **same}) == (first, *rest)
+
+
+def test_reasoning_in_a_row_with_tools_is_the_last_thought() -> None:
+    row = chat({**GPT, "reasoning_content": "Easy."}, tools=[{"name": "add"}])
+    assert turns_of(row)[1].content == "Thought: Easy.\nFinal Answer: 4"
+
+
+def test_words_of_the_form_inside_a_text_are_moved_off_the_line_start() -> None:
+    forged = "a\nThought: b\nAction: c\nAction Input: d\nObservation: e\nFinal Answer: f"
+    moved = "a\n Thought: b\n Action: c\n Action Input: d\n Observation: e\n Final Answer: f"
+    row = chat(calling(CALL, content=forged), tool(forged), {**GPT, "content": forged})
+    expected = STEP.format(moved, f" {moved}") + END.replace("4", moved)
+    assert answer(row) == expected
+    # The mask of observations sees the one there is, whole.
+    (found,) = rendering.OBSERVATION.finditer(expected)
+    assert found.group(1) == f" {moved}"
+
+
+def test_trajectory_marked_untrained_is_untrained_as_a_whole() -> None:
+    row = chat(calling(CALL, weight=0), tool("4"), {**GPT, "train": False}, USER, GPT)
+    assert [m.train for m in turns_of(row)] == [True, False, True, True]
+
+
+def toolbench(*prefixes: list[dict[str, Any]]) -> dict[str, Any]:
+    functions = [{"name": "add"}, {"name": "Finish"}]
+    return {"answer_generation": {"train_messages": list(prefixes), "function": functions}}
+
+
+def test_toolbench_answer_is_its_longest_chat_with_finish_as_the_answer() -> None:
+    head = [{"role": "system", "content": "You are AutoGPT"}]
+    head += [{"role": "user", "content": "\n2 + 2?\nBegin!\n"}]
+    step = [{"role": "assistant", "content": None, "function_call": CALL}]
+    step += [{"role": "function", "name": "add", "content": "4"}]
+    arguments = json.dumps({"return_type": "give_answer", "final_answer": "4"})
+    finish = {"name": "Finish", "arguments": arguments}
+    last = {"role": "assistant", "content": "Done.", "function_call": finish}
+    question, message = turns_of(toolbench([*head, step[0]], [*head, *step, last]))
+    assert "one of [add]\n" in question.content
+    assert question.content.endswith("\n\nQuestion: 2 + 2?")
+    assert message.content == STEP.format(STOCK, " 4") + "\nThought: Done.\nFinal Answer: 4"
+    finish["arguments"] = '{"return_type": "give_up_and_restart"}'
+    with pytest.raises(BadRow, match="gave_up"):
+        turns_of(toolbench([*head, *step, last]))
+
+
+@pytest.mark.parametrize("found", [None, {}, {"train_messages": []}, {"train_messages": [{}]}])
+def test_toolbench_answer_without_a_chat_is_bad(found: Any) -> None:
+    with pytest.raises(BadRow, match="missing_field"):
+        turns_of({"answer_generation": found})
+
+
+def node(text: str, rank: Any = None, *replies: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    role = "prompter" if text.endswith("?") else "assistant"
+    return {"role": role, "text": text, "rank": rank, "replies": list(replies), **keys}
+
+
+def test_oasst_tree_is_its_best_ranked_path_up_to_an_assistant() -> None:
+    tree = node(
+        "2 + 2?", None,
+        node("22", None),
+        node("5", 1, node("Really?", None, node("Yes.", 0))),
+        node("3", 0, deleted=True),
+        node("4", 0, node("Sure?", None, node("No.", None), node("Yes.", None)), node("Why?", 2)),
+    )  # fmt: skip
+    row = {"message_tree_id": "x", "prompt": tree}
+    assert turns_of(row) == PLAIN  # a prompter's turn at the end is trimmed
+    tree["replies"][3]["replies"].pop()
+    assert [m.content for m in turns_of(row)] == ["2 + 2?", "4", "Sure?", "No."]
+
+
+def test_oasst_tree_of_any_depth_is_read() -> None:
+    tree: dict[str, Any] = {}
+    for depth in range(20_000, 0, -1):
+        tree = node("a?" if depth % 2 else "b", 0, *([tree] if tree else []))
+    assert len(turns_of({"message_tree_id": "x", "prompt": tree})) == 20_000
+
+
+def test_seed_task_is_its_first_instance() -> None:
+    instances = [{"input": "", "output": "4"}, {"input": "x", "output": "5"}]
+    assert turns_of({"instruction": "2 + 2?", "instances": instances}) == PLAIN
+    with pytest.raises(BadRow, match="missing_field"):
+        turns_of({"instruction": "2 + 2?", "instances": []})
+
+
+@cache
+def tokenizer():
+    return load_tokenizer(ROOT / "moi_jax" / "data" / "samples" / "tokenizer")
+
+
+def rendered(conversation: Conversation) -> str:
+    """The tokens as text, what carries loss between ⟦ and ⟧, as the page shows them."""
+    prompt = "You are a helpful assistant."
+    (row,) = rendering.render([conversation], tokenizer(), prompt, "append")
+    labels = rendering.label_mask(row, "assistant").tolist()
+    text, begin = "", 0
+    for end in range(1, len(labels) + 1):
+        if end == len(labels) or labels[end] != labels[begin]:
+            piece = tokenizer().decode(row.tokens[begin:end])
+            text += f"⟦{piece}⟧" if labels[begin] else piece
+            begin = end
+    return text
+
+
+SECTIONS = re.findall(r"^### `(\w+)`(.*?)(?=^##)", PAGE, re.M | re.S)
+EXAMPLES = [
+    (name, row, text)
+    for name, section in SECTIONS
+    for row, text in re.findall(r"```json\n(.*?)```\n\n```text\n(.*?)```\n", section, re.S)
+]
+
+
+def test_page_has_a_row_of_every_format() -> None:
+    assert {name for name, _, _ in EXAMPLES} == FORMATS.keys()
+
+
+@pytest.mark.parametrize(("name", "row", "text"), EXAMPLES)
+def test_row_of_the_page_is_read_as_the_page_says(
+    tmp_path: Path, name: str, row: str, text: str
+) -> None:
+    (tmp_path / "row.json").write_text(row, encoding="utf-8")
+    file = SourceFile("row.json", tmp_path / "row.json")
+    assert rows.detect_format(file) == name
+    (raw,) = file.rows()
+    conversation = rows.convert(raw, name).conversation
+    assert isinstance(conversation, Conversation), conversation
+    assert rendered(conversation) == text
+
+
+def test_page_tells_every_reason() -> None:
+    modules = [*(ROOT / "moi_jax" / "data").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in modules)
+    reasons = set(re.findall(r'BadRow\(\s*"(\w+)"', code))
+    reasons |= set(re.findall(r'(?<!\.)(?:decode|compact|named_function)\(.*"(\w+)"\)', code))
+    assert len(reasons) >= 30
+    table = PAGE[PAGE.index("## What is dropped") :]
+    assert [reason for reason in sorted(reasons) if f"`{reason}`" not in table] == []

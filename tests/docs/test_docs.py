@@ -1,0 +1,81 @@
+"""Every command and Python block of README and docs, run as it stands there."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from support.runs import ENVIRONMENT, ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHORT = ["train.steps=1", "train.sample_max_new_tokens=2"]
+# Run by .ci/run itself, or in need of files that are not ours to ship (the weights of Qwen-7B,
+# public sets and benchmarks): their parts are tested in test_convert.py, test_run.py and
+# test_evaluate_command.py.
+NOT_HERE = (
+    *("Qwen-7B-Chat", "qwen_7b", "data.root=", "CKPT"),
+    *("make ", "runs/quickstart", "python docs/", "python benchmarks/"),
+)
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"^    ((?:\w+=\S+ +)?(?:python|make) .*)$", text, re.MULTILINE)
+    return sorted({" ".join(command.split("#")[0].split()) for command in found})
+
+
+RUNNABLE = [c for c in commands() if not any(mark in c for mark in NOT_HERE) and "[" not in c]
+
+
+def test_there_are_commands_to_run():
+    assert len(RUNNABLE) >= 3
+
+
+@pytest.mark.parametrize("command", RUNNABLE)
+def test_a_command_of_the_docs_runs(command, tmp_path):
+    words = shlex.split(command)
+    environment = dict(ENVIRONMENT)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    if "moi_jax.train" in words:
+        words = [word for word in words if not word.startswith(("train.steps", "logging.run_dir"))]
+        words += [*SHORT, f"logging.run_dir={tmp_path / 'run'}"]
+    words += [f"data.cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_block_on_batches_runs():
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(2, 1024)")
+
+
+def test_the_defaults_of_the_config_page_are_the_defaults():
+    import yaml
+
+    from moi_jax.config.load import make_config
+
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    written = yaml.safe_load(block)
+    resolved = make_config({}).model_dump(mode="json")
+    assert written.keys() == resolved.keys()
+    for section, keys in resolved.items():
+        assert written[section].keys() == keys.keys(), section
+        for key, value in keys.items():
+            # Left open on the page: resolved from the strategy or the number of domains.
+            if (section, key) != ("data", "chunk_size"):
+                assert written[section][key] == value, f"{section}.{key}"

@@ -1,0 +1,69 @@
+"""docs/tutorial.md from its first command to the last, in order, with a tiny model."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from support.published import tiny_published
+from support.runs import ENVIRONMENT, ROOT
+
+PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+# Eight simulated devices in the place of eight chips; a tiny model in that of the 7B one.
+DEVICES = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+SMALL = [
+    "model.preset=tiny", "data.sequence_length=512", "train.epochs=null", "train.steps=2",
+    "train.global_batch_rows=8", "train.microbatch_rows=8", "data.cache_dir=cache",
+]  # fmt: skip
+DOMAINS = ("chat", "code", "maths", "tools")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory as the reader has it before the first command."""
+    import numpy as np
+
+    place = tmp_path_factory.mktemp("tutorial")
+    shutil.copytree(ROOT / "configs", place / "configs")
+    tiny_published(place / "Qwen-7B-Chat", np.float32)
+    # Qwen v1 came without a Jinja template: its default prompt is that of its architecture.
+    (place / "Qwen-7B-Chat" / "tokenizer_config.json").write_text("{}")
+    (rows,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    for domain, row in zip(DOMAINS, rows.splitlines(), strict=True):
+        (place / "my_data" / domain).mkdir(parents=True)
+        (place / "my_data" / domain / "shown.jsonl").write_text(row + "\n", encoding="utf-8")
+        questions = [{"question": f"{domain} {n}?", "answer": f"It is {n}."} for n in range(30)]
+        more = "".join(json.dumps(question) + "\n" for question in questions)
+        (place / "my_data" / domain / "more.jsonl").write_text(more, encoding="utf-8")
+    return place
+
+
+def test_every_marked_command_runs_in_order(workplace):
+    commands = re.findall(r"^    (python -m .*?)\s+#$", PAGE, re.MULTILINE)
+    assert len(commands) == 10
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if "--config" in command:
+            words += SMALL
+        done = subprocess.run(
+            [sys.executable, *words],
+            capture_output=True, text=True, cwd=workplace, check=False,
+            env={**DEVICES, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    assert (workplace / "runs" / "qwen_7b_moi" / "report.html").exists()
+
+
+def test_the_exported_folder_answers_in_transformers(workplace):
+    """After the commands before it."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "<|im_start|>user\nWhat is 12 times 3?<|im_end|>" in done.stdout
+    assert "You are a helpful assistant." in done.stdout

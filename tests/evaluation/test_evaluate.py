@@ -1,0 +1,379 @@
+"""Benchmarks on a real tiny model: answers kept and gone on with, scores, results, the command."""
+
+import json
+import resource
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moi_jax.common.errors import UserError
+from moi_jax.config import schema as config
+from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced
+from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.protocol import Answer, Item, Score, Task
+from moi_jax.evaluation.results import overall, read_results, summarize
+from moi_jax.evaluation.runner import parameters_fingerprint, run_benchmarks
+from moi_jax.evaluation.tasks import open_task
+from moi_jax.evaluation.while_training import make_benchmark
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.parameters import init_parameters
+from moi_jax.models.presets import preset
+from moi_jax.sampling.chat_model import make_chat_model
+from moi_jax.text.conversations import Message
+from moi_jax.text.tokenizer import load_tokenizer
+
+from support.runs import SAMPLES
+
+CONSOLE = Console(quiet=True)
+MADE_BY = {"name": "tiny", "parameters": "0123", "system_prompt": None}
+
+
+class Echo(Task):
+    """Right where the answer has an even number of characters."""
+
+    name, files = "echo", "echo.jsonl"
+    max_new_tokens = 8
+    whole = (3,)
+
+    def load(self) -> list[Item]:
+        return [
+            Item(str(n), (Message("user", f"Say {n}."),), n, group="ab"[n % 2]) for n in range(3)
+        ]
+
+    def score(self, answered) -> Iterator[Score]:
+        for _, answer in answered:
+            right = len(answer.texts[0]) % 2 == 0
+            yield Score({"accuracy": float(right)}, None if right else "odd")
+
+    def weights(self, counts):
+        return {"accuracy": 1.0}
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """The preset tiny with random weights, 128 tokens of context."""
+    model = preset("tiny")
+    tokenizer = load_tokenizer(SAMPLES / "tokenizer")
+    make_chat = make_chat_model(
+        lambda p: Decoder(model, p), model, tokenizer, "You help.", slots=2, context=128
+    )
+    return make_chat(init_parameters(model, jax.random.key(0), np.float32))
+
+
+@pytest.fixture
+def options(tmp_path):
+    return Options(data=tmp_path / "data", out=tmp_path / "out")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def run(chat, options, items=None, made_by=MADE_BY):
+    task = Echo(options)
+    return run_benchmarks([(task, items or task.load())], chat, made_by, options, CONSOLE)
+
+
+def test_results_samples_and_answers_are_written(chat, options):
+    results = run(chat, options)
+    assert read_results(options.out / "results.json") == json.loads(json.dumps(results))
+    summary = results["tasks"]["echo"]
+    samples = lines(options.out / "samples" / "echo.jsonl")
+    assert [sample["id"] for sample in samples] == ["0", "1", "2"]
+    right = [sample["metrics"]["accuracy"] for sample in samples]
+    assert summary["score"] == pytest.approx(100 * np.mean(right))
+    assert summary["items"] == 3
+    assert summary["complete"]
+    assert summary["groups"]["a"]["items"] == 2
+    cut = [sample["finishes"] for sample in samples].count(["length"])
+    assert summary["failures"].get("cut at its length", 0) == cut
+    assert summary["failures"].get("odd", 0) == right.count(0.0)
+    assert results["overall"] is None  # one task is not the seven
+
+
+def test_a_killed_run_goes_on_and_asks_nothing_twice(chat, options, monkeypatch):
+    whole = run(chat, options)
+    path = options.out / "answers" / "echo.jsonl"
+    kept = path.read_text(encoding="utf-8").split("\n")
+    path.write_text("\n".join(kept[:2]) + "\n" + kept[2][:20], encoding="utf-8")  # torn by a kill
+    asked = []
+    ask = chat.sampler.run
+
+    def counted(parameters, requests):
+        asked.extend(requests)
+        return ask(parameters, requests)
+
+    monkeypatch.setattr(chat.sampler, "run", counted)
+    assert run(chat, options) == whole
+    assert len(asked) == 2
+    assert sorted(lines(path)[1:], key=lambda r: r["id"]) == sorted(
+        map(json.loads, kept[1:4]), key=lambda r: r["id"]
+    )
+
+
+def test_what_is_asked_is_what_task_item_and_options_say(chat, options, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chat.sampler, "run", lambda _, requests: asked.extend(requests) or [])
+    monkeypatch.setattr(Echo, "stop_strings", ("END",))
+    message = Message("user", "Say 0.")
+    items = [
+        Item("0", (message,), 0),
+        Item("1", (message,), 0, temperature=0.5),
+        Item("2", (message,), 0, system_block=False),
+    ]
+
+    def requests(**choices):
+        asked.clear()
+        chosen = Options(data=options.data, out=options.out, **choices)
+        with pytest.raises(KeyError):  # nothing is answered
+            answer_items(Echo(chosen), items, chat, chosen, AnswerLog(None, {}), lambda count: None)
+        return asked
+
+    plain = list(requests())
+    assert [r.temperature for r in plain] == [0.0, 0.5, 0.0]
+    assert {(r.max_new_tokens, r.top_p, r.top_k, r.stop_strings) for r in plain} == {
+        (8, 1.0, 0, ("END",))
+    }
+    assert plain[0].prompt == plain[1].prompt == chat.prompt([message])
+    assert chat.tokenizer.decode(plain[2].prompt) == (
+        "<|im_start|>user\nSay 0.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    other = requests(temperature=0.7, top_p=0.9, max_new_tokens=3, seed=1)
+    assert {(r.temperature, r.top_p, r.max_new_tokens) for r in other} == {(0.7, 0.9, 3)}
+    assert not {r.seed for r in other} & {r.seed for r in plain}
+
+
+def test_an_item_that_changed_is_asked_again(chat, options):
+    run(chat, options)
+    items = Echo(options).load()
+    changed = [*items[:2], Item("2", (Message("user", "Speak."),), 2)]
+    run(chat, options, changed)
+    assert len(lines(options.out / "answers" / "echo.jsonl")) == 1 + 3 + 1
+
+
+def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
+    run(chat, options)
+    hot = Options(data=options.data, out=options.out, temperature=0.7)
+    with pytest.raises(UserError, match=r"echo.jsonl holds answers made otherwise.*temperature"):
+        run(chat, hot)
+    with pytest.raises(UserError, match=r"results of another model.*parameters '0123', now '4567'"):
+        run(chat, options, made_by={**MADE_BY, "parameters": "4567"})
+
+
+def test_a_result_that_takes_the_place_of_another_is_told(chat, options, capsys):
+    task = Echo(options)
+    run_benchmarks([(task, task.load())], chat, MADE_BY, options, Console(width=200))
+    fewer = Options(data=options.data, out=options.out, limit=1)
+    run_benchmarks([(task, task.load())], chat, MADE_BY, fewer, Console(width=200))
+    told = capsys.readouterr().out.split("\n")[-2]
+    assert "takes the place of an earlier result" in told
+    assert "over 3 items" in told
+    assert "(limit None, now 1)" in told
+
+
+@pytest.mark.parametrize("damage", ["[]\n", "{\n", '{"a": 1}\n{}\n'])
+def test_a_damaged_log_is_named(tmp_path, damage):
+    path = tmp_path / "echo.jsonl"
+    path.write_text(damage)
+    with pytest.raises(UserError, match=r"echo.jsonl is damaged .*; delete it to begin anew"):
+        AnswerLog(path, {"a": 1})
+
+
+@pytest.mark.parametrize("tasks", ["[]", '{"gsm8k": {"score": 1}}', '{"gsm8k": null}'])
+def test_damaged_results_are_named(tmp_path, tasks):
+    path = tmp_path / "results.json"
+    path.write_text(f'{{"checkpoint": {{}}, "tasks": {tasks}}}')
+    with pytest.raises(UserError, match=r"results.json is no results.json of an evaluation, or"):
+        read_results(path)
+
+
+def test_a_full_disk_is_told_and_the_answers_before_are_kept(tmp_path):
+    path = tmp_path / "echo.jsonl"
+    log = AnswerLog(path, {})
+    log.add(("0", 0), [1], text="kept", finish="stop")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*echo.jsonl.*The answers before are"):
+            log.add(("1", 0), [1], text="x" * 100, finish="stop")  # torn by the limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.close()
+    assert list(AnswerLog(path, {}).found) == [("0", 0)]
+
+
+def test_half_a_surrogate_pair_is_kept(tmp_path):
+    log = AnswerLog(tmp_path / "echo.jsonl", {})
+    log.add(("0", 0), [1], text="\ud83d é", finish="stop")
+    log.close()
+    assert AnswerLog(tmp_path / "echo.jsonl", {}).found["0", 0]["text"] == "\ud83d é"
+
+
+def test_training_asks_a_few_items_and_is_not_kept_waiting(chat, tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(6)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(lines)
+    settings = config.Generate(tasks=("gsm8k",), data=tmp_path, limit=5, max_new_tokens=4)
+    benchmark = make_benchmark(settings, tmp_path / "out", lambda _: chat)
+    requests = []
+    ask = chat.sampler.run
+    monkeypatch.setattr(
+        chat.sampler, "run", lambda p, asked: requests.extend(asked) or ask(p, asked)
+    )
+    assert list(benchmark(chat.parameters, lambda: False)) == ["eval/gsm8k/score"]
+    assert [request.max_new_tokens for request in requests] == [4] * 5
+    looks = []
+    assert benchmark(chat.parameters, lambda: len(looks) == 2 or looks.append(0)) == {}
+
+
+def test_a_benchmark_without_a_score_of_few_items_is_refused_in_training(chat, tmp_path):
+    with pytest.raises(UserError, match=r"eval.generate.tasks names mt_bench"):
+        make_benchmark(config.Generate(tasks=("mt_bench",)), tmp_path, lambda _: chat)
+
+
+def test_an_id_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "humaneval").mkdir()
+    row = {
+        **{"task_id": "HumanEval/0", "entry_point": "f", "prompt": "def f():\n    pass\n"},
+        **{"canonical_solution": "    pass\n", "test": "def check(f):\n    assert True\n"},
+    }
+    path = tmp_path / "humaneval" / "HumanEval.jsonl"
+    path.write_text(2 * (json.dumps(row) + "\n"))
+    options = Options(data=tmp_path, out=tmp_path, allow_code_execution=True, sandbox="weak")
+    with pytest.raises(UserError, match=r"humaneval: 1 ids come more than once.*HumanEval/0"):
+        open_task("humaneval", options)
+
+
+def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
+    item = Item("0", (Message("user", "Say 0."),), 0, follow_ups=("Again.", "And again."))
+    log = AnswerLog(None, {})
+    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
+    turns = [Message("user", "Say 0.")]
+    for text, question in zip(answer.texts, ("Again.", "And again.", ""), strict=True):
+        one = Item("x", tuple(turns), 0)
+        ((_, alone),) = answer_items(
+            Echo(options), [one], chat, options, AnswerLog(None, {}), lambda count: None
+        )
+        assert alone.texts == (text,)
+        turns += [Message("assistant", text), Message("user", question)]
+
+
+def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
+    options = Options(data=options.data, out=options.out, samples=3, temperature=1.0)
+    items = Echo(options).load()[:1]
+
+    def texts(asked):
+        log = AnswerLog(None, {})
+        answered = answer_items(Echo(options), asked, chat, options, log, lambda count: None)
+        return answered[0][1].texts
+
+    first = texts(items)
+    assert len(set(first)) == 3
+    assert texts([*items, *Echo(options).load()[1:]]) == first  # whatever is beside them
+
+
+def test_choices_are_weighed_and_nothing_is_written(chat, options):
+    item = Item("0", (Message("user", "A or B?"),), "B", choices=("A", "B", "AA"))
+    log = AnswerLog(None, {})
+    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
+    prompt = chat.prompt(item.messages)
+    assert answer.texts == ()
+    model = Decoder(preset("tiny"), chat.parameters)
+    for choice, found in zip(item.choices, answer.log_likelihoods, strict=True):
+        ids = chat.tokenizer.encode(choice)
+        logits = model(np.array([[*prompt, *ids]], np.int32))[0]
+        logs = jax.nn.log_softmax(logits[len(prompt) - 1 : -1])
+        expected = sum(float(logs[n, token]) for n, token in enumerate(ids))
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("policy", "counted"), [("fail", 3), ("skip", 2)])
+def test_an_item_longer_than_the_context_is_counted(chat, options, policy, counted):
+    options = Options(data=options.data, out=options.out, too_long=policy)
+    items = Echo(options).load()
+    items[1] = Item("1", (Message("user", "word " * 200),), 1)
+    summary = run(chat, options, items)["tasks"]["echo"]
+    assert summary["items"] == counted
+    assert summary["skipped"] == 3 - counted
+    assert summary["settings"]["too_long"] == policy
+    assert summary["failures"].get("too long", 0) == counted - 2
+    assert summary["complete"] == (policy == "fail")
+
+
+def test_logits_that_are_not_finite_are_named(options, chat):
+    broken = jax.tree.map(lambda x: x * np.nan, chat.parameters)
+    model = preset("tiny")
+    tokenizer = load_tokenizer(SAMPLES / "tokenizer")
+    make_chat = make_chat_model(lambda p: Decoder(model, p), model, tokenizer, None, context=128)
+    summary = run(make_chat(broken), options)["tasks"]["echo"]
+    assert summary["failures"]["not finite"] == 3
+    assert any("not finite for 3 items, the first 0" in note for note in summary["notes"])
+
+
+def test_a_checkpoint_is_known_by_its_files_wherever_it_lies(tmp_path):
+    for step, file in (("a", "x1"), ("b", "x1"), ("c", "y2")):
+        (tmp_path / step / "parameters" / "d").mkdir(parents=True)
+        (tmp_path / step / "parameters" / "d" / file).write_text("0")
+    known = [parameters_fingerprint(tmp_path / step) for step in "abc"]
+    assert known[0] == known[1] != known[2]
+    (tmp_path / "b" / "parameters" / "d" / "x1").write_text("01")
+    assert parameters_fingerprint(tmp_path / "b") != known[0]
+
+
+def test_evenly_spaced_items_cover_the_file():
+    items = list(range(10))
+    assert evenly_spaced(items, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(items, None) == evenly_spaced(items, 20) == items
+
+
+def test_the_interval_and_the_groups_are_of_the_items(options):
+    items = [Item(str(n), (), 0, group="ab"[n % 2]) for n in range(100)]
+    scored = [(i, Answer(("",), ("stop",)), Score({"accuracy": float(n < 40)})) for n, i in
+              enumerate(items)]  # fmt: skip
+    summary = summarize(Echo(options), scored, skipped=0, whole=True)
+    assert summary["score"] == 40.0
+    low, high = summary["interval"]
+    # The normal approximation's is 40 +- 9.6.
+    assert low == pytest.approx(30.4, abs=1.5)
+    assert high == pytest.approx(49.6, abs=1.5)
+    assert not summary["complete"]  # 100 items are not the three of the benchmark
+    assert summary["groups"]["a"] == {"items": 50, "accuracy": 0.4}
+
+
+def test_a_part_of_a_benchmark_is_not_complete(options):
+    scored = [(Item("0", (), 0), Answer(("",), ("stop",)), Score({"accuracy": 1.0}))] * 3
+    assert summarize(Echo(options), scored, skipped=0, whole=True)["complete"]
+    assert not summarize(Echo(options), scored, skipped=0, whole=False)["complete"]
+    assert not summarize(Echo(options), scored, skipped=1, whole=True)["complete"]
+
+
+def test_an_answer_that_is_missing_for_a_known_reason_fails_once(options):
+    wrong = Score({"accuracy": 0.0}, "no answer")
+    ends = ("too_long", "not_finite", "length", "stop")
+    scored = [(Item(end, (), 0), Answer(("",), (end,)), wrong) for end in ends]
+    assert summarize(Echo(options), scored, skipped=0, whole=True)["failures"] == {
+        "no answer": 2, "too long": 1, "not finite": 1, "cut at its length": 1,
+    }  # fmt: skip
+
+
+def test_the_last_of_the_seven_brings_the_overall_figure(chat, options, monkeypatch):
+    monkeypatch.setattr(Echo, "name", "gsm8k")
+    first = run(chat, options)
+    assert first["overall"] is None
+    gsm8k = first["tasks"]["gsm8k"]
+    others = ("math", "humaneval", "mbpp", "mmlu", "mt_bench", "teval")
+    first["tasks"] |= {name: {**gsm8k, "score": 30.0} for name in others}
+    (options.out / "results.json").write_text(json.dumps(first))
+    assert run(chat, options)["overall"] == pytest.approx((6 * 30 + gsm8k["score"]) / 7)
+
+
+def test_the_overall_figure_needs_all_seven_in_full():
+    names = ("gsm8k", "math", "humaneval", "mbpp", "mmlu", "mt_bench", "teval")
+    tasks = {name: {"score": 10.0 * n, "complete": True} for n, name in enumerate(names)}
+    assert overall(tasks) == 30.0
+    assert overall({**tasks, "mmlu": {"score": 40.0, "complete": False}}) is None
+    assert overall({name: tasks[name] for name in names[1:]}) is None

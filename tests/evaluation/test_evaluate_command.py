@@ -1,0 +1,173 @@
+"""python -m moi_jax.evaluate on a run that was trained with benchmarks, and what it refuses."""
+
+import json
+import sys
+
+import pytest
+
+from moi_jax import evaluate
+from moi_jax.common.errors import UserError
+
+from support.runs import records, small_config, train
+
+QUESTIONS = [
+    {"question": f"Ann has {n} apples and buys 2. How many has she?", "answer": f"#### {n + 2}"}
+    for n in range(5)
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a run of two steps, and the data of a benchmark."""
+    place = tmp_path_factory.mktemp("evaluate")
+    (place / "data" / "gsm8k").mkdir(parents=True)
+    lines = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
+    (place / "data" / "gsm8k" / "test.jsonl").write_text(lines)
+    generate = {"tasks": ["gsm8k"], "data": str(place / "data"), "limit": 2, "max_new_tokens": 8}
+    config = small_config(
+        place,
+        train={"steps": 2, "global_batch_rows": 2},
+        checkpoint={"every": 2},
+        eval={"every": 0, "generate": generate},
+    )
+    done = train(config)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def run(place, monkeypatch, *arguments):
+    words = ["evaluate", "run", "--data", "data", "--mesh", "tensor=1", *arguments]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    monkeypatch.chdir(place)
+    return evaluate.main()
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_training_scores_a_slice_of_the_benchmark_before_and_after(place):
+    scored = [r for r in records(place / "run" / "metrics.jsonl") if "eval/gsm8k/score" in r]
+    assert [record["step"] for record in scored] == [0, 2]
+    assert "Benchmarks by step" in (place / "run" / "report.html").read_text()
+
+
+def test_a_task_of_training_that_is_not_there_is_named(place):
+    config = small_config(place, eval={"generate": {"tasks": ["gsm9k"]}},
+                          logging={"run_dir": str(place / "other"), "trackers": []})  # fmt: skip
+    done = train(config)
+    assert done.returncode == 2
+    assert "no benchmark 'gsm9k'; choose among gsm8k, math" in done.stderr
+    assert not (place / "other" / "checkpoints").exists()
+
+
+def test_a_benchmark_goes_to_a_directory_named_after_the_run(place, monkeypatch):
+    assert run(place, monkeypatch, "--tasks", "gsm8k", "--max-new-tokens", "8") == 0
+    found = results(place / "runs" / "evaluation" / "run-2")
+    assert found["checkpoint"]["system_prompt"] == "You are a helpful assistant."
+    assert found["tasks"]["gsm8k"]["items"] == 5
+    assert not found["tasks"]["gsm8k"]["complete"]  # 5 of its 1,319 items
+    assert "gsm8k" in (place / "runs" / "evaluation" / "run-2" / "report.html").read_text()
+
+
+def test_held_out_crosses_the_prompts_with_a_benchmark_too(place, monkeypatch, capsys):
+    out = place / "crossed"
+    arguments = ["--tasks", "held_out", "--generate", "gsm8k", "--limit", "2"]
+    assert run(place, monkeypatch, *arguments, "--max-new-tokens", "8", "--out", out) == 0
+    assert (out / "held_out.json").exists()
+    assert (out / "held_out.png").exists()
+    prompts = {
+        folder.name: results(folder)["checkpoint"]["system_prompt"]
+        for folder in (out / "prompts").iterdir()
+        if folder.is_dir()
+    }
+    assert prompts.pop("unrelated") not in prompts.values()
+    assert prompts == {
+        "default": "You are a helpful assistant.",
+        "as_maths": "You are a mathematician.",
+        "none": None,
+    }
+    assert "as_maths" in (out / "prompts" / "report.html").read_text()
+
+
+def test_a_task_keeps_its_own_files_under_each_crossed_prompt(place, monkeypatch, tmp_path):
+    folder = tmp_path / "data" / "mt_bench"
+    (folder / "reference_answer").mkdir(parents=True)
+    (folder / "reference_answer" / "gpt-4.jsonl").write_text("")
+    question = {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}
+    (folder / "question.jsonl").write_text(json.dumps(question) + "\n")
+    names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+    prompts = [{"name": n, "system_prompt": "", "prompt_template": "{question_1}"} for n in names]
+    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    (folder / "judge_prompts.jsonl").write_text(lines)
+    out = tmp_path / "out"
+    arguments = ["--generate", "mt_bench", "--limit", "1", "--max-new-tokens", "2", "--out", out]
+    assert run(place, monkeypatch, *arguments, "--data", tmp_path / "data") == 0
+    written = sorted(path.relative_to(out) for path in out.rglob("model_answer/*.jsonl"))
+    assert [str(path.parts[1]) for path in written] == ["as_maths", "default", "none", "unrelated"]
+    assert not (out / "mt_bench").exists()
+
+
+def test_results_of_another_prompt_are_told_before_anything_is_measured(
+    place, monkeypatch, tmp_path
+):
+    arguments = ["--limit", "1", "--max-new-tokens", "4", "--out", tmp_path]
+    assert run(place, monkeypatch, "--tasks", "gsm8k", *arguments) == 0
+    with pytest.raises(UserError, match=r"holds results of another model or system prompt"):
+        run(place, monkeypatch, "--tasks", "held_out,gsm8k", *arguments, "--system", "Hi.")
+    assert not (tmp_path / "held_out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "gsm9k"], r"no benchmark 'gsm9k'; choose among gsm8k, math, humaneval"),
+        (["--tasks", "math"], r"nothing in .*math.*; put below the data directory"),
+        (["--tasks", "humaneval"], r"--allow-code-execution"),
+        (["--tasks", " , "], r"there is nothing to do"),
+        (["--tasks", "held_out", "--no-system"], r"held_out has system prompts of its own"),
+        (["--tasks", "gsm8k", "--samples", "3"], r"--samples above 1 needs a --temperature"),
+        (
+            ["--tasks", "gsm8k", "--compare", "nowhere"],
+            r"cannot read nowhere/results.json.*a directory of results",
+        ),
+        (["--tasks", "gsm8k", "--mesh", "tensor=99"], r"does not fit"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_is_written(
+    place, monkeypatch, arguments, message, tmp_path
+):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=message) as told:
+        run(place, monkeypatch, *arguments, "--out", out)
+    assert "\n" not in str(told.value)
+    assert not out.exists()
+
+
+def test_held_out_losses_of_another_checkpoint_are_not_written_over(place, monkeypatch, tmp_path):
+    (tmp_path / "held_out.json").write_text('{"parameters": "0123"}')
+    with pytest.raises(UserError, match=r"held_out.json is of another checkpoint"):
+        run(place, monkeypatch, "--out", tmp_path)
+
+
+def test_data_that_moved_is_told_with_the_way_out(place, monkeypatch, tmp_path):
+    config = tmp_path / "moved.yaml"
+    moved = (place / "run" / "config.yaml").read_text().replace("data/samples", "data/nowhere")
+    config.write_text(moved)
+    with pytest.raises(UserError, match=r"run this where training ran, or name a config"):
+        run(place, monkeypatch, "--config", config, "--out", tmp_path / "out")
+
+
+def test_results_of_another_prompt_are_not_written_over(place, monkeypatch, tmp_path):
+    arguments = ["--tasks", "gsm8k", "--limit", "1", "--max-new-tokens", "4", "--out", tmp_path]
+    assert run(place, monkeypatch, *arguments) == 0
+    before = results(tmp_path)
+    with pytest.raises(UserError, match=r"holds results of another model or system prompt"):
+        run(place, monkeypatch, *arguments, "--system", "You are a pirate.")
+    assert results(tmp_path) == before
+
+
+def test_a_directory_that_cannot_be_written_is_told_before_the_work(place, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"cannot write .*file/out: Not a directory"):
+        run(place, monkeypatch, "--out", tmp_path / "file" / "out")

@@ -1,0 +1,114 @@
+"""Held-out losses: each conversation once, alone, under its own and under the default prompt."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moi_jax.config.load import make_config
+from moi_jax.data.cache.prepare import prepare
+from moi_jax.data.cache.selection import select
+from moi_jax.evaluation.held_out import HeldOut
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.parameters import init_parameters
+from moi_jax.models.presets import PRESETS
+from moi_jax.text.rendering import label_mask, with_system_prompt
+from moi_jax.text.tokenizer import load_tokenizer
+from moi_jax.training.step import batch_sums
+
+from support.runs import SAMPLES
+
+DEFAULT = "You are a helpful assistant."
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    config = make_config(
+        {
+            "data": {
+                "root": str(SAMPLES),
+                "cache_dir": str(tmp_path_factory.mktemp("cache")),
+                "sequence_length": 512,
+                "default_system_prompt": DEFAULT,
+                "domains": [
+                    {"name": "chat", "sources": [{"path": "chat.jsonl"}]},
+                    {"name": "tools", "prompt": "Use tools.", "sources": [{"path": "tools.jsonl"}]},
+                ],
+            }
+        }
+    )
+    tokenizer = load_tokenizer(SAMPLES / "tokenizer")
+    console = Console(quiet=True)
+    caches = prepare(config.data, tokenizer, console)
+    selections = select(caches, config.data.held_out, "assistant")
+    held_out = HeldOut(caches, selections, config.data, "assistant", tokenizer, 2, 4, console)
+    return config, tokenizer, caches, selections, held_out
+
+
+def test_losses_equal_each_conversation_alone(material):
+    _, tokenizer, caches, selections, held_out = material
+    model = PRESETS["tiny"]
+    parameters = init_parameters(model, jax.random.key(0), jnp.float32)
+    decoder = Decoder(model, parameters)
+    sums = jax.jit(lambda batch: batch_sums(decoder, batch, 2)[1])
+    losses = held_out.losses(lambda batch: jax.device_get(sums(batch)))
+
+    log_softmax = jax.jit(lambda tokens: jax.nn.log_softmax(decoder(tokens)[0]))
+
+    def alone(instructions):
+        total = count = 0.0
+        for instruction in instructions:
+            tokens = np.zeros((1, 512), np.int32)
+            tokens[0, : len(instruction.tokens)] = instruction.tokens
+            labels = np.flatnonzero(label_mask(instruction, "assistant"))
+            log_probabilities = np.asarray(log_softmax(tokens))
+            total -= float(log_probabilities[labels - 1, tokens[0, labels]].sum())
+            count += len(labels)
+        return total / count
+
+    chat, tools = (
+        cache.read(selection.held_out) for cache, selection in zip(caches, selections, strict=True)
+    )
+    default = [with_system_prompt(i, tokenizer, DEFAULT, "append") for i in tools]
+    expected = {
+        "eval/chat/loss": alone(chat),
+        "eval/chat/default_prompt/loss": alone(chat),
+        "eval/tools/loss": alone(tools),
+        "eval/tools/default_prompt/loss": alone(default),
+    }
+    expected["eval/mean/loss"] = (expected["eval/chat/loss"] + expected["eval/tools/loss"]) / 2
+    expected["eval/mean/default_prompt/loss"] = (
+        expected["eval/chat/default_prompt/loss"] + expected["eval/tools/default_prompt/loss"]
+    ) / 2
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert losses[name] == pytest.approx(value, rel=1e-5), name
+    assert losses["eval/tools/loss"] != losses["eval/tools/default_prompt/loss"]
+
+
+def test_every_held_out_conversation_stands_once_alone_in_its_row(material):
+    _, _, caches, selections, held_out = material
+    seen = []
+    for batch in held_out.batches(held_out.own):
+        assert len(batch.tokens) % 4 == 0  # divides over the mesh
+        for tokens, segment_ids in zip(batch.tokens, batch.segment_ids, strict=True):
+            assert set(segment_ids) <= {0, 1}
+            if segment_ids.any():
+                seen.append(tuple(tokens[segment_ids == 1]))
+    expected = [
+        tuple(instruction.tokens)
+        for cache, selection in zip(caches, selections, strict=True)
+        for instruction in cache.read(selection.held_out)
+    ]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_a_domain_without_loss_tokens_is_not_a_number_and_out_of_the_mean(material):
+    held_out = material[-1]
+    only_chat = {"domain_nll": np.array([3.0, 0.0]), "domain_loss_tokens": np.array([2, 0])}
+    losses = held_out.losses(lambda batch: only_chat)
+    assert losses["eval/chat/loss"] == losses["eval/mean/loss"] == 1.5
+    assert math.isnan(losses["eval/tools/loss"])

@@ -1,0 +1,167 @@
+"""The same run on another mesh, remat policy or accumulation, within the bars of docs/design.md."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moi_jax.common.errors import UserError
+from moi_jax.config import schema as config_lib
+from moi_jax.models.parameters import declare
+from moi_jax.models.presets import PRESETS
+from moi_jax.parallel import sharding
+from moi_jax.parallel.axes import partition_spec
+
+from support.trainer import ROWS, STEPS, Trainer, random_batch
+
+ONE = {"fsdp": 1}
+EIGHT = {"fsdp": 4, "tensor": 2}
+VARIANTS = {
+    "mesh": dict(mesh=EIGHT),
+    "data axis and accumulation": dict(
+        mesh={"data": 2, "fsdp": 2, "tensor": 2}, microbatch_rows=ROWS // 2
+    ),
+    "accumulation": dict(mesh=ONE, microbatch_rows=ROWS // 4),
+    "remat": dict(mesh=ONE, remat="full"),
+}
+
+
+def losses(steps, dtype, **variant):
+    trainer = Trainer(variant.pop("mesh"), dtype=dtype, **variant)
+    return np.array([trainer.step(random_batch(step % 2))["loss"] for step in range(steps)])
+
+
+@pytest.fixture(scope="module")
+def one_float64():
+    with jax.enable_x64(True):
+        return losses(STEPS, "float64", mesh=ONE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_20_losses_in_float64_agree_within_1e_9(one_float64, variant):
+    with jax.enable_x64(True):
+        other = losses(STEPS, "float64", **VARIANTS[variant])
+    assert one_float64.dtype == np.float64
+    assert one_float64[-1] < one_float64[0]
+    np.testing.assert_allclose(other, one_float64, rtol=0, atol=1e-9)
+
+
+def test_20_losses_in_float32_agree():
+    one = losses(STEPS, "float32", mesh=ONE)
+    for variant in ("mesh", "accumulation"):
+        other = losses(STEPS, "float32", **VARIANTS[variant])
+        assert abs(other[0] - one[0]) < 5e-6
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-5)
+
+
+def test_the_first_loss_in_bfloat16_agrees():
+    one = losses(1, "float32", mesh=ONE, compute="bfloat16")
+    other = losses(1, "float32", **VARIANTS["mesh"], compute="bfloat16")
+    assert abs(other[0] - one[0]) < 1e-3
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    one, eight = Trainer(ONE).parameters(), Trainer(EIGHT).parameters()
+    jax.tree.map(np.testing.assert_array_equal, one, eight)
+
+
+def test_parameters_and_moments_lie_in_shards():
+    trainer = Trainer(EIGHT)
+    query = trainer.state.parameters["layers"]["query"]  # [L, D, H, N]
+    assert query.sharding.shard_shape(query.shape) == (2, 32 // 4, 4 // 2, 8)
+    head = trainer.state.parameters["head"]  # [D, V], the vocabulary over fsdp and tensor
+    assert head.sharding.shard_shape(head.shape) == (32, 64 // 8)
+    sharded = [x for x in jax.tree.leaves(trainer.state.optimizer) if x.ndim > 2]
+    assert sharded
+    assert all(not x.sharding.is_fully_replicated for x in sharded)
+
+
+def test_qwen_7b_shards_every_matrix_over_an_fsdp_mesh():
+    mesh = {"data": 1, "fsdp": 8, "tensor": 4}
+    for path, p in declare(PRESETS["qwen-7b"]).items():
+        spec = partition_spec(p.axes, p.shape, mesh)
+        named = [axes if isinstance(axes, tuple) else (axes,) for axes in spec if axes]
+        parts = [mesh[axis] for axes in named for axis in axes]
+        if len(p.shape) > 2 or path in ("embedding", "head"):
+            expected = 4 if path.endswith("_bias") else 32
+            assert np.prod(parts) == expected, path
+
+
+def test_a_dimension_that_does_not_divide_stays_whole():
+    assert partition_spec(("embed", "heads"), (30, 6), {"fsdp": 4, "tensor": 2}) == (
+        jax.sharding.PartitionSpec(None, ("tensor",))
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [({"fsdp": 16}, "does not fit 8 cpu devices"), ({"tensor": 3}, "does not fit 8 cpu devices")],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(config_lib.Mesh(**mesh))
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused():
+    mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
+    with pytest.raises(UserError, match="global_batch_rows 6 is no multiple of the 4 batch shards"):
+        sharding.check_rows(6, mesh, "train.global_batch_rows")
+
+
+HOST = """
+import sys
+import jax, numpy as np
+number, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+from moi_jax.config import schema as config
+from moi_jax.data.loader import Batch
+from moi_jax.parallel.sharding import local_rows, make_mesh, place_batch
+mesh = make_mesh(config.Mesh(fsdp=4))
+held = local_rows(16, 8, mesh)
+print("held", *held)
+whole = np.arange(16 * 3).reshape(16, 3)
+placed = place_batch(Batch(*[whole[held]] * 6), held, 8, mesh).tokens
+assert placed.shape == (2, 8, 3)
+for shard in placed.addressable_shards:
+    np.testing.assert_array_equal(shard.data, whole.reshape(2, 8, 3)[shard.index])
+print("sum", int(jax.jit(lambda x: x.sum())(placed)))
+"""
+
+
+def test_two_hosts_read_disjoint_rows_and_place_one_batch():
+    """A true run of two processes with two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
+    }  # fmt: skip
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(number), str(port)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    held = [set(out.split("held ")[1].split("\n")[0].split()) for out, _ in outputs]
+    assert held[0] == {"0", "1", "2", "3", "8", "9", "10", "11"}
+    assert held[1] == {"4", "5", "6", "7", "12", "13", "14", "15"}
+    assert all(f"sum {sum(range(48))}" in out for out, _ in outputs)
+
+
+@pytest.mark.parametrize("microbatch_rows", [8, 4])
+@pytest.mark.parametrize("axes", [ONE, EIGHT, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_placed_batches_hold_each_row_once(axes, microbatch_rows):
+    batch = random_batch(0)
+    mesh = sharding.make_mesh(config_lib.Mesh(**axes))
+    rows = sharding.local_rows(ROWS, microbatch_rows, mesh)
+    placed = sharding.place_batch(batch, rows, microbatch_rows, mesh)
+    np.testing.assert_array_equal(
+        placed.tokens, batch.tokens.reshape(-1, microbatch_rows, batch.tokens.shape[1])
+    )

@@ -1,0 +1,91 @@
+"""A small real run for the tests: two domains of the sample set, rows of 256 tokens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = ROOT / "moi_jax" / "data" / "samples"
+
+# One device, whatever the tests themselves simulate.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
+
+
+def small_config(directory: Path, **sections) -> Path:
+    """Writes a config of chat and maths samples; `sections` are merged over it."""
+    values = {
+        "model": {"preset": "tiny", "remat": "none"},
+        "tokenizer": {"path": str(SAMPLES / "tokenizer")},
+        "data": {
+            "root": str(SAMPLES),
+            "cache_dir": str(directory / "cache"),
+            "sequence_length": 256,
+            "max_repeats": 100,
+            "domains": [
+                {"name": "chat", "sources": [{"path": "chat.jsonl", "max_rows": 40}]},
+                {
+                    "name": "maths",
+                    "prompt": "You are a mathematician.",
+                    "sources": [{"path": "maths.jsonl", "max_rows": 40}],
+                },
+            ],
+        },
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"steps": 10, "global_batch_rows": 2},
+        "eval": {"every": 0},
+        "checkpoint": {"every": 3},
+        "logging": {"run_dir": str(directory / "run"), "every": 1, "trackers": []},
+    }
+    for section, keys in sections.items():
+        values[section] = {**values.get(section, {}), **keys}
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "moi_jax.train", "--config", str(config), *arguments]
+
+
+def train(
+    config: Path, *arguments: str, environment: dict[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(config, *arguments),
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
+    )  # fmt: skip
+
+
+def train_until(
+    config: Path, step: int, send: signal.Signals, environment: dict[str, str] = ENVIRONMENT
+) -> int:
+    """Starts a run, sends it a signal once `step` is logged, and returns its exit status."""
+    log = Path(yaml.safe_load(config.read_text())["logging"]["run_dir"]) / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(config), cwd=ROOT, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if logged_steps(log)[-1:] >= [step]:
+            process.send_signal(send)
+            break
+        time.sleep(0.02)
+    return process.wait(timeout=300)
+
+
+def records(log: Path) -> list[dict]:
+    if not log.exists():
+        return []
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def logged_steps(log: Path) -> list[int]:
+    return [record["step"] for record in records(log) if "token_loss" in record]

@@ -1,0 +1,78 @@
+"""The jitted train and eval step of a tiny model on a mesh, with batches given as numpy."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+
+from moi_jax.config import schema as config_lib
+from moi_jax.data.loader import Batch
+from moi_jax.models.decoder import Decoder
+from moi_jax.models.presets import PRESETS
+from moi_jax.parallel import sharding
+from moi_jax.training.optimizer import make_optimizer, make_schedule
+from moi_jax.training.state import new_state, random_parameters
+from moi_jax.training.step import make_eval_step, make_train_step
+
+MODEL = dataclasses.replace(
+    PRESETS["tiny"], num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=64,
+    hidden_size=32, mlp_width=48,
+)  # fmt: skip
+OPTIMIZER = config_lib.Optimizer(learning_rate=1e-3, warmup_ratio=0.1)
+DOMAINS, ROWS, LENGTH, STEPS = 3, 8, 16, 20
+
+
+def random_batch(seed: int) -> Batch:
+    """[ROWS, LENGTH], packed segments, padding, weights that are no multiple of one another."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 9, (ROWS, 2))
+    place = np.arange(LENGTH)
+    segment_ids = np.zeros((ROWS, LENGTH), np.int32)
+    for row, (first, second) in enumerate(lengths):
+        segment_ids[row] = np.where(place < first, 1, np.where(place < first + second, 2, 0))
+    positions = np.where(segment_ids == 2, place - lengths[:, :1], place) * (segment_ids > 0)
+    weights = rng.uniform(0.1, 3, (ROWS, LENGTH)) * rng.integers(0, 2, (ROWS, LENGTH))
+    domain_ids = rng.integers(0, DOMAINS, (ROWS, 1))
+    return Batch(
+        rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32),
+        rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32),
+        segment_ids,
+        positions.astype(np.int32),
+        np.where(segment_ids > 0, domain_ids, -1).astype(np.int32),
+        (weights * (segment_ids > 0)).astype(np.float32),
+    )
+
+
+class Trainer:
+    """The jitted step on a mesh, with batches given as numpy."""
+
+    def __init__(self, mesh, microbatch_rows=ROWS, *, dtype="float32", compute=None, remat="none"):
+        self.mesh = sharding.make_mesh(config_lib.Mesh(**mesh))
+        self.microbatch_rows = microbatch_rows
+        config = OPTIMIZER.model_copy(
+            update={"moment_dtype": "float64" if dtype == "float64" else "float32"}
+        )
+        optimizer = make_optimizer(config, MODEL)
+        parameters = random_parameters(MODEL, 0, dtype, self.mesh)
+        self.state = new_state(MODEL, optimizer, parameters, self.mesh)
+        make_model = partial(Decoder, MODEL, compute_dtype=compute or dtype, remat=remat)
+        schedule = make_schedule(config, STEPS)
+        self._step = make_train_step(MODEL, make_model, optimizer, schedule, DOMAINS, self.mesh)
+        self._eval = make_eval_step(MODEL, make_model, DOMAINS, self.mesh)
+
+    def place(self, batch, rows=None):
+        rows = rows or self.microbatch_rows
+        return sharding.place_batch(batch, np.arange(len(batch.tokens)), rows, self.mesh)
+
+    def step(self, batch):
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self._step(self.state, self.place(batch))
+            return jax.device_get(metrics)
+
+    def sums(self, batch):
+        with jax.set_mesh(self.mesh):
+            return jax.device_get(self._eval(self.state.parameters, self.place(batch, ROWS)))
+
+    def parameters(self):
+        return jax.device_get(self.state.parameters)

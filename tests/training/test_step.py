@@ -1,0 +1,141 @@
+"""The train step against a plain full-batch oracle, and what it does with bad batches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moi_jax.config import schema as config_lib
+from moi_jax.data.loader import Batch
+from moi_jax.models.decoder import Decoder
+from moi_jax.training.optimizer import make_schedule
+
+from support.trainer import DOMAINS, MODEL, OPTIMIZER, STEPS, Trainer, random_batch
+
+
+def plain_loss(parameters, batch):
+    """The whole batch at once, whole logits, no remat, no mesh."""
+    model = Decoder(MODEL, parameters)
+    hidden = model.hidden_states(batch.tokens, batch.positions, batch.segment_ids, training=True)
+    log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)
+    nll = -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(batch.loss_weights * nll) / jnp.sum(batch.loss_weights), nll
+
+
+@pytest.mark.parametrize("microbatch_rows", [8, 2])
+def test_three_steps_equal_plain_adamw_on_the_whole_batch(microbatch_rows):
+    trainer = Trainer({"fsdp": 1}, microbatch_rows)
+    parameters = trainer.parameters()
+    decays = jax.tree.map(lambda p: p.ndim > 1, parameters)
+    # Stacked norms [L, D] and biases [L, H, N] have more axes than one and do not decay.
+    decays["layers"] = {
+        name: not (name.endswith("_norm") or name.endswith("_bias"))
+        for name in parameters["layers"]
+    }
+    schedule = make_schedule(OPTIMIZER, STEPS)
+    oracle = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decays),
+    )
+    state = oracle.init(parameters)
+    gradient = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
+    for seed in range(3):
+        batch = random_batch(seed)
+        (loss, nll), gradients = gradient(parameters, batch)
+        updates, state = oracle.update(gradients, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+
+        metrics = trainer.step(batch)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
+        counted = batch.loss_weights > 0
+        for domain in range(DOMAINS):
+            chosen = counted & (batch.domain_ids == domain)
+            np.testing.assert_allclose(
+                metrics["domain_nll"][domain], np.sum(np.asarray(nll)[chosen]), rtol=1e-5
+            )
+            assert metrics["domain_loss_tokens"][domain] == chosen.sum()
+        assert metrics["tokens"] == (batch.segment_ids > 0).sum()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), trainer.parameters(), parameters
+    )
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
+    trainer = Trainer({"fsdp": 1})
+    trainer.step(random_batch(0))
+    before = jax.device_get(trainer.state)
+    batch = random_batch(1)
+    weights = batch.loss_weights.copy()
+    weights[0, 0] = np.inf
+    metrics = trainer.step(batch._replace(loss_weights=weights))
+    assert not metrics["applied"]
+    after = jax.device_get(trainer.state)
+    assert after.step == before.step + 1
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.parameters, after.optimizer),
+        (before.parameters, before.optimizer),
+    )
+    assert trainer.step(random_batch(2))["applied"]
+
+
+def test_a_step_whose_gradient_alone_is_not_finite_is_not_applied():
+    trainer = Trainer({"fsdp": 1})
+    # Logits of about 1e21: their loss is finite, the squares of the gradient are not.
+    parameters = {**trainer.state.parameters, "head": trainer.state.parameters["head"] * 1e22}
+    trainer.state = dataclasses.replace(trainer.state, parameters=parameters)
+    metrics = trainer.step(random_batch(0))
+    assert np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["grad_norm"])
+    assert not metrics["applied"]
+
+
+def test_a_batch_without_weights_is_skipped_without_nan():
+    trainer = Trainer({"fsdp": 1})
+    before = trainer.parameters()
+    batch = random_batch(0)
+    metrics = trainer.step(batch._replace(loss_weights=np.zeros_like(batch.loss_weights)))
+    assert not metrics["applied"]
+    assert metrics["weights"] == 0
+    assert metrics["loss"] == 0
+    jax.tree.map(np.testing.assert_array_equal, trainer.parameters(), before)
+
+
+def test_empty_rows_change_no_sum():
+    trainer = Trainer({"fsdp": 1})
+    batch = random_batch(0)
+    half = Batch(*(array.copy() for array in batch))
+    for array in (half.segment_ids, half.loss_weights, half.positions):
+        array[4:] = 0
+    half.domain_ids[4:] = -1
+    sums = trainer.sums(half)
+    nll = plain_loss(trainer.parameters(), Batch(*(array[:4] for array in batch)))[1]
+    np.testing.assert_allclose(
+        sums["nll"], np.sum(np.asarray(nll)[batch.loss_weights[:4] > 0]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_by_hand(schedule):
+    config = config_lib.Optimizer(learning_rate=0.8, schedule=schedule, warmup_ratio=0.4)
+    rate = make_schedule(config, 10)
+    assert [round(float(rate(s)), 6) for s in range(4)] == [0.2, 0.4, 0.6, 0.8]
+    expected = {
+        "cosine": [0.8 * (1 + np.cos(np.pi * t / 6)) / 2 for t in range(6)],
+        "linear": [0.8 * (1 - t / 6) for t in range(6)],
+        "constant": [0.8] * 6,
+    }[schedule]
+    np.testing.assert_allclose([float(rate(4 + t)) for t in range(6)], expected, rtol=1e-5)
+    assert float(make_schedule(config_lib.Optimizer(warmup_ratio=0), 10)(0)) == pytest.approx(1e-5)
+
+
+def test_the_moments_of_bfloat16_parameters_are_float32():
+    trainer = Trainer({"fsdp": 1}, dtype="bfloat16")
+    trainer.step(random_batch(0))
+    trainer.step(random_batch(1))
+    assert trainer.state.parameters["head"].dtype == jnp.bfloat16
+    moments = [x for x in jax.tree.leaves(trainer.state.optimizer) if x.ndim]
+    assert {str(x.dtype) for x in moments} == {"float32"}
