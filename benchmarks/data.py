@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from moi_jax.common.errors import UserError, run_command
+from moi_jax.config import Data
 from moi_jax.config.load import load_config, make_config
-from moi_jax.config.schema import Data
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import plan_epoch
-from moi_jax.text.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, load_tokenizer
+from moi_jax.text.byte_level import QWEN_PATTERN
+from moi_jax.text.tokenizer import QWEN_SPECIALS, load_tokenizer
 
 PUBLIC_SETS = Path(__file__).parent.parent / "configs" / "public_sets.yaml"
 PACKAGES = ("trl", "datasets", "transformers", "tokenizers", "grain", "seqpacker")
@@ -68,7 +68,8 @@ def take_turns(contenders: Contenders, items: int, turns: int) -> Figures:
 
 def public_corpus(root: Path, tokenizer: Path, cache_dir: str, row: int) -> tuple[Corpus, Data]:
     """The lengths of the public sets for rows of that length, and the section that plans them."""
-    from moi_jax.training.inputs import open_inputs, resolve
+    from moi_jax.checkpoints.experiment import open_experiment
+    from moi_jax.data.dataset import open_dataset
 
     overrides = [
         "model.preset=qwen-7b", "model.allow_longer=true", f"tokenizer.path={tokenizer}",
@@ -76,8 +77,9 @@ def public_corpus(root: Path, tokenizer: Path, cache_dir: str, row: int) -> tupl
         f"data.sequence_length={row}", "data.max_instruction_tokens=null",
     ]  # fmt: skip
     config = load_config(PUBLIC_SETS, overrides)
-    inputs = open_inputs(resolve(config), Console(quiet=True))
-    return inputs.corpus, inputs.config.data
+    experiment = open_experiment(config)
+    dataset = open_dataset(experiment.config, experiment.tokenizer)
+    return dataset.corpus, dataset.config.data
 
 
 def tiled(corpus: Corpus, instructions: int) -> Corpus:
@@ -164,7 +166,7 @@ def our_prepare(rows: Path, tokenizer: Path, workers: int) -> Callable[[], int]:
 
     def work() -> int:
         empty = Path(tempfile.mkdtemp(dir=rows.parent))
-        caches = prepare(data.model_copy(update={"cache_dir": empty}), ids, Console(quiet=True))
+        caches = prepare(data.model_copy(update={"cache_dir": empty}), ids)
         return int(caches[0].lengths[:, 0].sum(dtype=np.int64))
 
     return work

@@ -10,7 +10,7 @@ import numpy as np
 from moi_jax.checkpoints.hf.published import read_published
 from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.models import rotary
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import make_model
 from moi_jax.models.loss import token_nll
 from moi_jax.models.parameters import map_parameters
 
@@ -22,7 +22,7 @@ def main() -> None:
     for fixture in ("A", "B"):
         config, parameters = read_published(GOLDEN / fixture, None)
         arrays = np.load(GOLDEN / fixture / "logits.npz")
-        model = Decoder(config, parameters)
+        model = make_model(config)(parameters)
         for name in sorted(arrays.files):
             if name.startswith("x") and f"eval_{name[1:]}" in arrays and "pad" not in name:
                 logits = model(arrays[name].astype(np.int32))
@@ -32,7 +32,7 @@ def main() -> None:
     tokens, labels = arrays["x32"].astype(np.int32), arrays["labels_32"]
 
     def loss(parameters: dict) -> jax.Array:
-        model = Decoder(config, parameters)
+        model = make_model(config)(parameters)
         segments = jnp.ones(tokens.shape, jnp.int32)
         positions = rotary.segment_positions(segments)
         hidden = model.hidden_states(tokens, positions, segments, training=True)[:, :-1]

@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import jax
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -104,9 +105,11 @@ def main() -> int:
         "--rows", type=int, default=16, metavar="N", help="answers at once, of both"
     )
     args = parser.parse_args()
-    checkpoint = open_checkpoint(args.checkpoint, dtype="float32", mesh="data=1")
+    checkpoint = open_checkpoint(
+        args.checkpoint, devices=jax.devices(), dtype="float32", mesh="data=1"
+    )
     make_chat = make_chat_model(
-        checkpoint.make_model,
+        checkpoint.bind,
         checkpoint.config,
         checkpoint.tokenizer,
         checkpoint.prompts["default_system_prompt"],

@@ -13,13 +13,13 @@ import argparse
 from itertools import combinations
 
 import numpy as np
-from rich.console import Console
 
+from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.common.errors import run_command
 from moi_jax.config.load import load_config
+from moi_jax.data.dataset import open_dataset
 from moi_jax.data.planning import mixture
 from moi_jax.data.planning.epoch import EpochPlan, plan_epoch
-from moi_jax.training.inputs import open_inputs, resolve
 
 SEEDS = 20
 FIFTHS = (0.2, 0.4, 0.6, 0.8)
@@ -31,8 +31,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     config = load_config(args.config, [*args.overrides, "data.order=config"])
-    inputs = open_inputs(resolve(config), Console(quiet=True))
-    corpus, data = inputs.corpus, inputs.config.data
+    experiment = open_experiment(config)
+    dataset = open_dataset(experiment.config, experiment.tokenizer)
+    corpus, data = dataset.corpus, dataset.config.data
     width = len(corpus.names)
     planned, drawn, fills, moved, places = [], [], [], [], []
     for seed in range(SEEDS):

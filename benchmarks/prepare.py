@@ -18,8 +18,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from moi_jax.config.load import make_config
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.text.tokenizer import load_tokenizer
@@ -74,7 +72,7 @@ def run(folder: Path, tokenizer: Path, workers: int | None, figures: Any) -> Non
     ).data
     loaded = load_tokenizer(tokenizer)
     begin = time.perf_counter()
-    (cache,) = prepare(data, loaded, Console(quiet=True))
+    (cache,) = prepare(data, loaded)
     figures.put((len(cache.lengths), time.perf_counter() - begin))
 
 

@@ -14,19 +14,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
-from rich.console import Console
 
+from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
 from moi_jax.config.load import load_config
+from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.data.loader import Placed, assemble
 from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
 from moi_jax.evaluation.prompts.gaps import interval, resampled_means, summarize
 from moi_jax.evaluation.prompts.matrix import ItemSums
 from moi_jax.evaluation.prompts.matrix_report import draw_matrix, interval_text
 from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
-from moi_jax.evaluation.prompts.row_sums import make_row_sums
-from moi_jax.training.inputs import Inputs, open_inputs, resolve
+from moi_jax.evaluation.row_sums import make_row_sums
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = ("moi", "packing")
@@ -81,7 +82,7 @@ def measure(runs: Path, strategy: str, seed: int, loss_tokens: int) -> tuple[dic
         config = ROOT / "configs" / "quickstart.yaml"
         command = [sys.executable, "-m", "moi_jax.train", "--config", str(config), *overrides]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
-        measure_held_out(open_checkpoint(run), HeldOutOptions(), out, Console(stderr=True))
+        measure_held_out(open_checkpoint(run, devices=jax.devices()), HeldOutOptions(), out)
     lines = (out / "held_out_items.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads((out / "held_out.json").read_text(encoding="utf-8")), list(
         map(json.loads, lines)
@@ -107,12 +108,13 @@ def print_after_chat(runs: Path, loss_tokens: int) -> None:
 
 def after_chat(run: Path) -> list[tuple[float, float]]:
     """For each domain but the first, chat: loss under the own prompt alone, and after a chat."""
-    opened = open_checkpoint(run)
-    inputs = open_inputs(resolve(load_config(run / "config.yaml"), run), Console(quiet=True))
-    row_sums = make_row_sums(opened.make_model, opened.mesh)
+    opened = open_checkpoint(run, devices=jax.devices())
+    experiment = open_experiment(load_config(run / "config.yaml"), run)
+    dataset = open_dataset(experiment.config, experiment.tokenizer)
+    row_sums = make_row_sums(opened.bind, opened.mesh)
     chats, *others = (
         list(cache.read(selection.held_out))
-        for cache, selection in zip(inputs.caches, inputs.selections, strict=True)
+        for cache, selection in zip(dataset.caches, dataset.selections, strict=True)
     )
     losses = []
     for domain, items in enumerate(others, 1):
@@ -120,14 +122,14 @@ def after_chat(run: Path) -> list[tuple[float, float]]:
         # Weight 0: the chat is read, and no label of it counts.
         before = [Placed(chats[n % len(chats)], 0, 0.0) for n in range(len(items))]
         after = [[[chat, *row[0]]] for chat, row in zip(before, alone, strict=True)]
-        losses.append(tuple(loss(rows, row_sums, opened, inputs) for rows in (alone, after)))
+        losses.append(tuple(loss(rows, row_sums, opened, dataset) for rows in (alone, after)))
     return losses
 
 
-def loss(rows: list, row_sums: Callable, opened: OpenCheckpoint, inputs: Inputs) -> float:
+def loss(rows: list, row_sums: Callable, opened: OpenCheckpoint, dataset: Dataset) -> float:
     width = max(sum(len(placed.instruction.tokens) for placed in row[0]) for row in rows)
     pad = opened.tokenizer.template.pad
-    batch = assemble(rows, width, pad, "chunk", inputs.config.loss.targets)
+    batch = assemble(rows, width, pad, "chunk", dataset.config.loss.targets)
     sums = row_sums(opened.parameters, batch)
     return float(np.sum(sums.nll) / np.sum(sums.loss_tokens))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Source
+from moi_jax.config import Source
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import convert, detect_format, expand
 from moi_jax.text.conversations import BadRow, content_hash

@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from moi_jax.checkpoints.checkpoints import read_items, read_parameters
 from moi_jax.checkpoints.hf.weights import export_tensors
+from moi_jax.checkpoints.items import read_items
+from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.errors import run_command
 from moi_jax.models.config import ModelConfig, to_hf_config
 from moi_jax.models.decoder import Decoder

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 import moi_jax
-from moi_jax.checkpoints.checkpoints import read_items, read_parameters
 from moi_jax.checkpoints.hf.gguf import GgufCheckpoint, open_gguf
+from moi_jax.checkpoints.items import read_items
+from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.errors import UserError, run_command
 from moi_jax.models.decoder import Decoder
 from moi_jax.sampling.requests import Request

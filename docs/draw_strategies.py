@@ -3,14 +3,12 @@
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.config import STRATEGIES
 from moi_jax.config.load import load_config
-from moi_jax.config.schema import STRATEGIES
-from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.dataset import open_dataset
 from moi_jax.data.preview.picture import draw_row
 from moi_jax.data.preview.row import view_row
-from moi_jax.training.inputs import open_inputs, resolve
 
 HERE = Path(__file__).parent
 
@@ -20,9 +18,10 @@ def main(directory: Path) -> None:
         config = load_config(
             HERE.parent / "configs" / "quickstart.yaml", [f"data.strategy={strategy}"]
         )
-        inputs = open_inputs(resolve(config), Console(stderr=True))
-        run = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
-        first = view_row(inputs.row_source(run), 0)
+        experiment = open_experiment(config)
+        dataset = open_dataset(experiment.config, experiment.tokenizer)
+        run = dataset.plan()
+        first = view_row(dataset.row_source(run), 0)
         draw_row(first, directory / f"strategy_{strategy}.png")
         if strategy == "moi":  # the picture of the README
             draw_row(first, directory / "row.svg")

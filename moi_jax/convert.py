@@ -125,11 +125,12 @@ def import_checkpoint(
     import ml_dtypes  # noqa: F401  # brings bfloat16 to numpy
     import numpy as np
 
-    from moi_jax.checkpoints.checkpoints import ModelItems, save_model
     from moi_jax.checkpoints.hf.model_card import model_card
     from moi_jax.checkpoints.hf.provenance import read_provenance
     from moi_jax.checkpoints.hf.published import open_published
     from moi_jax.checkpoints.hf.weights import import_parameters
+    from moi_jax.checkpoints.items import ModelItems
+    from moi_jax.checkpoints.parameters import save_model
     from moi_jax.text.jinja_templates import check_template
     from moi_jax.text.prompts import prompts_item
     from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -181,12 +182,13 @@ def export_checkpoint(
     import ml_dtypes  # noqa: F401  # brings bfloat16 to numpy
     import numpy as np
 
-    from moi_jax.checkpoints.checkpoints import find_step, read_items, stored_parameters
     from moi_jax.checkpoints.hf.model_card import model_card
     from moi_jax.checkpoints.hf.published_files import published_files, where_exact
     from moi_jax.checkpoints.hf.weights import export_tensors, published_shapes
     from moi_jax.checkpoints.hf.writer import write_tensors
-    from moi_jax.common.console import byte_bar
+    from moi_jax.checkpoints.items import find_step, read_items
+    from moi_jax.checkpoints.parameters import stored_parameters
+    from moi_jax.common.progress import byte_bar
     from moi_jax.models.config import in_family
 
     check_new(out)
@@ -234,18 +236,14 @@ def verify_checkpoint(
     import jax.numpy as jnp
     import numpy as np
 
-    from moi_jax.checkpoints.checkpoints import (
-        find_step,
-        read_items,
-        read_parameters,
-        stored_parameters,
-    )
     from moi_jax.checkpoints.hf import verify as parity
     from moi_jax.checkpoints.hf.published import TensorFiles, read_bytes
     from moi_jax.checkpoints.hf.weights import export_tensors, redundant_tensors
-    from moi_jax.common.console import byte_bar
+    from moi_jax.checkpoints.items import find_step, read_items
+    from moi_jax.checkpoints.parameters import read_parameters, stored_parameters
+    from moi_jax.common.progress import byte_bar
     from moi_jax.models.config import in_family, read_hf_config
-    from moi_jax.models.decoder import Decoder
+    from moi_jax.models.decoder import make_model
     from moi_jax.text.tokenizer import Tokenizer
 
     step = find_step(checkpoint)
@@ -274,7 +272,7 @@ def verify_checkpoint(
         def ours(tokens: "np.ndarray", segment_ids: "np.ndarray") -> "np.ndarray":
             return np.asarray(decoder(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids)))
 
-        decoder = Decoder(items.model, read_parameters(step, items.model, "float32", None))
+        decoder = make_model(items.model)(read_parameters(step, items.model, "float32", None))
         logits = [ours(*batch) for batch in parity.batches(ids)]
         del decoder  # two models at a time need twice the memory
         report["logits"] = parity.compare_logits(logits, ids, directory, stored.dtype)
@@ -297,7 +295,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _reading(published: "Published") -> Iterator[Callable[[str], "np.ndarray"]]:
     """Reads the tensors of a published checkpoint with a bar of bytes; warns of NaN and inf."""
     from moi_jax.checkpoints.hf.published import count_not_finite
-    from moi_jax.common.console import byte_bar
+    from moi_jax.common.progress import byte_bar
 
     seen: set[str] = set()
     damaged: dict[str, int] = {}

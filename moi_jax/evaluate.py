@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,12 @@ from moi_jax.evaluation.tasks import TASKS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
-
     from moi_jax.checkpoints.opener import OpenCheckpoint
     from moi_jax.evaluation.protocol import Item, Task
     from moi_jax.sampling.chat_model import ChatModel
+
+log = logging.getLogger(__name__)
+
 
 HELD_OUT = "held_out"
 CROSSED = "gsm8k,humaneval"
@@ -219,11 +221,10 @@ def evaluate(args: argparse.Namespace) -> None:
       UserError: checkpoint, data, options or machine do not allow it; what was finished is kept.
     """
     import jax
-    from rich.console import Console
 
-    from moi_jax.checkpoints.checkpoints import find_step
+    from moi_jax.checkpoints.items import find_step
     from moi_jax.checkpoints.opener import open_checkpoint
-    from moi_jax.common.console import say
+    from moi_jax.common.log import show_logs
     from moi_jax.common.whole_files import check_writable
     from moi_jax.config.load import load_config
     from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
@@ -231,7 +232,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from moi_jax.evaluation.runner import results_so_far, run_benchmarks
     from moi_jax.evaluation.tasks import open_task
 
-    console = Console()
+    show_logs(process_index=jax.process_index())
     args.out = args.out or Path("runs/evaluation") / checkpoint_name(find_step(args.checkpoint))
     options = Options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Options)})
     names = task_names(args.tasks)
@@ -248,7 +249,11 @@ def evaluate(args: argparse.Namespace) -> None:
         limit=args.limit,
     )
     checkpoint = open_checkpoint(
-        args.checkpoint, dtype=args.dtype, mesh=args.mesh, chat_template=args.chat_template
+        args.checkpoint,
+        devices=jax.devices(),
+        dtype=args.dtype,
+        mesh=args.mesh,
+        chat_template=args.chat_template,
     )
     with jax.set_mesh(checkpoint.mesh):
         prompt = chosen_system(args, checkpoint.prompts["default_system_prompt"])
@@ -257,20 +262,20 @@ def evaluate(args: argparse.Namespace) -> None:
         if tasks:
             results_so_far(args.out, made_by)
         if HELD_OUT in names:
-            measure_held_out(checkpoint, held_out, args.out, console)
+            measure_held_out(checkpoint, held_out, args.out)
         if tasks or harness:
-            say(console, f"{checkpoint.step} in {checkpoint.dtype}; {model.sampler.describe()}")
-            run_benchmarks(tasks, model, made_by, options, console)
+            log.info(f"{checkpoint.step} in {checkpoint.dtype}; {model.sampler.describe()}")
+            run_benchmarks(tasks, model, made_by, options)
             if harness:
                 from moi_jax.evaluation.harness.run import run_lm_eval
 
-                run_lm_eval(harness, model, made_by, options, console)
+                run_lm_eval(harness, model, made_by, options)
         if crossed:
-            _crossed_prompts(checkpoint, model, made_by, crossed, options, console)
+            _crossed_prompts(checkpoint, model, made_by, crossed, options)
     if (args.out / "results.json").exists():
         from moi_jax.evaluation.reports.report import write_report
 
-        say(console, f"report {write_report([args.out, *args.compare], args.out / 'report.html')}")
+        log.info(f"report {write_report([args.out, *args.compare], args.out / 'report.html')}")
 
 
 def checkpoint_name(step: Path) -> str:
@@ -293,11 +298,11 @@ def _chat_model(
     checkpoint: "OpenCheckpoint", args: argparse.Namespace, system_prompt: str | None
 ) -> "tuple[ChatModel, dict[str, Any]]":
     """The model under a system prompt, and what stands for it in its results."""
-    from moi_jax.evaluation.runner import parameters_fingerprint
+    from moi_jax.checkpoints.items import parameters_fingerprint
     from moi_jax.sampling.chat_model import make_chat_model
 
     make_chat = make_chat_model(
-        checkpoint.make_model,
+        checkpoint.bind,
         checkpoint.config,
         checkpoint.tokenizer,
         system_prompt,
@@ -323,10 +328,8 @@ def _crossed_prompts(
     made_by: "dict[str, Any]",
     tasks: "Sequence[tuple[Task, Sequence[Item]]]",
     options: Options,
-    console: "Console",
 ) -> None:
     """The tasks under each prompt of the checkpoint and some that it never saw, side by side."""
-    from moi_jax.common.console import say
     from moi_jax.evaluation.prompts.crossing import single_prompts
     from moi_jax.evaluation.reports.report import write_report
     from moi_jax.evaluation.runner import run_benchmarks
@@ -334,14 +337,14 @@ def _crossed_prompts(
 
     directories = []
     for name, prompt in single_prompts(checkpoint.prompts, checkpoint.tokenizer).items():
-        say(console, f"{name}: {'no system block' if prompt is None else prompt}")
+        log.info(f"{name}: {'no system block' if prompt is None else prompt}")
         under = dataclasses.replace(options, out=options.out / "prompts" / name.replace(" ", "_"))
         # Made anew: a task may keep files of its own beside the results.
         again = [(make_task(task.name, under), items) for task, items in tasks]
         asked = dataclasses.replace(model, system_prompt=prompt)
-        run_benchmarks(again, asked, {**made_by, "system_prompt": prompt}, under, console)
+        run_benchmarks(again, asked, {**made_by, "system_prompt": prompt}, under)
         directories.append(under.out)
-    say(console, f"report {write_report(directories, options.out / 'prompts' / 'report.html')}")
+    log.info(f"report {write_report(directories, options.out / 'prompts' / 'report.html')}")
 
 
 if __name__ == "__main__":

@@ -188,10 +188,16 @@ def _standard_input() -> str:
 
 
 def _open(args: argparse.Namespace) -> "OpenCheckpoint":
+    import jax
+
     from moi_jax.checkpoints.opener import open_checkpoint
 
     return open_checkpoint(
-        args.checkpoint, dtype=args.dtype, mesh=args.mesh, chat_template=args.chat_template
+        args.checkpoint,
+        devices=jax.devices(),
+        dtype=args.dtype,
+        mesh=args.mesh,
+        chat_template=args.chat_template,
     )
 
 
@@ -200,7 +206,7 @@ def _sampler(opened: "OpenCheckpoint", slots: int, context: int) -> "Sampler":
     from moi_jax.sampling.chat_model import make_sampler
 
     sampler = make_sampler(
-        opened.make_model,
+        opened.bind,
         opened.config,
         opened.tokenizer,
         slots=slots,
@@ -305,8 +311,8 @@ def _answer_ids(opened: "OpenCheckpoint", args: argparse.Namespace) -> None:
 
 
 def _answer_file(args: argparse.Namespace) -> None:
-    from moi_jax.common.console import count_bar
-    from moi_jax.evaluation.runner import parameters_fingerprint
+    from moi_jax.checkpoints.items import parameters_fingerprint
+    from moi_jax.common.progress import count_bar
     from moi_jax.sampling.conversation_file import (
         AnsweredFile,
         check_absent,

@@ -55,28 +55,26 @@ def main() -> None:
     overrides = [f"data.{key}={value}" for key, value in options.items() if value is not None]
     config = load_config(args.config, [*args.overrides, *overrides])
 
-    from rich.console import Console
-
+    from moi_jax.checkpoints.experiment import open_experiment
+    from moi_jax.common.log import show_logs
     from moi_jax.data.cache.prepare import prepare_shard
     from moi_jax.data.cache.selection import domain_report
-    from moi_jax.data.planning.run import RunPlan
-    from moi_jax.training.inputs import open_inputs, resolve
+    from moi_jax.data.dataset import open_dataset
 
-    console = Console()
-    resolved = resolve(config)
+    show_logs()
+    experiment = open_experiment(config)
     if args.shard:
-        prepare_shard(resolved.config.data, resolved.tokenizer, console, *args.shard)
+        prepare_shard(experiment.config.data, experiment.tokenizer, *args.shard)
         return
     begin = time.perf_counter()
-    inputs = open_inputs(resolved, console)
+    dataset = open_dataset(experiment.config, experiment.tokenizer)
     prepared = time.perf_counter()
-    plan = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
-    mixture = inputs.show_mixture(plan, console)
+    mixture = dataset.show_mixture(dataset.plan())
     if args.report:
         seconds = {"prepare": prepared - begin, "plan": time.perf_counter() - prepared}
         report = {
-            "domains": domain_report(inputs.caches, inputs.selections),
-            "files": {cache.name: cache.manifest["files"] for cache in inputs.caches},
+            "domains": domain_report(dataset.caches, dataset.selections),
+            "files": {cache.name: cache.manifest["files"] for cache in dataset.caches},
             "mixture": mixture,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }

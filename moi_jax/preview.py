@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,11 @@ from moi_jax.common.errors import UserError, run_command
 from moi_jax.config.load import load_config
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from moi_jax.data.dataset import Dataset
     from moi_jax.data.planning.run import RunPlan
-    from moi_jax.training.inputs import Inputs
+
+log = logging.getLogger(__name__)
+
 
 ROWS = 2  # shown when neither --rows nor --row is given
 # Options that go with one way to look alone.
@@ -24,26 +26,27 @@ def main() -> int:
     args = _arguments()
     config = load_config(args.config, args.overrides)
 
-    from rich.console import Console
-
-    from moi_jax.data.planning.run import RunPlan
+    from moi_jax.checkpoints.experiment import open_experiment
+    from moi_jax.common.log import show_logs
+    from moi_jax.data.dataset import open_dataset
     from moi_jax.data.preview.picture import check_picture
-    from moi_jax.training.inputs import open_inputs, resolve
 
     for picture in (args.png, args.histogram):
         if picture:
             check_picture(picture)
     # Any text may stand in the data, whatever the terminal's encoding can show.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    console, progress = Console(), Console(stderr=True)
-    inputs = open_inputs(resolve(config), progress)
-    run = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
+    show_logs(stderr=True)  # standard output is for what was asked for
+    experiment = open_experiment(config)
+    dataset = open_dataset(experiment.config, experiment.tokenizer)
+    run = dataset.plan()
     if args.stats:
-        _show_statistics(inputs, run, args, progress if args.json else console)
+        show_logs(stderr=bool(args.json))
+        _show_statistics(dataset, run, args)
     elif args.audit:
-        return _audit(inputs, run, args.audit, args.seed or 0, console)
+        return _audit(dataset, run, args.audit, args.seed or 0)
     else:
-        _show_rows(inputs, run, args, console)
+        _show_rows(dataset, run, args)
     return 0
 
 
@@ -114,60 +117,56 @@ def _count(text: str) -> int:
     return number
 
 
-def _show_rows(
-    inputs: "Inputs", run: "RunPlan", args: argparse.Namespace, console: "Console"
-) -> None:
-    from moi_jax.common.console import say
+def _show_rows(dataset: "Dataset", run: "RunPlan", args: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from moi_jax.data.preview.picture import draw_row
     from moi_jax.data.preview.row import print_legend, print_row, view_row
 
-    source, first = inputs.row_source(run), args.row or 0
+    source, first = dataset.row_source(run), args.row or 0
     if first >= run.total_rows:
         raise UserError(f"--row {first} is past the run's last row, {run.total_rows - 1}")
     if args.png:
         draw_row(view_row(source, first), args.png)
-        say(console, f"row {first} drawn in {args.png}")
+        print(f"row {first} drawn in {args.png}")
         return
+    console = Console()
     print_legend(console)
     rows = args.rows or (ROWS if args.row is None else 1)
     for row in range(first, min(first + rows, run.total_rows)):
-        say(console, "")
-        print_row(view_row(source, row), inputs.tokenizer, console)
+        print()
+        print_row(view_row(source, row), dataset.tokenizer, console)
 
 
-def _show_statistics(
-    inputs: "Inputs", run: "RunPlan", args: argparse.Namespace, console: "Console"
-) -> None:
-    from moi_jax.common.console import say
+def _show_statistics(dataset: "Dataset", run: "RunPlan", args: argparse.Namespace) -> None:
     from moi_jax.data.preview.picture import draw_lengths
     from moi_jax.data.preview.statistics import length_statistics, print_accounts, print_lengths
 
-    mixture = inputs.show_mixture(run, console)
-    lengths = length_statistics(inputs.corpus)
-    print_lengths(lengths, console)
-    print_accounts(mixture, console)
+    mixture = dataset.show_mixture(run)
+    lengths = length_statistics(dataset.corpus)
+    print_lengths(lengths)
+    print_accounts(mixture)
     if args.histogram:
-        draw_lengths(inputs.corpus, inputs.config.data.sequence_length, args.histogram)
-        say(console, f"lengths drawn in {args.histogram}")
+        draw_lengths(dataset.corpus, dataset.config.data.sequence_length, args.histogram)
+        log.info(f"lengths drawn in {args.histogram}")
     if args.json:
         print(json.dumps({**mixture, "lengths": lengths}, indent=2))
 
 
-def _audit(inputs: "Inputs", run: "RunPlan", count: int, seed: int, console: "Console") -> int:
+def _audit(dataset: "Dataset", run: "RunPlan", count: int, seed: int) -> int:
     import random
 
-    from moi_jax.common.console import say
     from moi_jax.data.preview.audit import audit
 
     rows = sorted(random.Random(seed).sample(range(run.total_rows), min(count, run.total_rows)))
-    train = [selection.train for selection in inputs.selections]
-    records = [len(cache.lengths) for cache in inputs.caches]
-    difference = audit(inputs.row_source(run), train, records, inputs.tokenizer, rows)
+    train = [selection.train for selection in dataset.selections]
+    records = [len(cache.lengths) for cache in dataset.caches]
+    difference = audit(dataset.row_source(run), train, records, dataset.tokenizer, rows)
     if difference:
-        say(console, f"audit: {difference}")
+        print(f"audit: {difference}")
         return 1
-    length = inputs.config.data.sequence_length
-    say(console, f"audit: {len(rows)} rows of {length} tokens equal")
+    length = dataset.config.data.sequence_length
+    print(f"audit: {len(rows)} rows of {length} tokens equal")
     return 0
 
 

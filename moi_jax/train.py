@@ -2,19 +2,10 @@
 
 import argparse
 import os
-from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moi_jax.common.errors import UserError, run_command
+from moi_jax.common.errors import run_command
 from moi_jax.config.load import load_config
-from moi_jax.config.schema import Config
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from moi_jax.models.parameters import Tree
 
 
 def main() -> int:
@@ -45,113 +36,40 @@ def main() -> int:
     if args.print_config:
         print(config.to_yaml(), end="")
         return 0
-    return train(config, fresh=args.fresh, allow_change=args.allow_change)
-
-
-def train(config: Config, *, fresh: bool = False, allow_change: bool = False) -> int:
-    """Runs, or goes on with, the training a config describes; returns the exit status.
-
-    Raises:
-      UserError: config, data, checkpoint or run directory do not allow it.
-    """
     if config.train.deterministic:  # read by XLA when jax starts
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+
     import jax
-    from rich.console import Console
 
-    from moi_jax.checkpoints.checkpoints import RunCheckpoints
-    from moi_jax.common.console import say
-    from moi_jax.evaluation.held_out import HeldOut
-    from moi_jax.evaluation.while_training import make_benchmark
-    from moi_jax.sampling.chat_model import make_chat_model
-    from moi_jax.sampling.sample_answers import make_sample_answers
-    from moi_jax.training.inputs import open_inputs, resolve
-    from moi_jax.training.loop import fit
-    from moi_jax.training.report import write_report
-    from moi_jax.training.run_directory import move_aside, run_directory
-    from moi_jax.training.setup import build_machine, start_run
+    from moi_jax.cli.signals import StopSignals
+    from moi_jax.common.log import show_logs
+    from moi_jax.evaluation.while_training import make_evaluations
+    from moi_jax.training.train import train
 
-    console = Console()
-    with run_directory(config.logging.run_dir, fresh) as directory:
-        resolved = resolve(config, None if fresh else directory)
-        machine = build_machine(resolved)
-        inputs = open_inputs(resolved, console)
-        held_out = HeldOut(
-            inputs.caches,
-            inputs.selections,
-            inputs.config.data,
-            config.loss.targets,
-            inputs.tokenizer,
-            machine.microbatch_rows,
-            machine.row_multiple,
-            console,
+    show_logs(process_index=jax.process_index())
+    signals = StopSignals(config.checkpoint.grace_seconds)
+    result = train(
+        config,
+        make_evaluations=make_evaluations,
+        fresh=args.fresh,
+        allow_change=args.allow_change,
+        stop=signals.watching(),
+    )
+    if not result.finished:
+        print(
+            f"saved step {result.step} to {result.directory}; the same command goes on from there"
         )
-        sample = None
-        if config.train.sample_prompts:
-            sample = make_sample_answers(
-                config.train.sample_prompts,
-                config.train.sample_max_new_tokens,
-                inputs.config.data,
-                inputs.tokenizer,
-                machine.make_model,
-                inputs.model,
-                machine.mesh,
-            )
-
-        benchmark = None
-        if config.eval.generate.tasks:
-            chat = make_chat_model(
-                machine.make_model,
-                inputs.model,
-                inputs.tokenizer,
-                inputs.config.data.default_system_prompt,
-                mesh=machine.mesh,
-            )
-            benchmark = make_benchmark(config.eval.generate, directory / "benchmarks", chat)
-
-        def evaluate(parameters: "Tree", give_up: Callable[[], bool]) -> dict[str, float]:
-            return held_out.losses(lambda batch: machine.sums(parameters, batch), give_up)
-
-        if fresh:
-            _refuse_to_move(config.model.init_from, directory)
-            move_aside(directory)
-        opened = RunCheckpoints(directory / "checkpoints", config.checkpoint, inputs.items)
-        # Closed however this ends: a save under way becomes whole first.
-        with closing(opened) as checkpoints, jax.set_mesh(machine.mesh):
-            run = start_run(
-                inputs, machine, checkpoints, allow_change, evaluate, benchmark, sample, console
-            )
-            if run.step == run.steps:
-                say(console, f"the run in {directory} is complete; --fresh begins anew")
-            finished = fit(run)
-        report = write_report(directory)
-    if not finished:
-        say(console, f"saved step {run.step} to {directory}; the same command goes on from there")
-        return run.stop.exit_status
-    _print_answers(directory, console)
-    say(console, f"checkpoint {directory / 'checkpoints' / str(run.step)}")
-    say(console, f"report     {report}")
+        return signals.exit_status
+    _print_answers(result.directory)
+    print(f"checkpoint {result.checkpoint}")
+    print(f"report     {result.report}")
     return 0
 
 
-def _refuse_to_move(init_from: Path | None, directory: Path) -> None:
-    """Raises UserError when --fresh would move aside what the new run begins from."""
-    if init_from is None:
-        return
-    source, moved = init_from.expanduser().resolve(), directory.resolve()
-    if moved == source or moved in source.parents:
-        raise UserError(
-            f"--fresh would move {init_from} aside, which model.init_from names; copy that "
-            f"checkpoint elsewhere first"
-        )
-
-
-def _print_answers(directory: Path, console: "Console") -> None:
+def _print_answers(directory: Path) -> None:
     """The sample answers before and after training, under each prompt."""
     import json
-
-    from moi_jax.common.console import say
 
     path = directory / "samples.jsonl"
     if not path.exists():
@@ -161,10 +79,10 @@ def _print_answers(directory: Path, console: "Console") -> None:
     for answer in answers:
         asked.setdefault((answer["domain"], answer["system"], answer["prompt"]), []).append(answer)
     for (domain, system, prompt), given in asked.items():
-        say(console, f"{domain}, {system} system prompt")
-        say(console, f"  user: {prompt}")
+        print(f"{domain}, {system} system prompt")
+        print(f"  user: {prompt}")
         for answer in given if len(given) == 1 else (given[0], given[-1]):
-            say(console, f"  step {answer['step']}: {answer['answer']}")
+            print(f"  step {answer['step']}: {answer['answer']}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ _programs = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import io
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +26,16 @@ GOLDEN = Path(__file__).parent / "golden" / "qwen_v1"
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN
+
+
+@pytest.fixture
+def log_text() -> Iterator[io.StringIO]:
+    """What moi_jax logs, as plain text."""
+    text = io.StringIO()
+    handler, logger = logging.StreamHandler(text), logging.getLogger("moi_jax")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield text
+    logger.removeHandler(handler)
+    logger.setLevel(level)

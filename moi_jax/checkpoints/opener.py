@@ -1,21 +1,23 @@
 """A checkpoint opened to be asked: parameters on a mesh, tokenizer, template and prompts."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from moi_jax.checkpoints.checkpoints import find_step, read_items, read_parameters
+from moi_jax import config as config_lib
+from moi_jax.checkpoints.items import find_step, read_items
+from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config_lib
+from moi_jax.models.attention import choose_attention
+from moi_jax.models.compute import Compute, resolve_dtype
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import Bind, Decoder, make_model
 from moi_jax.models.parameters import Tree
-from moi_jax.parallel.sharding import AXES, make_mesh
+from moi_jax.parallel.mesh import make_mesh, parse_mesh
 from moi_jax.text.prompts import saved_template
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -36,17 +38,23 @@ class OpenCheckpoint:
     parameters: Tree
     tokenizer: Tokenizer
     prompts: dict[str, Any]
-    make_model: Callable[[Tree], Decoder]
+    bind: Bind
     mesh: Mesh
     dtype: str
 
 
 def open_checkpoint(
-    path: Path, *, dtype: str = "auto", mesh: str | None = None, chat_template: str | None = None
+    path: Path,
+    *,
+    devices: Sequence[jax.Device],
+    dtype: str = "auto",
+    mesh: str | None = None,
+    chat_template: str | None = None,
 ) -> OpenCheckpoint:
     """Reads a step directory, or the newest step of a run.
 
     Args:
+      devices: what the mesh is made of.
       dtype: auto is float32 on a CPU and bfloat16 elsewhere.
       mesh: devices along the axes, such as "fsdp=2,tensor=4"; an axis not named has 1. None
         splits the model over all devices there are (tensor).
@@ -56,7 +64,8 @@ def open_checkpoint(
       UserError: there is no checkpoint or a damaged one, it has no tokenizer, its chat template
         is none of ours or was rendered otherwise, or the mesh does not fit the devices.
     """
-    devices = make_mesh(_parse_mesh(mesh))  # before what takes long
+    axes = parse_mesh(mesh) if mesh else config_lib.Mesh(data=1, fsdp=1, tensor=-1)
+    placed_on = make_mesh(axes, devices)  # before what takes long
     step = find_step(path)
     items = read_items(step)
     template = chat_template or saved_template(items.prompts, step, "--chat-template")
@@ -64,40 +73,43 @@ def open_checkpoint(
         tokenizer = Tokenizer.from_files(items.tokenizer, template)
     except UserError as error:
         raise UserError(f"{step}: {error}") from None
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    platform = devices[0].platform
+    dtype = resolve_dtype(dtype, platform)
+    attention = choose_attention("auto", platform, placed_on)
     return OpenCheckpoint(
         step=step,
         config=items.model,
-        parameters=read_parameters(step, items.model, dtype, devices),
+        parameters=read_parameters(step, items.model, dtype, placed_on),
         tokenizer=tokenizer,
         prompts=items.prompts,
-        make_model=partial(Decoder, items.model, compute_dtype=dtype),
-        mesh=devices,
+        bind=make_model(items.model, Compute(dtype, attention=attention)),
+        mesh=placed_on,
         dtype=dtype,
     )
 
 
-def _parse_mesh(text: str | None) -> config_lib.Mesh:
-    """The axes of "fsdp=2,tensor=4"."""
-    if text is None:
-        return config_lib.Mesh(data=1, fsdp=1, tensor=-1)
-    sizes = dict.fromkeys(AXES, 1)
-    seen = set()
-    for part in text.split(","):
-        axis, _, number = (piece.strip() for piece in part.partition("="))
-        if axis not in sizes or axis in seen or not number.removeprefix("-").isdecimal():
-            raise _no_mesh(text)
-        seen.add(axis)
-        sizes[axis] = int(number)
-    try:
-        return config_lib.Mesh(**sizes)
-    except ValueError:
-        raise _no_mesh(text) from None
+def load(
+    path: str | Path,
+    dtype: jax.typing.DTypeLike = "float32",
+    mesh: Mesh | None = None,
+    chat_template: str | None = None,
+) -> tuple[Decoder, Tokenizer]:
+    """A model in inference mode and its tokenizer, from any checkpoint of ours.
 
+    Args:
+      path: a step directory, or a run (its newest step).
+      dtype: of the parameters and the computation.
+      mesh: where the parameters are laid out; None is one device.
+      chat_template: its name; None for the one the checkpoint was made with, if any.
 
-def _no_mesh(text: str) -> UserError:
-    return UserError(
-        f"--mesh {text!r} is no mesh; write the number of devices along {', '.join(AXES)}, each "
-        f"once at most, as fsdp=2,tensor=4 (-1, for one of them, is all the rest)"
-    )
+    Raises:
+      UserError: `path` holds no checkpoint, or one whose template is rendered otherwise now.
+    """
+    items = read_items(Path(path))
+    if chat_template is None and items.prompts["chat_template"] is not None:
+        chat_template = saved_template(items.prompts, path, "chat_template")
+    parameters = read_parameters(Path(path), items.model, dtype, mesh)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    compute = Compute(dtype, attention=choose_attention("auto", platform, mesh))
+    model = make_model(items.model, compute)(parameters)
+    return model, Tokenizer.from_files(items.tokenizer, chat_template)

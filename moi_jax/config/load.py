@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Config
+from moi_jax.config import Config
 
 # PyYAML raises a plain ValueError on a date that is none, RecursionError on deep nesting.
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from moi_jax.config.schema import Loss
+from moi_jax.config import Loss
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.run import RunPlan
 from moi_jax.text.rendering import Instruction, label_mask

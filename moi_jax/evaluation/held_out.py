@@ -1,26 +1,30 @@
 """Held-out losses: every held-out conversation once, alone in its row, per domain and prompt."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from rich.console import Console
 
-from moi_jax.common.console import say
-from moi_jax.config import schema as config
-from moi_jax.data.cache.prepare import DomainCache
+from moi_jax import config
+from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.selection import Selection
 from moi_jax.data.loader import Batch, Placed, assemble
+from moi_jax.evaluation.row_sums import RowSums
+from moi_jax.parallel.placing import bucket
 from moi_jax.text.prompts import resolve_prompt
 from moi_jax.text.rendering import with_system_prompt
 from moi_jax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
 
 # Rows are cut to the shortest of these widths, times two and so on, that holds them.
 _SHORTEST_ROW = 128
 
 # The width of a batch, and its rows of groups of one instruction.
 Rows = tuple[int, list[list[list[Placed]]]]
-Sums = Callable[[Batch], dict[str, np.ndarray]]
+MeasureRows = Callable[[Batch], RowSums]
 
 
 class HeldOut:
@@ -39,7 +43,6 @@ class HeldOut:
         tokenizer: Tokenizer,
         rows: int,
         row_multiple: int,
-        console: Console,
     ):
         """
         Args:
@@ -67,22 +70,23 @@ class HeldOut:
                 default.append(Placed(other, index, 1.0))
         fitting = [p for p in default if len(p.instruction.tokens) <= data.sequence_length]
         if len(fitting) < len(default):
-            say(
-                console,
+            log.info(
                 f"{len(default) - len(fitting)} held-out conversations are too long under the "
                 f"default prompt and left out there",
             )
         self.own, self.default = self._in_rows(own), self._in_rows(fitting)
 
-    def losses(self, sums: Sums, give_up: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    def losses(
+        self, row_sums: MeasureRows, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
         """Token means in nats: eval/<domain>/loss, .../default_prompt/loss, and their means.
 
         Args:
-          sums: the model's domain_nll and domain_loss_tokens of a batch.
-          give_up: asked before each batch; once it is true there are no losses, {}.
+          row_sums: the model's, of a numpy batch.
+          should_stop: asked before each batch; once it is true there are no losses, {}.
         """
-        own = self._token_means(self.own, sums, give_up)
-        default = self._token_means(self.default, sums, give_up)
+        own = self._token_means(self.own, row_sums, should_stop)
+        default = self._token_means(self.default, row_sums, should_stop)
         if own is None or default is None:
             return {}
         losses: dict[str, float] = {}
@@ -97,15 +101,20 @@ class HeldOut:
         return losses
 
     def _token_means(
-        self, rows: list[Rows], sums: Sums, give_up: Callable[[], bool]
+        self,
+        rows: list[Rows],
+        row_sums: Callable[[Batch], RowSums],
+        should_stop: Callable[[], bool],
     ) -> list[float] | None:
         nll, tokens = np.zeros((2, len(self.domains)), np.float64)
-        for batch in self.batches(rows):
-            if give_up():
+        for (_, filled), batch in zip(rows, self.batches(rows), strict=True):
+            if should_stop():
                 return None
-            result = sums(batch)
-            nll += result["domain_nll"]
-            tokens += result["domain_loss_tokens"]
+            result = row_sums(batch)
+            # The rows after the last conversation only fill the batch up.
+            domains = [groups[0][0].domain_id for groups in filled if groups]
+            np.add.at(nll, domains, result.nll[: len(domains)])
+            np.add.at(tokens, domains, result.loss_tokens[: len(domains)])
         return [
             n / t if t else math.nan for n, t in zip(nll.tolist(), tokens.tolist(), strict=True)
         ]
@@ -141,10 +150,7 @@ def batches_by_width(
     """
     by_width: dict[int, list[int]] = {}
     for member, length in enumerate(lengths):
-        width = _SHORTEST_ROW
-        while width < length:
-            width *= 2
-        by_width.setdefault(min(width, longest), []).append(member)
+        by_width.setdefault(bucket(length, _SHORTEST_ROW, longest), []).append(member)
     batches = []
     for width in sorted(by_width):
         members = by_width[width]

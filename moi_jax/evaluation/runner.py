@@ -4,8 +4,8 @@ DIR/results.json, DIR/samples/TASK.jsonl    what people read, written whole
 DIR/answers/TASK.jsonl                      the model's texts as they come: a killed run goes on
 """
 
-import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -13,22 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from moi_jax.common.console import count_bar, say
 from moi_jax.common.errors import UserError, cannot_write
+from moi_jax.common.progress import count_bar
 from moi_jax.common.whole_files import write_whole
-from moi_jax.evaluation.answering import (
-    AnswerLog,
-    answer_items,
-    evenly_spaced,
-    json_line,
-    places,
-)
+from moi_jax.evaluation.answering import answer_items, evenly_spaced, places
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Item, Task
 from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
+from moi_jax.sampling.answer_log import AnswerLog, json_line
 from moi_jax.sampling.chat_model import ChatModel
+
+log = logging.getLogger(__name__)
+
 
 Json = dict[str, Any]
 
@@ -70,7 +66,6 @@ def run_benchmarks(
     model: ChatModel,
     made_by: Json,
     options: Options,
-    console: Console,
 ) -> Json:
     """Runs the tasks one after another and writes results and samples into options.out.
 
@@ -102,7 +97,7 @@ def run_benchmarks(
                 "too_long": options.too_long,
                 **summary["settings"],
             }
-            _tell(task.name, summary, results["tasks"].get(task.name), console)
+            _tell(task.name, summary, results["tasks"].get(task.name))
             results["tasks"][task.name] = summary
             results["overall"] = overall(results["tasks"])
             _write(options.out / "samples" / f"{task.name}.jsonl", _samples(scored))
@@ -129,24 +124,13 @@ def results_so_far(out: Path, made_by: Json) -> Json:
     return results
 
 
-def _tell(name: str, summary: Json, before: Json | None, console: Console) -> None:
-    say(console, f"{name}: {describe(summary)}")
+def _tell(name: str, summary: Json, before: Json | None) -> None:
+    log.info(f"{name}: {describe(summary)}")
     for note in summary["notes"]:
-        say(console, f"  {note}")
+        log.info(f"  {note}")
     if before and before["settings"] != summary["settings"]:
         differs = _difference(before["settings"], summary["settings"])
-        say(console, f"  it takes the place of an earlier result: {describe(before)} ({differs})")
-
-
-def parameters_fingerprint(step: Path) -> str:
-    """Of a checkpoint's parameters, by their files' names (which are random) and sizes."""
-    folder = step / "parameters"
-    files = sorted(
-        (str(file.relative_to(folder)), file.stat().st_size)
-        for file in folder.rglob("*")
-        if file.is_file()
-    )
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+        log.info(f"  it takes the place of an earlier result: {describe(before)} ({differs})")
 
 
 def _settings(task: Task, model: ChatModel, options: Options) -> Json:

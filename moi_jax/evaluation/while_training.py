@@ -1,28 +1,106 @@
-"""Benchmarks on a few of their items while a model is trained (eval.generate)."""
+"""What is measured while a model is trained: held-out losses, benchmarks, sample answers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from jax.sharding import Mesh
+
+from moi_jax import config
+from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
-from moi_jax.evaluation.answering import AnswerLog, evenly_spaced
+from moi_jax.data.dataset import Dataset
+from moi_jax.evaluation.answering import evenly_spaced
+from moi_jax.evaluation.held_out import HeldOut
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.results import summarize
+from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.evaluation.runner import run_task
 from moi_jax.evaluation.tasks import open_task
+from moi_jax.models.decoder import Bind
 from moi_jax.models.parameters import Tree
-from moi_jax.sampling.chat_model import ChatModel
+from moi_jax.parallel.placing import batch_shards
+from moi_jax.sampling.answer_log import AnswerLog
+from moi_jax.sampling.chat_model import ChatModel, make_chat_model
+from moi_jax.sampling.sample_answers import make_sample_answers
 
 # Those whose score needs the whole benchmark, or a judge.
 NO_SLICE = {"mt_bench", "teval"}
+
+
+ShouldStop = Callable[[], bool]
+Evaluate = Callable[[Tree, ShouldStop], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainingEvaluations:
+    """What a run asks of its parameters, see `moi_jax.training.loop.Evaluations`."""
+
+    held_out: Evaluate
+    benchmarks: Evaluate | None
+    samples: Callable[[Tree], list[dict[str, str]]] | None
+
+
+def make_evaluations(
+    experiment: Experiment, dataset: Dataset, bind: Bind, mesh: Mesh, run_dir: Path
+) -> TrainingEvaluations:
+    """All that the config asks for.
+
+    Args:
+      bind: parameters -> model.
+
+    Raises:
+      UserError: a benchmark is unknown, may not run here, or its data is missing or damaged.
+    """
+    config = dataset.config
+    train = config.train
+    held_out = HeldOut(
+        dataset.caches,
+        dataset.selections,
+        config.data,
+        config.loss.targets,
+        dataset.tokenizer,
+        train.microbatch_rows or train.global_batch_rows,
+        batch_shards(mesh),
+    )
+    row_sums = make_row_sums(bind, mesh)
+    samples = None
+    if train.sample_prompts:
+        samples = make_sample_answers(
+            train.sample_prompts,
+            train.sample_max_new_tokens,
+            config.data,
+            dataset.tokenizer,
+            bind,
+            experiment.model,
+            mesh,
+        )
+    benchmarks = None
+    if config.eval.generate.tasks:
+        make_chat = make_chat_model(
+            bind,
+            experiment.model,
+            dataset.tokenizer,
+            config.data.default_system_prompt,
+            mesh=mesh,
+        )
+        benchmarks = make_benchmark(config.eval.generate, run_dir / "benchmarks", make_chat)
+    return TrainingEvaluations(
+        held_out=lambda parameters, should_stop: held_out.losses(
+            partial(row_sums, parameters), should_stop
+        ),
+        benchmarks=benchmarks,
+        samples=samples,
+    )
 
 
 def make_benchmark(
     settings: config.Generate,
     out: Path,
     make_chat: Callable[[Tree], ChatModel],
-) -> Callable[[Tree, Callable[[], bool]], dict[str, float]]:
-    """A function (parameters, whether to give up) -> eval/<task>/score, 0 to 100, of each task.
+) -> Evaluate:
+    """A function (parameters, should_stop) -> eval/<task>/score, 0 to 100, of each task.
 
     Args:
       out: where a task keeps what it needs for itself.
@@ -44,9 +122,9 @@ def make_benchmark(
     opened = [open_task(name, options) for name in settings.tasks]
     asked = [(task, evenly_spaced(items, settings.limit)) for task, items in opened]
 
-    def benchmark(parameters: Tree, give_up: Callable[[], bool]) -> dict[str, float]:
+    def benchmark(parameters: Tree, should_stop: ShouldStop) -> dict[str, float]:
         def after_each() -> None:
-            if give_up():
+            if should_stop():
                 raise GivenUp
 
         model = make_chat(parameters)

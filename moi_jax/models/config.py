@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from moi_jax.common.errors import UserError
-from moi_jax.models.families import FAMILIES, Family
+from moi_jax.models.families import FAMILIES
+from moi_jax.models.families.family import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

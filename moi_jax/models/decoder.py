@@ -1,5 +1,6 @@
 """The one decoder: embedding, a scan over stacked layers, final norm, head (tied or not)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moi_jax.models import rotary
-from moi_jax.models.attention.xla import attention
+from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.parameters import Tree
 from moi_jax.parallel.axes import constrain
@@ -81,18 +82,16 @@ class Decoder(nnx.Module):
         self,
         config: ModelConfig,
         parameters: Tree,
-        *,
-        compute_dtype: jax.typing.DTypeLike = jnp.float32,
-        remat: str = "none",
+        compute: Compute,
     ):
         """
         Args:
           parameters: as declared; or as `decoding.unstack` gives them, to decode with a cache.
-          remat: none, full (recompute each layer backward), dots (keep the projections).
         """
         self.config = config
-        self.compute_dtype = jnp.dtype(compute_dtype)
-        self.remat = remat
+        self.compute_dtype = jnp.dtype(compute.dtype)
+        self.remat = compute.remat
+        self.attention = compute.attention
         self.embedding = nnx.Param(parameters["embedding"])
         layers = parameters["layers"]
         if isinstance(layers, dict):
@@ -189,8 +188,8 @@ class Decoder(nnx.Module):
         def layer(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
             block = nnx.merge(graph, parameters)
             query, key, value = block.heads(x, cos, sin, query_scale)
-            x = block.mix(x, attention(query, key, value, segment_ids))
-            return constrain(x, "batch", None, None), (key, value) if keep_heads else None
+            x = block.mix(x, self.attention(query, key, value, segment_ids, positions))
+            return constrain(x, "batch", "sequence", None), (key, value) if keep_heads else None
 
         x, heads = jax.lax.scan(_with_remat(layer, self.remat), x, stacked)
         return rms_norm(x, self.final_norm[...], config.norm_eps), heads
@@ -213,8 +212,8 @@ class Decoder(nnx.Module):
         # Each device looks up its part of D for the rows of all, and gets its own rows' other
         # parts by an all-to-all: neither the table nor its gradient is ever whole on a device.
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.compute_dtype)
-        x = constrain(x, "logits_batch", None, "embed")
-        return constrain(x, "batch", None, None)
+        x = constrain(x, "logits_batch", "sequence", "embed")
+        return constrain(x, "batch", "sequence", None)
 
     def head_weight(self) -> jax.Array:
         """[D, V] in the compute dtype: the head's, or the embedding's where they are tied."""
@@ -228,6 +227,14 @@ class Decoder(nnx.Module):
         statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
         head = self.head_weight()
         return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=statistics)
+
+
+Bind = Callable[[Tree], Decoder]
+
+
+def make_model(config: ModelConfig, compute: Compute | None = None) -> Bind:
+    """The one way to a model: a function from its parameters to the `Decoder` over them."""
+    return partial(Decoder, config, compute=compute or Compute())
 
 
 @partial(jax.jit, static_argnums=0)

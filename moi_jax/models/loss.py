@@ -59,7 +59,7 @@ def _in_chunks(
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     statistics = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=statistics)
-    return constrain(logits, "logits_batch", None, "head_vocab")
+    return constrain(logits, "logits_batch", "sequence", "head_vocab")
 
 
 def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
+from moi_jax.parallel.placing import named_sharding
 
 Tree = dict[str, Any]
 
@@ -88,6 +90,20 @@ def map_parameters(config: ModelConfig, make: Callable[[str, Parameter], Any]) -
 def abstract_parameters(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Tree:
     """The tree of `jax.ShapeDtypeStruct`s."""
     return map_parameters(config, lambda _, p: jax.ShapeDtypeStruct(p.shape, dtype))
+
+
+def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
+    """The tree of shardings of the parameters, from their logical axes."""
+    return map_parameters(config, lambda _, p: named_sharding(p.axes, p.shape, mesh))
+
+
+def random_parameters(
+    config: ModelConfig, seed: int, dtype: jax.typing.DTypeLike, mesh: Mesh
+) -> Tree:
+    """Random parameters, made where they will lie; the values do not depend on the mesh."""
+    shardings = parameter_shardings(config, mesh)
+    make = jax.jit(lambda key: init_parameters(config, key, dtype), out_shardings=shardings)
+    return make(jax.random.key(seed))
 
 
 def init_parameters(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> Tree:

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import PartitionSpec
 
+MESH_AXES = ("data", "fsdp", "tensor")
+
 # Logical axis: the mesh axes it is split over, outermost first. Names not listed are whole.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "sequence": (),  # the tokens of a row; context parallelism will split them
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     # The head's vocabulary, and that of the logits: split over the axis that holds the other

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import Bind
 from moi_jax.models.parameters import Tree
 from moi_jax.sampling.likelihood import LikelihoodScorer
 from moi_jax.sampling.sampler import Sampler
@@ -35,7 +35,7 @@ class ChatModel:
 
 
 def make_chat_model(
-    make_model: Callable[[Tree], Decoder],
+    bind: Bind,
     config: ModelConfig,
     tokenizer: Tokenizer,
     system_prompt: str | None,
@@ -47,16 +47,16 @@ def make_chat_model(
     """A function parameters -> `ChatModel`: compiled programs are shared by all that it makes.
 
     Args:
-      make_model: parameters -> model.
+      bind: parameters -> model.
       slots, context: see `Sampler`.
     """
-    sampler = make_sampler(make_model, config, tokenizer, slots=slots, context=context, mesh=mesh)
-    scorer = LikelihoodScorer(make_model, config, context=context, mesh=mesh)
+    sampler = make_sampler(bind, config, tokenizer, slots=slots, context=context, mesh=mesh)
+    scorer = LikelihoodScorer(bind, config, context=context, mesh=mesh)
     return lambda parameters: ChatModel(sampler, scorer, parameters, tokenizer, system_prompt)
 
 
 def make_sampler(
-    make_model: Callable[[Tree], Decoder],
+    bind: Bind,
     config: ModelConfig,
     tokenizer: Tokenizer,
     *,
@@ -66,7 +66,7 @@ def make_sampler(
 ) -> Sampler:
     """A sampler that stops where the tokenizer's chat template does."""
     return Sampler(
-        make_model,
+        bind,
         config,
         stop_ids=tokenizer.template.stops,
         vocab_size=tokenizer.vocab_size,

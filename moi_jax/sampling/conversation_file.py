@@ -10,7 +10,7 @@ from moi_jax.common.whole_files import write_whole
 from moi_jax.data.sources.formats import FORMATS, to_chat
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.data.sources.turns import text_of
-from moi_jax.evaluation.answering import AnswerLog, json_line
+from moi_jax.sampling.answer_log import AnswerLog, json_line
 from moi_jax.sampling.requests import Completion
 from moi_jax.text.conversations import BadRow, Message
 

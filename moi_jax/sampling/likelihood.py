@@ -1,7 +1,7 @@
 """Log-likelihoods of given continuations, and whether a greedy model would have written them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -9,13 +9,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import Bind
 from moi_jax.models.loss import token_scores
 from moi_jax.models.parameters import Tree
-from moi_jax.parallel.axes import RULES
+from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated, round_up
 from moi_jax.sampling.rows import PREFILL_TOKENS
 
 # (context ids, continuation ids), neither of them empty.
@@ -49,7 +49,7 @@ class LikelihoodScorer:
 
     def __init__(
         self,
-        make_model: Callable[[Tree], Decoder],
+        bind: Bind,
         config: ModelConfig,
         *,
         rows: int = 8,
@@ -58,21 +58,20 @@ class LikelihoodScorer:
     ):
         """
         Args:
-          make_model: parameters -> model.
+          bind: parameters -> model.
           rows: in a batch; fewer where they are long, and divided by the mesh's batch shards.
           context: tokens that the model reads at most; None is the model's seq_length.
           mesh: where the parameters lie; None is one device.
         """
         self.context = config.seq_length if context is None else context
         self._mesh = mesh
-        self._parts = 1 if mesh is None else math.prod(mesh.shape[a] for a in RULES["batch"])
-        self._rows = -(-rows // self._parts) * self._parts
+        self._rows = round_up(rows, mesh)
 
         def score(
             parameters: Tree, tokens: jax.Array, lengths: jax.Array, before: int
         ) -> tuple[jax.Array, ...]:
             """See `_score`; tokens int32[B, S], lengths int32[B]."""
-            model = make_model(parameters)
+            model = bind(parameters)
             index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             real = (index < lengths[:, None]).astype(jnp.int32)
             hidden = model.hidden_states(tokens, index, real, training=False)
@@ -90,7 +89,7 @@ class LikelihoodScorer:
             score,
             static_argnums=3,
             # Every host reads the results.
-            out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+            out_shardings=None if mesh is None else replicated(mesh),
         )
 
     def run(self, parameters: Tree, pairs: Sequence[Pair]) -> Iterator[tuple[int, Likelihood]]:
@@ -114,7 +113,7 @@ class LikelihoodScorer:
             shapes.setdefault(self._shape(len(read), before), []).append(read)
         for (width, before), rows in sorted(shapes.items(), reverse=True):
             # The scores of attention are width x width: long rows come in smaller batches.
-            count = min(self._rows, max(PREFILL_TOKENS // width, 1) * self._parts)
+            count = min(self._rows, max(PREFILL_TOKENS // width, 1) * batch_shards(self._mesh))
             for first in range(0, len(rows), count):
                 batch = rows[first : first + count]
                 scores = self._score(parameters, batch, count, width, before)
@@ -124,10 +123,7 @@ class LikelihoodScorer:
 
     def _shape(self, length: int, before: int) -> tuple[int, int]:
         """The width of a row that holds `length` tokens, and how many of them it scores."""
-        width = _SHORTEST_ROW
-        while width < length:
-            width *= 2
-        width = min(width, self.context)
+        width = bucket(length, _SHORTEST_ROW, self.context)
         return width, _SHORT if before <= _SHORT < width else width
 
     def _score(
@@ -144,13 +140,7 @@ class LikelihoodScorer:
         for row, read in enumerate(batch):
             tokens[row, : len(read)] = read
             lengths[row] = len(read)
-        arrays: list[np.ndarray | jax.Array] = [tokens, lengths]
-        if self._mesh is not None:
-            spec = NamedSharding(self._mesh, PartitionSpec(RULES["batch"]))
-            arrays = [
-                jax.make_array_from_callback(a.shape, spec, a.__getitem__)
-                for a in (tokens, lengths)
-            ]
+        arrays = place_rows((tokens, lengths), self._mesh)
         with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             scores = self._score_rows(parameters, *arrays, before)
         return jax.device_get(scores)

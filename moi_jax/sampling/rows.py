@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from moi_jax.parallel.placing import bucket
 from moi_jax.sampling.answer import Answer
 from moi_jax.sampling.choosing import Draws
 from moi_jax.sampling.requests import Request
@@ -45,11 +46,11 @@ def prompt_batches(
       context: no prompt is longer.
     """
     longest = max((len(row.request.prompt) for row in rows.values()), default=0)
-    width = min(power_bucket(longest, SHORTEST_PROMPT), context)
+    width = bucket(longest, SHORTEST_PROMPT, context)
     most = max(PREFILL_TOKENS // width, multiple)
     places = list(rows)
     for group in (places[n : n + most] for n in range(0, len(places), most)):
-        count = power_bucket(len(group), multiple)
+        count = bucket(len(group), multiple)
         tokens = np.zeros((count, width), np.int32)
         for line, slot in zip(tokens, group, strict=False):
             prompt = rows[slot].request.prompt
@@ -57,11 +58,6 @@ def prompt_batches(
         nowhere = [slots] * (count - len(group))
         new = _slots([rows[slot] for slot in group], count, greedy)
         yield np.array(group + nowhere, np.int32), tokens, new
-
-
-def power_bucket(size: int, least: int) -> int:
-    """The smallest of `least` times a power of two that is not below `size`."""
-    return least << (-(-size // least) - 1).bit_length()
 
 
 def _slots(rows: Sequence[Row], count: int, greedy: bool) -> Slots:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from jax.sharding import Mesh
 
-from moi_jax.config import schema as config
+from moi_jax import config
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import Bind
 from moi_jax.models.parameters import Tree
 from moi_jax.sampling.chat_model import make_sampler
 from moi_jax.sampling.requests import Request
@@ -21,7 +21,7 @@ def make_sample_answers(
     max_new_tokens: int,
     data: config.Data,
     tokenizer: Tokenizer,
-    make_model: Callable[[Tree], Decoder],
+    bind: Bind,
     model: ModelConfig,
     mesh: Mesh,
 ) -> Callable[[Tree], list[dict[str, str]]]:
@@ -42,7 +42,7 @@ def make_sample_answers(
             prompts.append(render_prompt([Message("user", question.prompt)], tokenizer, prompt))
     requests = [Request(prompt, max_new_tokens) for prompt in prompts]
     sampler = make_sampler(
-        make_model,
+        bind,
         model,
         tokenizer,
         context=max(len(prompt) for prompt in prompts) + max_new_tokens,

@@ -10,19 +10,19 @@ from itertools import islice
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich import filesize
 
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import Bind
 from moi_jax.models.decoding import unstack
 from moi_jax.models.kv_cache import AXES, Cache, cache_shape, empty_cache, resize
 from moi_jax.models.parameters import Tree, abstract_parameters, declare
-from moi_jax.parallel import axes
+from moi_jax.parallel.placing import batch_shards, bucket, named_sharding, round_up
 from moi_jax.sampling.answer import Answer
 from moi_jax.sampling.requests import Completion, Finish, Request
-from moi_jax.sampling.rows import Row, power_bucket, prompt_batches
+from moi_jax.sampling.rows import Row, prompt_batches
 from moi_jax.sampling.slots import (
     FINISHES,
     NOTHING,
@@ -51,7 +51,7 @@ class Sampler:
 
     def __init__(
         self,
-        make_model: Callable[[Tree], Decoder],
+        bind: Bind,
         config: ModelConfig,
         *,
         stop_ids: Sequence[int],
@@ -63,7 +63,7 @@ class Sampler:
     ):
         """
         Args:
-          make_model: parameters -> model.
+          bind: parameters -> model.
           stop_ids: each ends an answer, and is not part of it.
           vocab_size: ids the tokenizer has; embedding rows beyond are never generated.
           decode: ids -> text.
@@ -72,13 +72,12 @@ class Sampler:
           mesh: the one that the parameters lie on; None is one device.
         """
         self._config, self._decode, self._mesh = config, decode, mesh
-        self._axes = dict(mesh.shape) if mesh is not None else {}
-        self._shards = math.prod(self._axes.get(axis, 1) for axis in axes.RULES["batch"])
-        self.slots = -(-slots // self._shards) * self._shards
+        self._shards = batch_shards(mesh)
+        self.slots = round_up(slots, mesh)
         self.context = config.seq_length if context is None else context
         vocabulary = Vocabulary(vocab_size, tuple(stop_ids))
         self._dtype = jax.eval_shape(
-            lambda parameters: jnp.zeros((), make_model(parameters).compute_dtype),
+            lambda parameters: jnp.zeros((), bind(parameters).compute_dtype),
             abstract_parameters(config, jnp.float32),
         ).dtype
 
@@ -89,11 +88,11 @@ class Sampler:
         self._new = jax.jit(new, static_argnums=(0, 1, 2))
         self._resize = jax.jit(resize, static_argnums=1)
         self._fill = jax.jit(
-            lambda parameters, *given: fill(make_model(parameters), vocabulary, *given),
+            lambda parameters, *given: fill(bind(parameters), vocabulary, *given),
             donate_argnums=(1, 2),
         )
         self._advance = jax.jit(
-            lambda layers, *given: advance(make_model(layers), vocabulary, *given),
+            lambda layers, *given: advance(bind(layers), vocabulary, *given),
             donate_argnums=(1, 2),
         )
 
@@ -127,7 +126,7 @@ class Sampler:
         Besides the cache a run holds the layers' parameters once more, in the compute dtype.
 
         Args:
-          parameters: of the model, as `make_model` takes them.
+          parameters: of the model, as `bind` takes them.
           on_text: told a request's index and new text of its answer, once that text is certain:
             no part of a stop string or of an unfinished character.
 
@@ -150,7 +149,7 @@ class Sampler:
         if not waiting:
             return
         longest = self._ring(max(row.limit for row in waiting))
-        count = min(power_bucket(len(waiting), self._shards), self.slots)
+        count = bucket(len(waiting), self._shards, self.slots)
         greedy = all(row.request.temperature <= 0 for row in waiting)
         self._check_memory(count, longest)
         with self._on_mesh():
@@ -185,7 +184,7 @@ class Sampler:
 
     def _ring(self, tokens: int) -> int:
         """The length of a cache that holds so many; a few lengths, so few shapes to compile."""
-        return min(power_bucket(tokens, SHORTEST_CACHE), self.context)
+        return bucket(tokens, SHORTEST_CACHE, self.context)
 
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
@@ -204,8 +203,7 @@ class Sampler:
         """Of an array with these logical axes, on each device."""
         if self._mesh is None:
             return math.prod(shape)
-        spec = axes.partition_spec(names, shape, self._axes)
-        return math.prod(NamedSharding(self._mesh, spec).shard_shape(shape))
+        return math.prod(named_sharding(names, shape, self._mesh).shard_shape(shape))
 
     def _check_memory(self, rows: int, length: int) -> None:
         """Raises UserError when cache and layers evidently have no room on a device."""

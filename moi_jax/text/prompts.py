@@ -4,8 +4,8 @@ import hashlib
 import json
 from typing import Any
 
+from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
 from moi_jax.text.templates import TEMPLATES
 
 Json = dict[str, Any]

@@ -1,39 +1,63 @@
 """The training loop, read top to bottom."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-from rich.console import Console
 
-from moi_jax.checkpoints.checkpoints import RunCheckpoints
-from moi_jax.common.console import say
+from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Config
+from moi_jax.config import Config
 from moi_jax.data.loader import Batch
 from moi_jax.models.parameters import Tree
-from moi_jax.training.metrics import MetricsLog, StepWindow, print_step
-from moi_jax.training.run_directory import StopSignal
+from moi_jax.training.metrics import MetricsLog, StepWindow, log_step
 from moi_jax.training.state import TrainState
 from moi_jax.training.step import Metrics
 
+log = logging.getLogger(__name__)
+
 MAX_SKIPPED_IN_A_ROW = 3
 
-# (parameters, whether to give up) -> held-out losses or scores, none when given up.
-Evaluate = Callable[[Tree, Callable[[], bool]], dict[str, float]]
+ShouldStop = Callable[[], bool]
+# (parameters, should_stop) -> metrics by name; none when it was given up because the run stops.
+Evaluate = Callable[[Tree, ShouldStop], dict[str, float]]
+
+
+class Evaluations(Protocol):
+    """What is asked of the parameters while a run trains. None leaves a part out.
+
+    Attributes:
+      held_out: losses, every eval.every steps.
+      benchmarks: scores, every eval.benchmarks.every steps.
+      samples: answers, every train.sample_every steps, as samples.jsonl holds them.
+    """
+
+    @property
+    def held_out(self) -> Evaluate | None: ...
+    @property
+    def benchmarks(self) -> Evaluate | None: ...
+    @property
+    def samples(self) -> Callable[[Tree], list[dict[str, str]]] | None: ...
+
+
+class NoEvaluations:
+    """Trains alone."""
+
+    held_out = benchmarks = samples = None
 
 
 @dataclasses.dataclass
 class Run:
     """A run ready to go on from (state, step, row): the loop needs nothing else.
 
-    `step` batches have been seen, and the next one is rows [row, row + batch). The evaluation,
-    the benchmarks and the sampler are handed in by the command; None leaves them out.
+    `step` batches have been seen, and the next one is rows [row, row + batch).
     """
 
     config: Config
@@ -49,83 +73,71 @@ class Run:
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     position: Callable[[int], dict[str, Any]]  # row -> what a checkpoint keeps of the data
     epoch_of: Callable[[int], int]  # row -> epoch
-    evaluate: Evaluate | None
-    benchmark: Evaluate | None
-    sample: Callable[[Tree], list[dict[str, str]]] | None
+    evaluations: Evaluations
     checkpoints: RunCheckpoints
     log: MetricsLog
-    stop: StopSignal
-    console: Console
-
-    def stopping(self) -> bool:
-        """Whether a signal asked the run to stop."""
-        return self.stop.received is not None
 
 
-def fit(run: Run) -> bool:
-    """Trains to the end of the run, or to the step a signal arrives in.
+def fit(run: Run, should_stop: ShouldStop) -> None:
+    """Trains to the end of the run, or to the step after which `should_stop` is true.
 
-    Returns True when the run is finished. `run` is changed in place.
+    `run` is changed in place; it is finished when run.step == run.steps.
 
     The order of the body matters. The next step is dispatched before the metrics of the last
     one are read, so the device never waits for the host; and whatever keeps the parameters (an
     evaluation, a checkpoint) comes after the flag of the step that made them has been read.
     """
-    try:
-        _fit(run)
-    finally:
-        run.log.close()
-    return run.step == run.steps
-
-
-def _fit(run: Run) -> None:
-    reader = StepReader(run)
-    if run.step == 0:
-        with reader.paused():
-            _look(run, evaluate=True, benchmark=True, sample=True)
-    while run.step < run.steps:
-        batch = next(run.batches)
-        first_row = run.row
-        run.state, metrics = run.train_step(run.state, batch)
-        run.step += 1
-        run.row = min(first_row + run.config.train.global_batch_rows, run.total_rows)
-        reader.read_previous()
-        reader.hold(run.step, first_row, run.row, metrics)
-
-        last = run.step == run.steps
-        look_due = last or _due(run.step, run.config.eval.every)
-        benchmark_due = last or _due(run.step, run.config.eval.generate.every)
-        sample_due = last or _due(run.step, run.config.train.sample_every)
-        evaluation: dict[str, float] = {}
-        if look_due or benchmark_due or sample_due:
-            reader.read_previous()
+    config, reader = run.config, StepReader(run)
+    with contextlib.closing(run.log):
+        if run.step == 0:
             with reader.paused():
-                evaluation = _look(
-                    run, evaluate=look_due, benchmark=benchmark_due, sample=sample_due
-                )
-        stopping = run.stopping()  # asked once: who leaves has saved
-        if last or stopping or _due(run.step, run.config.checkpoint.every):
+                _evaluate(run, should_stop, held_out=True, benchmarks=True, samples=True)
+        while run.step < run.steps:
+            batch = next(run.batches)
+            first_row = run.row
+            run.state, metrics = run.train_step(run.state, batch)
+            run.step += 1
+            run.row = min(first_row + config.train.global_batch_rows, run.total_rows)
             reader.read_previous()
-            reader.write_window()
-            with reader.paused():
-                _save(run, evaluation)
-        if stopping:
-            break
+            reader.hold(run.step, first_row, run.row, metrics)
+
+            last = run.step == run.steps
+            due = {
+                "held_out": last or _due(run.step, config.eval.every),
+                "benchmarks": last or _due(run.step, config.eval.generate.every),
+                "samples": last or _due(run.step, config.train.sample_every),
+            }
+            losses: dict[str, float] = {}
+            if any(due.values()):
+                reader.read_previous()
+                with reader.paused():
+                    losses = _evaluate(run, should_stop, **due)
+            stopping = should_stop()  # asked once: a run that ends here has saved
+            if last or stopping or _due(run.step, config.checkpoint.every):
+                reader.read_previous()
+                reader.write_window()
+                with reader.paused():
+                    _save(run, losses)
+            if stopping:
+                break
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _look(run: Run, *, evaluate: bool, benchmark: bool, sample: bool) -> dict[str, float]:
-    """Held-out losses, scores and sample answers of the parameters as they stand.
+def _evaluate(
+    run: Run, should_stop: ShouldStop, *, held_out: bool, benchmarks: bool, samples: bool
+) -> dict[str, float]:
+    """Asks what is due of the parameters as they stand, and returns the held-out losses.
 
-    Who asks a run to stop waits for its checkpoint, not for a look at it: none begins then, and
-    an evaluation under way is given up.
+    When the run is asked to stop, no evaluation begins and one under way is given up: whoever
+    stops a run waits for its checkpoint alone.
     """
+    parameters, asked = run.state.parameters, run.evaluations
     losses: dict[str, float] = {}
-    if evaluate and run.evaluate:
-        losses = run.evaluate(run.state.parameters, run.stopping)
+    if held_out and asked.held_out:
+        losses = asked.held_out(parameters, should_stop)
     if losses:
         run.log.write({"step": run.step, **losses})
         shown = "  ".join(
@@ -133,28 +145,28 @@ def _look(run: Run, *, evaluate: bool, benchmark: bool, sample: bool) -> dict[st
             f"({losses[f'eval/{name}/default_prompt/loss']:.3f})"
             for name in (*run.domains, "mean")
         )
-        say(run.console, f"step {run.step}/{run.steps}  held-out (default prompt)  {shown}")
-    if benchmark and run.benchmark:
-        scores = run.benchmark(run.state.parameters, run.stopping)
+        log.info("step %d/%d  held-out (default prompt)  %s", run.step, run.steps, shown)
+    if benchmarks and asked.benchmarks:
+        scores = asked.benchmarks(parameters, should_stop)
         if scores:
             run.log.write({"step": run.step, **scores})
             shown = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
-            say(run.console, f"step {run.step}/{run.steps}  {shown}")
-    if sample and run.sample and not run.stopping():
-        answers = [{"step": run.step, **answer} for answer in run.sample(run.state.parameters)]
+            log.info("step %d/%d  %s", run.step, run.steps, shown)
+    if samples and asked.samples and not should_stop():
+        answers = [{"step": run.step, **answer} for answer in asked.samples(parameters)]
         with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(answer) + "\n" for answer in answers)
     return losses
 
 
-def _save(run: Run, evaluation: dict[str, float]) -> None:
+def _save(run: Run, losses: dict[str, float]) -> None:
     position = {
         "step": run.step,
         "skipped_in_a_row": run.skipped_in_a_row,
         **run.position(run.row),
     }
     config = run.config.model_dump(mode="json")
-    run.checkpoints.save(run.step, run.state, position, config, evaluation)
+    run.checkpoints.save(run.step, *run.state.items(), position, config, losses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +232,11 @@ class StepReader:
         }
         run.log.write(record)
         if empty:
-            say(run.console, f"step {held.step}: {rows} have no loss tokens, step skipped")
+            log.info("step %d: %s have no loss tokens, step skipped", held.step, rows)
             return
         run.skipped_in_a_row += 1
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
-        say(run.console, f"step {held.step}: {what} over {rows}; update skipped")
+        log.info("step %d: %s over %s; update skipped", held.step, what, rows)
         if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last over {rows} "
@@ -250,6 +262,6 @@ class StepReader:
             **self._window.record(),
         }
         run.log.write(record)
-        print_step(run.console, record, run.steps, seconds)
+        log_step(record, run.steps, seconds)
         self._window.restart()
         self._window_step = held.step

@@ -1,6 +1,7 @@
-"""What a run tells while it trains: metrics.jsonl, trackers, and lines on the console."""
+"""What a run tells while it trains: metrics.jsonl, trackers, and a line for people."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from moi_jax.common.console import say
 from moi_jax.common.errors import UserError
 from moi_jax.common.whole_files import write_whole
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 Tracker = Callable[[Record], None]
@@ -26,7 +27,7 @@ class MetricsLog:
         """Goes on after `step`: what an earlier, killed run wrote past it is dropped."""
         truncate_after(run_dir / "metrics.jsonl", step)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._last: Record = {}
+        self.last: Record = {}
         self._last_at = 0
         self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
 
@@ -42,13 +43,13 @@ class MetricsLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        if clean["step"] == self._last.get("step"):
+        if clean["step"] == self.last.get("step"):
             self._file.truncate(self._last_at)
             self._file.seek(self._last_at)
-            self._last |= clean
+            self.last |= clean
         else:
-            self._last, self._last_at = clean, self._file.tell()
-        self._file.write(json.dumps(self._last) + "\n")
+            self.last, self._last_at = clean, self._file.tell()
+        self._file.write(json.dumps(self.last) + "\n")
         self._file.flush()
         for track in self._trackers:
             track(clean)
@@ -176,13 +177,12 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
     return float(numerator / denominator) if denominator > 0 else math.nan
 
 
-def print_step(console: Console, record: Record, steps: int, seconds_a_step: float) -> None:
+def log_step(record: Record, steps: int, seconds_a_step: float) -> None:
     """One line for people: step, loss, rates, fill, time left."""
     left = timedelta(seconds=round((steps - record["step"]) * seconds_a_step))
-    say(
-        console,
+    log.info(
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}  "
         f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
         f"{record['loss_tokens_per_second']:,.0f} loss tokens/s  fill {record['fill']:.1%}  "
-        f"left {left}",
+        f"left {left}"
     )

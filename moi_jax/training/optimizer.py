@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moi_jax.config import schema as config_lib
+from moi_jax import config as config_lib
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.parameters import map_parameters
 

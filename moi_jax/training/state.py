@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.parameters import Tree, abstract_parameters, init_parameters
-from moi_jax.parallel.sharding import parameter_shardings, replicated
+from moi_jax.models.parameters import Tree, abstract_parameters, parameter_shardings
+from moi_jax.parallel.placing import replicated
 
 
 @jax.tree_util.register_dataclass
@@ -20,7 +20,16 @@ class TrainState:
 
     step: jax.Array  # int32[]
     parameters: Tree
-    optimizer: Any
+    opt_state: Any
+
+    def items(self) -> tuple[Tree, Any]:
+        """The two items that a checkpoint keeps it in: parameters, and all the rest."""
+        return self.parameters, {"step": self.step, "state": self.opt_state}
+
+    @classmethod
+    def from_items(cls, parameters: Tree, optimizer: Any) -> "TrainState":
+        """The state of a checkpoint's two items."""
+        return cls(optimizer["step"], parameters, optimizer["state"])
 
 
 def state_shardings(
@@ -37,7 +46,7 @@ def state_shardings(
         parameters,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(step=cast(Any, whole), parameters=parameters, optimizer=moments)
+    return TrainState(step=cast(Any, whole), parameters=parameters, opt_state=moments)
 
 
 def abstract_state(
@@ -55,15 +64,6 @@ def abstract_state(
         shapes,
         state_shardings(config, optimizer, mesh),
     )
-
-
-def random_parameters(
-    config: ModelConfig, seed: int, dtype: jax.typing.DTypeLike, mesh: Mesh
-) -> Tree:
-    """Random parameters, made where they will lie; the values do not depend on the mesh."""
-    shardings = parameter_shardings(config, mesh)
-    make = jax.jit(lambda key: init_parameters(config, key, dtype), out_shardings=shardings)
-    return make(jax.random.key(seed))
 
 
 def initial_state(optimizer: optax.GradientTransformation, parameters: Tree) -> TrainState:

@@ -10,15 +10,14 @@ from jax.sharding import Mesh
 
 from moi_jax.data.loader import Batch
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import Bind, Decoder
 from moi_jax.models.loss import token_nll
 from moi_jax.models.parameters import Tree
-from moi_jax.parallel.sharding import batch_sharding, parameter_shardings, replicated
+from moi_jax.parallel.placing import batch_sharding, replicated
 from moi_jax.training.optimizer import Schedule
 from moi_jax.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
-MakeModel = Callable[[Tree], Decoder]
 
 
 def batch_sums(model: Decoder, batch: Batch, domains: int) -> tuple[jax.Array, Metrics]:
@@ -45,7 +44,7 @@ def batch_sums(model: Decoder, batch: Batch, domains: int) -> tuple[jax.Array, M
 
 def make_train_step(
     config: ModelConfig,
-    make_model: MakeModel,
+    bind: Bind,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     domains: int,
@@ -59,7 +58,7 @@ def make_train_step(
     """
 
     def loss_sums(parameters: Tree, microbatch: Batch) -> tuple[jax.Array, Metrics]:
-        return batch_sums(make_model(parameters), microbatch, domains)
+        return batch_sums(bind(parameters), microbatch, domains)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, weighted, sums = _accumulate(loss_sums, state.parameters, batch)
@@ -69,13 +68,13 @@ def make_train_step(
         applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (sums["weights"] > 0)
 
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.parameters)
+        updates, moments = optimizer.update(gradients, state.opt_state, state.parameters)
         parameters = jax.tree.map(
             lambda p, u: (p - learning_rate * u).astype(p.dtype),
             state.parameters,
             updates,
         )
-        keep = (state.parameters, state.optimizer)
+        keep = (state.parameters, state.opt_state)
         parameters, moments = jax.tree.map(
             lambda new, old: jnp.where(applied, new, old), (parameters, moments), keep
         )
@@ -115,19 +114,3 @@ def _accumulate(
     zero = (gradients, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     total, _ = jax.lax.scan(one, zero, batch)
     return total
-
-
-def make_eval_step(
-    config: ModelConfig, make_model: MakeModel, domains: int, mesh: Mesh
-) -> Callable[[Tree, Batch], Metrics]:
-    """The jitted sums of one batch [1, M, S] under given parameters, without an update."""
-
-    def step(parameters: Tree, batch: Batch) -> Metrics:
-        microbatch = jax.tree.map(lambda x: x[0], batch)
-        return batch_sums(make_model(parameters), microbatch, domains)[1]
-
-    return jax.jit(
-        step,
-        in_shardings=(parameter_shardings(config, mesh), batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )

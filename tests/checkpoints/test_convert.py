@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import moi_jax
-from moi_jax.checkpoints.checkpoints import read_items, stored_parameters
 from moi_jax.checkpoints.hf.published import read_published
 from moi_jax.checkpoints.hf.weights import published_shapes
+from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.parameter_files import save_parameters
+from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.convert import import_checkpoint
 from moi_jax.models.config import ModelConfig, to_hf_config
@@ -57,11 +58,11 @@ def test_an_imported_checkpoint_gives_the_published_logits(golden, published, tm
 
 
 def test_a_checkpoint_loads_onto_a_mesh(published, tmp_path):
-    from moi_jax.config import schema as config_lib
-    from moi_jax.parallel.sharding import make_mesh
+    from moi_jax import config as config_lib
+    from moi_jax.parallel.mesh import make_mesh
 
     import_checkpoint(published, tmp_path / "ckpt")
-    mesh = make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
+    mesh = make_mesh(config_lib.Mesh(fsdp=4, tensor=2), jax.devices())
     sharded, _ = moi_jax.load(tmp_path / "ckpt", mesh=mesh)
     whole, _ = moi_jax.load(tmp_path / "ckpt")
     assert not sharded.layers.query[...].sharding.is_fully_replicated

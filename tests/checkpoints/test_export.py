@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moi_jax.checkpoints.checkpoints import find_step
 from moi_jax.checkpoints.hf.published import open_published
 from moi_jax.checkpoints.hf.writer import plan_shards
+from moi_jax.checkpoints.items import find_step
 from moi_jax.common.errors import UserError
 from moi_jax.convert import export_checkpoint, import_checkpoint, parse_size
 from moi_jax.text.conversations import Message

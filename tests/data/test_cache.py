@@ -15,13 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from rich.console import Console
 
+from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
 from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache import domain as domain_cache
-from moi_jax.data.cache.prepare import DomainCache, prepare
+from moi_jax.data.cache.prepare import DomainCache
 from moi_jax.data.cache.selection import domain_report, select
 from moi_jax.data.cache.writer import BlockWriter, from_record, to_record
 from moi_jax.text.conversations import Conversation, Message, content_hash
@@ -266,14 +265,14 @@ def test_key_depends_on_what_decides_the_content_alone(root: Path) -> None:
 
 
 def test_second_prepare_reads_the_cache_and_says_so(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch, log_text: io.StringIO
 ) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."), chat("Hi", ""))
     (first,) = run(section(root, "a"))
     monkeypatch.setattr(BlockWriter, "add", None)
-    output = io.StringIO()
-    (second,) = prepare(section(root, "a"), TOKENIZER, Console(file=output))
-    assert output.getvalue().startswith("a: cached, 1 of 2 rows kept")
+    log_text.truncate(0)
+    (second,) = run(section(root, "a"))
+    assert "a: cached, 1 of 2 rows kept" in log_text.getvalue()
     assert texts(first) == texts(second)
     assert first.manifest == second.manifest
 

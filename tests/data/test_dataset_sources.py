@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from moi_jax.common.errors import UserError
+from moi_jax.config import Source
 from moi_jax.config.load import make_config
-from moi_jax.config.schema import Source
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.data.sources.rows import convert, detect_format, expand
 from moi_jax.text.conversations import Conversation, Message

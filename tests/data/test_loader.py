@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
+from moi_jax.config import HeldOut, Loss, Train
 from moi_jax.config.load import make_config
-from moi_jax.config.schema import HeldOut, Loss, Train
 from moi_jax.data import loader
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import select
@@ -320,7 +319,7 @@ def test_the_shipped_samples_stream_from_their_cache(tmp_path, targets):
         }
     )
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
-    caches = prepare(config.data, tokenizer, Console(quiet=True))
+    caches = prepare(config.data, tokenizer)
     selections = select(caches, HeldOut(), targets)
     corpus = Corpus.of_training(caches, selections, targets)
     run = RunPlan(corpus, config.data, config.train)

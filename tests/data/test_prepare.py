@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
+from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
 from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache.blocks import lines_beginning
 from moi_jax.data.cache.digests import Digests
-from moi_jax.data.cache.prepare import DomainCache, prepare, prepare_shard
+from moi_jax.data.cache.prepare import DomainCache, prepare_shard
 from moi_jax.data.cache.selection import domain_report, select
 from moi_jax.data.cache.writer import BlockWriter
 from moi_jax.data.sources.readers import SourceFile
@@ -156,7 +155,7 @@ def questions(root: Path, *texts: str) -> dict[str, str]:
     return {"path": str(root.parent / "benchmarks")}
 
 
-def test_contaminated_rows_are_dropped_or_reported(root: Path) -> None:
+def test_contaminated_rows_are_dropped_or_reported(root: Path, log_text: io.StringIO) -> None:
     found = questions(root, "Something else is asked here.", QUESTION)
     write(
         root / "a" / "1.jsonl",
@@ -180,11 +179,11 @@ def test_contaminated_rows_are_dropped_or_reported(root: Path) -> None:
     assert len(texts(dropped)) == 2
     report = domain_report([reported], select([reported], config.HeldOut(), "assistant"))
     assert report["a"]["contaminated"] == 2
-    output = io.StringIO()
     (root.parent / "benchmarks" / "README.md").write_text("no question")
     data = section(root, "a", decontaminate={**found, "on_hit": "report"})
-    prepare(data, TOKENIZER, Console(file=output))
-    told = output.getvalue()
+    log_text.truncate(0)
+    run(data)
+    told = log_text.getvalue()
     assert "copies of 2 benchmark questions are looked for; warning: no question" in told
     assert "README.md" in told
     assert "a keeps 2 rows" in told
@@ -320,7 +319,7 @@ def test_shards_prepare_all_blocks_and_a_plain_prepare_assembles(
     data = section(root, "a", "b", workers=1)
     counts = []
     for shard in (2, 1, 3):
-        prepare_shard(data, TOKENIZER, Console(file=io.StringIO()), shard, 3)
+        prepare_shard(data, TOKENIZER, shard, 3)
         counts.append(len(blocks_of(root)))
     assert 0 < counts[0] < counts[1] < counts[2]
     monkeypatch.setattr(BlockWriter, "add", None)

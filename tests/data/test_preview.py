@@ -15,14 +15,12 @@ from rich.console import Console
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config
 from moi_jax.data import loader
-from moi_jax.data.planning.run import RunPlan
 from moi_jax.data.preview.audit import audit
 from moi_jax.data.preview.picture import attention, draw_lengths, draw_row
 from moi_jax.data.preview.row import print_row, view_row
 from moi_jax.data.preview.statistics import accounts
-from moi_jax.training.inputs import open_inputs, resolve
 
-from support.runs import ROOT, SAMPLES
+from support.runs import ROOT, SAMPLES, open_data
 
 # An "e" with a combining accent, which the tokenizer composes, and a line separator among them.
 WORDS = "red blue café naïve drei\nvier fünf 六 seven ٩ ten \u2028 e\u0301 eight"
@@ -105,8 +103,8 @@ def ragged(tmp_path_factory):
 
 def opened(config, *overrides):
     """The inputs and the row source of a config."""
-    inputs = open_inputs(resolve(load_config(config, overrides)), Console(file=io.StringIO()))
-    run = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
+    inputs = open_data(load_config(config, overrides))
+    run = inputs.plan()
     return inputs, inputs.row_source(run)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Train
+from moi_jax.config import Train
 from moi_jax.data.planning import run as run_plan
 from moi_jax.data.planning.epoch import plan_epoch
 from moi_jax.data.planning.run import RunPlan

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Source
+from moi_jax.config import Source
 from moi_jax.data.sources.formats import FORMATS, to_conversation
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import Row, convert, detect_format, expand

@@ -1,6 +1,7 @@
 """HumanEval and MBPP: questions, code from answers, and scores. Rows are written by hand."""
 
 import gzip
+import io
 import json
 from itertools import combinations
 from pathlib import Path
@@ -108,9 +109,9 @@ def test_programs_are_not_run_unasked(tmp_path: Path):
             kind(Options(tmp_path, tmp_path))
 
 
-def test_the_weak_sandbox_is_said_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_weak_sandbox_is_said_loudly(tmp_path: Path, log_text: io.StringIO):
     task = humaneval(tmp_path, DOUBLE_ROW)
-    assert WEAK in capsys.readouterr().err
+    assert WEAK in log_text.getvalue()
     assert task.notes([], []) == [WEAK]
     assert task.settings() == {"sandbox": "weak"}
 

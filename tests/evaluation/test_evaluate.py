@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
+from moi_jax import config
+from moi_jax.checkpoints.items import parameters_fingerprint
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
 from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
 from moi_jax.evaluation.results import overall, read_results, summarize
-from moi_jax.evaluation.runner import parameters_fingerprint, run_benchmarks
+from moi_jax.evaluation.runner import run_benchmarks
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.evaluation.while_training import make_benchmark
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import init_parameters
 from moi_jax.models.presets import preset
 from moi_jax.sampling.chat_model import make_chat_model
@@ -27,7 +27,6 @@ from moi_jax.text.tokenizer import load_tokenizer
 
 from support.runs import SAMPLES
 
-CONSOLE = Console(quiet=True)
 MADE_BY = {"name": "tiny", "parameters": "0123", "system_prompt": None}
 
 
@@ -58,7 +57,7 @@ def chat():
     model = preset("tiny")
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
     make_chat = make_chat_model(
-        lambda p: Decoder(model, p), model, tokenizer, "You help.", slots=2, context=128
+        make_model(model), model, tokenizer, "You help.", slots=2, context=128
     )
     return make_chat(init_parameters(model, jax.random.key(0), np.float32))
 
@@ -74,7 +73,7 @@ def lines(path):
 
 def run(chat, options, items=None, made_by=MADE_BY):
     task = Echo(options)
-    return run_benchmarks([(task, items or task.load())], chat, made_by, options, CONSOLE)
+    return run_benchmarks([(task, items or task.load())], chat, made_by, options)
 
 
 def test_results_samples_and_answers_are_written(chat, options):
@@ -163,12 +162,12 @@ def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
         run(chat, options, made_by={**MADE_BY, "parameters": "4567"})
 
 
-def test_a_result_that_takes_the_place_of_another_is_told(chat, options, capsys):
+def test_a_result_that_takes_the_place_of_another_is_told(chat, options, log_text):
     task = Echo(options)
-    run_benchmarks([(task, task.load())], chat, MADE_BY, options, Console(width=200))
+    run_benchmarks([(task, task.load())], chat, MADE_BY, options)
     fewer = Options(data=options.data, out=options.out, limit=1)
-    run_benchmarks([(task, task.load())], chat, MADE_BY, fewer, Console(width=200))
-    told = capsys.readouterr().out.split("\n")[-2]
+    run_benchmarks([(task, task.load())], chat, MADE_BY, fewer)
+    told = log_text.getvalue().split("\n")[-2]
     assert "takes the place of an earlier result" in told
     assert "over 3 items" in told
     assert "(limit None, now 1)" in told
@@ -282,7 +281,7 @@ def test_choices_are_weighed_and_nothing_is_written(chat, options):
     ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
     prompt = chat.prompt(item.messages)
     assert answer.texts == ()
-    model = Decoder(preset("tiny"), chat.parameters)
+    model = make_model(preset("tiny"))(chat.parameters)
     for choice, found in zip(item.choices, answer.log_likelihoods, strict=True):
         ids = chat.tokenizer.encode(choice)
         logits = model(np.array([[*prompt, *ids]], np.int32))[0]
@@ -308,7 +307,7 @@ def test_logits_that_are_not_finite_are_named(options, chat):
     broken = jax.tree.map(lambda x: x * np.nan, chat.parameters)
     model = preset("tiny")
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
-    make_chat = make_chat_model(lambda p: Decoder(model, p), model, tokenizer, None, context=128)
+    make_chat = make_chat_model(make_model(model), model, tokenizer, None, context=128)
     summary = run(make_chat(broken), options)["tasks"]["echo"]
     assert summary["failures"]["not finite"] == 3
     assert any("not finite for 3 items, the first 0" in note for note in summary["notes"])

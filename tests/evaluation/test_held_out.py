@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
+from moi_jax import config as config_lib
 from moi_jax.config.load import make_config
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import select
 from moi_jax.evaluation.held_out import HeldOut
-from moi_jax.models.decoder import Decoder
+from moi_jax.evaluation.row_sums import RowSums, make_row_sums
+from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import init_parameters
 from moi_jax.models.presets import PRESETS
+from moi_jax.parallel.mesh import make_mesh
 from moi_jax.text.rendering import label_mask, with_system_prompt
 from moi_jax.text.tokenizer import load_tokenizer
-from moi_jax.training.step import batch_sums
 
 from support.runs import SAMPLES
 
@@ -41,10 +42,9 @@ def material(tmp_path_factory):
         }
     )
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
-    console = Console(quiet=True)
-    caches = prepare(config.data, tokenizer, console)
+    caches = prepare(config.data, tokenizer)
     selections = select(caches, config.data.held_out, "assistant")
-    held_out = HeldOut(caches, selections, config.data, "assistant", tokenizer, 2, 4, console)
+    held_out = HeldOut(caches, selections, config.data, "assistant", tokenizer, 2, 4)
     return config, tokenizer, caches, selections, held_out
 
 
@@ -52,9 +52,10 @@ def test_losses_equal_each_conversation_alone(material):
     _, tokenizer, caches, selections, held_out = material
     model = PRESETS["tiny"]
     parameters = init_parameters(model, jax.random.key(0), jnp.float32)
-    decoder = Decoder(model, parameters)
-    sums = jax.jit(lambda batch: batch_sums(decoder, batch, 2)[1])
-    losses = held_out.losses(lambda batch: jax.device_get(sums(batch)))
+    decoder = make_model(model)(parameters)
+    mesh = make_mesh(config_lib.Mesh(fsdp=1), jax.devices())
+    row_sums = make_row_sums(make_model(model), mesh)
+    losses = held_out.losses(lambda batch: row_sums(parameters, batch))
 
     log_softmax = jax.jit(lambda tokens: jax.nn.log_softmax(decoder(tokens)[0]))
 
@@ -108,7 +109,11 @@ def test_every_held_out_conversation_stands_once_alone_in_its_row(material):
 
 def test_a_domain_without_loss_tokens_is_not_a_number_and_out_of_the_mean(material):
     held_out = material[-1]
-    only_chat = {"domain_nll": np.array([3.0, 0.0]), "domain_loss_tokens": np.array([2, 0])}
-    losses = held_out.losses(lambda batch: only_chat)
+
+    def only_chat(batch):
+        tokens = 2 * np.any(batch.domain_ids == 0, axis=1)
+        return RowSums(1.5 * tokens, tokens, tokens)
+
+    losses = held_out.losses(only_chat)
     assert losses["eval/chat/loss"] == losses["eval/mean/loss"] == 1.5
     assert math.isnan(losses["eval/tools/loss"])

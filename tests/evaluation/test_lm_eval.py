@@ -5,12 +5,12 @@ import json
 import shutil
 from functools import partial
 
+import jax
 import lm_eval
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from rich.console import Console
 
 from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.common.errors import UserError
@@ -118,10 +118,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat_model(folder):
-    checkpoint = open_checkpoint(folder / "ckpt", mesh="data=1")
+    checkpoint = open_checkpoint(folder / "ckpt", mesh="data=1", devices=jax.devices())
     assert checkpoint.prompts["default_system_prompt"] == SYSTEM
     make_chat = make_chat_model(
-        checkpoint.make_model, checkpoint.config, checkpoint.tokenizer, SYSTEM, slots=4
+        checkpoint.bind, checkpoint.config, checkpoint.tokenizer, SYSTEM, slots=4
     )
     return make_chat(checkpoint.parameters)
 
@@ -216,20 +216,20 @@ def test_text_becomes_the_tokens_of_the_hugging_face_backend(folder, tmp_path, o
 
 
 def test_a_run_writes_the_harness_files_and_goes_on_after_a_kill(
-    folder, chat_model, tmp_path, own_tasks, capsys
+    folder, chat_model, tmp_path, own_tasks, log_text
 ):
     tasks = lm_eval_run.open_tasks(["letters", "answers"], folder / "tasks")
     options = Options(data=tmp_path, out=tmp_path, limit=3, max_new_tokens=5)
     made_by = {"name": "tiny", "parameters": "abc"}
     model = Interrupted(chat_model, after=2)
     with pytest.raises(KeyboardInterrupt):
-        lm_eval_run.run_lm_eval(tasks, model, made_by, options, Console())
+        lm_eval_run.run_lm_eval(tasks, model, made_by, options)
     tasks = lm_eval_run.open_tasks(["letters", "answers"], folder / "tasks")
     model = Interrupted(chat_model, after=99)
-    results = lm_eval_run.run_lm_eval(tasks, model, made_by, options, Console())
+    results = lm_eval_run.run_lm_eval(tasks, model, made_by, options)
     assert model.asked == 1
     assert results["config"]["checkpoint"] == made_by
-    printed = capsys.readouterr().out
+    printed = log_text.getvalue()
     assert "|letters|" in printed
     assert "exact_match" in printed
     (written,) = (tmp_path / "lm_eval" / "tiny").glob("results_*.json")
@@ -248,7 +248,6 @@ def test_a_run_writes_the_harness_files_and_goes_on_after_a_kill(
             Interrupted(chat_model, after=0),
             made_by | {"parameters": "def"},
             options,
-            Console(),
         )
 
 

@@ -348,24 +348,24 @@ def test_a_turn_that_was_never_reached_is_judged_as_empty(data, tmp_path, endpoi
     assert "Be a cat.\nanswer 91.1\nNow a dog.\n" in prompts
 
 
-def test_cost_is_told_first_and_limited(evaluate, endpoint, capsys):
+def test_cost_is_told_first_and_limited(evaluate, endpoint, log_text):
     # 2048 tokens of judgments a call: 16 * 2048 = 32,768 tokens at 60 $ a million, 1.97 $
     with pytest.raises(UserError, match=r"16 of 16 calls.*32,768 tokens.*\$1\.97, above .* 1\.5"):
         evaluate(judge_price=(0.0, 60.0), judge_max_cost=1.5)
     assert endpoint.calls == 0
     evaluate(judge_price=(0.0, 60.0), judge_max_cost=2.0)
-    assert "16 of 16 calls to make" in capsys.readouterr().err
+    assert "16 of 16 calls to make" in log_text.getvalue()
     # Nothing left to ask costs nothing.
     evaluate(judge_price=(0.0, 60.0), judge_max_cost=0.0)
 
 
-def test_prompt_tokens_are_guessed_as_four_characters_each(evaluate, endpoint, capsys):
+def test_prompt_tokens_are_guessed_as_four_characters_each(evaluate, endpoint, log_text):
     evaluate()
     asked = [request["messages"] for requests in endpoint.asked.values() for request in requests]
     tokens = sum(sum(len(each["content"]) for each in messages) // 4 for messages in asked)
-    told = capsys.readouterr().err
-    assert f"about {tokens:,} prompt tokens" in told
-    assert "if every judgment is as long as allowed and none has to be repeated" in told
+    assert f"about {tokens:,} prompt tokens" in log_text.getvalue()
+    longest = "if every judgment is as long as allowed and none has to be repeated"
+    assert longest in log_text.getvalue()
 
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 2048}

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
+from moi_jax import config as config_lib
 from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config_lib
 from moi_jax.config.load import load_config, make_config
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import select
@@ -29,21 +28,20 @@ from moi_jax.evaluation.prompts.gaps import summarize
 from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
 from moi_jax.evaluation.prompts.matrix_report import draw_matrix, print_matrix
 from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
-from moi_jax.evaluation.prompts.row_sums import RowSums, make_row_sums
-from moi_jax.models.decoder import Decoder
-from moi_jax.models.parameters import init_parameters
+from moi_jax.evaluation.row_sums import RowSums, make_row_sums
+from moi_jax.models.decoder import make_model
+from moi_jax.models.parameters import init_parameters, parameter_shardings
 from moi_jax.models.presets import PRESETS
-from moi_jax.parallel.sharding import make_mesh, parameter_shardings
+from moi_jax.parallel.mesh import make_mesh
 from moi_jax.text.rendering import label_mask, with_system_prompt
 from moi_jax.text.tokenizer import load_tokenizer
-from moi_jax.train import train
+from moi_jax.training.train import train
 
 from support.runs import SAMPLES, records, small_config
 
 DEFAULT = "You are a helpful assistant."
 OWN = {"chat": DEFAULT, "tools": "Use tools."}
 MODEL = dataclasses.replace(PRESETS["tiny"], num_layers=1)
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +61,7 @@ def material(tmp_path_factory):
         }
     )
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
-    caches = prepare(config.data, tokenizer, QUIET)
+    caches = prepare(config.data, tokenizer)
     selections = select(caches, config.data.held_out, "assistant")
     return config.data, tokenizer, caches, selections
 
@@ -80,10 +78,10 @@ def make_matrix(material, rows=4, row_multiple=1, targets="assistant", crossed=N
 
 
 def model_sums(**axes):
-    mesh = make_mesh(config_lib.Mesh(**axes))
+    mesh = make_mesh(config_lib.Mesh(**axes), jax.devices())
     parameters = init_parameters(MODEL, jax.random.key(0), jnp.float32)
     placed = jax.device_put(parameters, parameter_shardings(MODEL, mesh))
-    sums = make_row_sums(lambda tree: Decoder(MODEL, tree), mesh)
+    sums = make_row_sums(make_model(MODEL), mesh)
     return lambda batch: sums(placed, batch)
 
 
@@ -104,7 +102,7 @@ def plain(material):
 def test_sums_are_those_of_each_conversation_alone_under_each_prompt(material, plain):
     _, tokenizer, _, _ = material
     matrix, sums = plain
-    decoder = Decoder(MODEL, init_parameters(MODEL, jax.random.key(0), jnp.float32))
+    decoder = make_model(MODEL)(init_parameters(MODEL, jax.random.key(0), jnp.float32))
     log_softmax = jax.jit(lambda tokens: jax.nn.log_softmax(decoder(tokens)[0]))
     prompts = {
         ("chat", "own"): DEFAULT,
@@ -165,12 +163,7 @@ def test_every_conversation_is_read_back_from_its_own_row(material):
 def test_losses_are_those_that_training_logs(material):
     data, tokenizer, caches, selections = material
     matrix = make_matrix(material)
-    logged = HeldOut(caches, selections, data, "assistant", tokenizer, 2, 1, QUIET).losses(
-        lambda batch: {
-            key: np.bincount(batch.domain_ids.max(axis=1) + 1, sums, 3)[1:]
-            for key, sums in zip(("domain_nll", "domain_loss_tokens"), counted(batch), strict=False)
-        }
-    )
+    logged = HeldOut(caches, selections, data, "assistant", tokenizer, 2, 1).losses(counted)
     domain_of = np.array([item.domain for item in matrix.items])
     told = summarize(matrix.measure(counted), domain_of, matrix.domains, matrix.columns)
     for name in ("chat", "tools"):
@@ -230,17 +223,17 @@ import dataclasses, sys
 import jax, numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 import jax.numpy as jnp
-from moi_jax.config import schema as config
+from moi_jax import config
 from moi_jax.data.loader import Batch
-from moi_jax.evaluation.prompts.row_sums import make_row_sums
-from moi_jax.models.decoder import Decoder
+from moi_jax.evaluation.row_sums import make_row_sums
+from moi_jax.models.decoder import make_model
 from moi_jax.models.presets import PRESETS
-from moi_jax.parallel.sharding import make_mesh
-from moi_jax.training.state import random_parameters
+from moi_jax.parallel.mesh import make_mesh
+from moi_jax.models.parameters import random_parameters
 model = dataclasses.replace(PRESETS["tiny"], num_layers=1)
-mesh = make_mesh(config.Mesh(fsdp=4))
+mesh = make_mesh(config.Mesh(fsdp=4), jax.devices())
 parameters = random_parameters(model, 0, jnp.float32, mesh)
-sums = make_row_sums(lambda tree: Decoder(model, tree), mesh)
+sums = make_row_sums(make_model(model), mesh)
 found = sums(parameters, Batch(**np.load(sys.argv[3])))
 print("sums", [part.tolist() for part in found])
 """
@@ -251,7 +244,7 @@ def half_right():
     """Rows in which about half of the targets, and half of the labels, are the likeliest token."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, MODEL.vocab_size, (8, 32)).astype(np.int32)
-    decoder = Decoder(MODEL, init_parameters(MODEL, jax.random.key(0), jnp.float32))
+    decoder = make_model(MODEL)(init_parameters(MODEL, jax.random.key(0), jnp.float32))
     likeliest = np.asarray(decoder(tokens)).argmax(axis=-1)
     right = rng.integers(0, 2, tokens.shape).astype(bool)
     batch = Batch(
@@ -397,15 +390,14 @@ def test_one_item_has_no_interval():
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     config = load_config(small_config(directory, mesh={"fsdp": 1}, train={"steps": 1}))
-    assert train(config) == 0
+    assert train(config).finished
     return config.logging.run_dir
 
 
-def test_a_checkpoint_is_measured_beside_what_it_began_from(run, tmp_path):
-    console = Console(record=True, width=100)
-    opened = open_checkpoint(run, mesh="fsdp=1")
+def test_a_checkpoint_is_measured_beside_what_it_began_from(run, tmp_path, log_text):
+    opened = open_checkpoint(run, mesh="fsdp=1", devices=jax.devices())
     options = HeldOutOptions(paraphrases={"maths": "You are good at sums."})
-    told = measure_held_out(opened, options, tmp_path, console)
+    told = measure_held_out(opened, options, tmp_path)
     assert json.loads((tmp_path / "held_out.json").read_text()) == told
     assert (tmp_path / "held_out.png").read_bytes().startswith(b"\x89PNG")
     assert told["untrained"] == "random parameters, train.seed 0"
@@ -431,7 +423,7 @@ def test_a_checkpoint_is_measured_beside_what_it_began_from(run, tmp_path):
     loss = sum(line["nll"] for line in own) / sum(line["loss_tokens"] for line in own)
     assert loss == pytest.approx(told["models"]["trained"]["maths"]["gap"]["own_loss"])
 
-    shown = console.export_text()
+    shown = log_text.getvalue()
     gap = told["models"]["trained"]["maths"]["gap"]
     (line,) = [x for x in shown.splitlines() if x.startswith("maths") and " trained" in x]
     assert f"{gap['own_loss']:.3f}" in line
@@ -439,33 +431,32 @@ def test_a_checkpoint_is_measured_beside_what_it_began_from(run, tmp_path):
 
 
 def test_a_checkpoint_without_data_or_beginning(run, tmp_path):
-    opened = open_checkpoint(run, mesh="fsdp=1")
+    opened = open_checkpoint(run, mesh="fsdp=1", devices=jax.devices())
     imported = dataclasses.replace(opened, step=tmp_path / "imported")
     with pytest.raises(UserError, match="names no data"):
-        measure_held_out(imported, HeldOutOptions(), tmp_path, QUIET)
+        measure_held_out(imported, HeldOutOptions(), tmp_path)
     missing = HeldOutOptions(untrained=tmp_path / "nothing")
     with pytest.raises(UserError, match="nothing is no checkpoint"):
-        measure_held_out(opened, missing, tmp_path, QUIET)
+        measure_held_out(opened, missing, tmp_path)
 
 
-def test_the_untrained_model_is_the_one_named_or_left_out(run, tmp_path, monkeypatch):
-    opened = open_checkpoint(run, mesh="fsdp=1")
-    told = measure_held_out(opened, HeldOutOptions(untrained=run, limit=2), tmp_path, QUIET)
+def test_the_untrained_model_is_the_one_named_or_left_out(run, tmp_path, monkeypatch, log_text):
+    opened = open_checkpoint(run, mesh="fsdp=1", devices=jax.devices())
+    told = measure_held_out(opened, HeldOutOptions(untrained=run, limit=2), tmp_path)
     assert [domain["items"] for domain in told["domains"].values()] == [2, 2]
     assert told["untrained"] == str(run)
     assert told["models"]["untrained"] == told["models"]["trained"]
 
     began = load_config(run / "config.yaml", [f"model.init_from={tmp_path / 'gone'}"])
     monkeypatch.setattr(evaluate_held_out, "_own_config", lambda step: began)
-    console = Console(record=True, width=200)
-    told = measure_held_out(opened, HeldOutOptions(limit=1), tmp_path, console)
+    told = measure_held_out(opened, HeldOutOptions(limit=1), tmp_path)
     assert told["untrained"] is None
     assert told["models"].keys() == {"trained"}
     assert told["models"]["trained"]["chat"]["gap"]["interval"] is None
-    assert "is left out: " in console.export_text()
+    assert "is left out: " in log_text.getvalue()
 
 
-def test_pictures_and_tables_take_any_domains(tmp_path):
+def test_pictures_and_tables_take_any_domains(tmp_path, log_text):
     told = summarize(by_hand(), np.array([0, 0]), ["code", "empty"], COLUMNS)
     draw_matrix({"one": told, "two": told}, COLUMNS, tmp_path / "matrix.png")
     assert (tmp_path / "matrix.png").stat().st_size > 1000
@@ -474,9 +465,8 @@ def test_pictures_and_tables_take_any_domains(tmp_path):
         "code": {"items": 2, "loss_tokens": 4, "prompts": prompts},
         "empty": {"items": 0, "loss_tokens": 0, "prompts": prompts},
     }
-    console = Console(record=True, width=100)
-    print_matrix({"models": {"trained": told}, "domains": domains, "columns": COLUMNS}, console)
-    shown = console.export_text()
+    print_matrix({"models": {"trained": told}, "domains": domains, "columns": COLUMNS})
+    shown = log_text.getvalue()
     assert "2.250 25.0%" in shown
     assert "+0.250   +0.000 to +1.000" in shown
     with pytest.raises(UserError, match="cannot write"):

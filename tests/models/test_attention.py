@@ -11,8 +11,8 @@ import pytest
 
 from moi_jax.checkpoints.hf.published import read_published
 from moi_jax.models import rotary
-from moi_jax.models.attention.xla import attention
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.attention.xla import xla_attention
+from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import init_parameters
 from moi_jax.models.presets import PRESETS
 
@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def model():
-    return Decoder(CONFIG, init_parameters(CONFIG, jax.random.key(0), jnp.float32))
+    return make_model(CONFIG)(init_parameters(CONFIG, jax.random.key(0), jnp.float32))
 
 
 @partial(jax.jit, static_argnames="training")
@@ -59,8 +59,15 @@ def test_attention_equals_a_plain_loop_with_grouped_heads_and_segments():
     query = rng.normal(size=(2, 9, 6, 4)).astype(np.float32)
     key, value = rng.normal(size=(2, 2, 9, 3, 4)).astype(np.float32)
     segment_ids = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3, 3]], np.int32)
-    ours = attention(*map(jnp.asarray, (query, key, value, segment_ids)))
-    np.testing.assert_allclose(ours, plain_attention(query, key, value, segment_ids), atol=1e-6)
+    order = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
+    ours = xla_attention(*map(jnp.asarray, (query, key, value, segment_ids, order)))
+    plain = plain_attention(query, key, value, segment_ids)
+    np.testing.assert_allclose(ours, plain, atol=1e-6)
+    # The tokens of a row may lie in any order: what they see follows from `order` alone.
+    mixed = rng.permutation(9)
+    arrays = (query, key, value, segment_ids, order)
+    ours = xla_attention(*(jnp.asarray(array[:, mixed]) for array in arrays))
+    np.testing.assert_allclose(ours, plain[:, mixed], atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -86,7 +93,8 @@ def test_chunk_mask_hides_other_chunks(model, training):
 
 @pytest.fixture(scope="module")
 def golden_b(golden):
-    return Decoder(*read_published(golden / "B", None))
+    config, parameters = read_published(golden / "B", None)
+    return make_model(config)(parameters)
 
 
 @pytest.mark.parametrize("lengths", [(30, 25, 9), (70, 40, 30), (130, 64)])

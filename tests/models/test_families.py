@@ -20,8 +20,9 @@ from moi_jax.checkpoints.hf.weights import (
 )
 from moi_jax.common.errors import UserError
 from moi_jax.models import loss, rotary
+from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig, in_family, read_hf_config, to_hf_config
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import make_model
 from moi_jax.models.families import FAMILIES
 from moi_jax.models.parameters import abstract_parameters, declare, map_parameters
 from moi_jax.models.presets import PRESETS
@@ -105,7 +106,7 @@ def torch_logits(model, tokens):
 def test_logits_equal_transformers(case):
     """Past the original length of Llama 3's scaling (16) too."""
     model, config, parameters, tokens = case
-    logits = Decoder(config, parameters)(tokens)
+    logits = make_model(config)(parameters)(tokens)
     np.testing.assert_allclose(logits, torch_logits(model, tokens), atol=LOGITS_ATOL, rtol=0)
 
 
@@ -113,7 +114,7 @@ def test_packed_segments_equal_transformers_run_on_each_alone(case):
     model, config, parameters, tokens = case
     lengths = (11, 30, LENGTH - 41)
     segment_ids = np.repeat((1, 2, 3), lengths).astype(np.int32)[None].repeat(2, 0)
-    logits = np.asarray(Decoder(config, parameters)(tokens, segment_ids=segment_ids))
+    logits = np.asarray(make_model(config)(parameters)(tokens, segment_ids=segment_ids))
     for segment in (1, 2, 3):
         here = segment_ids[0] == segment
         alone = torch_logits(model, tokens[:, here])
@@ -128,7 +129,7 @@ def test_loss_and_gradients_equal_transformers(case):
     positions = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0)
 
     def mean_loss(parameters):
-        decoder = Decoder(config, parameters, remat="full")
+        decoder = make_model(config, Compute(remat="full"))(parameters)
         hidden = decoder.hidden_states(tokens, positions, segment_ids, training=True)
         return jnp.mean(loss.token_nll(hidden[:, :-1], decoder.head_weight(), tokens[:, 1:]))
 
@@ -433,20 +434,20 @@ def test_a_tied_model_has_no_head_parameter():
 
 def program_and_gradients(config, mesh_axes):
     """Text of the program a device runs, and the gradients of the loss in all parameters."""
-    from moi_jax.config import schema as config_lib
-    from moi_jax.parallel.sharding import make_mesh, parameter_shardings
-    from moi_jax.training.state import random_parameters
+    from moi_jax import config as config_lib
+    from moi_jax.models.parameters import parameter_shardings, random_parameters
+    from moi_jax.parallel.mesh import make_mesh
 
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 12)).astype(np.int32)
 
     def mean_loss(parameters, tokens):
-        decoder = Decoder(config, parameters)
+        decoder = make_model(config)(parameters)
         segment_ids = jnp.ones_like(tokens)
         positions = rotary.segment_positions(segment_ids)
         hidden = decoder.hidden_states(tokens, positions, segment_ids, training=True)
         return jnp.mean(loss.token_nll(hidden, decoder.head_weight(), tokens))
 
-    mesh = make_mesh(config_lib.Mesh(**mesh_axes))
+    mesh = make_mesh(config_lib.Mesh(**mesh_axes), jax.devices())
     with jax.set_mesh(mesh):
         shardings = parameter_shardings(config, mesh)
         rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))

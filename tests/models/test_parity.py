@@ -12,7 +12,7 @@ import pytest
 
 from moi_jax.checkpoints.hf.published import read_published
 from moi_jax.models import rotary
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import make_model
 from moi_jax.models.loss import token_nll
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
@@ -69,7 +69,7 @@ def test_loss_and_gradients_equal_transformers_qwen2(golden, fixture, length):
     tokens = np.load(golden / fixture / "logits.npz")[f"x{length}"].astype(np.int32)
 
     def loss(parameters):
-        model = Decoder(config, parameters)
+        model = make_model(config)(parameters)
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
         positions = rotary.segment_positions(segment_ids)
         hidden = model.hidden_states(tokens, positions, segment_ids, training=True)

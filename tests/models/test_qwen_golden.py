@@ -10,8 +10,9 @@ import pytest
 from moi_jax.checkpoints.hf.published import read_published
 from moi_jax.checkpoints.hf.weights import import_parameters, published_shapes
 from moi_jax.models import rotary
+from moi_jax.models.compute import Compute
 from moi_jax.models.config import read_hf_config
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import Decoder, make_model
 from moi_jax.models.loss import token_nll
 from moi_jax.models.parameters import declare, map_parameters
 from moi_jax.models.presets import PRESETS
@@ -45,7 +46,7 @@ def training_logits(model: Decoder, tokens: np.ndarray) -> jax.Array:
 @pytest.mark.parametrize("length", [32, 100])
 def test_logits_equal_the_reference(fixture, length):
     _, config, parameters, golden = fixture
-    logits = Decoder(config, parameters)(golden[f"x{length}"].astype(np.int32))
+    logits = make_model(config)(parameters)(golden[f"x{length}"].astype(np.int32))
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, golden[f"eval_{length}"], atol=LOGITS_ATOL, rtol=0)
 
@@ -53,14 +54,14 @@ def test_logits_equal_the_reference(fixture, length):
 @pytest.mark.parametrize("length", [64, 65])
 def test_logits_at_the_jump_of_the_ntk_factor(fixture_b, length):
     config, parameters, golden = fixture_b
-    logits = Decoder(config, parameters)(golden[f"x{length}"].astype(np.int32))
+    logits = make_model(config)(parameters)(golden[f"x{length}"].astype(np.int32))
     np.testing.assert_allclose(logits, golden[f"eval_{length}"], atol=LOGITS_ATOL, rtol=0)
 
 
 def test_logits_of_padded_rows(fixture_a):
     config, parameters, golden = fixture_a
     mask = golden["mask_pad32_right"]
-    logits = Decoder(config, parameters)(
+    logits = make_model(config)(parameters)(
         golden["x_pad32_right"].astype(np.int32), segment_ids=mask.astype(np.int32)
     )
     real = mask == 1
@@ -76,21 +77,21 @@ def test_ntk_and_logn_each_switched_off(fixture_b, switch, key):
     import dataclasses
 
     config, parameters, golden = fixture_b
-    model = Decoder(dataclasses.replace(config, **{switch: False}), parameters)
+    model = make_model(dataclasses.replace(config, **{switch: False}))(parameters)
     logits = model(golden["x100"].astype(np.int32))
     np.testing.assert_allclose(logits, golden[key], atol=LOGITS_ATOL, rtol=0)
 
 
 def test_training_mode_has_neither(fixture_b):
     config, parameters, golden = fixture_b
-    model = Decoder(config, parameters)
+    model = make_model(config)(parameters)
     logits = training_logits(model, golden["x100"].astype(np.int32))
     np.testing.assert_allclose(logits, golden["train_100"], atol=LOGITS_ATOL, rtol=0)
 
 
 def mean_loss(config, parameters, tokens, labels, remat="none"):
     """The reference's loss: labels unshifted, -100 ignored, mean over the rest."""
-    model = Decoder(config, parameters, remat=remat)
+    model = make_model(config, Compute(remat=remat))(parameters)
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
     positions = rotary.segment_positions(segment_ids)
     hidden = model.hidden_states(tokens, positions, segment_ids, training=True)

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from moi_jax import config as config_lib
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config_lib
 from moi_jax.models.parameters import declare
 from moi_jax.models.presets import PRESETS
-from moi_jax.parallel import sharding
 from moi_jax.parallel.axes import partition_spec
+from moi_jax.parallel.mesh import make_mesh
+from moi_jax.parallel.placing import check_rows, local_rows, place_batch
 
 from support.trainer import ROWS, STEPS, Trainer, random_batch
 
@@ -75,9 +76,9 @@ def test_parameters_and_moments_lie_in_shards():
     assert query.sharding.shard_shape(query.shape) == (2, 32 // 4, 4 // 2, 8)
     head = trainer.state.parameters["head"]  # [D, V], the vocabulary over fsdp and tensor
     assert head.sharding.shard_shape(head.shape) == (32, 64 // 8)
-    sharded = [x for x in jax.tree.leaves(trainer.state.optimizer) if x.ndim > 2]
+    sharded = [x for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim > 2]
     assert sharded
-    assert all(not x.sharding.is_fully_replicated for x in sharded)
+    assert all(not x.is_fully_replicated for x in sharded)
 
 
 def test_qwen_7b_shards_every_matrix_over_an_fsdp_mesh():
@@ -103,13 +104,13 @@ def test_a_dimension_that_does_not_divide_stays_whole():
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(config_lib.Mesh(**mesh))
+        make_mesh(config_lib.Mesh(**mesh), jax.devices())
 
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():
-    mesh = sharding.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
+    mesh = make_mesh(config_lib.Mesh(fsdp=4, tensor=2), jax.devices())
     with pytest.raises(UserError, match="global_batch_rows 6 is no multiple of the 4 batch shards"):
-        sharding.check_rows(6, mesh, "train.global_batch_rows")
+        check_rows(6, mesh, "train.global_batch_rows")
 
 
 HOST = """
@@ -117,10 +118,11 @@ import sys
 import jax, numpy as np
 number, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"localhost:{port}", 2, number)
-from moi_jax.config import schema as config
+from moi_jax import config
 from moi_jax.data.loader import Batch
-from moi_jax.parallel.sharding import local_rows, make_mesh, place_batch
-mesh = make_mesh(config.Mesh(fsdp=4))
+from moi_jax.parallel.placing import local_rows, place_batch
+from moi_jax.parallel.mesh import make_mesh
+mesh = make_mesh(config.Mesh(fsdp=4), jax.devices())
 held = local_rows(16, 8, mesh)
 print("held", *held)
 whole = np.arange(16 * 3).reshape(16, 3)
@@ -159,9 +161,9 @@ def test_two_hosts_read_disjoint_rows_and_place_one_batch():
 @pytest.mark.parametrize("axes", [ONE, EIGHT, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_placed_batches_hold_each_row_once(axes, microbatch_rows):
     batch = random_batch(0)
-    mesh = sharding.make_mesh(config_lib.Mesh(**axes))
-    rows = sharding.local_rows(ROWS, microbatch_rows, mesh)
-    placed = sharding.place_batch(batch, rows, microbatch_rows, mesh)
+    mesh = make_mesh(config_lib.Mesh(**axes), jax.devices())
+    rows = local_rows(ROWS, microbatch_rows, mesh)
+    placed = place_batch(batch, rows, microbatch_rows, mesh)
     np.testing.assert_array_equal(
         placed.tokens, batch.tokens.reshape(-1, microbatch_rows, batch.tokens.shape[1])
     )

@@ -23,8 +23,9 @@ from tokenizers import Tokenizer as Backend
 
 import moi_jax
 from moi_jax import generate
-from moi_jax.checkpoints.checkpoints import read_items, save_model
+from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.opener import open_checkpoint
+from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.errors import UserError
 from moi_jax.convert import import_checkpoint
 from moi_jax.models.parameters import declare
@@ -612,22 +613,27 @@ def test_a_checkpoint_of_another_rendering_is_opened_only_when_told_how(made, tm
     prompts = {**read_items(made).prompts, "template_hash": "0" * 64}
     stale = remade(made, tmp_path / "stale", 0, prompts=prompts)
     with pytest.raises(UserError, match=r"another rendering .*choose by --chat-template"):
-        open_checkpoint(stale)
+        open_checkpoint(stale, devices=jax.devices())
     with pytest.raises(UserError, match=r"another rendering .*choose by chat_template"):
         moi_jax.load(stale)
-    assert open_checkpoint(stale, chat_template="chatml").tokenizer.template.name == "chatml"
+    assert (
+        open_checkpoint(
+            stale, chat_template="chatml", devices=jax.devices()
+        ).tokenizer.template.name
+        == "chatml"
+    )
     assert moi_jax.load(stale, chat_template="chatml")[1].template.name == "chatml"
 
 
 def test_a_checkpoint_is_opened_on_the_mesh_and_in_the_dtype_asked_for(made):
-    opened = open_checkpoint(made)
+    opened = open_checkpoint(made, devices=jax.devices())
     assert (dict(opened.mesh.shape), opened.dtype) == (
         {"data": 1, "fsdp": 1, "tensor": 8},
         "float32",
     )
-    opened = open_checkpoint(made, dtype="bfloat16", mesh="fsdp=2, tensor=2")
+    opened = open_checkpoint(made, dtype="bfloat16", mesh="fsdp=2, tensor=2", devices=jax.devices())
     assert dict(opened.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
     leaves = jax.tree.leaves(opened.parameters)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
-    assert opened.make_model(opened.parameters).compute_dtype == jnp.bfloat16
+    assert opened.bind(opened.parameters).compute_dtype == jnp.bfloat16
     assert {len(leaf.sharding.device_set) for leaf in leaves} == {4}

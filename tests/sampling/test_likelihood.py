@@ -6,18 +6,18 @@ import jax
 import numpy as np
 import pytest
 
+from moi_jax import config as config_lib
 from moi_jax.checkpoints.hf.published import read_published
-from moi_jax.config import schema as config_lib
-from moi_jax.models.decoder import Decoder
-from moi_jax.parallel.sharding import make_mesh, parameter_shardings
+from moi_jax.models.compute import Compute
+from moi_jax.models.decoder import make_model
+from moi_jax.models.parameters import parameter_shardings
+from moi_jax.parallel.mesh import make_mesh
 from moi_jax.sampling import likelihood
 from moi_jax.sampling.likelihood import LikelihoodScorer
 
 
 def make_scorer(config, dtype="float32", **settings):
-    return LikelihoodScorer(
-        lambda parameters: Decoder(config, parameters, compute_dtype=dtype), config, **settings
-    )
+    return LikelihoodScorer(make_model(config, Compute(dtype)), config, **settings)
 
 
 def scored(scorer, parameters, pairs):
@@ -95,7 +95,7 @@ def test_likelihoods_equal_torch_together_and_one_by_one(llama, scorer):
 
 def test_likelihoods_are_the_same_on_a_mesh(llama):
     config, parameters, pairs, truth = llama
-    mesh = make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
     placed = jax.device_put(parameters, parameter_shardings(config, mesh))
     scorer = make_scorer(config, rows=3, mesh=mesh)
     check(scored(scorer, placed, pairs[:6]), truth[:6])
@@ -117,8 +117,8 @@ def test_long_rows_come_in_smaller_batches(llama, monkeypatch):
     config, parameters, *_ = llama
     shapes = []
 
-    def make_model(parameters):
-        model = Decoder(config, parameters)
+    def bind(parameters):
+        model = make_model(config)(parameters)
         states = model.hidden_states
         model.hidden_states = lambda tokens, *a, **k: (
             shapes.append(tokens.shape) or states(tokens, *a, **k)
@@ -126,7 +126,7 @@ def test_long_rows_come_in_smaller_batches(llama, monkeypatch):
         return model
 
     pairs = [(list(range(1, length)), [5]) for length in (10, 12, 14, 60, 61, 62)]
-    found = scored(LikelihoodScorer(make_model, config, rows=8), parameters, pairs)
+    found = scored(LikelihoodScorer(bind, config, rows=8), parameters, pairs)
     assert all(one.finish == "scored" for one in found)
     assert sorted(shapes) == [(2, 64), (4, 32)]
 

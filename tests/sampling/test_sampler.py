@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +11,17 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from moi_jax import config as config_lib
 from moi_jax.checkpoints.hf.published import read_published
 from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config_lib
 from moi_jax.models import rotary
+from moi_jax.models.compute import Compute
 from moi_jax.models.config import read_hf_config
-from moi_jax.models.decoder import Decoder
-from moi_jax.models.parameters import init_parameters, map_parameters
+from moi_jax.models.decoder import make_model
+from moi_jax.models.parameters import init_parameters, map_parameters, parameter_shardings
 from moi_jax.models.presets import PRESETS
-from moi_jax.parallel.sharding import make_mesh, parameter_shardings
+from moi_jax.parallel.mesh import make_mesh
 from moi_jax.sampling.answer import Answer
 from moi_jax.sampling.choosing import Draws, choose
 from moi_jax.sampling.requests import Completion, Request
@@ -37,9 +37,9 @@ def as_text(ids):
     return "".join(f"{i} " for i in ids)
 
 
-def sampler_of(config, make_model=None, **settings):
+def sampler_of(config, bind=None, **settings):
     settings = {"stop_ids": (), "vocab_size": config.vocab_size, "decode": as_text, **settings}
-    return Sampler(make_model or partial(Decoder, config), config, **settings)
+    return Sampler(bind or make_model(config), config, **settings)
 
 
 def completions(sampler, parameters, requests):
@@ -69,7 +69,7 @@ def plain_greedy(config, parameters, requests, width=128):
 
     @jax.jit
     def hidden_and_choice(tokens, length, end):
-        model = Decoder(config, parameters)
+        model = make_model(config)(parameters)
         alpha = None
         if config.dynamic_ntk:
             alpha = jnp.broadcast_to(rotary.ntk_alpha(length, config.seq_length), (1, width))
@@ -177,7 +177,7 @@ def test_the_cache_and_the_rows_lie_on_the_mesh_and_the_tokens_are_the_same(para
     requests = [Request(prompt, count) for prompt, count in asked]
     one = sampler_of(MODEL, slots=4)
     expected = tokens_of(one, parameters, requests)
-    mesh = make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
     placed = jax.device_put(parameters, parameter_shardings(MODEL, mesh))
     sampler = sampler_of(MODEL, slots=3, mesh=mesh)
     assert sampler.slots == 4
@@ -320,11 +320,11 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(parameters):
 def test_a_run_like_the_one_before_compiles_nothing(parameters):
     traces = []
 
-    def make_model(parameters):
+    def bind(parameters):
         traces.append(1)
-        return Decoder(MODEL, parameters)
+        return make_model(MODEL)(parameters)
 
-    sampler = sampler_of(MODEL, make_model, slots=4)
+    sampler = sampler_of(MODEL, bind, slots=4)
     requests = [Request(p, 20) for p in random_prompts((5, 9, 30, 41, 3, 8))]
     first = tokens_of(sampler, parameters, requests)
     count = len(traces)
@@ -338,11 +338,11 @@ def test_a_run_like_the_one_before_compiles_nothing(parameters):
 def test_a_chat_that_grows_compiles_for_few_lengths_of_the_cache(parameters):
     traces = []
 
-    def make_model(parameters):
+    def bind(parameters):
         traces.append(1)
-        return Decoder(MODEL, parameters)
+        return make_model(MODEL)(parameters)
 
-    sampler = sampler_of(MODEL, make_model, context=2048)
+    sampler = sampler_of(MODEL, bind, context=2048)
     for length in (70, 110, 120):  # a prompt of 128, in a ring of 128 or 256
         tokens_of(sampler, parameters, [Request(p, 60) for p in random_prompts((length,))])
     count = len(traces)
@@ -354,8 +354,8 @@ def test_a_chat_that_grows_compiles_for_few_lengths_of_the_cache(parameters):
 def test_a_prompt_is_never_wider_than_the_context(parameters):
     widths = []
 
-    def make_model(parameters):
-        model = Decoder(MODEL, parameters)
+    def bind(parameters):
+        model = make_model(MODEL)(parameters)
         prefill = model.prefill
         model.prefill = lambda tokens, lengths: (
             widths.append(tokens.shape[1]) or prefill(tokens, lengths)
@@ -363,7 +363,7 @@ def test_a_prompt_is_never_wider_than_the_context(parameters):
         return model
 
     (answer,) = tokens_of(
-        sampler_of(MODEL, make_model, context=150),
+        sampler_of(MODEL, bind, context=150),
         parameters,
         [Request(p, 9) for p in random_prompts((140,))],
     )
@@ -375,7 +375,7 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
     # Keys and values x layers x slots x heads x tokens x width x bytes.
     expected = 2 * 2 * 6 * 2 * 500 * MODEL.head_dim
     assert sampler_of(MODEL, slots=6, context=500).cache_bytes == 4 * expected
-    bf16 = partial(Decoder, MODEL, compute_dtype=jnp.bfloat16)
+    bf16 = make_model(MODEL, Compute(jnp.bfloat16))
     assert sampler_of(MODEL, bf16, slots=6, context=500).cache_bytes == 2 * expected
 
     layers = 4 * sum(x.size for x in jax.tree.leaves(parameters["layers"]))

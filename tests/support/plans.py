@@ -8,8 +8,8 @@ from hypothesis import reject, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
+from moi_jax.config import Data
 from moi_jax.config.load import make_config
-from moi_jax.config.schema import Data
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import EpochPlan, plan_epoch
 

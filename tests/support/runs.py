@@ -10,11 +10,21 @@ from pathlib import Path
 
 import yaml
 
+from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.config import Config
+from moi_jax.data.dataset import Dataset, open_dataset
+
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "moi_jax" / "data" / "samples"
 
 # One device, whatever the tests themselves simulate.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
+
+
+def open_data(config: Config) -> Dataset:
+    """The data of a config, as training opens it."""
+    experiment = open_experiment(config)
+    return open_dataset(experiment.config, experiment.tokenizer)
 
 
 def small_config(directory: Path, **sections) -> Path:

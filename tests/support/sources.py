@@ -1,13 +1,10 @@
 """Small source files, the data section over them, and what a cache of them holds."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from moi_jax.config import schema as config
+from moi_jax import config
 from moi_jax.data.cache.prepare import DomainCache, prepare
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -50,7 +47,7 @@ def section(root: Path, *names: str, source: dict | None = None, **keys: Any) ->
 
 
 def run(data: config.Data, tokenizer: Tokenizer = TOKENIZER) -> list[DomainCache]:
-    return prepare(data, tokenizer, Console(file=io.StringIO()))
+    return prepare(data, tokenizer)
 
 
 def texts(cache: DomainCache, indices: Any = None) -> list[str]:

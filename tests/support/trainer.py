@@ -1,19 +1,22 @@
 """The jitted train and eval step of a tiny model on a mesh, with batches given as numpy."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import numpy as np
 
-from moi_jax.config import schema as config_lib
+from moi_jax import config as config_lib
 from moi_jax.data.loader import Batch
-from moi_jax.models.decoder import Decoder
+from moi_jax.evaluation.row_sums import make_row_sums
+from moi_jax.models.compute import Compute
+from moi_jax.models.decoder import make_model
+from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import PRESETS
-from moi_jax.parallel import sharding
+from moi_jax.parallel.mesh import make_mesh
+from moi_jax.parallel.placing import place_batch
 from moi_jax.training.optimizer import make_optimizer, make_schedule
-from moi_jax.training.state import new_state, random_parameters
-from moi_jax.training.step import make_eval_step, make_train_step
+from moi_jax.training.state import new_state
+from moi_jax.training.step import make_train_step
 
 MODEL = dataclasses.replace(
     PRESETS["tiny"], num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=64,
@@ -48,7 +51,7 @@ class Trainer:
     """The jitted step on a mesh, with batches given as numpy."""
 
     def __init__(self, mesh, microbatch_rows=ROWS, *, dtype="float32", compute=None, remat="none"):
-        self.mesh = sharding.make_mesh(config_lib.Mesh(**mesh))
+        self.mesh = make_mesh(config_lib.Mesh(**mesh), jax.devices())
         self.microbatch_rows = microbatch_rows
         config = OPTIMIZER.model_copy(
             update={"moment_dtype": "float64" if dtype == "float64" else "float32"}
@@ -56,23 +59,22 @@ class Trainer:
         optimizer = make_optimizer(config, MODEL)
         parameters = random_parameters(MODEL, 0, dtype, self.mesh)
         self.state = new_state(MODEL, optimizer, parameters, self.mesh)
-        make_model = partial(Decoder, MODEL, compute_dtype=compute or dtype, remat=remat)
+        bind = make_model(MODEL, Compute(compute or dtype, remat))
         schedule = make_schedule(config, STEPS)
-        self._step = make_train_step(MODEL, make_model, optimizer, schedule, DOMAINS, self.mesh)
-        self._eval = make_eval_step(MODEL, make_model, DOMAINS, self.mesh)
+        self._step = make_train_step(MODEL, bind, optimizer, schedule, DOMAINS, self.mesh)
+        self._row_sums = make_row_sums(bind, self.mesh)
 
-    def place(self, batch, rows=None):
-        rows = rows or self.microbatch_rows
-        return sharding.place_batch(batch, np.arange(len(batch.tokens)), rows, self.mesh)
+    def place(self, batch):
+        rows = np.arange(len(batch.tokens))
+        return place_batch(batch, rows, self.microbatch_rows, self.mesh)
 
     def step(self, batch):
         with jax.set_mesh(self.mesh):
             self.state, metrics = self._step(self.state, self.place(batch))
             return jax.device_get(metrics)
 
-    def sums(self, batch):
-        with jax.set_mesh(self.mesh):
-            return jax.device_get(self._eval(self.state.parameters, self.place(batch, ROWS)))
+    def row_sums(self, batch):
+        return self._row_sums(self.state.parameters, batch)
 
     def parameters(self):
         return jax.device_get(self.state.parameters)

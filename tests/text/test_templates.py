@@ -1,7 +1,6 @@
 """Chat templates: a checkpoint's own against ours, ours in Jinja, and which one a run takes."""
 
 import dataclasses
-import io
 import json
 import re
 from pathlib import Path
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from moi_jax.checkpoints.checkpoints import ModelItems, save_model
+from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.checkpoints.items import ModelItems
+from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config
-from moi_jax.data.planning.run import RunPlan
 from moi_jax.data.preview.audit import audit
 from moi_jax.models.parameters import declare
 from moi_jax.models.presets import preset
@@ -25,9 +24,8 @@ from moi_jax.text.prompts import prompts_item, saved_template
 from moi_jax.text.rendering import render, render_prompt
 from moi_jax.text.templates import TEMPLATES
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
-from moi_jax.training.inputs import open_inputs, resolve
 
-from support.runs import small_config
+from support.runs import open_data, small_config
 from support.tokenizers import LLAMA3_SPECIALS, SAMPLES, llama3_tokenizer, with_specials
 
 STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -258,7 +256,7 @@ def started(tmp_path: Path, checkpoint: Path, template: str = "from_checkpoint")
         model={"preset": None, "init_from": str(checkpoint)},
         tokenizer={"path": None, "chat_template": template},
     )
-    return resolve(load_config(config))
+    return open_experiment(load_config(config))
 
 
 def test_a_run_from_a_checkpoint_renders_in_its_template_unless_asked(tmp_path: Path) -> None:
@@ -291,8 +289,8 @@ def test_llama3_rows_of_a_run_pass_the_audit(tmp_path: Path, targets: str) -> No
         tokenizer={"path": None},
         loss={"targets": targets},
     )
-    inputs = open_inputs(resolve(load_config(config)), Console(file=io.StringIO()))
-    run = RunPlan(inputs.corpus, inputs.config.data, inputs.config.train)
+    inputs = open_data(load_config(config))
+    run = inputs.plan()
     source = inputs.row_source(run)
     train = [selection.train for selection in inputs.selections]
     records = [len(cache.lengths) for cache in inputs.caches]
@@ -303,4 +301,5 @@ def test_llama3_rows_of_a_run_pass_the_audit(tmp_path: Path, targets: str) -> No
     assert "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n" in text
     assert "<|end_header_id|>\n\nYou are a mathematician.<|eot_id|><|start_header_id|>user" in text
     assert set(batch.tokens[batch.segment_ids == 0].tolist()) <= {inputs.tokenizer.template.pad}
-    assert inputs.items.prompts["chat_template"] == "llama3"
+    items = open_experiment(load_config(config)).items
+    assert items.prompts["chat_template"] == "llama3"

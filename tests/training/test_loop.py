@@ -1,11 +1,9 @@
 """The order of the loop: what is dispatched, read, looked at and saved when."""
 
-import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
@@ -28,6 +26,16 @@ class Metric:
         return self.value
 
 
+class State(SimpleNamespace):
+    """Of a state only its parameters matter here: the number of the step that made them."""
+
+    def __init__(self, step):
+        super().__init__(parameters=step)
+
+    def items(self):
+        return self.parameters, None
+
+
 class Stage:
     """A run whose step, evaluation and checkpoints only note that they were called."""
 
@@ -35,7 +43,7 @@ class Stage:
         self.events: list[str] = []
         self.saved: dict[int, dict] = {}
         self.scores: dict[int, dict] = {}
-        self.stop = SimpleNamespace(received=None)
+        self.stopping = False
         self.not_finite, self.stop_at, self.stop_in_look = not_finite, stop_at, stop_in_look
         self.directory = directory
         values = {
@@ -52,7 +60,7 @@ class Stage:
             domains=("chat",),
             steps=STEPS,
             total_rows=2 * STEPS,
-            state=SimpleNamespace(parameters=0),
+            state=State(0),
             step=0,
             row=0,
             skipped_in_a_row=0,
@@ -60,20 +68,20 @@ class Stage:
             train_step=self.train_step,
             position=lambda row: {"row": row},
             epoch_of=lambda row: 0,
-            evaluate=self.evaluate,
-            benchmark=self.benchmark if "generate" in values["eval"] else None,
-            sample=None,
+            evaluations=SimpleNamespace(
+                held_out=self.evaluate,
+                benchmarks=self.benchmark if "generate" in values["eval"] else None,
+                samples=None,
+            ),
             checkpoints=SimpleNamespace(save=self.save),
             log=MetricsLog(directory, [], -1),
-            stop=self.stop,
-            console=Console(quiet=True),
         )
 
     def train_step(self, state, _):
         step = self.run.step + 1
         self.events.append(f"step {step}")
         if step == self.stop_at:
-            self.stop.received = signal.SIGTERM
+            self.stopping = True
         metrics = {
             "loss": Metric(float(step), lambda: self.events.append(f"read {step}")),
             "applied": Metric(step not in self.not_finite),
@@ -81,7 +89,7 @@ class Stage:
             "domain_loss_tokens": Metric([1]),
         }
         ones = ("weights", "nll", "loss_tokens", "tokens", "grad_norm", "learning_rate")
-        return SimpleNamespace(parameters=step), metrics | {name: Metric(1.0) for name in ones}
+        return State(step), metrics | {name: Metric(1.0) for name in ones}
 
     def benchmark(self, parameters, give_up):
         if give_up():
@@ -96,15 +104,20 @@ class Stage:
             if batch == 0:
                 self.events.append(f"look {parameters}")
             if parameters == self.stop_in_look:
-                self.stop.received = signal.SIGTERM
+                self.stopping = True
         names = ("chat", "mean")
         kinds = ("loss", "default_prompt/loss")
         return {f"eval/{name}/{kind}": 1.0 for name in names for kind in kinds}
 
-    def save(self, step, state, position, config, evaluation):
-        assert state.parameters == step
+    def save(self, step, parameters, optimizer, position, config, evaluation):
+        assert parameters == step
         self.events.append(f"save {step}")
         self.saved[step], self.scores[step] = position, evaluation
+
+    def fit(self):
+        """Whether the run came to its end."""
+        fit(self.run, lambda: self.stopping)
+        return self.run.step == STEPS
 
     def logged(self):
         return [r for r in records(self.directory / "metrics.jsonl") if "token_loss" in r]
@@ -112,7 +125,7 @@ class Stage:
 
 def test_a_step_is_read_after_the_next_was_dispatched_and_before_it_is_looked_at(tmp_path):
     stage = Stage(tmp_path, eval={"every": 2}, checkpoint={"every": 4})
-    assert fit(stage.run)
+    assert stage.fit()
     assert stage.events == [
         "look 0", "step 1", "step 2", "read 1", "read 2", "look 2", "step 3", "step 4", "read 3",
         "read 4", "look 4", "save 4", "step 5", "step 6", "read 5", "read 6", "look 6", "save 6",
@@ -123,32 +136,32 @@ def test_a_step_is_read_after_the_next_was_dispatched_and_before_it_is_looked_at
 
 def test_a_checkpoint_keeps_how_many_steps_in_a_row_were_skipped(tmp_path):
     stage = Stage(tmp_path, not_finite=(3, 4), checkpoint={"every": 4})
-    assert fit(stage.run)
+    assert stage.fit()
     assert stage.saved[4]["skipped_in_a_row"] == 2
     assert stage.saved[6]["skipped_in_a_row"] == 0
     (tmp_path / "again").mkdir()
     again = Stage(tmp_path / "again", not_finite=(1,))
     again.run.skipped_in_a_row = 2
     with pytest.raises(UserError, match="3 steps in a row were not finite"):
-        fit(again.run)
+        again.fit()
 
 
 def test_who_asks_to_stop_waits_for_the_checkpoint_alone(tmp_path):
     stage = Stage(tmp_path, stop_at=4, eval={"every": 2})
-    assert not fit(stage.run)
+    assert not stage.fit()
     assert stage.events[-4:] == ["step 4", "read 3", "read 4", "save 4"]
 
 
 def test_a_signal_during_an_evaluation_gives_it_up_and_saves(tmp_path):
     stage = Stage(tmp_path, stop_in_look=2, eval={"every": 2})
-    assert not fit(stage.run)
+    assert not stage.fit()
     assert stage.events[-2:] == ["look 2", "save 2"]
     assert stage.scores[2] == {}
 
 
 def test_benchmarks_have_an_interval_of_their_own_and_are_logged(tmp_path):
     stage = Stage(tmp_path, eval={"every": 2, "generate": {"every": 4}})
-    assert fit(stage.run)
+    assert stage.fit()
     looks = [event for event in stage.events if event.startswith(("look", "benchmark"))]
     assert looks == [
         "look 0", "benchmark 0", "look 2", "look 4", "benchmark 4", "look 6", "benchmark 6",
@@ -159,11 +172,11 @@ def test_benchmarks_have_an_interval_of_their_own_and_are_logged(tmp_path):
 
 def test_no_benchmark_begins_once_a_run_is_asked_to_stop(tmp_path):
     stage = Stage(tmp_path, stop_in_look=2, eval={"every": 2, "generate": {"every": 2}})
-    assert not fit(stage.run)
+    assert not stage.fit()
     assert stage.events[-2:] == ["look 2", "save 2"]
 
 
 def test_the_steps_before_a_checkpoint_are_logged_with_it(tmp_path):
     stage = Stage(tmp_path, stop_at=5, logging={"every": 3, "trackers": []})
-    assert not fit(stage.run)
+    assert not stage.fit()
     assert [(r["step"], r["loss"]) for r in stage.logged()] == [(3, 2.0), (5, 4.5)]

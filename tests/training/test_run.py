@@ -8,21 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 import moi_jax
-from moi_jax.checkpoints.checkpoints import ModelItems, RunCheckpoints
+from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.checkpoints.items import ModelItems
+from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config, make_config
 from moi_jax.models.parameters import init_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.text.tokenizer import load_tokenizer
-from moi_jax.training.inputs import open_inputs, resolve
 from moi_jax.training.optimizer import make_optimizer
 from moi_jax.training.run_directory import LOCK
 from moi_jax.training.state import initial_state
 
-from support.runs import ENVIRONMENT, ROOT, SAMPLES, records, small_config, train
+from support.runs import ENVIRONMENT, ROOT, SAMPLES, open_data, records, small_config, train
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, restarts):
 
     checkpoints = opened()
     for step, loss in enumerate((3.0, 1.0, 2.0, 5.0), start=1):
-        checkpoints.save(step, state, {}, {}, {"eval/mean/loss": loss})
+        checkpoints.save(step, *state.items(), {}, {}, {"eval/mean/loss": loss})
         if restarts:
             checkpoints.close()
             checkpoints = opened()
@@ -176,7 +176,7 @@ MISTAKES = [
 def test_a_mistake_is_named_before_any_work(tmp_path, overrides, message):
     config = load_config(small_config(tmp_path), overrides)
     with pytest.raises(UserError) as error:
-        open_inputs(resolve(config), Console(quiet=True))
+        open_data(config)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -189,14 +189,14 @@ def test_ids_beyond_the_embedding_are_refused(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     config = load_config(small_config(tmp_path), [f"tokenizer.path={tmp_path}"])
     with pytest.raises(UserError, match="has 2049 ids, the model's embedding only 2048 rows"):
-        resolve(config)
+        open_experiment(config)
 
 
 def test_a_longer_row_is_allowed_when_asked_for(tmp_path):
     config = load_config(
         small_config(tmp_path), ["data.sequence_length=9000", "model.allow_longer=true"]
     )
-    assert resolve(config).config.data.sequence_length == 9000
+    assert open_experiment(config).config.data.sequence_length == 9000
 
 
 def test_rows_that_do_not_divide_over_the_mesh_exit_with_2(tmp_path):
@@ -239,7 +239,7 @@ def test_training_starts_from_a_checkpoint_with_its_tokenizer_and_prompt(finishe
         small_config(tmp_path), [f"model.init_from={source}", "model.preset=qwen-7b"]
     )
     with pytest.raises(UserError, match="is not the architecture of"):
-        resolve(other)
+        open_experiment(other)
     # The run goes on from its own checkpoint when the one it began with is gone.
     done = train(small_config(tmp_path), "model.init_from=gone", *overrides[1:])
     assert done.returncode == 0, done.stderr

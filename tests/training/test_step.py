@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from moi_jax.config import schema as config_lib
+from moi_jax import config as config_lib
 from moi_jax.data.loader import Batch
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import make_model
 from moi_jax.training.optimizer import make_schedule
 
 from support.trainer import DOMAINS, MODEL, OPTIMIZER, STEPS, Trainer, random_batch
@@ -18,7 +18,7 @@ from support.trainer import DOMAINS, MODEL, OPTIMIZER, STEPS, Trainer, random_ba
 
 def plain_loss(parameters, batch):
     """The whole batch at once, whole logits, no remat, no mesh."""
-    model = Decoder(MODEL, parameters)
+    model = make_model(MODEL)(parameters)
     hidden = model.hidden_states(batch.tokens, batch.positions, batch.segment_ids, training=True)
     log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)
     nll = -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
@@ -76,8 +76,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
     assert after.step == before.step + 1
     jax.tree.map(
         np.testing.assert_array_equal,
-        (after.parameters, after.optimizer),
-        (before.parameters, before.optimizer),
+        (after.parameters, after.opt_state),
+        (before.parameters, before.opt_state),
     )
     assert trainer.step(random_batch(2))["applied"]
 
@@ -111,10 +111,10 @@ def test_empty_rows_change_no_sum():
     for array in (half.segment_ids, half.loss_weights, half.positions):
         array[4:] = 0
     half.domain_ids[4:] = -1
-    sums = trainer.sums(half)
+    sums = trainer.row_sums(half)
     nll = plain_loss(trainer.parameters(), Batch(*(array[:4] for array in batch)))[1]
     np.testing.assert_allclose(
-        sums["nll"], np.sum(np.asarray(nll)[batch.loss_weights[:4] > 0]), rtol=1e-5
+        sums.nll.sum(), np.sum(np.asarray(nll)[batch.loss_weights[:4] > 0]), rtol=1e-5
     )
 
 
@@ -137,5 +137,5 @@ def test_the_moments_of_bfloat16_parameters_are_float32():
     trainer.step(random_batch(0))
     trainer.step(random_batch(1))
     assert trainer.state.parameters["head"].dtype == jnp.bfloat16
-    moments = [x for x in jax.tree.leaves(trainer.state.optimizer) if x.ndim]
+    moments = [x for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim]
     assert {str(x.dtype) for x in moments} == {"float32"}

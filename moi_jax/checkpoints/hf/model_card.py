@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from moi_jax.checkpoints.checkpoints import ModelItems, read_json_item
+from moi_jax.checkpoints.items import ModelItems, read_json_item
 
 # What of a run's config a reader of the card asks for first; the rest is in config.yaml.
 SETTINGS = ("model", "loss", "optimizer", "train")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moi_jax.checkpoints.checkpoints import ModelItems
+from moi_jax.checkpoints.items import ModelItems
 from moi_jax.models.config import in_family, to_hf_config
 from moi_jax.text.jinja_templates import export_jinja
 from moi_jax.text.tokenizer import TiktokenTokenizer, Tokenizer

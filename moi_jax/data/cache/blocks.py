@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import Row, convert

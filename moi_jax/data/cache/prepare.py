@@ -7,6 +7,7 @@ blocks that they were prepared in.
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -17,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
-from moi_jax.common.console import say
+from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
+from moi_jax.common.progress import progress_bars
 from moi_jax.data.cache.blocks import (
     PART,
     Block,
@@ -43,27 +42,28 @@ from moi_jax.data.sources.rows import detect_format, expand
 from moi_jax.text.prompts import resolve_prompt
 from moi_jax.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 CACHE_FORMAT = 4
 ABANDONED_SECONDS = 24 * 3600
 
 
-def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[DomainCache]:
+def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
     """Brings every domain into the cache, in config order; what is there already is not redone.
 
     Args:
       data: the config section; a domain's cache depends on it, the tokenizer and the files alone.
       tokenizer: gives the ids.
-      console: shows progress; where it is no terminal, one line a domain.
 
     Raises:
       UserError: a source matches nothing, a file stands twice, a row or a domain is unusable.
     """
     jobs, maker = _jobs(data, tokenizer)
     if maker.benchmarks:
-        say(console, _looked_for(maker.benchmarks))
+        log.info(_looked_for(maker.benchmarks))
     opened = [job.open(maker) for job in jobs]
     missing = [job for job, cache in zip(jobs, opened, strict=True) if cache is None]
-    _run([task for job in missing for task in chain(*job.tasks)], maker, console)
+    _run([task for job in missing for task in chain(*job.tasks)], maker)
     caches = []
     for job, cache in zip(jobs, opened, strict=True):
         how = "cached" if cache else "prepared"
@@ -72,17 +72,14 @@ def prepare(data: config.Data, tokenizer: Tokenizer, console: Console) -> list[D
             _refuse_bad_rows(job, cache.manifest)
         if not len(cache.lengths):
             raise _no_usable_row(job, cache.manifest)
-        if not console.is_terminal:
-            say(console, f"{cache.name}: {how}, {_summary(cache)}")
+        log.info(f"{cache.name}: {how}, {_summary(cache)}")
         if contaminated := cache.manifest["contaminated"]:
-            say(console, f"warning: {_contamination(cache, contaminated)}")
+            log.warning(f"{_contamination(cache, contaminated)}")
         caches.append(cache)
     return caches
 
 
-def prepare_shard(
-    data: config.Data, tokenizer: Tokenizer, console: Console, shard: int, shards: int
-) -> None:
+def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: int) -> None:
     """Prepares every block of a share of the blocks, of the job `shard` of 1..`shards`.
 
     `prepare`, after all of them, assembles the domains.
@@ -93,8 +90,8 @@ def prepare_shard(
     jobs, maker = _jobs(data, tokenizer)
     tasks = [task for job in jobs for task in chain(*job.tasks)]
     mine = tasks[shard - 1 :: shards]
-    _run(mine, maker, console)
-    say(console, f"shard {shard} of {shards}: {len(mine)} of {len(tasks)} blocks are prepared")
+    _run(mine, maker)
+    log.info(f"shard {shard} of {shards}: {len(mine)} of {len(tasks)} blocks are prepared")
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[Sou
             seen[path] = domain.name
 
 
-def _run(tasks: list[Task], maker: BlockMaker, console: Console) -> None:
+def _run(tasks: list[Task], maker: BlockMaker) -> None:
     """Does what is not done of the tasks, on as many processes as have a block to do."""
     left = [task for task in tasks if maker.finished(task) is None]
     if not left:
@@ -211,7 +208,7 @@ def _run(tasks: list[Task], maker: BlockMaker, console: Console) -> None:
     try:
         with (
             domain_errors(", ".join(sizes)),
-            Progress(console=console, disable=not console.is_terminal) as progress,
+            progress_bars() as progress,
         ):
             bars = {name: progress.add_task(name, total=size) for name, size in sizes.items()}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
 from moi_jax.data.cache.domain import DomainCache, loss_column
 
 

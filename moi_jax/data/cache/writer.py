@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from array_record.python import array_record_module
 
+from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
 from moi_jax.data.sources.rows import Row
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Data
+from moi_jax.config import Data
 from moi_jax.data.planning import mixture, packing, swaps
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.mixture import Stream

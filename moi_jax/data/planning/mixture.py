@@ -11,7 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Data
+from moi_jax.config import Data
 from moi_jax.data.planning.corpus import Corpus
 
 

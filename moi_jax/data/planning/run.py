@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Data, Train
+from moi_jax.config import Data, Train
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import EpochPlan, last_epoch, plan_epoch
 from moi_jax.data.planning.mixture import epoch_counts

@@ -1,18 +1,20 @@
 """The mixture table: what of each domain an epoch's plan uses, how often, and how full rows are."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moi_jax.common.console import say
-from moi_jax.config.schema import Data
-from moi_jax.data.cache.prepare import DomainCache
+from moi_jax.common.log import Table as LogTable
+from moi_jax.config import Data
+from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.mixture import asked_shares
+
+log = logging.getLogger(__name__)
 
 
 def mixture_statistics(
@@ -80,7 +82,7 @@ def domains_per_row(plan: EpochPlan) -> float:
     return float(np.count_nonzero(pairs) / plan.rows)
 
 
-def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: int) -> None:
+def print_mixture(statistics: Mapping[str, Any], max_repeats: int) -> None:
     """Prints the mixture table, and a warning for every domain over data.max_repeats."""
     domains = statistics["domains"]
     rows = figures_table(
@@ -91,31 +93,28 @@ def print_mixture(statistics: Mapping[str, Any], console: Console, max_repeats: 
         counts = (d["read"], sum(d["dropped"].values()), d["held_out"], d["used"], not_used)
         repeats = (f"{d['mean_repeats']:.2f}", str(d["max_repeats"]))
         rows.add_row(name, *(f"{count:,}" for count in counts), *repeats)
-    console.print(rows)
+    log.info(LogTable(rows))
     title = f"Mixture of one epoch, asked as shares of {statistics['unit']}"
     mixture = figures_table(title, "asked", "instructions", "tokens", "loss tokens")
     for name, d in domains.items():
         shares = (_with_share(domains, name, k) for k in ("occurrences", "tokens", "loss_tokens"))
         mixture.add_row(name, f"{d['asked']:.1%}", *shares)
-    console.print(mixture)
-    say(
-        console,
+    log.info(LogTable(mixture))
+    log.info(
         f"{statistics['rows']:,} rows, {statistics['steps_per_epoch']:,} steps an epoch, "
         f"fill {statistics['fill']:.2%}, {statistics['domains_per_row']:.2f} domains a row, "
         f"{statistics['moved_share']:.2%} of the instructions changed group to fill rows",
     )
     if statistics["unplaced_groups"]:
-        say(
-            console,
-            f"warning: {statistics['unplaced_groups']:,} groups "
+        log.warning(
+            f"{statistics['unplaced_groups']:,} groups "
             f"({statistics['unplaced_instructions']:,} instructions) fit no row and are left out; "
             f"raise data.sequence_length or lower data.max_instruction_tokens",
         )
     for name, d in domains.items():
         if d["max_repeats"] > max_repeats:
-            say(
-                console,
-                f"warning: domain {name} repeats an instruction {d['max_repeats']} times an epoch, "
+            log.warning(
+                f"domain {name} repeats an instruction {d['max_repeats']} times an epoch, "
                 f"over data.max_repeats {max_repeats}; add data or set data.epoch_end: shortest",
             )
 
@@ -138,7 +137,7 @@ def _with_share(domains: Mapping[str, Mapping[str, Any]], name: str, key: str) -
 FILES_SHOWN = 20
 
 
-def print_sources(caches: Sequence[DomainCache], console: Console) -> None:
+def print_sources(caches: Sequence[DomainCache]) -> None:
     """Prints what was found in each file, its format, and an example of every kind of drop."""
     table = Table(title="Sources", title_justify="left")
     for header in ("domain", "file", "format"):
@@ -152,13 +151,12 @@ def print_sources(caches: Sequence[DomainCache], console: Console) -> None:
             table.add_row(cache.name, escape(file["name"]), file["format"] or "empty", *figures)
         if len(files) > FILES_SHOWN:
             table.add_row(cache.name, f"and {len(files) - FILES_SHOWN} more files", "", "", "")
-    console.print(table)
+    log.info(LogTable(table))
     for cache in caches:
         examples = {row["reason"]: row for row in reversed(cache.manifest["examples"])}
         for reason, count in cache.manifest["dropped"].items():
             example = examples[reason]
-            say(
-                console,
+            log.info(
                 f"{cache.name}: dropped {count:,} {reason}, e.g. "
                 f"{example['file']}:{example['line']}: {example['detail']}",
             )

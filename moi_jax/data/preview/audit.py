@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.config.schema import Data, Domain
+from moi_jax.config import Data, Domain
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.loader import Batch, RowSource
 from moi_jax.data.planning.epoch import EpochPlan

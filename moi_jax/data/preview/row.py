@@ -9,8 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from moi_jax.common.console import say
-from moi_jax.config.schema import Data
+from moi_jax.config import Data
 from moi_jax.data.loader import Batch, RowSource
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -105,19 +104,19 @@ def print_legend(console: Console) -> None:
         trained = Text("text that carries loss", TRAINED)
         console.print(Text.assemble(trained, ", ", ("text that does not", UNTRAINED)))
     else:
-        say(console, f"{OPEN}text that carries loss{CLOSE}, text that does not")
+        console.print(f"{OPEN}text that carries loss{CLOSE}, text that does not", markup=False)
 
 
 def print_row(view: RowView, tokenizer: Tokenizer, console: Console) -> None:
     """Prints the text of a row with borders of groups and instructions, its padding in a line."""
     length = len(view.batch.tokens)
     groups = f"{len(view.groups)} {view.group_name}{'s' * (len(view.groups) > 1)}"
-    say(
-        console,
+    title = (
         f"row {view.number} (epoch {view.epoch}, row {view.row} of {view.rows:,}): "
         f"{view.tokens:,} of {length:,} tokens, {view.trained.sum():,} with loss, {groups}; "
-        f"attention stays inside {view.segment_name}",
+        f"attention stays inside {view.segment_name}"
     )
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
     for number, group in enumerate(view.groups, 1):
         places = f"tokens {group[0].start} to {group[-1].end - 1}"
         title = f"{view.group_name} {number} of {len(view.groups)}, {places}"

@@ -1,14 +1,16 @@
 """What the preview tells beyond the mixture: the account of every row read, and the lengths."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from moi_jax.common.console import say
+from moi_jax.common.log import Table as LogTable
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.statistics import figures_table
+
+log = logging.getLogger(__name__)
 
 
 def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:
@@ -36,10 +38,10 @@ def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:
     return lines
 
 
-def print_accounts(statistics: Mapping[str, Any], console: Console) -> None:
+def print_accounts(statistics: Mapping[str, Any]) -> None:
     """Prints the accounts of the first epoch, a line a domain."""
     for name, line in accounts(statistics).items():
-        say(console, f"{name}: {line}")
+        log.info(f"{name}: {line}")
 
 
 def length_statistics(corpus: Corpus) -> dict[str, dict[str, float]]:
@@ -56,9 +58,9 @@ def length_statistics(corpus: Corpus) -> dict[str, dict[str, float]]:
     return found
 
 
-def print_lengths(lengths: Mapping[str, Mapping[str, float]], console: Console) -> None:
+def print_lengths(lengths: Mapping[str, Mapping[str, float]]) -> None:
     """Prints the table of `length_statistics`."""
     table = figures_table("Tokens of an instruction", "min", "median", "mean", "95 %", "max")
     for name, of_domain in lengths.items():
         table.add_row(name, *(f"{tokens:,.0f}" for tokens in of_domain.values()))
-    console.print(table)
+    log.info(LogTable(table))

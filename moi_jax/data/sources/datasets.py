@@ -16,9 +16,10 @@ import numpy as np
 from filelock import FileLock
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Source
+from moi_jax.config import Source
 from moi_jax.data import tfds_datasets
-from moi_jax.data.sources.readers import RawRow, SourceFile
+from moi_jax.data.sources.containers import RawRow
+from moi_jax.data.sources.readers import SourceFile
 
 HELD = 1000  # rows of a Hugging Face dataset in memory at a time
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import Source
+from moi_jax.config import Source
 from moi_jax.data.sources import formats
+from moi_jax.data.sources.containers import RawRow
 from moi_jax.data.sources.datasets import open_dataset
 from moi_jax.data.sources.formats import FORMATS
-from moi_jax.data.sources.readers import RawRow, SourceFile, parse
+from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.text.conversations import BadRow, Conversation
 
 ROWS_TO_DETECT = 100  # readable rows looked at for the format of a file

@@ -1,13 +1,11 @@
 """Tasks of lm-evaluation-harness by their names, run on a checkpoint, results in its own layout."""
 
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from moi_jax.common.console import say
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.evaluation.options import Options
 from moi_jax.sampling.chat_model import ChatModel
@@ -23,6 +21,9 @@ except ImportError as error:
         f"lm-evaluation-harness is not installed ({error}); pip install 'moi_jax[eval]'"
     ) from None
 from moi_jax.evaluation.harness.adapter import CheckpointLM
+
+log = logging.getLogger(__name__)
+
 
 Json = dict[str, Any]
 
@@ -67,9 +68,7 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
 
-def run_lm_eval(
-    tasks: Sequence[Any], model: ChatModel, made_by: Json, options: Options, console: Console
-) -> Json:
+def run_lm_eval(tasks: Sequence[Any], model: ChatModel, made_by: Json, options: Options) -> Json:
     """Runs tasks of the harness through the chat template, and prints its table.
 
     Its results and samples go to options.out/lm_eval, in its own layout. Greedy answers and
@@ -117,9 +116,9 @@ def run_lm_eval(
     samples = results.pop("samples")
     results["config"]["checkpoint"] = made_by
     _save(tracker, folder, results, samples)
-    say(console, make_table(results))
+    log.info(make_table(results))
     if results.get("groups"):
-        say(console, make_table(results, "groups"))
+        log.info(make_table(results, "groups"))
     return results
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.schema import CONTROL_TOKEN
+from moi_jax.config import CONTROL_TOKEN
 from moi_jax.text.tokenizer import Tokenizer
 
 OWN, DEFAULT, PARAPHRASE, UNRELATED, NONE = "own", "default", "paraphrase", "unrelated", "none"

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.config import schema as config
-from moi_jax.data.cache.prepare import DomainCache
+from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.selection import Selection
 from moi_jax.data.loader import Batch, Placed, assemble
 from moi_jax.evaluation.answering import evenly_spaced
 from moi_jax.evaluation.held_out import batches_by_width
 from moi_jax.evaluation.prompts.crossing import Crossed, columns
-from moi_jax.evaluation.prompts.row_sums import RowSums
+from moi_jax.evaluation.row_sums import RowSums
 from moi_jax.text.rendering import Instruction, system_text, with_system_prompt
 from moi_jax.text.tokenizer import Tokenizer
 

@@ -1,6 +1,7 @@
 """The prompt matrix for people: tables on the console, a heat-map, one line an item and prompt."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from moi_jax.common.console import say
 from moi_jax.common.errors import UserError
+from moi_jax.common.log import Table as LogTable
 from moi_jax.data.preview.picture import INK, PADDING, QUIET, STYLE
 from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
 from moi_jax.evaluation.prompts.matrix import HeldOutItem, ItemSums
+
+log = logging.getLogger(__name__)
+
 
 Json = dict[str, Any]
 
@@ -50,14 +53,14 @@ def item_lines(
                 yield json.dumps(line) + "\n"
 
 
-def print_matrix(results: Json, console: Console) -> None:
+def print_matrix(results: Json) -> None:
     """Prints losses, accuracies and perplexities of each model, and the gaps of all.
 
     Args:
       results: what held_out.json holds.
     """
     for model, domains in results["models"].items():
-        say(console, f"Held-out, {model}: loss in nats a token, accuracy, perplexity")
+        log.info(f"Held-out, {model}: loss in nats a token, accuracy, perplexity")
         table = _table()
         table.add_column("prompt")
         for name in domains:
@@ -65,9 +68,9 @@ def print_matrix(results: Json, console: Console) -> None:
         for column in results["columns"]:
             cells = [domain["cells"].get(column) for domain in domains.values()]
             table.add_row(column, *(_cell_text(cell) for cell in cells))
-        console.print(table)
-    say(console, "Gap: loss under the default prompt minus loss under the own one")
-    console.print(_gaps(results))
+        log.info(LogTable(table))
+    log.info("Gap: loss under the default prompt minus loss under the own one")
+    log.info(LogTable(_gaps(results)))
 
 
 def _table() -> Table:

@@ -1,7 +1,7 @@
 """The held-out prompt matrix of an opened checkpoint: its data, its untrained model, its files."""
 
 import json
-import math
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moi_jax.common.errors import UserError, cannot_write
-from moi_jax.config.schema import Config, TokenizerConfig
+from moi_jax.config import Config, TokenizerConfig
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from moi_jax.checkpoints.opener import OpenCheckpoint
+    from moi_jax.data.dataset import Dataset
     from moi_jax.evaluation.prompts.crossing import Crossed
     from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
     from moi_jax.models.parameters import Tree
-    from moi_jax.training.inputs import Inputs
+
+log = logging.getLogger(__name__)
+
 
 Json = dict[str, Any]
 
@@ -44,9 +45,7 @@ class HeldOutOptions:
     rows: int = 8
 
 
-def measure_held_out(
-    opened: "OpenCheckpoint", options: HeldOutOptions, out: Path, console: "Console"
-) -> Json:
+def measure_held_out(opened: "OpenCheckpoint", options: HeldOutOptions, out: Path) -> Json:
     """Measures the matrix, prints it, and writes it into the directory `out`.
 
         held_out.json         prompts, losses, accuracies, differences with intervals
@@ -60,8 +59,8 @@ def measure_held_out(
       UserError: no config is known, its data cannot be opened, the untrained checkpoint named
         does not fit, a loss is not finite, or `out` cannot be written.
     """
+    from moi_jax.checkpoints.items import parameters_fingerprint
     from moi_jax.evaluation.prompts.matrix_report import print_matrix
-    from moi_jax.evaluation.runner import parameters_fingerprint
 
     parameters = parameters_fingerprint(opened.step)
     _check_same(out / "held_out.json", parameters)
@@ -72,22 +71,22 @@ def measure_held_out(
             f"{opened.step} was not written by training, so it names no data; name the config "
             f"whose held-out conversations to use by --config"
         )
-    untrained = _untrained(opened, began, options.untrained, console)
-    inputs = _open_inputs(opened, config, console)
-    crossed = _cross(inputs, options.paraphrases or {}, console)
-    matrix = _make_matrix(opened, inputs, crossed, options)
+    untrained = _untrained(opened, began, options.untrained)
+    dataset = _open_dataset(opened, config)
+    crossed = _cross(dataset, options.paraphrases or {})
+    matrix = _make_matrix(opened, dataset, crossed, options)
     models = {TRAINED: opened.parameters}
     if untrained:
         models[UNTRAINED] = untrained[1]
-    sums = _measure(opened, matrix, models, console)
+    sums = _measure(opened, matrix, models)
     results = {
         "checkpoint": str(opened.step),
         "parameters": parameters,
         "untrained": untrained[0] if untrained else None,
-        **_results(matrix, inputs, crossed, sums),
-        "settings": _settings(opened, inputs, options),
+        **_results(matrix, dataset, crossed, sums),
+        "settings": _settings(opened, dataset, options),
     }
-    print_matrix(results, console)
+    print_matrix(results)
     _write(out, results, sums, matrix)
     return results
 
@@ -104,7 +103,7 @@ def _check_same(path: Path, parameters: str) -> None:
 
 def _own_config(step: Path) -> Config | None:
     """What the checkpoint was trained by; None where it was not trained by us."""
-    from moi_jax.checkpoints.checkpoints import read_json_item
+    from moi_jax.checkpoints.items import read_json_item
     from moi_jax.config.load import make_config
 
     if not (step / "config").is_dir():
@@ -112,15 +111,17 @@ def _own_config(step: Path) -> Config | None:
     return make_config(read_json_item(step, "config"), where=f"{step / 'config'}")
 
 
-def _open_inputs(opened: "OpenCheckpoint", config: Config, console: "Console") -> "Inputs":
+def _open_dataset(opened: "OpenCheckpoint", config: Config) -> "Dataset":
     """The data of the config in the tokens of the checkpoint, which stands alone."""
-    from moi_jax.training.inputs import open_inputs, resolve
+    from moi_jax.checkpoints.experiment import open_experiment
+    from moi_jax.data.dataset import open_dataset
 
     model = config.model.model_copy(update={"init_from": opened.step, "preset": None})
     tokenizer = TokenizerConfig(chat_template=opened.tokenizer.template.name)
     config = config.model_copy(update={"model": model, "tokenizer": tokenizer})
     try:
-        return open_inputs(resolve(config), console)
+        experiment = open_experiment(config)
+        return open_dataset(experiment.config, experiment.tokenizer)
     except UserError as error:
         raise UserError(
             f"{error}. The data of {opened.step} are looked for as in training: run this where "
@@ -129,23 +130,21 @@ def _open_inputs(opened: "OpenCheckpoint", config: Config, console: "Console") -
 
 
 def _untrained(
-    opened: "OpenCheckpoint", began: Config | None, named: Path | None, console: "Console"
+    opened: "OpenCheckpoint", began: Config | None, named: Path | None
 ) -> tuple[str, "Tree"] | None:
     """What the checkpoint was trained from, in words and as parameters; None where it is gone."""
     import jax
 
-    from moi_jax.checkpoints.checkpoints import read_items, read_parameters
-    from moi_jax.common.console import say
-    from moi_jax.training.state import random_parameters
+    from moi_jax.checkpoints.items import read_items
+    from moi_jax.checkpoints.parameters import read_parameters
+    from moi_jax.models.parameters import random_parameters
 
     source = named
     if source is None and began is not None:
         source = began.model.init_from
     if source is None:
         if began is None:
-            say(
-                console, "what the checkpoint was trained from is not known: name it by --untrained"
-            )
+            log.info("what the checkpoint was trained from is not known: name it by --untrained")
             return None
         seed, dtype = began.train.seed, began.model.param_dtype
         parameters = random_parameters(opened.config, seed, dtype, opened.mesh)
@@ -157,29 +156,27 @@ def _untrained(
     except UserError as error:
         if named:
             raise
-        say(console, f"what the checkpoint was trained from is left out: {error}")
+        log.info(f"what the checkpoint was trained from is left out: {error}")
         return None
     if items.model != opened.config or items.tokenizer != opened.tokenizer.files:
         differs = f"{source} has another architecture or tokenizer than {opened.step}"
         if named:
             raise UserError(f"{differs}, so its losses cannot stand beside; name another one")
-        say(console, f"what the checkpoint was trained from is left out: {differs}")
+        log.info(f"what the checkpoint was trained from is left out: {differs}")
         return None
     return str(source), read_parameters(source, opened.config, opened.dtype, opened.mesh)
 
 
-def _cross(inputs: "Inputs", paraphrases: Mapping[str, str], console: "Console") -> "Crossed":
-    from moi_jax.common.console import say
+def _cross(dataset: "Dataset", paraphrases: Mapping[str, str]) -> "Crossed":
     from moi_jax.evaluation.prompts.crossing import PARAPHRASE, crossed_prompts
     from moi_jax.text.prompts import resolve_prompt
 
-    data = inputs.config.data
+    data = dataset.config.data
     own = {domain.name: resolve_prompt(data, domain) for domain in data.domains}
-    crossed = crossed_prompts(own, data.default_system_prompt, inputs.tokenizer, paraphrases)
+    crossed = crossed_prompts(own, data.default_system_prompt, dataset.tokenizer, paraphrases)
     for name, prompts in crossed.items():
         if own[name] is not None and PARAPHRASE not in prompts:
-            say(
-                console,
+            log.info(
                 f"no paraphrase of the prompt of {name} is known, and none is measured; give one "
                 f"by --paraphrase {name}=TEXT",
             )
@@ -187,31 +184,31 @@ def _cross(inputs: "Inputs", paraphrases: Mapping[str, str], console: "Console")
 
 
 def _make_matrix(
-    opened: "OpenCheckpoint", inputs: "Inputs", crossed: "Crossed", options: HeldOutOptions
+    opened: "OpenCheckpoint", dataset: "Dataset", crossed: "Crossed", options: HeldOutOptions
 ) -> "PromptMatrix":
     from moi_jax.evaluation.prompts.matrix import PromptMatrix
-    from moi_jax.parallel import axes
+    from moi_jax.parallel.placing import batch_shards
 
     return PromptMatrix(
-        inputs.caches,
-        inputs.selections,
-        inputs.config.data,
-        inputs.config.loss.targets,
-        inputs.tokenizer,
+        dataset.caches,
+        dataset.selections,
+        dataset.config.data,
+        dataset.config.loss.targets,
+        dataset.tokenizer,
         crossed,
         options.rows,
-        math.prod(opened.mesh.shape[axis] for axis in axes.RULES["batch"]),
+        batch_shards(opened.mesh),
         options.limit,
     )
 
 
 def _measure(
-    opened: "OpenCheckpoint", matrix: "PromptMatrix", models: dict[str, "Tree"], console: "Console"
+    opened: "OpenCheckpoint", matrix: "PromptMatrix", models: dict[str, "Tree"]
 ) -> dict[str, "ItemSums"]:
-    from moi_jax.common.console import count_bar
-    from moi_jax.evaluation.prompts.row_sums import make_row_sums
+    from moi_jax.common.progress import count_bar
+    from moi_jax.evaluation.row_sums import make_row_sums
 
-    row_sums = make_row_sums(opened.make_model, opened.mesh)
+    row_sums = make_row_sums(opened.bind, opened.mesh)
     measured = {}
     for name, parameters in models.items():
         with count_bar(f"held-out, {name}", matrix.rows) as advance:
@@ -220,7 +217,7 @@ def _measure(
 
 
 def _results(
-    matrix: "PromptMatrix", inputs: "Inputs", crossed: "Crossed", sums: dict[str, "ItemSums"]
+    matrix: "PromptMatrix", dataset: "Dataset", crossed: "Crossed", sums: dict[str, "ItemSums"]
 ) -> Json:
     import numpy as np
 
@@ -235,7 +232,7 @@ def _results(
             "too_long": matrix.too_long[name],
             "loss_tokens": int(sums[TRAINED].loss_tokens[domain_of == domain, 0].sum()),
             "prompts": {
-                column: {"text": text, "tokens": token_count(text, inputs.tokenizer)}
+                column: {"text": text, "tokens": token_count(text, dataset.tokenizer)}
                 for column, text in prompts.items()
             },
         }
@@ -246,14 +243,14 @@ def _results(
     return {"columns": matrix.columns, "domains": domains, "models": models}
 
 
-def _settings(opened: "OpenCheckpoint", inputs: "Inputs", options: HeldOutOptions) -> Json:
+def _settings(opened: "OpenCheckpoint", dataset: "Dataset", options: HeldOutOptions) -> Json:
     from moi_jax.evaluation.prompts.gaps import INTERVAL
 
-    data = inputs.config.data
+    data = dataset.config.data
     return {
         "dtype": opened.dtype,
         "default_system_prompt": data.default_system_prompt,
-        "targets": inputs.config.loss.targets,
+        "targets": dataset.config.loss.targets,
         "row_system": data.row_system,
         "sequence_length": data.sequence_length,
         "limit": options.limit,

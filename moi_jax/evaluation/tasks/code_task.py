@@ -1,19 +1,20 @@
 """What HumanEval and MBPP share: programs from answers, judged in the sandbox, and pass@k."""
 
+import logging
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import comb
 
-from rich.console import Console
-
-from moi_jax.common.console import say
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.sandbox.judge import Program, Verdict
 from moi_jax.evaluation.sandbox.sandbox import WEAK, Sandbox
+
+log = logging.getLogger(__name__)
+
 
 PASS_AT = (1, 10, 100)
 
@@ -34,7 +35,7 @@ class CodeTask(Task):
             )
         self.sandbox = Sandbox(options.sandbox)
         if options.sandbox == "weak":
-            say(Console(stderr=True), f"{self.name}: {WEAK}")
+            log.warning(f"{self.name}: {WEAK}")
 
     @abstractmethod
     def program(self, item: Item, answer: str) -> Program:

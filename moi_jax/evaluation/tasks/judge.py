@@ -6,6 +6,7 @@ The files have FastChat's layout (lm-sys/FastChat, fastchat/llm_judge), so that 
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from rich.console import Console
-
-from moi_jax.common.console import say
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.tasks.bill import Bill, OverLimit
+
+log = logging.getLogger(__name__)
+
 
 if TYPE_CHECKING:
     import openai
@@ -178,7 +179,7 @@ class Judge:
                     f"{line}, above --judge-max-cost {self.max_cost:g}; the answers are kept: "
                     "run the same command with a higher limit, or a cheaper judge"
                 )
-        say(Console(stderr=True), line)
+        log.info(line)
 
     def _ask_all(self, cases: Sequence[Case], answered_by: str, kept: Judgments) -> Iterator[Json]:
         import openai

@@ -1,15 +1,10 @@
-"""Lines and progress for people on the console."""
+"""Progress bars on a terminal's standard error; nothing where it is no terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from rich import progress
 from rich.console import Console
-
-
-def say(console: Console, line: str) -> None:
-    """Prints a line as it is: no markup, no colours, not broken at the window's width."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def byte_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -22,20 +17,24 @@ def count_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], N
     return _bar(what, total, progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
 
 
-@contextmanager
-def _bar(
-    what: str, total: int, *columns: progress.ProgressColumn
-) -> Iterator[Callable[[int], None]]:
+def progress_bars(*columns: progress.ProgressColumn) -> progress.Progress:
+    """Several bars at once, with these columns besides the usual ones."""
     console = Console(stderr=True)
-    off = not console.is_terminal
-    with progress.Progress(
+    return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         *columns,
         progress.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=off,
-    ) as bar:
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def _bar(
+    what: str, total: int, *columns: progress.ProgressColumn
+) -> Iterator[Callable[[int], None]]:
+    with progress_bars(*columns) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)

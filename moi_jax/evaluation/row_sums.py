@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from moi_jax.data.loader import Batch
-from moi_jax.models.decoder import Decoder
+from moi_jax.models.decoder import Bind
 from moi_jax.models.loss import token_scores
 from moi_jax.models.parameters import Tree
-from moi_jax.parallel import axes
+from moi_jax.parallel.placing import place_rows, replicated
 
 
 class RowSums(NamedTuple):
@@ -22,9 +22,7 @@ class RowSums(NamedTuple):
     correct: Any  # int32, targets that were the likeliest token
 
 
-def make_row_sums(
-    make_model: Callable[[Tree], Decoder], mesh: Mesh
-) -> Callable[[Tree, Batch], RowSums]:
+def make_row_sums(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
     """A function of parameters on `mesh` and a numpy batch, the same on every host.
 
     The rows of a batch divide by the mesh's batch shards; each host places those it holds, and
@@ -32,7 +30,7 @@ def make_row_sums(
     """
 
     def step(parameters: Tree, batch: Batch) -> RowSums:
-        model = make_model(parameters)
+        model = bind(parameters)
         hidden = model.hidden_states(
             batch.tokens, batch.positions, batch.segment_ids, training=True
         )
@@ -44,14 +42,10 @@ def make_row_sums(
             correct=jnp.sum(counts & correct, axis=1, dtype=jnp.int32),
         )
 
-    rows = NamedSharding(mesh, PartitionSpec(axes.RULES["batch"], None))
-    jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    jitted = jax.jit(step, out_shardings=replicated(mesh))
 
     def sums(parameters: Tree, batch: Batch) -> RowSums:
-        placed = Batch(
-            *(jax.make_array_from_callback(array.shape, rows, array.__getitem__) for array in batch)
-        )
         with jax.set_mesh(mesh):
-            return jax.device_get(jitted(parameters, placed))
+            return jax.device_get(jitted(parameters, place_rows(batch, mesh)))
 
     return sums

@@ -1,0 +1,121 @@
+"""From a config to the model and the tokenizer it names: what is known before any data is read."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moi_jax.checkpoints.items import ModelItems, newest_step, read_items
+from moi_jax.common.errors import UserError
+from moi_jax.config import Config
+from moi_jax.models.compute import resolve_dtype
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.presets import preset
+from moi_jax.text.prompts import prompts_item, saved_template
+from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config, and what it says of model, tokenizer and prompts.
+
+    Attributes:
+      config: with everything filled in that a checkpoint decides. What the platform decides
+        (dtype `auto`) is open until `on_platform`.
+      provenance: of the weights in model.init_from.
+    """
+
+    config: Config
+    model: ModelConfig
+    tokenizer: Tokenizer
+    provenance: dict[str, Any]
+
+    @property
+    def items(self) -> ModelItems:
+        """What every checkpoint of the experiment carries beside its parameters."""
+        data = self.config.data
+        prompts = prompts_item(data.default_system_prompt, self.tokenizer.template.name, data)
+        return ModelItems(self.model, self.tokenizer.files, prompts, self.provenance)
+
+    def on_platform(self, platform: str) -> "Experiment":
+        """The experiment with the choices that depend on the devices: cpu, gpu or tpu.
+
+        Raises:
+          UserError: float64 is asked for and jax has it switched off.
+        """
+        section = self.config.model
+        dtype = resolve_dtype(section.compute_dtype, platform)
+        dtypes = (section.param_dtype, dtype, self.config.optimizer.moment_dtype)
+        if "float64" in dtypes and not jax.config.read("jax_enable_x64"):
+            raise UserError("float64 is set but off in jax; set the environment's JAX_ENABLE_X64=1")
+        section = section.model_copy(update={"compute_dtype": dtype})
+        return dataclasses.replace(self, config=self.config.model_copy(update={"model": section}))
+
+
+def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
+    """Reads what the config names: a preset, or the checkpoint the run begins from.
+
+    No device is asked, so that data can be prepared, and a plan made, where there is none.
+
+    Args:
+      run_dir: of a run that may go on: its own newest checkpoint then stands in for
+        model.init_from, which need not be there any more.
+
+    Raises:
+      UserError: preset and checkpoint disagree, there is no tokenizer, its ids do not fit the
+        embedding, the checkpoint was made with another chat template than this version's, or
+        rows are longer than the model was made for.
+    """
+    items = None
+    if base := config.model.init_from:
+        own = newest_step(run_dir / "checkpoints") if run_dir else None
+        items = read_items(own or base)
+    if items is None:
+        model = preset(config.model.preset or "")
+        default_prompt = model.default_system_prompt
+    else:
+        model, default_prompt = items.model, items.prompts["default_system_prompt"]
+        if config.model.preset and preset(config.model.preset) != model:
+            raise UserError(
+                f"model.preset {config.model.preset} is not the architecture of "
+                f"{config.model.init_from}; leave preset out and it is the checkpoint's"
+            )
+    asked = config.tokenizer.chat_template
+    template: str | None = None if asked == "from_checkpoint" else asked
+    if items and not template:
+        template = saved_template(items.prompts, own or base)
+    if config.tokenizer.path:
+        tokenizer = load_tokenizer(config.tokenizer.path, template)
+    elif items:
+        tokenizer = Tokenizer.from_files(items.tokenizer, template)
+    else:
+        raise UserError(
+            "there is no tokenizer: set tokenizer.path to a directory with tokenizer.json or "
+            "qwen.tiktoken (or model.init_from to a checkpoint, which holds one)"
+        )
+    _check_fit(config, model, tokenizer)
+    data = config.data
+    if data.default_system_prompt is None:
+        data = data.model_copy(update={"default_system_prompt": default_prompt})
+    provenance = items.provenance if items else {}
+    return Experiment(config.model_copy(update={"data": data}), model, tokenizer, provenance)
+
+
+def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding only "
+            f"{model.vocab_size} rows; choose the tokenizer or the preset that belongs to the other"
+        )
+    length = config.data.sequence_length
+    if length > model.seq_length and not config.model.allow_longer:
+        reason = "it was trained on no position beyond"
+        if model.dynamic_ntk or model.logn_attention:
+            reason = "training has dynamic NTK and log-n attention off, inference turns them on"
+        raise UserError(
+            f"data.sequence_length {length} is over the model's seq_length {model.seq_length}: "
+            f"{reason}. Shorten the rows or set model.allow_longer: true"
+        )
+    if not config.data.domains:
+        raise UserError("data.domains is empty; list at least one domain with its sources")

@@ -1,0 +1,110 @@
+"""The items of a checkpoint, one orbax step that holds all a model needs: finding and reading them.
+
+Items of a step: `parameters`, `model` (architecture), `tokenizer` (its files), `prompts`
+(default and domain prompts, chat template), `provenance` (of the published weights it began from);
+from training also `optimizer`, `position` (data position, seed) and `config`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from moi_jax.common.errors import UserError
+from moi_jax.models.config import ModelConfig
+
+# Its own lines on every save would bury the run's.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelItems:
+    """What makes parameters usable: architecture, tokenizer files, prompts and template.
+
+    `provenance` is empty where the parameters began at random, see provenance.py.
+    """
+
+    model: ModelConfig
+    tokenizer: dict[str, str]
+    prompts: Json
+    provenance: Json = dataclasses.field(default_factory=dict)
+
+    def to_args(self) -> dict[str, ocp.args.JsonSave]:
+        return {
+            "model": ocp.args.JsonSave(self.model.to_json()),
+            "tokenizer": ocp.args.JsonSave({"files": self.tokenizer}),
+            "prompts": ocp.args.JsonSave(self.prompts),
+            "provenance": ocp.args.JsonSave(self.provenance),
+        }
+
+
+def find_step(path: Path) -> Path:
+    """The directory of one step: `path` itself, or the newest step of a run.
+
+    Raises:
+      UserError: nothing there is a checkpoint.
+    """
+    path = path.expanduser()
+    if (path / "parameters").is_dir():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if step := newest_step(folder):
+            return step
+    raise UserError(
+        f"{path} is no checkpoint (no 'parameters' inside); name one written by training or by "
+        f"python -m moi_jax.convert import"
+    )
+
+
+def newest_step(folder: Path) -> Path | None:
+    """The newest whole step among the checkpoints in a folder."""
+    steps = [
+        int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()
+    ]
+    return folder / str(max(steps)) if steps else None
+
+
+def read_items(path: Path) -> ModelItems:
+    """Architecture, tokenizer files and prompts of a checkpoint."""
+    names = ["model", "tokenizer", "prompts"]
+    step = find_step(path)
+    if (step / "provenance").is_dir():
+        names.append("provenance")
+    items = {name: read_json_item(step, name) for name in names}
+    try:
+        model, files = ModelConfig.from_json(items["model"]), items["tokenizer"]["files"]
+    except (KeyError, TypeError) as error:
+        raise damaged(step, error) from None
+    return ModelItems(model, files, items["prompts"], items.get("provenance", {}))
+
+
+def read_json_item(step: Path, name: str) -> Json:
+    """Raises UserError when the item is missing or damaged."""
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+            return checkpointer.restore(step.absolute(), args)[name]
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise damaged(step, error) from None
+
+
+def parameters_fingerprint(step: Path) -> str:
+    """Of a checkpoint's parameters, by their files' names (which are random) and sizes."""
+    folder = step / "parameters"
+    files = sorted(
+        (str(file.relative_to(folder)), file.stat().st_size)
+        for file in folder.rglob("*")
+        if file.is_file()
+    )
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+
+
+def damaged(step: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{step} is damaged or not whole ({reason}); use another checkpoint")

@@ -1,0 +1,89 @@
+"""The parameters of a checkpoint: written alone, read onto a mesh, or read one at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from moi_jax.checkpoints.items import ModelItems, damaged, find_step
+from moi_jax.checkpoints.parameter_files import StoredParameters, Stream, save_parameters
+from moi_jax.common.errors import UserError
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.parameters import Tree, abstract_parameters, declare, parameter_shardings
+
+
+def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -> None:
+    """Writes a checkpoint without training state, holding one parameter at a time.
+
+    Args:
+      path: must not exist; it is there only when whole, else a folder beside it.
+      stream: (dotted path, array of `dtype`) of every parameter of the model, in any order.
+
+    Raises:
+      OSError: `path` cannot be written.
+    """
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), ocp.args.Composite(**items.to_args()))
+    save_parameters(path / "parameters", items.model, stream, dtype)
+
+
+def stored_parameters(step: Path, config: ModelConfig) -> StoredParameters:
+    """The parameters of a step, to be read one at a time.
+
+    Raises:
+      UserError: files are missing or damaged, or the stored shapes are not those of `config`.
+    """
+    try:
+        stored = StoredParameters(step, config)
+    except (KeyError, OSError, ValueError) as error:
+        raise damaged(step, error) from None
+    _check_shapes(step, stored.arrays, declare(config))
+    return stored
+
+
+def read_parameters(
+    path: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None
+) -> Tree:
+    """Parameters of a checkpoint, cast to `dtype`, laid out on `mesh` (None: one device).
+
+    Raises:
+      UserError: the stored shapes are not those of `config`.
+    """
+    step = find_step(path).absolute()
+    abstract = abstract_parameters(config, dtype)
+    if mesh is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: sharding, abstract)
+    else:
+        shardings = parameter_shardings(config, mesh)
+    wanted = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(step / "parameters").item_metadata.tree
+        _check_shapes(step, stored, abstract)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            args = ocp.args.Composite(parameters=ocp.args.StandardRestore(wanted))
+            return checkpointer.restore(step, args)["parameters"]
+    except (AttributeError, KeyError, OSError, ValueError) as error:
+        raise damaged(step, error) from None
+
+
+def _check_shapes(step: Path, stored: Any, expected: Tree) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    found, wanted = shapes(stored), shapes(expected)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{step}: parameter {name} has shape {found.get(name)}, the model needs "
+                f"{wanted.get(name)}; is this the checkpoint of another architecture?"
+            )

@@ -1,0 +1,109 @@
+"""The checkpoints of a run: saved in the background, and never without the newest."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from moi_jax import config as config_lib
+from moi_jax.checkpoints.items import Json, ModelItems, damaged
+from moi_jax.checkpoints.parameter_files import save_args
+from moi_jax.models.parameters import Tree
+
+
+class RunCheckpoints:
+    """The checkpoints of a run, saved in the background, the newest never lost."""
+
+    def __init__(self, directory: Path, config: config_lib.Checkpoint, items: ModelItems):
+
+        def score(metrics: Json) -> float:
+            """The greatest is kept, and a loss is best when least.
+
+            A checkpoint saved under another best_metric competes no more.
+            """
+            return -metrics.get(config.best_metric, math.inf)
+
+        policies: list[preservation_policy.PreservationPolicy] = [
+            preservation_policy.LatestN(config.keep_last)
+        ]
+        if config.keep_best:
+            best = preservation_policy.BestN(
+                get_metric_fn=score, n=config.keep_best, keep_checkpoints_without_metrics=False
+            )
+            policies.append(best)
+        self.directory = directory
+        self._items = items
+        self._best_metric = config.best_metric
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                # The policies decide what is kept. Without this the manager would not write the
+                # metrics down, and a run that goes on would know the best of none.
+                best_fn=score,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        parameters: Tree,
+        optimizer: Any,
+        position: Json,
+        config: Json,
+        evaluation: dict[str, float],
+    ) -> None:
+        """Starts saving; returns once the device values are copied.
+
+        `optimizer` is a pytree of all else that a step changes, the step itself included.
+        `evaluation` is that of this very step: only such checkpoints compete for keep_best.
+        """
+        score = evaluation.get(self._best_metric, math.nan)
+        scores = {self._best_metric: score} if math.isfinite(score) else None
+        items = ocp.args.Composite(
+            parameters=ocp.args.StandardSave(
+                parameters, save_args(self._items.model, jax.tree.leaves(parameters)[0].dtype)
+            ),
+            optimizer=ocp.args.StandardSave(optimizer),
+            position=ocp.args.JsonSave(position),
+            config=ocp.args.JsonSave(config),
+            **self._items.to_args(),
+        )
+        self._manager.save(step, args=items, metrics=scores, force=True)
+
+    def latest(self) -> int | None:
+        """The newest whole step, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, parameters: Tree, optimizer: Any) -> tuple[Tree, Any]:
+        """Parameters and optimizer of a step, on the mesh and in the dtypes of these two trees.
+
+        Raises:
+          UserError: files of the step are missing or damaged.
+        """
+        args = ocp.args.Composite(
+            parameters=ocp.args.StandardRestore(parameters),
+            optimizer=ocp.args.StandardRestore(optimizer),
+        )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except (KeyError, OSError, ValueError) as error:
+            raise damaged(self.directory / str(step), error) from None
+        return restored["parameters"], restored["optimizer"]
+
+    def read_json(self, step: int, item: str) -> Json:
+        """Raises UserError when the item is missing or damaged."""
+        args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+        try:
+            return self._manager.restore(step, args=args)[item]
+        except (KeyError, OSError, ValueError) as error:
+            raise damaged(self.directory / str(step), error) from None
+
+    def close(self) -> None:
+        """Waits until the last save is whole on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,111 @@
+"""Placing pytrees on a mesh: parameters by their logical axes, batches by their rows."""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moi_jax.common.errors import UserError
+from moi_jax.parallel.axes import RULES, partition_spec
+
+T = TypeVar("T")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The sharding of an array of this shape with these logical axes."""
+    return NamedSharding(mesh, partition_spec(axes, shape, dict(mesh.shape)))
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """How many parts the rows of a batch are split into; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
+def round_up(rows: int, mesh: Mesh | None) -> int:
+    """The next number of rows that divides over the mesh."""
+    shards = batch_shards(mesh)
+    return -(-rows // shards) * shards
+
+
+def check_rows(rows: int, mesh: Mesh, name: str) -> None:
+    """Raises UserError when the rows of a (micro)batch do not divide over the mesh."""
+    if rows % batch_shards(mesh):
+        raise UserError(
+            f"{name} {rows} is no multiple of the {batch_shards(mesh)} batch shards of the mesh "
+            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); use "
+            f"{round_up(rows, mesh)} or set mesh.tensor"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [A, M, S]: A microbatches, M rows split over the replicas, S tokens."""
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"] or None))
+
+
+def local_rows(rows: int, microbatch_rows: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a global batch this host's devices hold, ascending."""
+    count = rows // microbatch_rows
+    indices = batch_sharding(mesh).addressable_devices_indices_map((count, microbatch_rows, 1))
+    held = {
+        row
+        for index in indices.values()
+        if index is not None
+        for row in range(*index[1].indices(microbatch_rows))
+    }
+    within = np.array(sorted(held))
+    return (np.arange(count)[:, None] * microbatch_rows + within).reshape(-1)
+
+
+def place_batch(batch: T, rows: np.ndarray, microbatch_rows: int, mesh: Mesh) -> T:
+    """A pytree of host arrays [rows held here, S] -> global arrays [A, M, S] on the mesh.
+
+    `rows` are the batch rows the arrays hold, as `local_rows` gives them. Any layout of
+    devices asks for the rows it holds, so nothing here knows the number of hosts.
+    """
+    sharding = batch_sharding(mesh)
+    within = np.unique(rows % microbatch_rows)
+    count = len(rows) // len(within)
+
+    def place(array: np.ndarray) -> jax.Array:
+        held = array.reshape(count, len(within), -1)
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            wanted = range(*index[1].indices(microbatch_rows))
+            return held[index[0], np.searchsorted(within, wanted), :][..., index[2]]
+
+        shape = (count, microbatch_rows, array.shape[-1])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, batch)
+
+
+def place_rows(rows: T, mesh: Mesh | None) -> T:
+    """A pytree of host arrays [B, ...], whole on every host -> arrays split by rows."""
+    if mesh is None:
+        return rows
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(place, rows)
+
+
+def bucket(size: int, shortest: int, longest: int | None = None) -> int:
+    """`shortest` times the least power of two that makes it hold `size`, `longest` at most.
+
+    Sizes are rounded up to few buckets, since each is a compilation.
+    """
+    width = shortest
+    while width < size:
+        width *= 2
+    return width if longest is None else min(width, longest)

@@ -1,0 +1,39 @@
+"""The batches of a run, from any of its rows on: as numpy arrays, or placed on a mesh."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.config import Config
+from moi_jax.config.load import load_config
+from moi_jax.data.dataset import Dataset, open_dataset
+from moi_jax.data.loader import Batch, batch_dataset
+from moi_jax.data.planning.run import RunPlan
+from moi_jax.parallel.placing import local_rows, place_batch
+
+
+def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:
+    """The numpy batches of a run, from any global row on: rows [start_row, start_row + B), ...
+
+    Args:
+      config: a Config, or the path of one.
+
+    Raises:
+      UserError: as the training command would.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config)
+    experiment = open_experiment(config)
+    dataset = open_dataset(experiment.config, experiment.tokenizer)
+    yield from batch_dataset(dataset.row_source(dataset.plan()), start_row)
+
+
+def placed_batches(
+    dataset: Dataset, plan: RunPlan, row: int, microbatch_rows: int, mesh: Mesh
+) -> Iterator[Batch]:
+    """The run's batches from `row` on, on the mesh as [A, M, S]. Each host reads its own rows."""
+    held = local_rows(plan.batch_rows, microbatch_rows, mesh)
+    for batch in batch_dataset(dataset.row_source(plan), row, held):
+        yield place_batch(batch, held, microbatch_rows, mesh)

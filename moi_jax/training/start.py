@@ -1,0 +1,95 @@
+"""From an experiment and its data to a run that is ready to go on: step, state, plan, log."""
+
+import json
+import logging
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from moi_jax.checkpoints.experiment import Experiment
+from moi_jax.checkpoints.parameters import read_parameters
+from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
+from moi_jax.common.whole_files import write_whole
+from moi_jax.data.dataset import Dataset
+from moi_jax.models.decoder import Bind
+from moi_jax.models.parameters import Tree, random_parameters
+from moi_jax.training.batches import placed_batches
+from moi_jax.training.loop import Evaluations, Run
+from moi_jax.training.metrics import MetricsLog, truncate_after
+from moi_jax.training.optimizer import make_optimizer, make_schedule
+from moi_jax.training.resume import resume_plan, resume_position, saved_position
+from moi_jax.training.state import TrainState, abstract_state, new_state
+from moi_jax.training.step import make_train_step
+
+log = logging.getLogger(__name__)
+
+
+def start_run(
+    experiment: Experiment,
+    dataset: Dataset,
+    bind: Bind,
+    mesh: Mesh,
+    microbatch_rows: int,
+    checkpoints: RunCheckpoints,
+    evaluations: Evaluations,
+    allow_change: bool,
+) -> Run:
+    """A new run beside its `checkpoints`, or the one begun there, at the newest of them.
+
+    Nothing there changes before it is sure that the run can go on.
+
+    Raises:
+      UserError: the run there is another one, or a checkpoint does not fit.
+    """
+    config, model = experiment.config, experiment.model
+    directory = checkpoints.directory.parent
+    saved_step = checkpoints.latest()
+    position = resume_position(checkpoints, saved_step, experiment, dataset, allow_change)
+    plan = resume_plan(dataset, position, directory)
+    optimizer = make_optimizer(config.optimizer, model)
+    if saved_step is None:
+        state = new_state(model, optimizer, _first_parameters(experiment, mesh), mesh)
+    else:
+        abstract = abstract_state(model, optimizer, config.model.param_dtype, mesh)
+        state = TrainState.from_items(*checkpoints.restore(saved_step, *abstract.items()))
+        log.info("going on from step %d in %s", saved_step, directory)
+
+    _write_description(directory, experiment, dataset.show_mixture(plan))
+    # What was logged past the checkpoint is logged again; without one, also what stands at 0.
+    logged = -1 if saved_step is None else saved_step
+    truncate_after(directory / "samples.jsonl", logged)
+    schedule = make_schedule(config.optimizer, plan.total_steps)
+    return Run(
+        config=config,
+        directory=directory,
+        domains=dataset.corpus.names,
+        steps=plan.total_steps,
+        total_rows=plan.total_rows,
+        state=state,
+        step=position["step"],
+        row=position["row"],
+        skipped_in_a_row=position["skipped_in_a_row"],
+        batches=placed_batches(dataset, plan, position["row"], microbatch_rows, mesh),
+        train_step=make_train_step(
+            model, bind, optimizer, schedule, len(dataset.corpus.names), mesh
+        ),
+        position=lambda row: saved_position(experiment, dataset, plan, row),
+        epoch_of=lambda row: plan.locate(row)[0],
+        evaluations=evaluations,
+        checkpoints=checkpoints,
+        log=MetricsLog(directory, config.logging.trackers, logged),
+    )
+
+
+def _write_description(directory: Path, experiment: Experiment, mixture: dict) -> None:
+    """What the run directory tells of the run before its first step."""
+    write_whole(directory / "mixture.json", json.dumps(mixture, indent=1))
+    write_whole(directory / "config.yaml", experiment.config.to_yaml())
+
+
+def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:
+    """Those of model.init_from, or random ones."""
+    section, model = experiment.config.model, experiment.model
+    if section.init_from:
+        return read_parameters(section.init_from, model, section.param_dtype, mesh)
+    return random_parameters(model, experiment.config.train.seed, section.param_dtype, mesh)

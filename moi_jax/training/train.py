@@ -1,0 +1,138 @@
+"""A whole run as a library function: it may be called many times in a process, or in a notebook."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moi_jax.checkpoints.experiment import Experiment, open_experiment
+from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
+from moi_jax.common.errors import UserError
+from moi_jax.config import Config
+from moi_jax.data.dataset import Dataset, open_dataset
+from moi_jax.models.attention import choose_attention
+from moi_jax.models.compute import Compute
+from moi_jax.models.decoder import Bind, make_model
+from moi_jax.parallel.mesh import make_mesh
+from moi_jax.parallel.placing import check_rows
+from moi_jax.training.loop import Evaluations, NoEvaluations, fit
+from moi_jax.training.report import write_report
+from moi_jax.training.run_directory import move_aside, run_directory
+from moi_jax.training.start import start_run
+from moi_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+# (experiment, its data, parameters -> model, mesh, run directory) -> what is asked of the model
+# while it trains.
+MakeEvaluations = Callable[[Experiment, Dataset, Bind, Mesh, Path], Evaluations]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands.
+
+    Attributes:
+      step: global batches seen.
+      finished: whether that is the end of the run; else it was asked to stop, and goes on from
+        `checkpoint` when it is called again.
+      state: parameters and optimizer state, on the mesh.
+      metrics: the last record of metrics.jsonl.
+    """
+
+    step: int
+    finished: bool
+    state: TrainState
+    metrics: dict[str, Any]
+    directory: Path
+    checkpoint: Path
+    report: Path
+
+
+def train(
+    config: Config,
+    *,
+    make_evaluations: MakeEvaluations | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    fresh: bool = False,
+    allow_change: bool = False,
+    stop: AbstractContextManager[Callable[[], bool]] | None = None,
+) -> TrainResult:
+    """Trains as the config says, or goes on with the run in its run directory.
+
+    Args:
+      make_evaluations: see `moi_jax.evaluation.while_training`; None measures nothing.
+      devices: what the mesh is made of; None is all of them.
+      fresh: begins anew; an old run is moved aside.
+      allow_change: goes on although optimizer, batch size or length differ.
+      stop: entered when the first step begins. What it yields is asked after each step whether
+        the run is to save and end.
+
+    Raises:
+      UserError: config, data, checkpoint or run directory do not allow it.
+    """
+    devices = jax.devices() if devices is None else devices
+    with run_directory(config.logging.run_dir, fresh) as directory:
+        experiment = open_experiment(config, None if fresh else directory)
+        experiment = experiment.on_platform(devices[0].platform)
+        mesh, bind, microbatch_rows = _model_on_mesh(experiment, devices)
+        dataset = open_dataset(experiment.config, experiment.tokenizer)
+        evaluations: Evaluations = NoEvaluations()
+        if make_evaluations:
+            evaluations = make_evaluations(experiment, dataset, bind, mesh, directory)
+        if fresh:
+            _refuse_to_move(config.model.init_from, directory)
+            move_aside(directory)
+        opened = RunCheckpoints(directory / "checkpoints", config.checkpoint, experiment.items)
+        # Closed however this ends: a save under way becomes whole first.
+        with closing(opened) as checkpoints, jax.set_mesh(mesh):
+            run = start_run(
+                experiment, dataset, bind, mesh, microbatch_rows, checkpoints, evaluations,
+                allow_change,
+            )  # fmt: skip
+            if run.step == run.steps:
+                log.info("the run in %s is complete; --fresh begins anew", directory)
+            with stop or nullcontext(lambda: False) as should_stop:
+                fit(run, should_stop)
+        return TrainResult(
+            step=run.step,
+            finished=run.step == run.steps,
+            state=run.state,
+            metrics=run.log.last,
+            directory=directory,
+            checkpoint=directory / "checkpoints" / str(run.step),
+            report=write_report(directory),
+        )
+
+
+def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tuple[Mesh, Bind, int]:
+    """Mesh, parameters -> model, and the rows of a microbatch.
+
+    Raises:
+      UserError: devices, rows and mesh do not fit together.
+    """
+    config = experiment.config
+    mesh = make_mesh(config.mesh, devices)
+    rows = config.train.microbatch_rows or config.train.global_batch_rows
+    name = "train.microbatch_rows" if config.train.microbatch_rows else "train.global_batch_rows"
+    check_rows(rows, mesh, name)
+    attention = choose_attention(config.model.attention, devices[0].platform, mesh)
+    compute = Compute(config.model.compute_dtype, config.model.remat, attention)
+    return mesh, make_model(experiment.model, compute), rows
+
+
+def _refuse_to_move(init_from: Path | None, directory: Path) -> None:
+    """Raises UserError when --fresh would move aside what the new run begins from."""
+    if init_from is None:
+        return
+    source, moved = init_from.expanduser().resolve(), directory.resolve()
+    if moved == source or moved in source.parents:
+        raise UserError(
+            f"--fresh would move {init_from} aside, which model.init_from names; copy that "
+            f"checkpoint elsewhere first"
+        )
