@@ -29,6 +29,7 @@ from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
 from moi_jax.evaluation.prompts.matrix_report import draw_matrix, print_matrix
 from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
 from moi_jax.evaluation.row_sums import RowSums, make_row_sums
+from moi_jax.evaluation.while_training import make_evaluations
 from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import init_parameters, parameter_shardings
 from moi_jax.models.presets import PRESETS
@@ -225,6 +226,7 @@ jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
 import jax.numpy as jnp
 from moi_jax import config
 from moi_jax.data.loader import Batch
+from moi_jax.evaluation.while_training import make_evaluations
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.models.decoder import make_model
 from moi_jax.models.presets import PRESETS
@@ -390,7 +392,7 @@ def test_one_item_has_no_interval():
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     config = load_config(small_config(directory, mesh={"fsdp": 1}, train={"steps": 1}))
-    assert train(config).finished
+    assert train(config, make_evaluations=make_evaluations).finished
     return config.logging.run_dir
 
 
