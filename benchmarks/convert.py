@@ -25,7 +25,7 @@ from moi_jax.checkpoints.hf.published import TensorFiles
 from moi_jax.checkpoints.hf.weights import published_shapes
 from moi_jax.checkpoints.hf.writer import write_tensors
 from moi_jax.models.config import ModelConfig, to_hf_config
-from moi_jax.models.parameters import declare
+from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     config = preset(args.preset)
     count = len(published_shapes(config))
-    sizes = [2 * math.prod(p.shape) for p in declare(config).values()]
+    sizes = [2 * math.prod(p.shape) for p in parameter_specs(config).values()]
     if shutil.disk_usage(args.dir).free < 3 * sum(sizes):
         sys.exit(f"{args.dir} has less than {3 * sum(sizes) / 1e9:.0f} GB free")
     folder = Path(tempfile.mkdtemp(prefix="convert-", dir=args.dir))

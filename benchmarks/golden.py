@@ -35,9 +35,9 @@ def main() -> None:
         model = make_model(config)(parameters)
         segments = jnp.ones(tokens.shape, jnp.int32)
         positions = rotary.segment_positions(segments)
-        hidden = model.hidden_states(tokens, positions, segments, training=True)[:, :-1]
+        hidden, _ = model.hidden_states(tokens, positions, segments, extend_context=False)[:, :-1]
         targets = labels[:, 1:]
-        nll = token_nll(hidden, model.head_weight(), np.maximum(targets, 0).astype(np.int32))
+        nll = token_nll(hidden, model.head_kernel(), np.maximum(targets, 0).astype(np.int32))
         return jnp.sum(jnp.where(targets >= 0, nll, 0)) / np.sum(targets >= 0)
 
     value, gradients = jax.value_and_grad(loss)(parameters)

@@ -24,8 +24,7 @@ from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.errors import run_command
 from moi_jax.models.config import ModelConfig, to_hf_config
-from moi_jax.models.decoder import Decoder
-from moi_jax.models.parameters import Tree
+from moi_jax.models.decoder import Decoder, Tree
 from moi_jax.sampling.requests import Request
 from moi_jax.sampling.sampler import Sampler
 from moi_jax.text.conversations import Message

@@ -22,6 +22,9 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 Json = dict[str, Any]
 
+# Goes up when the names of the parameters change: 1 had a flat table, 2 has those of the modules.
+FORMAT = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelItems:
@@ -37,7 +40,7 @@ class ModelItems:
 
     def to_args(self) -> dict[str, ocp.args.JsonSave]:
         return {
-            "model": ocp.args.JsonSave(self.model.to_json()),
+            "model": ocp.args.JsonSave({"format": FORMAT, **self.model.to_json()}),
             "tokenizer": ocp.args.JsonSave({"files": self.tokenizer}),
             "prompts": ocp.args.JsonSave(self.prompts),
             "provenance": ocp.args.JsonSave(self.provenance),
@@ -71,15 +74,25 @@ def newest_step(folder: Path) -> Path | None:
 
 
 def read_items(path: Path) -> ModelItems:
-    """Architecture, tokenizer files and prompts of a checkpoint."""
+    """Architecture, tokenizer files and prompts of a checkpoint.
+
+    Raises:
+      UserError: it is none, a damaged one, or was written in another format.
+    """
     names = ["model", "tokenizer", "prompts"]
     step = find_step(path)
     if (step / "provenance").is_dir():
         names.append("provenance")
     items = {name: read_json_item(step, name) for name in names}
     try:
+        if (written := items["model"].pop("format", 1)) != FORMAT:
+            raise UserError(
+                f"{step} has parameters of format {written}, this version reads format {FORMAT}; "
+                f"import the published weights again, or export {step.name} with the version of "
+                f"moi_jax that wrote it and import that"
+            )
         model, files = ModelConfig.from_json(items["model"]), items["tokenizer"]["files"]
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise damaged(step, error) from None
     return ModelItems(model, files, items["prompts"], items.get("provenance", {}))
 

@@ -15,8 +15,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute, resolve_dtype
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Bind, Decoder, make_model
-from moi_jax.models.parameters import Tree
+from moi_jax.models.decoder import Bind, Decoder, Tree, make_model
 from moi_jax.parallel.mesh import make_mesh, parse_mesh
 from moi_jax.text.prompts import saved_template
 from moi_jax.text.tokenizer import Tokenizer

@@ -18,7 +18,8 @@ import tensorstore as ts
 from etils import epath
 
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.parameters import Parameter, Tree, declare, map_parameters
+from moi_jax.models.decoder import Tree
+from moi_jax.models.parameters import Parameter, map_parameters, parameter_specs
 
 CHUNK_BYTES = 16 << 20
 # Written at a time: enough chunks to keep the cores busy.
@@ -124,7 +125,7 @@ class StoredParameters:
         context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
         directory = epath.Path(step.absolute() / "parameters")
         self.arrays: dict[str, ts.TensorStore] = {}
-        for path in declare(config):
+        for path in parameter_specs(config):
             info = ocp.type_handlers.ParamInfo(name=path, parent_dir=directory)
             spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
             self.arrays[path] = ts.open(spec, read=True, context=context).result()

@@ -12,7 +12,8 @@ from moi_jax.checkpoints.items import ModelItems, damaged, find_step
 from moi_jax.checkpoints.parameter_files import StoredParameters, Stream, save_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.parameters import Tree, abstract_parameters, declare, parameter_shardings
+from moi_jax.models.decoder import Tree
+from moi_jax.models.parameters import abstract_parameters, parameter_shardings, parameter_specs
 
 
 def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -> None:
@@ -40,7 +41,7 @@ def stored_parameters(step: Path, config: ModelConfig) -> StoredParameters:
         stored = StoredParameters(step, config)
     except (KeyError, OSError, ValueError) as error:
         raise damaged(step, error) from None
-    _check_shapes(step, stored.arrays, declare(config))
+    _check_shapes(step, stored.arrays, parameter_specs(config))
     return stored
 
 

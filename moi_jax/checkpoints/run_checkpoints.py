@@ -11,7 +11,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from moi_jax import config as config_lib
 from moi_jax.checkpoints.items import Json, ModelItems, damaged
 from moi_jax.checkpoints.parameter_files import save_args
-from moi_jax.models.parameters import Tree
+from moi_jax.models.decoder import Tree
 
 
 class RunCheckpoints:

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moi_jax.data.loader import Batch
-from moi_jax.models.decoder import Bind
+from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import token_scores
-from moi_jax.models.parameters import Tree
 from moi_jax.parallel.placing import place_rows, replicated
 
 
@@ -31,10 +30,10 @@ def make_row_sums(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
 
     def step(parameters: Tree, batch: Batch) -> RowSums:
         model = bind(parameters)
-        hidden = model.hidden_states(
-            batch.tokens, batch.positions, batch.segment_ids, training=True
+        hidden, _ = model.hidden_states(
+            batch.tokens, batch.positions, batch.segment_ids, extend_context=False
         )
-        nll, correct = token_scores(hidden, model.head_weight(), batch.targets)
+        nll, correct = token_scores(hidden, model.head_kernel(), batch.targets)
         counts = batch.loss_weights > 0
         return RowSums(
             nll=jnp.sum(jnp.where(counts, nll, 0), axis=1),

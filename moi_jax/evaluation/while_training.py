@@ -18,8 +18,7 @@ from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.evaluation.runner import run_task
 from moi_jax.evaluation.tasks import open_task
-from moi_jax.models.decoder import Bind
-from moi_jax.models.parameters import Tree
+from moi_jax.models.decoder import Bind, Tree
 from moi_jax.parallel.placing import batch_shards
 from moi_jax.sampling.answer_log import AnswerLog
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model

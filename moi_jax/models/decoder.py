@@ -1,106 +1,236 @@
-"""The one decoder: embedding, a scan over stacked layers, final norm, head (tied or not)."""
+"""The one decoder: its parts, a scan over stacked layers, final norm, head (tied or not).
+
+Each parameter is declared in the module that uses it and nowhere else: shape, logical axes, how it
+begins, whether weight decay acts on it, whether it is trained. Shardings, optimizer masks, weight
+tables and the paths of checkpoints derive from these modules (parameters.py).
+"""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from moi_jax.models import rotary
+from moi_jax.models.attention import Attention as AttentionFunction
 from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.parameters import Tree
+from moi_jax.models.rotary import Rotary
 from moi_jax.parallel.axes import constrain
 
-
-class Block(nnx.Module):
-    """A layer. `Decoder.layers` is all of them in one, each parameter with a leading L axis."""
-
-    attention_norm: nnx.Param
-    query: nnx.Param
-    key: nnx.Param
-    value: nnx.Param
-    out: nnx.Param
-    mlp_norm: nnx.Param
-    gate: nnx.Param
-    up: nnx.Param
-    down: nnx.Param
-    # Where the family has them; so are the biases of `project`.
-    out_bias: nnx.Param
-    query_norm: nnx.Param
-    key_norm: nnx.Param
-
-    def __init__(self, config: ModelConfig, parameters: Tree):
-        self.config = config
-        for name, value in parameters.items():
-            setattr(self, name, nnx.Param(value))
-
-    def heads(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, query_scale: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] -> query [B, S, H, N], key and value [B, S, K, N], ready for attention.
-
-        query_scale [B, S] is log-n attention, None for 1.
-        """
-        y = rms_norm(x, self.attention_norm[...], self.config.norm_eps)
-        query = self.project(y, "query")
-        key = self.project(y, "key")
-        if self.config.qk_norm:
-            query = rms_norm(query, self.query_norm[...], self.config.norm_eps)
-            key = rms_norm(key, self.key_norm[...], self.config.norm_eps)
-        query, key = (rotary.apply_rotary(heads, cos, sin) for heads in (query, key))
-        if query_scale is not None:
-            query = query * query_scale[..., None, None].astype(query.dtype)
-        return query, key, self.project(y, "value")
-
-    def mix(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        """Adds what attention gave [B, S, H, N], and the MLP's part, to x [B, S, D]."""
-        x = x + jnp.einsum("bshn,hnd->bsd", mixed, self.out[...].astype(x.dtype))
-        if self.config.out_bias:
-            x = x + self.out_bias[...].astype(x.dtype)
-
-        y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        gate = jnp.einsum("bsd,df->bsf", y, self.gate[...].astype(x.dtype))
-        up = jnp.einsum("bsd,df->bsf", y, self.up[...].astype(x.dtype))
-        down = self.down[...].astype(x.dtype)
-        return x + jnp.einsum("bsf,fd->bsd", up * jax.nn.silu(gate), down)
-
-    def project(self, y: jax.Array, name: str) -> jax.Array:
-        """[B, S, D] -> [B, S, heads, N], with the bias where the family has one."""
-        heads = jnp.einsum("bsd,dhn->bshn", y, getattr(self, name)[...].astype(y.dtype))
-        if self.config.qkv_bias:
-            heads = heads + getattr(self, f"{name}_bias")[...].astype(y.dtype)
-        return heads
+# Nested dicts of arrays, by the names of the modules and of their parameters.
+Tree = dict[str, Any]
+# The keys and the values of every layer, [L, B, S, K, N] each.
+KeysAndValues = tuple[jax.Array, jax.Array]
+# Logical axis (see parallel/axes.py; None is never split) -> size, in the order of the array.
+Dims = dict[str | None, int]
 
 
-class Decoder(nnx.Module):
-    """A decoder-only language model over a tree of parameters (see parameters.py)."""
+def parameter(
+    value: jax.Array, axes: tuple[str | None, ...], *, decays: bool = False, trainable: bool = True
+) -> nnx.Param:
+    """A parameter and what is known of it.
+
+    Args:
+      axes: logical axes, one a dimension. Not flax's own `out_sharding`, which takes names of mesh
+        axes: which of those lie behind a logical axis is decided in parallel/axes.py.
+      decays: weight decay acts on matrices; norms and biases are left alone.
+      trainable: a frozen parameter has neither gradient nor optimizer state.
+    """
+    return nnx.Param(value, logical_axes=axes, decays=decays, trainable=trainable)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: DTypeLike) -> jax.Array:
+    """Drawn in float32, so that the values do not depend on the dtype they are kept in."""
+    return (stddev * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """x . kernel + bias over one or more axes: every matrix of the decoder, the head included."""
+
+    def __init__(
+        self,
+        inputs: Dims,
+        outputs: Dims,
+        *,
+        stddev: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+    ):
+        shape = (*inputs.values(), *outputs.values())
+        axes = (*inputs, *outputs)
+        self.kernel = parameter(normal(rngs, shape, stddev, dtype), axes, decays=True)
+        zeros = jnp.zeros(tuple(outputs.values()), dtype)
+        self.bias = parameter(zeros, tuple(outputs)) if bias else None
+        self.contracted = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., inputs] -> [..., outputs], computed in x's dtype."""
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contracted)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm over the last axis: statistics in float32 or wider, cast back, then scaled."""
+
+    def __init__(self, width: int, *, eps: float, dtype: DTypeLike):
+        self.scale = parameter(jnp.ones((width,), dtype), (None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """The table of token vectors [V, D]; of a tied model it is the head, too."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        table = normal(rngs, shape, config.initializer_range, dtype)
+        self.table = parameter(table, ("vocab", "embed"), decays=True)
+
+    def __call__(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """int32[B, S] -> [B, S, D], split by rows."""
+        # Each device looks up its part of D for the rows of all, and gets its own rows' other
+        # parts by an all-to-all: neither the table nor its gradient is ever whole on a device.
+        x = jnp.take(self.table[...], tokens, axis=0).astype(dtype)
+        x = constrain(x, "logits_batch", "sequence", "embed")
+        return constrain(x, "batch", "sequence", None)
+
+    def as_head(self, dtype: DTypeLike) -> jax.Array:
+        """[D, V], laid out as the kernel of an own head is."""
+        return constrain(self.table[...].astype(dtype), "head_vocab", None).T
+
+
+class Attention(nnx.Module):
+    """The projections around attention; which implementation stands between them is handed in."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        c = config
+        linear = partial(Linear, stddev=c.initializer_range, dtype=dtype, rngs=rngs)
+        norm = partial(RMSNorm, c.head_dim, eps=c.norm_eps, dtype=dtype)
+        embed: Dims = {"embed": c.hidden_size}
+        heads: Dims = {"heads": c.num_heads, None: c.head_dim}
+        kv_heads: Dims = {"kv_heads": c.num_kv_heads, None: c.head_dim}
+        self.query = linear(embed, heads, bias=c.qkv_bias)
+        self.key = linear(embed, kv_heads, bias=c.qkv_bias)
+        self.value = linear(embed, kv_heads, bias=c.qkv_bias)
+        self.out = linear(heads, embed, bias=c.out_bias)
+        self.query_norm = norm() if c.qk_norm else None
+        self.key_norm = norm() if c.qk_norm else None
+
+    def project(self, x: jax.Array, angles: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, S, D] -> query [B, S, H, N], key and value [B, S, K, N], ready for attention."""
+        query, key = self.query(x), self.key(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = (rotary.apply_rotary(heads, angles.cos, angles.sin) for heads in (query, key))
+        if angles.query_scale is not None:
+            query = query * angles.query_scale[..., None, None].astype(query.dtype)
+        return query, key, self.value(x)
+
+
+class MLP(nnx.Module):
+    """The gated MLP: down(up(x) * silu(gate(x)))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        linear = partial(Linear, stddev=config.initializer_range, dtype=dtype, rngs=rngs)
+        embed: Dims = {"embed": config.hidden_size}
+        mlp: Dims = {"mlp": config.mlp_width}
+        self.gate = linear(embed, mlp)
+        self.up = linear(embed, mlp)
+        self.down = linear(mlp, embed)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, D]."""
+        return self.down(self.up(x) * jax.nn.silu(self.gate(x)))
+
+
+class DecoderLayer(nnx.Module):
+    """A pre-norm layer. `Decoder.layers` is all in one: each parameter has a leading L."""
 
     def __init__(
         self,
         config: ModelConfig,
-        parameters: Tree,
-        compute: Compute,
+        attend: AttentionFunction,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
-        """
-        Args:
-          parameters: as declared; or as `decoding.unstack` gives them, to decode with a cache.
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.attend = attend
+
+    def __call__(
+        self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """[B, S, D] -> [B, S, D], and nothing for the scan to keep."""
+        query, key, value = self.before_attention(x, angles)
+        attended = self.attend(query, key, value, segment_ids, positions)
+        return self.after_attention(x, attended), None
+
+    def keeping_kv(
+        self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The same, and the keys and values [B, S, K, N] for a cache."""
+        query, key, value = self.before_attention(x, angles)
+        attended = self.attend(query, key, value, segment_ids, positions)
+        return self.after_attention(x, attended), (key, value)
+
+    def before_attention(
+        self, x: jax.Array, angles: Rotary
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, S, D] -> query [B, S, H, N], key and value [B, S, K, N]."""
+        return self.attention.project(self.attention_norm(x), angles)
+
+    def after_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Adds what attention gave [B, S, H, N], and the MLP's part, to x [B, S, D]."""
+        x = x + self.attention.out(attended)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch", "sequence", None)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute: Compute | None = None,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """A model of random parameters: normal(initializer_range), zero biases, unit norms.
+
+        The values depend on the seed alone, not on the mesh that they are made on.
         """
         self.config = config
-        self.compute_dtype = jnp.dtype(compute.dtype)
-        self.remat = compute.remat
-        self.attention = compute.attention
-        self.embedding = nnx.Param(parameters["embedding"])
-        layers = parameters["layers"]
-        if isinstance(layers, dict):
-            self.layers = Block(config, layers)
-        else:
-            self.blocks = nnx.List([Block(config, layer) for layer in layers])
-        self.final_norm = nnx.Param(parameters["final_norm"])
-        if not config.tied_head:
-            self.head = nnx.Param(parameters["head"])
+        self.compute = compute or Compute()
+        self.embedding = Embedding(config, dtype=param_dtype, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None, "logical_axes": "layers"})
+        def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, self.compute.attention, dtype=param_dtype, rngs=rngs)
+
+        self.layers = stacked_layers(rngs)
+        self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=param_dtype)
+        self.head = None if config.tied_head else self._own_head(param_dtype, rngs)
+
+    def _own_head(self, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
+        inputs: Dims = {None: self.config.hidden_size}
+        outputs: Dims = {"head_vocab": self.config.vocab_size}
+        stddev = self.config.initializer_range
+        return Linear(inputs, outputs, stddev=stddev, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -126,115 +256,72 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
-        training: bool,
+        extend_context: bool,
         rope_alpha: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normed final states [B, S, D] in the compute dtype.
+        keep_kv: bool = False,
+    ) -> tuple[jax.Array, KeysAndValues | None]:
+        """Normed final states [B, S, D] in the compute dtype; with keep_kv, what a cache keeps.
 
         Args:
-          training: dynamic NTK and log-n attention are off, as in the reference.
+          positions: int32[B, S], from 0 in each segment; a token sees those before it.
+          extend_context: Qwen v1's dynamic NTK and log-n attention past seq_length. Training has
+            them off, as the reference does.
           rope_alpha: NTK factor per token [B, S]. None: from the length of its segment. A
             sampler hands in the prompt's, which a generation keeps to its end.
         """
-        return self._states(tokens, positions, segment_ids, training, rope_alpha)[0]
+        config = self.config
+        # A row within seq_length needs no scaling, and the shape says so at trace time.
+        longer = extend_context and tokens.shape[1] > config.seq_length
+        if longer and config.dynamic_ntk and rope_alpha is None:
+            rope_alpha = self.rope_alpha(rotary.segment_lengths(segment_ids))
+        angles = rotary.position_angles(
+            config, positions, rope_alpha, self.compute.dtype, log_n=longer
+        )
 
-    def prefill(
-        self, tokens: jax.Array, lengths: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Inference over prompts [B, S] of these lengths [B], filled up at their ends.
-
-        Returns:
-          The normed states [B, S, D], and what a cache keeps: every layer's keys and values,
-          two of [L, B, S, K, N]. Past a prompt's length all of it is noise.
-        """
-        ones = jnp.ones(tokens.shape, jnp.int32)
-        alpha = self.rope_alpha(lengths)
-        if alpha is not None:
-            alpha = jnp.broadcast_to(alpha[:, None], tokens.shape)
-        positions = rotary.segment_positions(ones)
-        return self._states(tokens, positions, ones, False, alpha, keep_heads=True)
+        layer = DecoderLayer.keeping_kv if keep_kv else DecoderLayer.__call__
+        run = nnx.scan(
+            _with_remat(layer, self.compute.remat),
+            in_axes=(0, nnx.Carry, None, None, None),
+            out_axes=(nnx.Carry, 0),
+        )
+        x = self.embedding(tokens, self.compute.dtype)
+        x, keys_and_values = run(self.layers, x, angles, segment_ids, positions)
+        return self.final_norm(x), keys_and_values
 
     def rope_alpha(self, lengths: jax.Array) -> jax.Array | None:
-        """The NTK factor of prompts of these lengths; None for a model without."""
+        """The NTK factor of segments of these lengths; None for a model without."""
         if not self.config.dynamic_ntk:
             return None
         return rotary.ntk_alpha(lengths, self.config.seq_length)
 
-    def _states(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        training: bool,
-        rope_alpha: jax.Array | None,
-        keep_heads: bool = False,
-    ) -> tuple[jax.Array, Any]:
-        """The normed states, and every layer's keys and values where they are to be kept."""
-        config = self.config
-        statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
-        # A row within seq_length needs no scaling, and the shape says so at trace time.
-        longer = not training and tokens.shape[1] > config.seq_length
-        if longer and config.dynamic_ntk and rope_alpha is None:
-            lengths = rotary.segment_lengths(segment_ids)
-            rope_alpha = rotary.ntk_alpha(lengths, config.seq_length)
-        cos, sin = self.rotary_angles(positions, rope_alpha)
-        query_scale = None
-        if longer and config.logn_attention:
-            query_scale = rotary.logn_scale(positions, config.seq_length, statistics)
-
-        x = self.embed(tokens)
-        graph, stacked = nnx.split(self.layers)
-
-        def layer(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
-            block = nnx.merge(graph, parameters)
-            query, key, value = block.heads(x, cos, sin, query_scale)
-            x = block.mix(x, self.attention(query, key, value, segment_ids, positions))
-            return constrain(x, "batch", "sequence", None), (key, value) if keep_heads else None
-
-        x, heads = jax.lax.scan(_with_remat(layer, self.remat), x, stacked)
-        return rms_norm(x, self.final_norm[...], config.norm_eps), heads
-
-    def rotary_angles(
-        self, positions: jax.Array, alpha: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """cos and sin [B, S, N/2] at positions [B, S], under NTK factors [B, S] where given."""
-        return rotary.rotary_angles(
-            positions,
-            self.config.head_dim,
-            self.config.rope_base,
-            self.config.rope_scaling,
-            alpha,
-            jnp.promote_types(self.compute_dtype, jnp.float32),
-        )
-
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32[B, S] -> [B, S, D] in the compute dtype, split by rows."""
-        # Each device looks up its part of D for the rows of all, and gets its own rows' other
-        # parts by an all-to-all: neither the table nor its gradient is ever whole on a device.
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.compute_dtype)
-        x = constrain(x, "logits_batch", "sequence", "embed")
-        return constrain(x, "batch", "sequence", None)
-
-    def head_weight(self) -> jax.Array:
+    def head_kernel(self) -> jax.Array:
         """[D, V] in the compute dtype: the head's, or the embedding's where they are tied."""
-        if not self.config.tied_head:
-            return self.head[...].astype(self.compute_dtype)
-        table = self.embedding[...].astype(self.compute_dtype)
-        return constrain(table, "head_vocab", None).T
+        if self.head is None:
+            return self.embedding.as_head(self.compute.dtype)
+        return self.head.kernel[...].astype(self.compute.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] in the compute dtype or float32, the wider."""
-        statistics = jnp.promote_types(self.compute_dtype, jnp.float32)
-        head = self.head_weight()
-        return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=statistics)
+        wide = jnp.promote_types(self.compute.dtype, jnp.float32)
+        return jnp.einsum("bsd,dv->bsv", hidden, self.head_kernel(), preferred_element_type=wide)
 
 
-Bind = Callable[[Tree], Decoder]
+# One tree of parameters, or several that make it up, -> the model that has them.
+Bind = Callable[..., Decoder]
+
+
+@cache
+def abstract_model(config: ModelConfig, compute: Compute) -> Decoder:
+    """The model with shapes in the place of its parameters, which are float32."""
+    return nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0)))
 
 
 def make_model(config: ModelConfig, compute: Compute | None = None) -> Bind:
-    """The one way to a model: a function from its parameters to the `Decoder` over them."""
-    return partial(Decoder, config, compute=compute or Compute())
+    """The one way to a model: a function from its parameters to the `Decoder` that has them.
+
+    It may be called under jit, with the parameters as tracers.
+    """
+    return partial(nnx.merge, nnx.graphdef(abstract_model(config, compute or Compute())))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -243,15 +330,8 @@ def _inference(
 ) -> jax.Array:
     """One compilation for all calls of the same shapes."""
     model = nnx.merge(graph, parameters)
-    hidden = model.hidden_states(tokens, positions, segment_ids, training=False)
+    hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=True)
     return model.logits(hidden).astype(jnp.float32)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis: statistics in float32 or wider, cast back, then weighted."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
 def _with_remat(layer: Any, remat: str) -> Any:
@@ -261,4 +341,4 @@ def _with_remat(layer: Any, remat: str) -> Any:
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return nnx.remat(layer, policy=policy, prevent_cse=False)

@@ -72,7 +72,7 @@ def insert(
 
     Args:
       rows: int32[m], of the cache; one that it has not is left out.
-      keys, values: [L, m, S, K, N] as `Decoder.prefill` gives them.
+      keys, values: [L, m, S, K, N] as `decoding.prefill` gives them.
       lengths: int32[m], of the prompts; none is longer than the ring.
     """
     index = lengths[:, None] - 1 - cache.ages()

@@ -1,14 +1,48 @@
 """Rotary position embedding, its scaling in Llama 3, dynamic NTK and log-n attention of Qwen v1."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moi_jax.models.config import RopeScaling
+from moi_jax.models.config import ModelConfig, RopeScaling
 
 # 2^24 times the trained length is beyond any row.
 _MAX_DOUBLINGS = 24
+
+
+class Rotary(NamedTuple):
+    """What the positions of a batch [B, S] do to queries and keys."""
+
+    cos: jax.Array  # [B, S, N/2]
+    sin: jax.Array  # [B, S, N/2]
+    query_scale: jax.Array | None  # [B, S], log-n attention; None is 1
+
+
+def position_angles(
+    config: ModelConfig,
+    positions: jax.Array,
+    rope_alpha: jax.Array | None,
+    dtype: jax.typing.DTypeLike,
+    *,
+    log_n: bool,
+) -> Rotary:
+    """The angles of positions [B, S] in a model.
+
+    Args:
+      rope_alpha: NTK factor per token [B, S]; None is 1 everywhere.
+      dtype: of the computation; the angles are in float32 or wider.
+      log_n: whether log-n attention acts, in a model that has it.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    cos, sin = rotary_angles(
+        positions, config.head_dim, config.rope_base, config.rope_scaling, rope_alpha, wide
+    )
+    query_scale = None
+    if log_n and config.logn_attention:
+        query_scale = logn_scale(positions, config.seq_length, wide)
+    return Rotary(cos, sin, query_scale)
 
 
 def rotary_angles(

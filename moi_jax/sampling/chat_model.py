@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Bind
-from moi_jax.models.parameters import Tree
+from moi_jax.models.decoder import Bind, Tree
 from moi_jax.sampling.likelihood import LikelihoodScorer
 from moi_jax.sampling.sampler import Sampler
 from moi_jax.text.conversations import Message

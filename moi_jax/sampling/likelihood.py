@@ -12,9 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Bind
+from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import token_scores
-from moi_jax.models.parameters import Tree
 from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated, round_up
 from moi_jax.sampling.rows import PREFILL_TOKENS
 
@@ -74,7 +73,7 @@ class LikelihoodScorer:
             model = bind(parameters)
             index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
             real = (index < lengths[:, None]).astype(jnp.int32)
-            hidden = model.hidden_states(tokens, index, real, training=False)
+            hidden, _ = model.hidden_states(tokens, index, real, extend_context=True)
             last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
             log_probs = jax.nn.log_softmax(model.logits(last)[:, 0])
             likeliest = jnp.argmax(log_probs, axis=-1)
@@ -83,7 +82,7 @@ class LikelihoodScorer:
             places = jnp.maximum(lengths[:, None] - 1 - before + jnp.arange(before), 0)
             states = jnp.take_along_axis(hidden, places[..., None], axis=1)
             targets = jnp.take_along_axis(tokens, places + 1, axis=1)
-            return log_probs, likeliest, *token_scores(states, model.head_weight(), targets)
+            return log_probs, likeliest, *token_scores(states, model.head_kernel(), targets)
 
         self._score_rows = jax.jit(
             score,

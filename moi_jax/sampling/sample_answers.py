@@ -6,8 +6,7 @@ from jax.sharding import Mesh
 
 from moi_jax import config
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Bind
-from moi_jax.models.parameters import Tree
+from moi_jax.models.decoder import Bind, Tree
 from moi_jax.sampling.chat_model import make_sampler
 from moi_jax.sampling.requests import Request
 from moi_jax.text.conversations import Message

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,10 @@ from rich import filesize
 
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Bind
-from moi_jax.models.decoding import unstack
+from moi_jax.models.decoder import Bind, Tree
+from moi_jax.models.decoding import LayerViews, view_layers
 from moi_jax.models.kv_cache import AXES, Cache, cache_shape, empty_cache, resize
-from moi_jax.models.parameters import Tree, abstract_parameters, declare
+from moi_jax.models.parameters import abstract_parameters, parameter_specs
 from moi_jax.parallel.placing import batch_shards, bucket, named_sharding, round_up
 from moi_jax.sampling.answer import Answer
 from moi_jax.sampling.requests import Completion, Finish, Request
@@ -77,24 +78,26 @@ class Sampler:
         self.context = config.seq_length if context is None else context
         vocabulary = Vocabulary(vocab_size, tuple(stop_ids))
         self._dtype = jax.eval_shape(
-            lambda parameters: jnp.zeros((), bind(parameters).compute_dtype),
+            lambda parameters: jnp.zeros((), bind(parameters).compute.dtype),
             abstract_parameters(config, jnp.float32),
         ).dtype
 
         def new(rows: int, length: int, greedy: bool) -> tuple[Cache, Slots]:
             return empty_cache(config, rows, length, self._dtype), empty_slots(rows, greedy)
 
-        self._unstack = jax.jit(lambda parameters: unstack(config, parameters, self._dtype))
+        self._view_layers = jax.jit(lambda parameters: view_layers(config, parameters, self._dtype))
         self._new = jax.jit(new, static_argnums=(0, 1, 2))
         self._resize = jax.jit(resize, static_argnums=1)
         self._fill = jax.jit(
             lambda parameters, *given: fill(bind(parameters), vocabulary, *given),
             donate_argnums=(1, 2),
         )
-        self._advance = jax.jit(
-            lambda layers, *given: advance(bind(layers), vocabulary, *given),
-            donate_argnums=(1, 2),
-        )
+
+        def go_on(parameters: Tree, views: LayerViews, *given: Any) -> Any:
+            model, layers = views.bind(bind, parameters)
+            return advance(model, layers, vocabulary, *given)
+
+        self._advance = jax.jit(go_on, donate_argnums=(2, 3))
 
     @property
     def cache_bytes(self) -> int:
@@ -153,7 +156,7 @@ class Sampler:
         greedy = all(row.request.temperature <= 0 for row in waiting)
         self._check_memory(count, longest)
         with self._on_mesh():
-            layers = self._unstack(parameters)
+            views = self._view_layers(parameters)
             cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
 
         steps = STEPS_READ if on_text else STEPS
@@ -171,7 +174,7 @@ class Sampler:
                     cache, slots = self._fill(parameters, cache, slots, *prompts)
                 live = np.isin(np.arange(count), list(rows))
                 cache, slots, written = self._advance(
-                    layers, cache, slots, live, np.int32(steps), np.int32(patience)
+                    parameters, views, cache, slots, live, np.int32(steps), np.int32(patience)
                 )
                 written, finish = jax.device_get((written, slots.finish))
             for slot, row in list(rows.items()):
@@ -196,7 +199,8 @@ class Sampler:
 
     def _layers_bytes(self) -> int:
         """Of the layers' parameters in the compute dtype, on each device."""
-        layers = [p for path, p in declare(self._config).items() if path.startswith("layers.")]
+        specs = parameter_specs(self._config)
+        layers = [p for path, p in specs.items() if path.startswith("layers.")]
         return sum(self._elements(p.shape, p.axes) for p in layers) * self._dtype.itemsize
 
     def _elements(self, shape: tuple[int, ...], names: Sequence[str | None]) -> int:

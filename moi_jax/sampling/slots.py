@@ -1,12 +1,13 @@
 """Rows under way on the device: prompts enter, and all go on together, a token a step."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from moi_jax.models.decoder import Decoder
-from moi_jax.models.decoding import decode
+from moi_jax.models.decoder import Decoder, DecoderLayer
+from moi_jax.models.decoding import decode, prefill
 from moi_jax.models.kv_cache import Cache, insert
 from moi_jax.parallel.axes import constrain
 from moi_jax.sampling.choosing import Draws, choose
@@ -64,7 +65,7 @@ def fill(
       tokens: int32[m, S], the prompts, filled up at their ends.
       new: [m], `length` being that of the prompt, `token` anything.
     """
-    hidden, heads = model.prefill(tokens, new.length)
+    hidden, heads = prefill(model, tokens, new.length)
     last = jnp.take_along_axis(hidden, (new.length - 1)[:, None, None], axis=1)
     new = _accept(new, model.logits(last)[:, 0], vocabulary)
     cache = insert(cache, rows, *heads, new.prompt)
@@ -74,6 +75,7 @@ def fill(
 
 def advance(
     model: Decoder,
+    layers: Sequence[DecoderLayer],
     vocabulary: Vocabulary,
     cache: Cache,
     slots: Slots,
@@ -84,7 +86,7 @@ def advance(
     """Some tokens more for every row.
 
     Args:
-      model: of unstacked parameters.
+      model, layers: see `models.decoding.LayerViews`.
       live: bool[B]; the others stop before they begin.
       steps: int32[], so many tokens, at most STEPS.
       patience: int32[], fewer once so many rows have finished.
@@ -105,7 +107,9 @@ def advance(
 
     def one_step(state: State) -> State:
         step, cache, slots, written = state
-        logits, cache = decode(model, jnp.maximum(slots.token, 0), slots.length, alpha, cache)
+        logits, cache = decode(
+            model, layers, jnp.maximum(slots.token, 0), slots.length, alpha, cache
+        )
         slots = _accept(slots, logits, vocabulary)
         return step + 1, cache, slots, written.at[step + 1].set(slots.token)
 

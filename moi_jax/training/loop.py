@@ -16,7 +16,7 @@ from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.data.loader import Batch
-from moi_jax.models.parameters import Tree
+from moi_jax.models.decoder import Tree
 from moi_jax.training.metrics import MetricsLog, StepWindow, log_step
 from moi_jax.training.state import TrainState
 from moi_jax.training.step import Metrics

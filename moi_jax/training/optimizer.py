@@ -8,7 +8,7 @@ import optax
 
 from moi_jax import config as config_lib
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.parameters import map_parameters
+from moi_jax.models.parameters import map_parameters, split_trainable
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -41,7 +41,8 @@ def make_optimizer(
     Norms and biases do not decay. The rate stays outside so that it follows the step of the
     run even past skipped updates.
     """
-    decays = map_parameters(model, lambda _, parameter: parameter.decays)
+    every = map_parameters(model, lambda _, parameter: parameter.decays)
+    decays, _ = split_trainable(model, every)
     clip = optax.identity()
     if config.clip_norm is not None:
         clip = optax.clip_by_global_norm(config.clip_norm)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.checkpoints.experiment import Experiment
+from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
@@ -67,6 +68,7 @@ def resume_position(
             before = load_config(directory / "config.yaml").model_dump(mode="json")
             check_resume(directory, before, experiment.config, allow_change)
         return FIRST_POSITION
+    read_items(checkpoints.directory / str(saved_step))  # refuses another format in one line
     before = checkpoints.read_json(saved_step, "config")
     # Its own checkpoint holds all that was taken from the base.
     may_change = (*MAY_CHANGE, "model.init_from")

@@ -11,8 +11,8 @@ from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.whole_files import write_whole
 from moi_jax.data.dataset import Dataset
-from moi_jax.models.decoder import Bind
-from moi_jax.models.parameters import Tree, random_parameters
+from moi_jax.models.decoder import Bind, Tree
+from moi_jax.models.parameters import random_parameters
 from moi_jax.training.batches import placed_batches
 from moi_jax.training.loop import Evaluations, Run
 from moi_jax.training.metrics import MetricsLog, truncate_after
@@ -51,7 +51,7 @@ def start_run(
         state = new_state(model, optimizer, _first_parameters(experiment, mesh), mesh)
     else:
         abstract = abstract_state(model, optimizer, config.model.param_dtype, mesh)
-        state = TrainState.from_items(*checkpoints.restore(saved_step, *abstract.items()))
+        state = TrainState.from_items(model, *checkpoints.restore(saved_step, *abstract.items()))
         log.info("going on from step %d in %s", saved_step, directory)
 
     _write_description(directory, experiment, dataset.show_mixture(plan))

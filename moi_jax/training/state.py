@@ -9,44 +9,63 @@ import optax
 from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.parameters import Tree, abstract_parameters, parameter_shardings
+from moi_jax.models.decoder import Tree
+from moi_jax.models.parameters import (
+    abstract_parameters,
+    merge_trees,
+    parameter_shardings,
+    split_trainable,
+)
 from moi_jax.parallel.placing import replicated
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. `step` counts batches seen, skipped updates included."""
+    """All that a step changes, and the frozen parameters beside it.
 
-    step: jax.Array  # int32[]
-    parameters: Tree
+    Attributes:
+      step: int32[], batches seen, skipped updates included.
+      trainable: the parameters that have gradients; `opt_state` is theirs alone.
+      frozen: the others, which no step changes.
+    """
+
+    step: jax.Array
+    trainable: Tree
+    frozen: Tree
     opt_state: Any
+
+    @property
+    def parameters(self) -> Tree:
+        """Both parts, as the model takes them."""
+        return merge_trees(self.trainable, self.frozen)
 
     def items(self) -> tuple[Tree, Any]:
         """The two items that a checkpoint keeps it in: parameters, and all the rest."""
         return self.parameters, {"step": self.step, "state": self.opt_state}
 
     @classmethod
-    def from_items(cls, parameters: Tree, optimizer: Any) -> "TrainState":
+    def from_items(cls, config: ModelConfig, parameters: Tree, optimizer: Any) -> "TrainState":
         """The state of a checkpoint's two items."""
-        return cls(optimizer["step"], parameters, optimizer["state"])
+        trainable, frozen = split_trainable(config, parameters)
+        return cls(optimizer["step"], trainable, frozen, optimizer["state"])
 
 
 def state_shardings(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shardings of the whole state: the moments lie as their parameters do."""
-    parameters = parameter_shardings(config, mesh)
-    abstract = jax.eval_shape(optimizer.init, abstract_parameters(config, jnp.float32))
+    trainable, frozen = split_trainable(config, parameter_shardings(config, mesh))
+    abstract, _ = split_trainable(config, abstract_parameters(config, jnp.float32))
     whole = replicated(mesh)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        abstract,
-        parameters,
+        jax.eval_shape(optimizer.init, abstract),
+        trainable,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(step=cast(Any, whole), parameters=parameters, opt_state=moments)
+    return TrainState(cast(Any, whole), trainable, frozen, moments)
 
 
 def abstract_state(
@@ -57,7 +76,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a restore asks for."""
     shapes = jax.eval_shape(
-        lambda p: initial_state(optimizer, p), abstract_parameters(config, dtype)
+        lambda p: initial_state(config, optimizer, p), abstract_parameters(config, dtype)
     )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -66,10 +85,13 @@ def abstract_state(
     )
 
 
-def initial_state(optimizer: optax.GradientTransformation, parameters: Tree) -> TrainState:
+def initial_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, parameters: Tree
+) -> TrainState:
     """The state before the first step; moments are at least float32 whatever the parameters."""
-    wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), parameters)
-    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(wide))
+    trainable, frozen = split_trainable(config, parameters)
+    wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(wide))
 
 
 def new_state(
@@ -77,7 +99,7 @@ def new_state(
 ) -> TrainState:
     """`initial_state` on the mesh. `parameters` are donated."""
     make = jax.jit(
-        lambda p: initial_state(optimizer, p),
+        lambda p: initial_state(config, optimizer, p),
         out_shardings=state_shardings(config, optimizer, mesh),
         donate_argnums=0,
     )

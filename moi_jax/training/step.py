@@ -1,6 +1,7 @@
-"""One training step and one evaluation step: the maths of the run, jitted on the mesh."""
+"""One training step, jitted on the mesh: loss, gradients over microbatches, update."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,36 +11,13 @@ from jax.sharding import Mesh
 
 from moi_jax.data.loader import Batch
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Bind, Decoder
+from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import token_nll
-from moi_jax.models.parameters import Tree
 from moi_jax.parallel.placing import batch_sharding, replicated
 from moi_jax.training.optimizer import Schedule
 from moi_jax.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
-
-
-def batch_sums(model: Decoder, batch: Batch, domains: int) -> tuple[jax.Array, Metrics]:
-    """sum(w nll) of a microbatch [M, S], and the sums every metric is made of.
-
-    Sums, never means: they add up over microbatches and devices to what one batch gives.
-    """
-    hidden = model.hidden_states(batch.tokens, batch.positions, batch.segment_ids, training=True)
-    nll = token_nll(hidden, model.head_weight(), batch.targets)
-    counts = batch.loss_weights > 0
-    # A position whose weight is zero must not reach the sum even as 0 * inf.
-    nll = jnp.where(counts, nll, 0)
-    in_domain = batch.domain_ids[..., None] == jnp.arange(domains)
-    weighted = jnp.sum(nll * batch.loss_weights.astype(nll.dtype))
-    return weighted, {
-        "weights": jnp.sum(batch.loss_weights.astype(nll.dtype)),
-        "nll": jnp.sum(nll),
-        "loss_tokens": jnp.sum(counts, dtype=jnp.int32),
-        "tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
-        "domain_nll": jnp.sum(jnp.where(in_domain, nll[..., None], 0), axis=(0, 1)),
-        "domain_loss_tokens": jnp.sum(in_domain & counts[..., None], axis=(0, 1), dtype=jnp.int32),
-    }
 
 
 def make_train_step(
@@ -56,61 +34,96 @@ def make_train_step(
     update is applied only where loss and gradient norm are finite and some weight is not zero
     (`applied`); else parameters and moments stay, and only the step moves on.
     """
-
-    def loss_sums(parameters: Tree, microbatch: Batch) -> tuple[jax.Array, Metrics]:
-        return batch_sums(bind(parameters), microbatch, domains)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, weighted, sums = _accumulate(loss_sums, state.parameters, batch)
-        scale = 1 / jnp.where(sums["weights"] > 0, sums["weights"], 1)
-        gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
-        loss, gradient_norm = weighted * scale, optax.tree.norm(gradients)
-        applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (sums["weights"] > 0)
-
-        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        updates, moments = optimizer.update(gradients, state.opt_state, state.parameters)
-        parameters = jax.tree.map(
-            lambda p, u: (p - learning_rate * u).astype(p.dtype),
-            state.parameters,
-            updates,
-        )
-        keep = (state.parameters, state.opt_state)
-        parameters, moments = jax.tree.map(
-            lambda new, old: jnp.where(applied, new, old), (parameters, moments), keep
-        )
-        metrics = sums | {
-            "loss": loss,
-            "grad_norm": gradient_norm,
-            "learning_rate": learning_rate,
-            "applied": applied,
-        }
-        return TrainState(state.step + 1, parameters, moments), metrics
-
     state = state_shardings(config, optimizer, mesh)
     return jax.jit(
-        step,
+        partial(_train_step, bind, optimizer, schedule, domains),
         in_shardings=(state, batch_sharding(mesh)),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def _accumulate(
-    loss_sums: Callable[[Tree, Batch], tuple[jax.Array, Metrics]], parameters: Tree, batch: Batch
-) -> tuple[Tree, jax.Array, Metrics]:
-    """Gradients and sums added over the A microbatches of a batch [A, M, S]."""
+def _train_step(
+    bind: Bind,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    domains: int,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    loss_sums = partial(microbatch_sums, bind, domains)
+    (weighted, sums), gradients = _zeros(loss_sums, state, batch)
+    # Added up over the A microbatches of a batch [A, M, S].
+    (weighted, sums), gradients = jax.lax.scan(
+        partial(_add_microbatch, loss_sums, state.trainable, state.frozen),
+        ((weighted, sums), gradients),
+        batch,
+    )[0]
+    scale = 1 / jnp.where(sums["weights"] > 0, sums["weights"], 1)
+    gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+    loss, gradient_norm = weighted * scale, optax.tree.norm(gradients)
+    applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (sums["weights"] > 0)
 
-    def one(total: Any, microbatch: Batch) -> tuple[Any, None]:
-        (weighted, sums), gradients = jax.value_and_grad(loss_sums, has_aux=True)(
-            parameters, microbatch
-        )
-        return jax.tree.map(jnp.add, total, (gradients, weighted, sums)), None
-
-    first = jax.tree.map(lambda x: x[0], batch)
-    shapes = jax.eval_shape(loss_sums, parameters, first)
-    gradients = jax.tree.map(
-        lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), parameters
+    learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    trainable = jax.tree.map(
+        lambda p, u: (p - learning_rate * u).astype(p.dtype), state.trainable, updates
     )
-    zero = (gradients, *jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    total, _ = jax.lax.scan(one, zero, batch)
-    return total
+    trainable, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old),
+        (trainable, opt_state),
+        (state.trainable, state.opt_state),
+    )
+    metrics = sums | {
+        "loss": loss,
+        "grad_norm": gradient_norm,
+        "learning_rate": learning_rate,
+        "applied": applied,
+    }
+    return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+
+def microbatch_sums(
+    bind: Bind, domains: int, trainable: Tree, frozen: Tree, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    """sum(w nll) of a microbatch [M, S], and the sums every metric is made of.
+
+    Sums, never means: they add up over microbatches and devices to what one batch gives.
+    """
+    model = bind(trainable, frozen)
+    hidden, _ = model.hidden_states(
+        batch.tokens, batch.positions, batch.segment_ids, extend_context=False
+    )
+    nll = token_nll(hidden, model.head_kernel(), batch.targets)
+    counts = batch.loss_weights > 0
+    # A position whose weight is zero must not reach the sum even as 0 * inf.
+    nll = jnp.where(counts, nll, 0)
+    in_domain = batch.domain_ids[..., None] == jnp.arange(domains)
+    weighted = jnp.sum(nll * batch.loss_weights.astype(nll.dtype))
+    return weighted, {
+        "weights": jnp.sum(batch.loss_weights.astype(nll.dtype)),
+        "nll": jnp.sum(nll),
+        "loss_tokens": jnp.sum(counts, dtype=jnp.int32),
+        "tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
+        "domain_nll": jnp.sum(jnp.where(in_domain, nll[..., None], 0), axis=(0, 1)),
+        "domain_loss_tokens": jnp.sum(in_domain & counts[..., None], axis=(0, 1), dtype=jnp.int32),
+    }
+
+
+def _add_microbatch(
+    loss_sums: Callable[..., Any], trainable: Tree, frozen: Tree, total: Any, microbatch: Batch
+) -> tuple[Any, None]:
+    """The sums and gradients so far, with those of one microbatch added."""
+    new = jax.value_and_grad(loss_sums, has_aux=True)(trainable, frozen, microbatch)
+    return jax.tree.map(jnp.add, total, new), None
+
+
+def _zeros(loss_sums: Callable[..., Any], state: TrainState, batch: Batch) -> Any:
+    """What the sums and gradients of no microbatch are; gradients are float32 or wider."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(loss_sums, state.trainable, state.frozen, first)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    gradients = jax.tree.map(
+        lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), state.trainable
+    )
+    return sums, gradients

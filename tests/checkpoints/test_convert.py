@@ -76,8 +76,10 @@ def test_one_layer_of_a_stored_parameter_is_read_by_itself(published, tmp_path):
     import_checkpoint(published, tmp_path / "ckpt")
     config, expected = read_published(published, None)
     stored = stored_parameters(tmp_path / "ckpt", config)
-    np.testing.assert_array_equal(stored.get("layers.gate", 1), expected["layers"]["gate"][1])
-    np.testing.assert_array_equal(stored.get("head"), expected["head"])
+    np.testing.assert_array_equal(
+        stored.get("layers.mlp.gate.kernel", 1), expected["layers"]["mlp"]["gate"]["kernel"][1]
+    )
+    np.testing.assert_array_equal(stored.get("head.kernel"), expected["head"]["kernel"])
     assert stored.dtype == np.float32
 
 
@@ -89,21 +91,22 @@ def test_large_parameters_are_stored_in_chunks_of_single_layers(published, tmp_p
     import_checkpoint(published, tmp_path / "ckpt")
     config, expected = read_published(published, None)
     stored = stored_parameters(tmp_path / "ckpt", config)
-    layers, rows, width = stored.arrays["layers.gate"].chunk_layout.read_chunk.shape
+    layers, rows, width = stored.arrays["layers.mlp.gate.kernel"].chunk_layout.read_chunk.shape
     assert layers == 1
     assert rows * width * 4 <= 10_000
-    rows, width = stored.arrays["embedding"].chunk_layout.read_chunk.shape
+    rows, width = stored.arrays["embedding.table"].chunk_layout.read_chunk.shape
     assert 1_000 < rows * width * 4 <= 10_000
     model, _ = moi_jax.load(tmp_path / "ckpt")
-    np.testing.assert_array_equal(model.layers.gate[...], expected["layers"]["gate"])
-    np.testing.assert_array_equal(model.embedding[...], expected["embedding"])
+    gates = expected["layers"]["mlp"]["gate"]["kernel"]
+    np.testing.assert_array_equal(model.layers.mlp.gate.kernel[...], gates)
+    np.testing.assert_array_equal(model.embedding.table[...], expected["embedding"]["table"])
 
 
 def test_saving_holds_one_parameter_at_a_time(tmp_path):
     """The one before is let go of when the next is asked for."""
     import weakref
 
-    from moi_jax.models.parameters import declare
+    from moi_jax.models.parameters import parameter_specs
     from moi_jax.models.presets import preset
 
     class Counted(np.ndarray):
@@ -113,7 +116,7 @@ def test_saving_holds_one_parameter_at_a_time(tmp_path):
     alive: list[weakref.ref] = []
 
     def stream():
-        for path, parameter in declare(config).items():
+        for path, parameter in parameter_specs(config).items():
             assert not any(reference() is not None for reference in alive), path
             value = np.zeros(parameter.shape, np.float32).view(Counted)
             alive.append(weakref.ref(value))
@@ -121,7 +124,7 @@ def test_saving_holds_one_parameter_at_a_time(tmp_path):
             del value
 
     save_parameters(tmp_path / "parameters", config, stream(), np.dtype(np.float32))
-    assert len(alive) == len(declare(config))
+    assert len(alive) == len(parameter_specs(config))
 
 
 def test_licence_notice_and_terms_come_along(published, tmp_path):
@@ -281,8 +284,8 @@ def test_an_existing_target_is_not_overwritten(published, tmp_path):
 
 def test_published_dtype_is_kept_by_default(published, tmp_path):
     parameters = read_published(published, None)[1]
-    assert parameters["head"].dtype == np.float32
-    assert parameters["layers"]["gate"].shape == (3, 96, 128)
+    assert parameters["head"]["kernel"].dtype == np.float32
+    assert parameters["layers"]["mlp"]["gate"]["kernel"].shape == (3, 96, 128)
 
 
 def test_a_target_that_cannot_be_written_is_one_line(published, tmp_path):

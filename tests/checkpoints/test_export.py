@@ -170,15 +170,17 @@ def test_a_trained_checkpoint_exports_its_parameters_with_an_account_of_itself(t
 def test_a_trained_checkpoint_stores_large_parameters_by_layer(trained, monkeypatch):
     """So that an export reads one layer at a time."""
     from moi_jax.checkpoints import parameter_files
-    from moi_jax.models.parameters import declare
+    from moi_jax.models.parameters import parameter_specs
     from moi_jax.models.presets import preset
 
     monkeypatch.setattr(parameter_files, "CHUNK_BYTES", 10_000)
     cut = parameter_files.save_args(preset("tiny"), "float32")
-    assert cut["layers"]["gate"].shard_axes == (0,)
-    assert cut["embedding"].shard_axes == ()
-    assert {a.chunk_byte_size for a in (cut["head"], cut["layers"]["up"])} == {10_000}
-    assert declare(preset("tiny"))["layers.gate"].shape[0] == 4
+    assert cut["layers"]["mlp"]["gate"]["kernel"].shard_axes == (0,)
+    assert cut["embedding"]["table"].shard_axes == ()
+    assert {
+        a.chunk_byte_size for a in (cut["head"]["kernel"], cut["layers"]["mlp"]["up"]["kernel"])
+    } == {10_000}
+    assert parameter_specs(preset("tiny"))["layers.mlp.gate.kernel"].shape[0] == 4
     assert find_step(trained / "run").name == "2"
 
 

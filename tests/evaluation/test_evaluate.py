@@ -19,7 +19,7 @@ from moi_jax.evaluation.runner import run_benchmarks
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.evaluation.while_training import make_benchmark
 from moi_jax.models.decoder import make_model
-from moi_jax.models.parameters import init_parameters
+from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import preset
 from moi_jax.sampling.chat_model import make_chat_model
 from moi_jax.text.conversations import Message
@@ -59,7 +59,7 @@ def chat():
     make_chat = make_chat_model(
         make_model(model), model, tokenizer, "You help.", slots=2, context=128
     )
-    return make_chat(init_parameters(model, jax.random.key(0), np.float32))
+    return make_chat(random_parameters(model, 0, np.float32))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from moi_jax.data.cache.selection import select
 from moi_jax.evaluation.held_out import HeldOut
 from moi_jax.evaluation.row_sums import RowSums, make_row_sums
 from moi_jax.models.decoder import make_model
-from moi_jax.models.parameters import init_parameters
+from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.text.rendering import label_mask, with_system_prompt
@@ -51,7 +51,7 @@ def material(tmp_path_factory):
 def test_losses_equal_each_conversation_alone(material):
     _, tokenizer, caches, selections, held_out = material
     model = PRESETS["tiny"]
-    parameters = init_parameters(model, jax.random.key(0), jnp.float32)
+    parameters = random_parameters(model, 0, jnp.float32)
     decoder = make_model(model)(parameters)
     mesh = make_mesh(config_lib.Mesh(fsdp=1), jax.devices())
     row_sums = make_row_sums(make_model(model), mesh)

@@ -31,7 +31,7 @@ from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
 from moi_jax.evaluation.row_sums import RowSums, make_row_sums
 from moi_jax.evaluation.while_training import make_evaluations
 from moi_jax.models.decoder import make_model
-from moi_jax.models.parameters import init_parameters, parameter_shardings
+from moi_jax.models.parameters import parameter_shardings, random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.text.rendering import label_mask, with_system_prompt
@@ -80,7 +80,7 @@ def make_matrix(material, rows=4, row_multiple=1, targets="assistant", crossed=N
 
 def model_sums(**axes):
     mesh = make_mesh(config_lib.Mesh(**axes), jax.devices())
-    parameters = init_parameters(MODEL, jax.random.key(0), jnp.float32)
+    parameters = random_parameters(MODEL, 0, jnp.float32)
     placed = jax.device_put(parameters, parameter_shardings(MODEL, mesh))
     sums = make_row_sums(make_model(MODEL), mesh)
     return lambda batch: sums(placed, batch)
@@ -103,7 +103,7 @@ def plain(material):
 def test_sums_are_those_of_each_conversation_alone_under_each_prompt(material, plain):
     _, tokenizer, _, _ = material
     matrix, sums = plain
-    decoder = make_model(MODEL)(init_parameters(MODEL, jax.random.key(0), jnp.float32))
+    decoder = make_model(MODEL)(random_parameters(MODEL, 0, jnp.float32))
     log_softmax = jax.jit(lambda tokens: jax.nn.log_softmax(decoder(tokens)[0]))
     prompts = {
         ("chat", "own"): DEFAULT,
@@ -246,7 +246,7 @@ def half_right():
     """Rows in which about half of the targets, and half of the labels, are the likeliest token."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, MODEL.vocab_size, (8, 32)).astype(np.int32)
-    decoder = make_model(MODEL)(init_parameters(MODEL, jax.random.key(0), jnp.float32))
+    decoder = make_model(MODEL)(random_parameters(MODEL, 0, jnp.float32))
     likeliest = np.asarray(decoder(tokens)).argmax(axis=-1)
     right = rng.integers(0, 2, tokens.shape).astype(bool)
     batch = Batch(

@@ -13,7 +13,7 @@ from moi_jax.checkpoints.hf.published import read_published
 from moi_jax.models import rotary
 from moi_jax.models.attention.xla import xla_attention
 from moi_jax.models.decoder import make_model
-from moi_jax.models.parameters import init_parameters
+from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import PRESETS
 
 CONFIG = dataclasses.replace(
@@ -24,13 +24,13 @@ CONFIG = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(CONFIG)(init_parameters(CONFIG, jax.random.key(0), jnp.float32))
+    return make_model(CONFIG)(random_parameters(CONFIG, 0, jnp.float32))
 
 
-@partial(jax.jit, static_argnames="training")
-def forward(model, tokens, segment_ids, training):
+@partial(jax.jit, static_argnames="extend_context")
+def forward(model, tokens, segment_ids, extend_context):
     positions = rotary.segment_positions(segment_ids)
-    hidden = model.hidden_states(tokens, positions, segment_ids, training=training)
+    hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=extend_context)
     return model.logits(hidden)
 
 
@@ -70,24 +70,24 @@ def test_attention_equals_a_plain_loop_with_grouped_heads_and_segments():
     np.testing.assert_allclose(ours, plain[:, mixed], atol=1e-6)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_chunk_mask_hides_other_chunks(model, training):
+@pytest.mark.parametrize("extend_context", [False, True])
+def test_chunk_mask_hides_other_chunks(model, extend_context):
     """Changing any token outside a segment changes no bit inside it."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 97, (1, 14)).astype(np.int32)
     segment_ids = np.array([[1] * 5 + [2] * 6 + [0] * 3], np.int32)
-    before = forward(model, tokens, segment_ids, training)
+    before = forward(model, tokens, segment_ids, extend_context)
     for inside in (slice(0, 5), slice(5, 11)):
         changed = rng.integers(0, 97, tokens.shape).astype(np.int32)
         changed[:, inside] = tokens[:, inside]
-        after = forward(model, changed, segment_ids, training)
+        after = forward(model, changed, segment_ids, extend_context)
         assert np.array_equal(before[:, inside], after[:, inside])
     # The mask is what does it: with one segment the later tokens do see the earlier ones.
     one = np.ones_like(segment_ids)
     changed[:, 5:11] = tokens[:, 5:11]
     assert not np.array_equal(
-        forward(model, tokens, one, training)[:, 5:11],
-        forward(model, changed, one, training)[:, 5:11],
+        forward(model, tokens, one, extend_context)[:, 5:11],
+        forward(model, changed, one, extend_context)[:, 5:11],
     )
 
 

@@ -24,7 +24,7 @@ from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig, in_family, read_hf_config, to_hf_config
 from moi_jax.models.decoder import make_model
 from moi_jax.models.families import FAMILIES
-from moi_jax.models.parameters import abstract_parameters, declare, map_parameters
+from moi_jax.models.parameters import abstract_parameters, map_parameters, parameter_specs
 from moi_jax.models.presets import PRESETS
 
 LOGITS_ATOL = 2e-5
@@ -130,8 +130,8 @@ def test_loss_and_gradients_equal_transformers(case):
 
     def mean_loss(parameters):
         decoder = make_model(config, Compute(remat="full"))(parameters)
-        hidden = decoder.hidden_states(tokens, positions, segment_ids, training=True)
-        return jnp.mean(loss.token_nll(hidden[:, :-1], decoder.head_weight(), tokens[:, 1:]))
+        hidden, _ = decoder.hidden_states(tokens, positions, segment_ids, extend_context=False)
+        return jnp.mean(loss.token_nll(hidden[:, :-1], decoder.head_kernel(), tokens[:, 1:]))
 
     ours, gradients = jax.jit(jax.value_and_grad(mean_loss))(parameters)
     model.zero_grad()
@@ -234,13 +234,13 @@ COUNTS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_size_and_reads_back_from_its_config_json(name):
     config = PRESETS[name]
-    count = sum(int(np.prod(p.shape)) for p in declare(config).values())
+    count = sum(int(np.prod(p.shape)) for p in parameter_specs(config).values())
     assert count == COUNTS.get(name, count)
     assert sum(int(np.prod(s)) for s in published_shapes(config).values()) == count
     assert read_hf_config(json.dumps(to_hf_config(config)), name) == config
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     paths = {path for tensor in FAMILIES[config.family].tensors for path in tensor.paths}
-    assert declare(config).keys() <= paths
+    assert parameter_specs(config).keys() <= paths
 
 
 def test_every_published_size_is_checked():
@@ -427,7 +427,7 @@ TIED = dataclasses.replace(
 
 
 def test_a_tied_model_has_no_head_parameter():
-    assert "head" not in declare(TIED)
+    assert "head.kernel" not in parameter_specs(TIED)
     assert "lm_head.weight" not in published_shapes(TIED)
     assert redundant_tensors(TIED) == {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -444,8 +444,8 @@ def program_and_gradients(config, mesh_axes):
         decoder = make_model(config)(parameters)
         segment_ids = jnp.ones_like(tokens)
         positions = rotary.segment_positions(segment_ids)
-        hidden = decoder.hidden_states(tokens, positions, segment_ids, training=True)
-        return jnp.mean(loss.token_nll(hidden, decoder.head_weight(), tokens))
+        hidden, _ = decoder.hidden_states(tokens, positions, segment_ids, extend_context=False)
+        return jnp.mean(loss.token_nll(hidden, decoder.head_kernel(), tokens))
 
     mesh = make_mesh(config_lib.Mesh(**mesh_axes), jax.devices())
     with jax.set_mesh(mesh):
@@ -504,14 +504,15 @@ def test_every_block_of_the_page_on_porting_is_run_or_stands_in_the_source():
 
 
 def test_biases_and_head_norms_are_declared_where_the_family_has_them():
-    paths = {name: declare(config).keys() for name, config in PRESETS.items()}
-    assert "layers.query_bias" in paths["qwen2.5-7b"]
-    assert "layers.out_bias" not in paths["qwen2.5-7b"]
+    paths = {name: parameter_specs(config).keys() for name, config in PRESETS.items()}
+    assert "layers.attention.query.bias" in paths["qwen2.5-7b"]
+    assert "layers.attention.out.bias" not in paths["qwen2.5-7b"]
     assert not any("bias" in path for path in paths["qwen3-8b"] | paths["llama-3-8b"])
-    assert {"layers.query_norm", "layers.key_norm"} <= paths["qwen3-8b"]
-    assert abstract_parameters(PRESETS["qwen3-8b"], "float32")["layers"]["key_norm"].shape == (
-        36, 128,
-    )  # fmt: skip
+    assert {"layers.attention.query_norm.scale", "layers.attention.key_norm.scale"} <= paths[
+        "qwen3-8b"
+    ]
+    attention = abstract_parameters(PRESETS["qwen3-8b"], "float32")["layers"]["attention"]
+    assert attention["key_norm"]["scale"].shape == (36, 128)
 
 
 def test_import_holds_one_published_tensor_at_a_time():
@@ -528,7 +529,7 @@ def test_import_holds_one_published_tensor_at_a_time():
         return array
 
     paths = [path for path, _ in import_parameters(config, read, np.float32)]
-    assert paths == list(declare(config))
+    assert paths == list(parameter_specs(config))
 
 
 class Watched(np.ndarray):

@@ -43,23 +43,24 @@ def qwen2_names(tree):
     """Our tree under Qwen2's tensor names: parameters or gradients."""
     tree = jax.tree.map(np.asarray, tree)
     layers = tree["layers"]
-    d = tree["final_norm"].shape[0]
+    attention, mlp = layers["attention"], layers["mlp"]
+    d = tree["final_norm"]["scale"].shape[0]
     named = {
-        "model.embed_tokens.weight": tree["embedding"],
-        "model.norm.weight": tree["final_norm"],
-        "lm_head.weight": tree["head"].T,
+        "model.embed_tokens.weight": tree["embedding"]["table"],
+        "model.norm.weight": tree["final_norm"]["scale"],
+        "lm_head.weight": tree["head"]["kernel"].T,
     }
-    for i in range(layers["query"].shape[0]):
+    for i in range(len(layers["mlp_norm"]["scale"])):
         prefix = f"model.layers.{i}."
         for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v")):
             name = f"{prefix}self_attn.{theirs}_proj"
-            named[f"{name}.weight"] = layers[ours][i].reshape(d, -1).T
-            named[f"{name}.bias"] = layers[f"{ours}_bias"][i].reshape(-1)
-        named[f"{prefix}self_attn.o_proj.weight"] = layers["out"][i].reshape(-1, d).T
+            named[f"{name}.weight"] = attention[ours]["kernel"][i].reshape(d, -1).T
+            named[f"{name}.bias"] = attention[ours]["bias"][i].reshape(-1)
+        named[f"{prefix}self_attn.o_proj.weight"] = attention["out"]["kernel"][i].reshape(-1, d).T
         for name in ("gate", "up", "down"):
-            named[f"{prefix}mlp.{name}_proj.weight"] = layers[name][i].T
-        named[f"{prefix}input_layernorm.weight"] = layers["attention_norm"][i]
-        named[f"{prefix}post_attention_layernorm.weight"] = layers["mlp_norm"][i]
+            named[f"{prefix}mlp.{name}_proj.weight"] = mlp[name]["kernel"][i].T
+        named[f"{prefix}input_layernorm.weight"] = layers["attention_norm"]["scale"][i]
+        named[f"{prefix}post_attention_layernorm.weight"] = layers["mlp_norm"]["scale"][i]
     return named
 
 
@@ -72,8 +73,8 @@ def test_loss_and_gradients_equal_transformers_qwen2(golden, fixture, length):
         model = make_model(config)(parameters)
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
         positions = rotary.segment_positions(segment_ids)
-        hidden = model.hidden_states(tokens, positions, segment_ids, training=True)
-        return jnp.mean(token_nll(hidden[:, :-1], model.head_weight(), tokens[:, 1:]))
+        hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
+        return jnp.mean(token_nll(hidden[:, :-1], model.head_kernel(), tokens[:, 1:]))
 
     ours, gradients = jax.value_and_grad(loss)(parameters)
     reference = qwen2_of(config, parameters)

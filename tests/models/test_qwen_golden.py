@@ -14,7 +14,7 @@ from moi_jax.models.compute import Compute
 from moi_jax.models.config import read_hf_config
 from moi_jax.models.decoder import Decoder, make_model
 from moi_jax.models.loss import token_nll
-from moi_jax.models.parameters import declare, map_parameters
+from moi_jax.models.parameters import map_parameters, parameter_specs
 from moi_jax.models.presets import PRESETS
 
 LOGITS_ATOL = 2e-5  # a wrong norm eps moves them 4e-5: nothing looser would see it
@@ -40,7 +40,8 @@ def fixture_b(golden):
 def training_logits(model: Decoder, tokens: np.ndarray) -> jax.Array:
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
     positions = rotary.segment_positions(segment_ids)
-    return model.logits(model.hidden_states(tokens, positions, segment_ids, training=True))
+    hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
+    return model.logits(hidden)
 
 
 @pytest.mark.parametrize("length", [32, 100])
@@ -94,10 +95,10 @@ def mean_loss(config, parameters, tokens, labels, remat="none"):
     model = make_model(config, Compute(remat=remat))(parameters)
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
     positions = rotary.segment_positions(segment_ids)
-    hidden = model.hidden_states(tokens, positions, segment_ids, training=True)
+    hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
     targets = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
     weights = (targets != -100).astype(np.float32)
-    nll = token_nll(hidden, model.head_weight(), np.maximum(targets, 0).astype(np.int32))
+    nll = token_nll(hidden, model.head_kernel(), np.maximum(targets, 0).astype(np.int32))
     return jnp.sum(weights * nll) / jnp.sum(weights)
 
 
@@ -138,7 +139,7 @@ def test_ntk_factor_jumps_where_the_reference_does(golden):
 
 def test_qwen_7b_has_the_published_number_of_parameters_and_tensors():
     config = PRESETS["qwen-7b"]
-    assert sum(int(np.prod(p.shape)) for p in declare(config).values()) == 7_721_324_544
+    assert sum(int(np.prod(p.shape)) for p in parameter_specs(config).values()) == 7_721_324_544
     shapes = published_shapes(config)
     assert len(shapes) == 259
     assert shapes["transformer.h.31.mlp.w1.weight"] == (11008, 4096)

@@ -11,7 +11,7 @@ import pytest
 
 from moi_jax import config as config_lib
 from moi_jax.common.errors import UserError
-from moi_jax.models.parameters import declare
+from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.axes import partition_spec
 from moi_jax.parallel.mesh import make_mesh
@@ -72,9 +72,9 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
 
 def test_parameters_and_moments_lie_in_shards():
     trainer = Trainer(EIGHT)
-    query = trainer.state.parameters["layers"]["query"]  # [L, D, H, N]
+    query = trainer.state.parameters["layers"]["attention"]["query"]["kernel"]  # [L, D, H, N]
     assert query.sharding.shard_shape(query.shape) == (2, 32 // 4, 4 // 2, 8)
-    head = trainer.state.parameters["head"]  # [D, V], the vocabulary over fsdp and tensor
+    head = trainer.state.parameters["head"]["kernel"]  # [D, V], the vocabulary over fsdp and tensor
     assert head.sharding.shard_shape(head.shape) == (32, 64 // 8)
     sharded = [x for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim > 2]
     assert sharded
@@ -83,12 +83,12 @@ def test_parameters_and_moments_lie_in_shards():
 
 def test_qwen_7b_shards_every_matrix_over_an_fsdp_mesh():
     mesh = {"data": 1, "fsdp": 8, "tensor": 4}
-    for path, p in declare(PRESETS["qwen-7b"]).items():
+    for path, p in parameter_specs(PRESETS["qwen-7b"]).items():
         spec = partition_spec(p.axes, p.shape, mesh)
         named = [axes if isinstance(axes, tuple) else (axes,) for axes in spec if axes]
         parts = [mesh[axis] for axes in named for axis in axes]
-        if len(p.shape) > 2 or path in ("embedding", "head"):
-            expected = 4 if path.endswith("_bias") else 32
+        if len(p.shape) > 2 or path in ("embedding.table", "head.kernel"):
+            expected = 4 if path.endswith(".bias") else 32
             assert np.prod(parts) == expected, path
 
 

@@ -28,7 +28,7 @@ from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.errors import UserError
 from moi_jax.convert import import_checkpoint
-from moi_jax.models.parameters import declare
+from moi_jax.models.parameters import parameter_specs
 from moi_jax.sampling.chat import Chat, chat_on_terminal
 from moi_jax.sampling.conversation_file import read_conversations
 from moi_jax.sampling.sampler import Sampler
@@ -580,7 +580,8 @@ def remade(made: Path, path: Path, value: float, **changes) -> Path:
     """A checkpoint of the same model whose parameters are all `value`, with other items."""
     items = dataclasses.replace(read_items(made), **changes)
     stream = (
-        (name, np.full(p.shape, value, np.float32)) for name, p in declare(items.model).items()
+        (name, np.full(p.shape, value, np.float32))
+        for name, p in parameter_specs(items.model).items()
     )
     save_model(path, stream, np.dtype(np.float32), items)
     return path
@@ -635,5 +636,5 @@ def test_a_checkpoint_is_opened_on_the_mesh_and_in_the_dtype_asked_for(made):
     assert dict(opened.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
     leaves = jax.tree.leaves(opened.parameters)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
-    assert opened.bind(opened.parameters).compute_dtype == jnp.bfloat16
+    assert opened.bind(opened.parameters).compute.dtype == jnp.bfloat16
     assert {len(leaf.sharding.device_set) for leaf in leaves} == {4}

@@ -142,9 +142,9 @@ def test_a_pair_beyond_the_context_is_told_and_the_rest_scored(llama, scorer):
 
 def test_logits_that_are_not_finite_are_told(llama, scorer):
     _, parameters, _, _ = llama
-    embedding = np.array(parameters["embedding"])
+    embedding = np.array(parameters["embedding"]["table"])
     embedding[7] = math.nan
-    damaged = {**parameters, "embedding": embedding}
+    damaged = {**parameters, "embedding": {"table": embedding}}
     found = scored(scorer, damaged, [([7], [3]), ([8, 9], [3]), ([8, 7], [3, 4])])
     assert [likelihood.finish for likelihood in found] == ["not_finite", "scored", "not_finite"]
     assert math.isnan(found[0].log_likelihood)

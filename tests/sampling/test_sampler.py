@@ -15,13 +15,14 @@ from moi_jax import config as config_lib
 from moi_jax.checkpoints.hf.published import read_published
 from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.common.errors import UserError
-from moi_jax.models import rotary
+from moi_jax.models import decoding, rotary
 from moi_jax.models.compute import Compute
 from moi_jax.models.config import read_hf_config
 from moi_jax.models.decoder import make_model
-from moi_jax.models.parameters import init_parameters, map_parameters, parameter_shardings
+from moi_jax.models.parameters import map_parameters, parameter_shardings, random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.mesh import make_mesh
+from moi_jax.sampling import slots as slots_module
 from moi_jax.sampling.answer import Answer
 from moi_jax.sampling.choosing import Draws, choose
 from moi_jax.sampling.requests import Completion, Request
@@ -59,7 +60,7 @@ def random_prompts(lengths, vocab_size=90):
 
 @pytest.fixture(scope="module")
 def parameters():
-    return jax.jit(lambda key: init_parameters(MODEL, key, jnp.float32))(jax.random.key(0))
+    return random_parameters(MODEL, 0, jnp.float32)
 
 
 def plain_greedy(config, parameters, requests, width=128):
@@ -73,7 +74,9 @@ def plain_greedy(config, parameters, requests, width=128):
         alpha = None
         if config.dynamic_ntk:
             alpha = jnp.broadcast_to(rotary.ntk_alpha(length, config.seq_length), (1, width))
-        hidden = model.hidden_states(tokens, positions, ones, training=False, rope_alpha=alpha)
+        hidden, _ = model.hidden_states(
+            tokens, positions, ones, extend_context=True, rope_alpha=alpha
+        )
         return jnp.argmax(model.logits(hidden)[0, end - 1])
 
     answers = []
@@ -306,7 +309,8 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(parameters):
     good = Request([3, 4, 5], 20)
     (expected,) = tokens_of(sampler_of(MODEL), parameters, [good])
     assert 7 not in expected
-    broken = {**parameters, "embedding": parameters["embedding"].at[7].set(jnp.nan)}
+    table = parameters["embedding"]["table"].at[7].set(jnp.nan)
+    broken = {**parameters, "embedding": {"table": table}}
     bad = Request([7, *range(10, 40)], 20)
     for slots in (1, 4):
         requests = [bad, good, good, bad, good]
@@ -351,19 +355,16 @@ def test_a_chat_that_grows_compiles_for_few_lengths_of_the_cache(parameters):
     assert len(traces) == count
 
 
-def test_a_prompt_is_never_wider_than_the_context(parameters):
+def test_a_prompt_is_never_wider_than_the_context(parameters, monkeypatch):
     widths = []
 
-    def bind(parameters):
-        model = make_model(MODEL)(parameters)
-        prefill = model.prefill
-        model.prefill = lambda tokens, lengths: (
-            widths.append(tokens.shape[1]) or prefill(tokens, lengths)
-        )
-        return model
+    def watched(model, tokens, lengths):
+        widths.append(tokens.shape[1])
+        return decoding.prefill(model, tokens, lengths)
 
+    monkeypatch.setattr(slots_module, "prefill", watched)
     (answer,) = tokens_of(
-        sampler_of(MODEL, bind, context=150),
+        sampler_of(MODEL, context=150),
         parameters,
         [Request(p, 9) for p in random_prompts((140,))],
     )

@@ -16,7 +16,7 @@ from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config
 from moi_jax.data.preview.audit import audit
-from moi_jax.models.parameters import declare
+from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
 from moi_jax.text.conversations import Conversation, Message
 from moi_jax.text.jinja_templates import TemplateReport, check_template, export_jinja
@@ -245,7 +245,7 @@ def test_another_rendering_of_the_saved_template_is_refused() -> None:
 def saved(path: Path, tokenizer: Tokenizer, prompts: dict) -> Path:
     """A checkpoint of zeros: what a run starts from besides its parameters."""
     model = dataclasses.replace(preset("tiny"), vocab_size=2064)
-    zeros = ((name, np.zeros(p.shape, np.float32)) for name, p in declare(model).items())
+    zeros = ((name, np.zeros(p.shape, np.float32)) for name, p in parameter_specs(model).items())
     save_model(path, zeros, np.dtype(np.float32), ModelItems(model, tokenizer.files, prompts))
     return path
 

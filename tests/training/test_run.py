@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from moi_jax.checkpoints.items import ModelItems
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config, make_config
-from moi_jax.models.parameters import init_parameters
+from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.text.tokenizer import load_tokenizer
 from moi_jax.training.optimizer import make_optimizer
@@ -84,7 +83,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, restarts):
     config = make_config({"checkpoint": {"keep_last": 1, "keep_best": 1}})
     model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
     optimizer = make_optimizer(config.optimizer, model)
-    state = initial_state(optimizer, init_parameters(model, jax.random.key(0), jnp.float32))
+    state = initial_state(model, optimizer, random_parameters(model, 0, jnp.float32))
     items = ModelItems(model, {}, {})
 
     def opened():

@@ -19,7 +19,9 @@ from support.trainer import DOMAINS, MODEL, OPTIMIZER, STEPS, Trainer, random_ba
 def plain_loss(parameters, batch):
     """The whole batch at once, whole logits, no remat, no mesh."""
     model = make_model(MODEL)(parameters)
-    hidden = model.hidden_states(batch.tokens, batch.positions, batch.segment_ids, training=True)
+    hidden, _ = model.hidden_states(
+        batch.tokens, batch.positions, batch.segment_ids, extend_context=False
+    )
     log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)
     nll = -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
     return jnp.sum(batch.loss_weights * nll) / jnp.sum(batch.loss_weights), nll
@@ -29,12 +31,10 @@ def plain_loss(parameters, batch):
 def test_three_steps_equal_plain_adamw_on_the_whole_batch(microbatch_rows):
     trainer = Trainer({"fsdp": 1}, microbatch_rows)
     parameters = trainer.parameters()
-    decays = jax.tree.map(lambda p: p.ndim > 1, parameters)
-    # Stacked norms [L, D] and biases [L, H, N] have more axes than one and do not decay.
-    decays["layers"] = {
-        name: not (name.endswith("_norm") or name.endswith("_bias"))
-        for name in parameters["layers"]
-    }
+    # Norms ("scale") and biases do not decay.
+    decays = jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("table", "kernel"), parameters
+    )
     schedule = make_schedule(OPTIMIZER, STEPS)
     oracle = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -85,8 +85,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
 def test_a_step_whose_gradient_alone_is_not_finite_is_not_applied():
     trainer = Trainer({"fsdp": 1})
     # Logits of about 1e21: their loss is finite, the squares of the gradient are not.
-    parameters = {**trainer.state.parameters, "head": trainer.state.parameters["head"] * 1e22}
-    trainer.state = dataclasses.replace(trainer.state, parameters=parameters)
+    trainable = dict(trainer.state.trainable)
+    trainable["head"] = jax.tree.map(lambda x: x * 1e22, trainable["head"])
+    trainer.state = dataclasses.replace(trainer.state, trainable=trainable)
     metrics = trainer.step(random_batch(0))
     assert np.isfinite(metrics["loss"])
     assert not np.isfinite(metrics["grad_norm"])
@@ -136,6 +137,6 @@ def test_the_moments_of_bfloat16_parameters_are_float32():
     trainer = Trainer({"fsdp": 1}, dtype="bfloat16")
     trainer.step(random_batch(0))
     trainer.step(random_batch(1))
-    assert trainer.state.parameters["head"].dtype == jnp.bfloat16
+    assert trainer.state.parameters["head"]["kernel"].dtype == jnp.bfloat16
     moments = [x for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim]
     assert {str(x.dtype) for x in moments} == {"float32"}

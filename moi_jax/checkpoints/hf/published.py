@@ -14,7 +14,8 @@ import safetensors
 from moi_jax.checkpoints.hf.weights import import_parameters, published_shapes, redundant_tensors
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig, read_hf_config
-from moi_jax.models.parameters import Tree, map_parameters
+from moi_jax.models.decoder import Tree
+from moi_jax.models.parameters import map_parameters
 
 # The names in the headers of safetensors; weights in any other are quantised.
 DTYPES = {

@@ -8,7 +8,7 @@ import numpy as np
 from moi_jax.models.config import ModelConfig, in_family
 from moi_jax.models.families import FAMILIES
 from moi_jax.models.families.family import HFTensor
-from moi_jax.models.parameters import declare
+from moi_jax.models.parameters import parameter_specs
 
 
 def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -30,7 +30,7 @@ def redundant_tensors(config: ModelConfig) -> dict[str, str | None]:
     }
     if config.tied_head:
         by_path = {tensor.paths: tensor.name for tensor in family.tensors}
-        copies[by_path["head",]] = by_path["embedding",]
+        copies[by_path["head.kernel",]] = by_path["embedding.table",]
     return copies
 
 
@@ -43,7 +43,7 @@ def import_parameters(
       read: a published tensor by its name, in any dtype. Called for one tensor at a time, once
         for every parameter that has a part of it, so that no more than one is ever held.
     """
-    for path in declare(config):
+    for path in parameter_specs(config):
         yield path, _stacked(config, path, read, dtype)
 
 
@@ -69,7 +69,7 @@ def export_tensors(
 
 def _instances(config: ModelConfig) -> Iterator[tuple[str, HFTensor, int | None]]:
     """Name, table entry and layer of every published tensor."""
-    declared = declare(config)
+    declared = parameter_specs(config)
     tensors = [
         tensor for tensor in FAMILIES[config.family].tensors if declared.keys() & {*tensor.paths}
     ]
@@ -85,7 +85,7 @@ def _instances(config: ModelConfig) -> Iterator[tuple[str, HFTensor, int | None]
 def _stacked(
     config: ModelConfig, path: str, read: Callable[[str], np.ndarray], dtype: np.typing.DTypeLike
 ) -> np.ndarray:
-    parameter = np.empty(declare(config)[path].shape, dtype)
+    parameter = np.empty(parameter_specs(config)[path].shape, dtype)
     for name, tensor, layer in _instances(config):
         if path in tensor.paths:
             _place(read(name), tensor, path, parameter if layer is None else parameter[layer])
@@ -108,11 +108,11 @@ def _published(parameter: np.ndarray, tensor: HFTensor) -> np.ndarray:
 
 def _rows(tensor: HFTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The embedding [V, D] is published as it is; a bias [heads, N] in one row."""
-    return shape if tensor.paths == ("embedding",) else (math.prod(shape),)
+    return shape if tensor.paths == ("embedding.table",) else (math.prod(shape),)
 
 
 def _published_shape(tensor: HFTensor, config: ModelConfig) -> tuple[int, ...]:
-    shape = declare(config)[tensor.paths[0]].shape
+    shape = parameter_specs(config)[tensor.paths[0]].shape
     if "{}" in tensor.name:
         shape = shape[1:]
     if tensor.inputs:

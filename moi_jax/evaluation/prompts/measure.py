@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moi_jax.data.dataset import Dataset
     from moi_jax.evaluation.prompts.crossing import Crossed
     from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
-    from moi_jax.models.parameters import Tree
+    from moi_jax.models.decoder import Tree
 
 log = logging.getLogger(__name__)
 

@@ -38,23 +38,30 @@ SUPPORTED = {
     "rope_interleaved": False,
 }
 WRITTEN = {"attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True}
+
+
+def _layer(name: str, path: str, inputs: int = 0) -> HFTensor:
+    """A tensor of each layer."""
+    return HFTensor(f"model.layers.{{}}.{name}", (f"layers.{path}",), inputs)
+
+
 TENSORS = (
-    HFTensor("model.embed_tokens.weight", ("embedding",)),
-    HFTensor("model.layers.{}.input_layernorm.weight", ("layers.attention_norm",)),
-    HFTensor("model.layers.{}.self_attn.q_proj.weight", ("layers.query",), inputs=1),
-    HFTensor("model.layers.{}.self_attn.q_proj.bias", ("layers.query_bias",)),
-    HFTensor("model.layers.{}.self_attn.k_proj.weight", ("layers.key",), inputs=1),
-    HFTensor("model.layers.{}.self_attn.k_proj.bias", ("layers.key_bias",)),
-    HFTensor("model.layers.{}.self_attn.v_proj.weight", ("layers.value",), inputs=1),
-    HFTensor("model.layers.{}.self_attn.v_proj.bias", ("layers.value_bias",)),
-    HFTensor("model.layers.{}.self_attn.o_proj.weight", ("layers.out",), inputs=2),
-    HFTensor("model.layers.{}.self_attn.o_proj.bias", ("layers.out_bias",)),
-    HFTensor("model.layers.{}.post_attention_layernorm.weight", ("layers.mlp_norm",)),
-    HFTensor("model.layers.{}.mlp.gate_proj.weight", ("layers.gate",), inputs=1),
-    HFTensor("model.layers.{}.mlp.up_proj.weight", ("layers.up",), inputs=1),
-    HFTensor("model.layers.{}.mlp.down_proj.weight", ("layers.down",), inputs=1),
-    HFTensor("model.norm.weight", ("final_norm",)),
-    HFTensor("lm_head.weight", ("head",), inputs=1),
+    HFTensor("model.embed_tokens.weight", ("embedding.table",)),
+    _layer("input_layernorm.weight", "attention_norm.scale"),
+    _layer("self_attn.q_proj.weight", "attention.query.kernel", inputs=1),
+    _layer("self_attn.q_proj.bias", "attention.query.bias"),
+    _layer("self_attn.k_proj.weight", "attention.key.kernel", inputs=1),
+    _layer("self_attn.k_proj.bias", "attention.key.bias"),
+    _layer("self_attn.v_proj.weight", "attention.value.kernel", inputs=1),
+    _layer("self_attn.v_proj.bias", "attention.value.bias"),
+    _layer("self_attn.o_proj.weight", "attention.out.kernel", inputs=2),
+    _layer("self_attn.o_proj.bias", "attention.out.bias"),
+    _layer("post_attention_layernorm.weight", "mlp_norm.scale"),
+    _layer("mlp.gate_proj.weight", "mlp.gate.kernel", inputs=1),
+    _layer("mlp.up_proj.weight", "mlp.up.kernel", inputs=1),
+    _layer("mlp.down_proj.weight", "mlp.down.kernel", inputs=1),
+    HFTensor("model.norm.weight", ("final_norm.scale",)),
+    HFTensor("lm_head.weight", ("head.kernel",), inputs=1),
 )
 
 LLAMA = Family(

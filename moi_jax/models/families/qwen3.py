@@ -15,8 +15,8 @@ QWEN3 = Family(
     | {"model_type": "qwen3", "rope_scaling": None, "use_sliding_window": False},
     tensors=(
         *llama.TENSORS,
-        HFTensor("model.layers.{}.self_attn.q_norm.weight", ("layers.query_norm",)),
-        HFTensor("model.layers.{}.self_attn.k_norm.weight", ("layers.key_norm",)),
+        HFTensor("model.layers.{}.self_attn.q_norm.weight", ("layers.attention.query_norm.scale",)),
+        HFTensor("model.layers.{}.self_attn.k_norm.weight", ("layers.attention.key_norm.scale",)),
     ),
     derives_head_dim=False,
 )
