@@ -63,6 +63,23 @@ def test_the_python_block_on_batches_runs():
     assert done.stdout.startswith("(2, 1024)")
 
 
+def test_the_python_block_on_training_runs(tmp_path):
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shorter = ("train.steps=20", 'train.steps=1", "train.sample_prompts=[]')
+    for written, here in (shorter, ("runs/notebook", str(tmp_path / "run"))):
+        assert block.count(written) == 1
+        block = block.replace(written, here)
+    done = subprocess.run(
+        [sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    result = done.stdout.splitlines()[-1].split()
+    assert result[:2] == ["1", "True"]
+    assert float(result[2]) > 0
+    assert result[3] == str(tmp_path / "run" / "checkpoints" / "1")
+
+
 def test_the_defaults_of_the_config_page_are_the_defaults():
     import yaml
 
