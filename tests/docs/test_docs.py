@@ -51,6 +51,10 @@ def test_a_command_of_the_docs_runs(command, tmp_path):
         capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    if command.endswith("--row 3"):
+        page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+        (row,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+        assert row in done.stdout
 
 
 def test_the_python_block_on_batches_runs():
