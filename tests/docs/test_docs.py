@@ -1,5 +1,6 @@
 """Every command and Python block of README and docs, run as it stands there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -82,6 +83,15 @@ def test_the_python_block_on_training_runs(tmp_path):
     assert result[:2] == ["1", "True"]
     assert float(result[2]) > 0
     assert result[3] == str(tmp_path / "run" / "checkpoints" / "1")
+
+
+def test_the_row_on_decontamination_is_a_hit(tmp_path):
+    from moi_jax.data.decontamination import Benchmarks
+
+    page = (ROOT / "docs" / "decontamination.md").read_text(encoding="utf-8")
+    question, row = re.findall(r"^    (\{.*\})$", page, re.MULTILINE)
+    (tmp_path / "test.jsonl").write_text(question, encoding="utf-8")
+    assert Benchmarks.read(tmp_path).hit(json.loads(row)["question"]) == "test.jsonl:1"
 
 
 def test_the_defaults_of_the_config_page_are_the_defaults():
