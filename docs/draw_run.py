@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]  # told apart by colour-blind readers too
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]  # colour-blind readers can tell them apart
 
 
 def main(run_dir: Path, out: Path) -> None:

@@ -1,5 +1,6 @@
 """Every command and Python block of README and docs, run as it stands there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -51,6 +52,10 @@ def test_a_command_of_the_docs_runs(command, tmp_path):
         capture_output=True, text=True, cwd=ROOT, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    if command.endswith("--row 3"):
+        page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+        (row,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+        assert row in done.stdout
 
 
 def test_the_python_block_on_batches_runs():
@@ -61,6 +66,32 @@ def test_the_python_block_on_batches_runs():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("(2, 1024)")
+
+
+def test_the_python_block_on_training_runs(tmp_path):
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shorter = ("train.steps=20", 'train.steps=1", "train.sample_prompts=[]')
+    for written, here in (shorter, ("runs/notebook", str(tmp_path / "run"))):
+        assert block.count(written) == 1
+        block = block.replace(written, here)
+    done = subprocess.run(
+        [sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    result = done.stdout.splitlines()[-1].split()
+    assert result[:2] == ["1", "True"]
+    assert float(result[2]) > 0
+    assert result[3] == str(tmp_path / "run" / "checkpoints" / "1")
+
+
+def test_the_row_on_decontamination_is_a_hit(tmp_path):
+    from moi_jax.data.decontamination import Benchmarks
+
+    page = (ROOT / "docs" / "decontamination.md").read_text(encoding="utf-8")
+    question, row = re.findall(r"^    (\{.*\})$", page, re.MULTILINE)
+    (tmp_path / "test.jsonl").write_text(question, encoding="utf-8")
+    assert Benchmarks.read(tmp_path).hit(json.loads(row)["question"]) == "test.jsonl:1"
 
 
 def test_the_defaults_of_the_config_page_are_the_defaults():
