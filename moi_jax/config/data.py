@@ -1,45 +1,15 @@
-"""The schema of an experiment: one frozen object whose every default is resolved.
-
-`config_file.load_config` reads it from YAML and dotted overrides.
-"""
+"""The section `data`: the domains with their sources, and how they are mixed."""
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from moi_jax.config.section import Count, Name, Positive, Section
+from moi_jax.config.strategies import STRATEGIES, Strategy
 
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values never change once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-# Strict: "true" is no number.
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
 CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]+\|>")
-FloatType = Literal["float32", "bfloat16", "float64"]
-
-
-class Model(Section):
-    """What is trained. With `init_from` the architecture is the checkpoint's own."""
-
-    preset: str | None = None  # null: init_from's architecture; qwen-7b without init_from
-    init_from: Path | None = None  # a checkpoint of ours; null: random weights
-    allow_longer: bool = False  # rows longer than the model's seq_length (see docs/method.md)
-    remat: Literal["full", "dots", "none"] = "full"
-    param_dtype: FloatType = "float32"
-    compute_dtype: FloatType | Literal["auto"] = "auto"  # auto: bfloat16, float32 on CPU
-    attention: Literal["auto", "xla", "splash", "gpu"] = "auto"
-
-
-class TokenizerConfig(Section):
-    path: Path | None = None  # a directory; null: the tokenizer saved with init_from
-    chat_template: Literal["from_checkpoint", "chatml", "llama3"] = "from_checkpoint"
 
 
 class HeldOut(Section):
@@ -100,42 +70,8 @@ class Stage(Section):
     begins: Count
     sampling: Sampling | None = None  # null: data.sampling
     temperature: float | None = Field(None, gt=0)  # null: data.temperature
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}  # by domain; others have their own
-
-
-Strategy = Literal["sequence", "packing", "balance", "moi"]
-
-# The presets of docs/method.md. Anything set beside `strategy` wins over it.
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "sequence": {
-        "system_prompts": "per_domain",
-        "sampling": "proportional",
-        "order": "config",
-        "mask": "instruction",
-        "packing": "none",
-    },
-    "packing": {
-        "system_prompts": "per_domain",
-        "sampling": "proportional",
-        "order": "shuffled",
-        "mask": "row",
-        "packing": "sequential",
-    },
-    "balance": {
-        "system_prompts": "per_domain",
-        "sampling": "balanced",
-        "order": "default_first",
-        "mask": "row",
-        "packing": "best_fit",
-    },
-    "moi": {
-        "system_prompts": "per_domain",
-        "sampling": "balanced",
-        "order": "default_first",
-        "mask": "chunk",
-        "packing": "best_fit",
-    },
-}
+    # By domain; a domain that is left out keeps its own.
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
 
 class Data(Section):
@@ -268,170 +204,4 @@ class Data(Section):
                     for domain in self.domains
                 ),
             }
-        )
-
-
-class Loss(Section):
-    normalization: Literal["token", "instruction", "domain"] = "token"
-    targets: Literal["assistant", "qwen_official"] = "assistant"
-
-
-class Optimizer(Section):
-    name: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(1.0e-5, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.01, ge=0, le=1)
-    weight_decay: float = Field(0.1, ge=0)
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1.0e-8, gt=0)
-    clip_norm: float | None = Field(1.0, gt=0)  # null: no clipping
-    moment_dtype: FloatType = "float32"  # of the first moment
-
-
-class Mesh(Section):
-    """Devices along each axis; one of them may be -1, "all the rest"."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    context: int = 1
-
-    @model_validator(mode="after")
-    def check(self) -> "Mesh":
-        sizes = (self.data, self.fsdp, self.tensor, self.context)
-        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError("each axis is a positive number of devices, and at most one is -1")
-        return self
-
-
-class SamplePrompt(Section):
-    """A user message answered during training, under its domain's and the default prompt."""
-
-    domain: str
-    prompt: str
-
-
-class Train(Section):
-    """Length (exactly one of steps, epochs, loss_tokens), batch, seed, sample answers."""
-
-    steps: Positive | None = None
-    epochs: Positive | None = None  # 3 when no length is set
-    loss_tokens: Positive | None = None
-    global_batch_rows: Positive = 64
-    microbatch_rows: Positive | None = None  # null: global_batch_rows, no accumulation
-    seed: Count = 0
-    deterministic: bool = False  # asks the GPU compiler for run-to-run identical results
-    sample_prompts: tuple[SamplePrompt, ...] = ()
-    sample_every: Count = 0  # 0: before and after training only
-    sample_max_new_tokens: Positive = 64
-    early_stopping_patience: Positive | None = None
-    profile_steps: tuple[int, int] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def fill_length(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        lengths = ("steps", "epochs", "loss_tokens")
-        named = [key for key in lengths if values.get(key) is not None]
-        if len(named) > 1:
-            raise ValueError(
-                f"{' and '.join(named)} are both set; the length of a run is exactly one of "
-                f"steps, epochs, loss_tokens: set the others to null"
-            )
-        return values if named else {**values, "epochs": 3}
-
-    @model_validator(mode="after")
-    def check(self) -> "Train":
-        if self.microbatch_rows and self.global_batch_rows % self.microbatch_rows:
-            raise ValueError(
-                f"global_batch_rows {self.global_batch_rows} is no multiple of microbatch_rows "
-                f"{self.microbatch_rows}"
-            )
-        return self
-
-
-class Generate(Section):
-    """Benchmarks on a few of their items while training, see docs/evaluation.md."""
-
-    tasks: tuple[str, ...] = ()  # such as gsm8k, humaneval
-    data: Path = Path("data/benchmarks")  # the directory of their files
-    every: Positive = 1000
-    limit: Positive = 20  # items of each task, evenly spaced
-    max_new_tokens: Positive = 256
-    allow_code_execution: bool = False  # for humaneval and mbpp
-
-
-class Eval(Section):
-    every: Count = 200  # 0: before and after training only
-    generate: Generate = Generate()
-
-
-class Checkpoint(Section):
-    every: Positive = 500
-    keep_last: Positive = 2
-    keep_best: Count = 1
-    best_metric: str = "eval/mean/loss"  # lower is better
-    grace_seconds: Positive = 120
-
-
-class Logging(Section):
-    run_dir: Path = Path("runs/moi")
-    every: Positive = 10
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-
-
-class Config(Section):
-    """The whole experiment; `load_config` makes it, `to_yaml` prints it resolved."""
-
-    model: Model = Model()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    data: Data = Data()
-    loss: Loss = Loss()
-    optimizer: Optimizer = Optimizer()
-    mesh: Mesh = Mesh()
-    train: Train = Train()
-    eval: Eval = Eval()
-    checkpoint: Checkpoint = Checkpoint()
-    logging: Logging = Logging()
-
-    @model_validator(mode="before")
-    @classmethod
-    def fill_sections(cls, values: Any) -> Any:
-        """Sections left out or empty are read as {}, so that their own defaults resolve."""
-        if not isinstance(values, dict):
-            return values
-        filled = {
-            name: {} if values.get(name) is None else values[name] for name in cls.model_fields
-        }
-        model = filled["model"]
-        if isinstance(model, dict) and not model.get("init_from") and not model.get("preset"):
-            filled["model"] = {**model, "preset": "qwen-7b"}
-        return {**values, **filled}
-
-    @model_validator(mode="after")
-    def check_names(self) -> "Config":
-        names = [domain.name for domain in self.data.domains]
-        metrics = [
-            f"eval/{name}/{kind}"
-            for name in (*names, "mean")
-            for kind in ("loss", "default_prompt/loss")
-        ]
-        if self.checkpoint.best_metric not in metrics:
-            raise ValueError(
-                f"checkpoint.best_metric {self.checkpoint.best_metric!r} is never measured; use "
-                f"one of {', '.join(metrics)}"
-            )
-        for sample in self.train.sample_prompts:
-            if sample.domain not in names:
-                raise ValueError(
-                    f"train.sample_prompts names the domain {sample.domain!r}, which is not "
-                    f"among data.domains ({', '.join(names)})"
-                )
-        return self
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(
-            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
         )
