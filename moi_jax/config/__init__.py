@@ -9,7 +9,7 @@ from moi_jax.config.data import (
     Source,
     Stage,
 )
-from moi_jax.config.evaluation import Eval, Generate
+from moi_jax.config.evaluation import Benchmarks, Eval
 from moi_jax.config.experiment import Config
 from moi_jax.config.model import Model, TokenizerConfig
 from moi_jax.config.run import Checkpoint, Logging
@@ -20,13 +20,13 @@ from moi_jax.config.training import Loss, Mesh, Optimizer, SamplePrompt, Train
 __all__ = [
     "CONTROL_TOKEN",
     "STRATEGIES",
+    "Benchmarks",
     "Checkpoint",
     "Config",
     "Data",
     "Decontaminate",
     "Domain",
     "Eval",
-    "Generate",
     "HeldOut",
     "Logging",
     "Loss",

@@ -25,28 +25,28 @@ class Source(Section):
     path: str | None = None  # a glob below data.root
     tfds: str | None = None  # a TFDS builder: name or name/config
     hf: str | None = None  # a dataset of the Hugging Face hub by its id, or a local directory
-    manual_dir: Path | None = None  # of tfds: local copies of its files, below data.root
-    subset: str | None = None  # of hf
-    split: str = "train"  # of tfds and hf
+    manual_dir: Path | None = None  # tfds only: local copies of its files, below data.root
+    subset: str | None = None  # hf only
+    split: str = "train"  # tfds and hf
     format: str = "auto"
-    weight: float = Field(1.0, gt=0)  # share of the domain's draws, against its other sources
+    weight: float = Field(1.0, gt=0)  # share of the domain's draws, relative to its other sources
     max_rows: Positive | None = None
     held_out: HeldOut | None = None  # null: data.held_out
-    license: str | None = None  # told in the model card
+    license: str | None = None  # shown in the model card
 
     @model_validator(mode="after")
     def check(self) -> "Source":
         if sum(kind is not None for kind in (self.path, self.tfds, self.hf)) != 1:
             raise ValueError("a source has exactly one of path, tfds, hf")
         if self.manual_dir is not None and self.tfds is None:
-            raise ValueError("manual_dir is of tfds sources")
+            raise ValueError("manual_dir goes with tfds sources only")
         if self.subset is not None and self.hf is None:
-            raise ValueError("subset is of hf sources; tfds has name/config")
+            raise ValueError("subset goes with hf sources only; for tfds write name/config")
         return self
 
 
 class Domain(Section):
-    """A task: its name, its system prompt (null: the default one) and where its rows are."""
+    """A task: its name, its system prompt (null: the default prompt) and its sources of rows."""
 
     name: Name
     prompt: str | None = None
@@ -55,9 +55,9 @@ class Domain(Section):
 
 
 class Decontaminate(Section):
-    """Training rows that share 13 words in a row with a question of the benchmarks at `path`."""
+    """What happens to training rows that share 13 words in a row with a benchmark question."""
 
-    path: Path | None = None  # a directory of benchmark files; null: not looked for
+    path: Path | None = None  # a directory of benchmark files; null: no search
     on_hit: Literal["drop", "report"] = "drop"
 
 
@@ -75,7 +75,7 @@ class Stage(Section):
 
 
 class Data(Section):
-    """The mixture. The switches left unset take the value of `strategy`."""
+    """The mixture. A switch that is left unset takes its value from `strategy`."""
 
     root: Path = Path(".")
     cache_dir: Path = Path("~/.cache/moi_jax")
@@ -90,7 +90,7 @@ class Data(Section):
     max_repeats: Positive = 4
     held_out: HeldOut = HeldOut()
     decontaminate: Decontaminate = Decontaminate()
-    workers: Positive | None = None  # processes that prepare; null: one a core
+    workers: Positive | None = None  # processes that prepare; null: one per core
     system_prompts: Literal["per_domain", "default", "none"] | None = None
     sampling: Sampling | None = None
     order: Literal["default_first", "config", "shuffled"] | None = None
@@ -99,7 +99,7 @@ class Data(Section):
     chunk_size: Positive | None = None
     epoch_end: Literal["longest", "shortest"] | None = None
     temperature: float = Field(1.0, gt=0)  # under sampling: temperature
-    unit: Literal["instructions", "loss_tokens"] = "instructions"  # what weights are shares of
+    unit: Literal["instructions", "loss_tokens"] = "instructions"  # what the weights share out
     stages: tuple[Stage, ...] = ()
     domains: tuple[Domain, ...] = ()
 
@@ -128,14 +128,14 @@ class Data(Section):
             if control := CONTROL_TOKEN.search(prompt or ""):
                 raise ValueError(
                     f"the system prompt of {name} holds the control token {control.group()}; a "
-                    f"prompt is plain text, the chat template stands around it"
+                    f"prompt is plain text, which the chat template wraps"
                 )
         if "mean" in names:
-            raise ValueError("no domain may be named 'mean', as eval/mean/loss is taken")
+            raise ValueError("a domain cannot be named 'mean': eval/mean/loss has that name")
         if self.sampling == "balanced" and self.chunk_size != max(len(names), 1):
             raise ValueError(
-                f"chunk_size {self.chunk_size} is refused with sampling: balanced, where a chunk "
-                f"holds one instruction of each domain; leave it unset"
+                f"chunk_size {self.chunk_size} is refused with sampling: balanced, because a chunk "
+                f"then holds one instruction of each domain; leave it unset"
             )
         if self.order == "default_first" and names and self.default_domain not in names:
             raise ValueError(
@@ -150,19 +150,20 @@ class Data(Section):
         begins = [stage.begins for stage in self.stages]
         if begins and (begins[0] != 0 or begins != sorted(set(begins))):
             raise ValueError(
-                f"stages begin at rows {', '.join(map(str, begins))}; the first begins at 0, each "
-                f"later one after the one before it"
+                f"stages begin at rows {', '.join(map(str, begins))}; the first must begin at 0, "
+                f"and each later one after the one before it"
             )
         for stage in self.stages:
             if unknown := sorted(stage.weights.keys() - set(names)):
                 raise ValueError(
-                    f"stages: the weight of {unknown[0]!r} is of no domain ({', '.join(names)})"
+                    f"stages give a weight to {unknown[0]!r}, which is not among the domains "
+                    f"({', '.join(names)})"
                 )
         self._check_sampling()
         return self
 
     def _check_sampling(self) -> None:
-        """Refuses what the sampling of no stage would read, and mixtures of nothing."""
+        """Refuses settings that the sampling of no stage reads, and mixtures without any weight."""
         mixtures = [self.of_stage(stage) for stage in range(len(self.stages))] or [self]
         samplings = {mixture.sampling for mixture in mixtures}
         weighted_sources = any(s.weight != 1.0 for d in self.domains for s in d.sources)
@@ -186,7 +187,7 @@ class Data(Section):
                 raise ValueError("sampling: weights needs a domain with a weight over 0")
 
     def of_stage(self, stage: int) -> "Data":
-        """This section with the sampling of a stage of the curriculum; itself without stages."""
+        """This section with the sampling of one stage; itself if there are no stages."""
         if not self.stages:
             return self
         chosen = self.stages[stage]

@@ -5,10 +5,10 @@ from pathlib import Path
 from moi_jax.config.section import Count, Positive, Section
 
 
-class Generate(Section):
-    """Benchmarks on a few of their items while training, see docs/evaluation.md."""
+class Benchmarks(Section):
+    """Benchmarks that run on a few of their items during training, see docs/evaluation.md."""
 
-    tasks: tuple[str, ...] = ()  # such as gsm8k, humaneval
+    tasks: tuple[str, ...] = ()  # for example gsm8k, humaneval
     data: Path = Path("data/benchmarks")  # the directory of their files
     every: Positive = 1000
     limit: Positive = 20  # items of each task, evenly spaced
@@ -17,5 +17,7 @@ class Generate(Section):
 
 
 class Eval(Section):
+    """The held-out losses, and the benchmarks beside them."""
+
     every: Count = 200  # 0: before and after training only
-    generate: Generate = Generate()
+    benchmarks: Benchmarks = Benchmarks()

@@ -14,7 +14,7 @@ from moi_jax.config.training import Loss, Mesh, Optimizer, Train
 
 
 class Config(Section):
-    """The whole experiment; `load_config` makes it, `to_yaml` prints it resolved."""
+    """The whole experiment, made by `load_config`."""
 
     model: Model = Model()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -30,7 +30,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def fill_sections(cls, values: Any) -> Any:
-        """Sections left out or empty are read as {}, so that their own defaults resolve."""
+        """Reads a section that is left out or empty as {}, so that its own defaults resolve."""
         if not isinstance(values, dict):
             return values
         filled = {
@@ -42,7 +42,17 @@ class Config(Section):
         return {**values, **filled}
 
     @model_validator(mode="after")
-    def check_names(self) -> "Config":
+    def check(self) -> "Config":
+        if self.train.early_stopping_patience and not self.eval.every:
+            raise ValueError(
+                "train.early_stopping_patience counts held-out evaluations, and eval.every 0 makes "
+                "none on the way; set eval.every to a number of steps"
+            )
+        self._check_names()
+        return self
+
+    def _check_names(self) -> None:
+        """Refuses a metric or a domain that the experiment does not have."""
         names = [domain.name for domain in self.data.domains]
         metrics = [
             f"eval/{name}/{kind}"
@@ -60,9 +70,9 @@ class Config(Section):
                     f"train.sample_prompts names the domain {sample.domain!r}, which is not "
                     f"among data.domains ({', '.join(names)})"
                 )
-        return self
 
     def to_yaml(self) -> str:
+        """The resolved config as YAML: every key with its value, and no `base`."""
         return yaml.safe_dump(
             self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
         )

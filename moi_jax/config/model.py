@@ -7,7 +7,7 @@ from moi_jax.config.section import FloatType, Section
 
 
 class Model(Section):
-    """What is trained. With `init_from` the architecture is the checkpoint's own."""
+    """What is trained. With `init_from` the architecture is that of the checkpoint."""
 
     preset: str | None = None  # null: init_from's architecture; qwen-7b without init_from
     init_from: Path | None = None  # a checkpoint of ours; null: random weights
@@ -19,5 +19,7 @@ class Model(Section):
 
 
 class TokenizerConfig(Section):
+    """Where the tokenizer is, and the chat template that goes with it."""
+
     path: Path | None = None  # a directory; null: the tokenizer saved with init_from
     chat_template: Literal["from_checkpoint", "chatml", "llama3"] = "from_checkpoint"

@@ -7,7 +7,9 @@ from moi_jax.config.section import Count, Positive, Section
 
 
 class Checkpoint(Section):
-    every: Positive = 500
+    """When checkpoints are saved, and which of them are kept."""
+
+    every: Positive = 500  # steps
     keep_last: Positive = 2
     keep_best: Count = 1
     best_metric: str = "eval/mean/loss"  # lower is better
@@ -15,6 +17,8 @@ class Checkpoint(Section):
 
 
 class Logging(Section):
+    """The run directory, and what is logged there."""
+
     run_dir: Path = Path("runs/moi")
     every: Positive = 10
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)

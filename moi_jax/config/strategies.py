@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 Strategy = Literal["sequence", "packing", "balance", "moi"]
 
-# The presets of docs/method.md. Anything set beside `strategy` wins over it.
+# The presets of docs/method.md. A switch that is set beside `strategy` wins over it.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "sequence": {
         "system_prompts": "per_domain",

@@ -8,11 +8,15 @@ from moi_jax.config.section import Count, FloatType, Positive, Section
 
 
 class Loss(Section):
+    """What the loss weighs and on which tokens, see docs/method.md."""
+
     normalization: Literal["token", "instruction", "domain"] = "token"
     targets: Literal["assistant", "qwen_official"] = "assistant"
 
 
 class Optimizer(Section):
+    """The optimizer and the schedule of its learning rate."""
+
     name: Literal["adamw"] = "adamw"
     learning_rate: float = Field(1.0e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -26,7 +30,7 @@ class Optimizer(Section):
 
 
 class Mesh(Section):
-    """Devices along each axis; one of them may be -1, "all the rest"."""
+    """Devices along each axis; -1, at most once, takes all the remaining ones."""
 
     data: int = 1
     fsdp: int = -1
@@ -37,19 +41,19 @@ class Mesh(Section):
     def check(self) -> "Mesh":
         sizes = (self.data, self.fsdp, self.tensor, self.context)
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError("each axis is a positive number of devices, and at most one is -1")
+            raise ValueError("each axis must be a positive number of devices; one may be -1")
         return self
 
 
 class SamplePrompt(Section):
-    """A user message answered during training, under its domain's and the default prompt."""
+    """A user message to answer during training, under its domain's and the default prompt."""
 
     domain: str
     prompt: str
 
 
 class Train(Section):
-    """Length (exactly one of steps, epochs, loss_tokens), batch, seed, sample answers."""
+    """The length (exactly one of steps, epochs, loss_tokens), batch, seed and sample answers."""
 
     steps: Positive | None = None
     epochs: Positive | None = None  # 3 when no length is set
@@ -61,8 +65,9 @@ class Train(Section):
     sample_prompts: tuple[SamplePrompt, ...] = ()
     sample_every: Count = 0  # 0: before and after training only
     sample_max_new_tokens: Positive = 64
+    # The run ends after so many held-out evaluations in a row without a new best; null: never.
     early_stopping_patience: Positive | None = None
-    profile_steps: tuple[int, int] | None = None
+    profile_steps: tuple[Positive, Positive] | None = None  # first and last step, counted from 1
 
     @model_validator(mode="before")
     @classmethod
@@ -73,7 +78,7 @@ class Train(Section):
         named = [key for key in lengths if values.get(key) is not None]
         if len(named) > 1:
             raise ValueError(
-                f"{' and '.join(named)} are both set; the length of a run is exactly one of "
+                f"{' and '.join(named)} are set together; the length of a run is exactly one of "
                 f"steps, epochs, loss_tokens: set the others to null"
             )
         return values if named else {**values, "epochs": 3}
@@ -82,7 +87,12 @@ class Train(Section):
     def check(self) -> "Train":
         if self.microbatch_rows and self.global_batch_rows % self.microbatch_rows:
             raise ValueError(
-                f"global_batch_rows {self.global_batch_rows} is no multiple of microbatch_rows "
+                f"global_batch_rows {self.global_batch_rows} is not a multiple of microbatch_rows "
                 f"{self.microbatch_rows}"
+            )
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps [{self.profile_steps[0]}, {self.profile_steps[1]}] ends before it "
+                f"begins; give the first step, then the last one"
             )
         return self
