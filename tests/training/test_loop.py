@@ -212,7 +212,29 @@ def test_a_run_without_a_new_best_ends_as_at_its_last_step(tmp_path):
     assert stage.saved[2]["early_stopping"]["without_best"] == 1
 
 
-def test_a_run_that_counts_evaluations_takes_no_step_past_one_it_missed(tmp_path):
+def test_a_run_that_counts_evaluations_makes_up_for_one_that_was_given_up(tmp_path):
+    stage = Stage(
+        tmp_path,
+        stop_in_look=2,
+        train={"global_batch_rows": 2, "early_stopping_patience": 2},
+        eval={"every": 2},
+    )
+    assert not stage.fit()
+    assert stage.events[-2:] == ["look 2", "save 2"]
+    stage.events.clear()
+    stage.run.log = MetricsLog(tmp_path, [], 2)
+    assert not stage.fit()  # asked to stop again: no step is taken before the evaluation
+    assert stage.events == []
+    stage.stop_in_look, stage.stopping = None, False
+    stage.run.log = MetricsLog(tmp_path, [], 2)
+    assert stage.fit()
+    assert stage.events[:2] == ["look 2", "step 3"]
+    log = records(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in log] == [0, 1, 2, 3, 4]  # 2 and 4 had no new best
+    assert {"eval/mean/loss", "token_loss"} <= log[2].keys()
+
+
+def test_a_run_that_counts_evaluations_saves_step_0_when_the_first_is_given_up(tmp_path):
     stage = Stage(
         tmp_path,
         stop_in_look=0,
@@ -221,6 +243,3 @@ def test_a_run_that_counts_evaluations_takes_no_step_past_one_it_missed(tmp_path
     )
     assert not stage.fit()
     assert stage.events == ["look 0", "save 0"]
-    stage.events.clear()
-    assert not stage.fit()  # asked to stop again
-    assert stage.events == []
