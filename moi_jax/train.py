@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument(
         "--allow-change",
         action="store_true",
-        help="go on with another optimizer, batch size or length of the run",
+        help="go on with another optimizer, batch size, length or patience of the run",
     )
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)

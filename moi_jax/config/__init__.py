@@ -1,39 +1,32 @@
-"""The typed experiment: its sections here, reading one from YAML in `load`."""
+"""The typed experiment: a file for each group of sections; `load` reads one from YAML."""
 
-from moi_jax.config.schema import (
+from moi_jax.config.data import (
     CONTROL_TOKEN,
-    STRATEGIES,
-    Checkpoint,
-    Config,
     Data,
     Decontaminate,
     Domain,
-    Eval,
-    Generate,
     HeldOut,
-    Logging,
-    Loss,
-    Mesh,
-    Model,
-    Optimizer,
-    SamplePrompt,
-    Section,
     Source,
     Stage,
-    TokenizerConfig,
-    Train,
 )
+from moi_jax.config.evaluation import Benchmarks, Eval
+from moi_jax.config.experiment import Config
+from moi_jax.config.model import Model, TokenizerConfig
+from moi_jax.config.run import Checkpoint, Logging
+from moi_jax.config.section import Section
+from moi_jax.config.strategies import STRATEGIES
+from moi_jax.config.training import Loss, Mesh, Optimizer, SamplePrompt, Train
 
 __all__ = [
     "CONTROL_TOKEN",
     "STRATEGIES",
+    "Benchmarks",
     "Checkpoint",
     "Config",
     "Data",
     "Decontaminate",
     "Domain",
     "Eval",
-    "Generate",
     "HeldOut",
     "Logging",
     "Loss",

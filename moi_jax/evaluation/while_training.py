@@ -76,7 +76,7 @@ def make_evaluations(
             mesh,
         )
     benchmarks = None
-    if config.eval.generate.tasks:
+    if config.eval.benchmarks.tasks:
         make_chat = make_chat_model(
             bind,
             experiment.model,
@@ -84,7 +84,7 @@ def make_evaluations(
             config.data.default_system_prompt,
             mesh=mesh,
         )
-        benchmarks = make_benchmark(config.eval.generate, run_dir / "benchmarks", make_chat)
+        benchmarks = make_benchmark(config.eval.benchmarks, run_dir / "benchmarks", make_chat)
     return TrainingEvaluations(
         held_out=lambda parameters, should_stop: held_out.losses(
             partial(row_sums, parameters), should_stop
@@ -95,7 +95,7 @@ def make_evaluations(
 
 
 def make_benchmark(
-    settings: config.Generate,
+    settings: config.Benchmarks,
     out: Path,
     make_chat: Callable[[Tree], ChatModel],
 ) -> Evaluate:
@@ -109,7 +109,7 @@ def make_benchmark(
     """
     for name in NO_SLICE.intersection(settings.tasks):
         raise UserError(
-            f"eval.generate.tasks names {name}, which has no score of a few items; run it by "
+            f"eval.benchmarks.tasks names {name}, which has no score of a few items; run it by "
             f"python -m moi_jax.evaluate"
         )
     options = Options(

@@ -17,7 +17,9 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.data.loader import Batch
 from moi_jax.models.decoder import Tree
+from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.metrics import MetricsLog, StepWindow, log_step
+from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.state import TrainState
 from moi_jax.training.step import Metrics
 
@@ -74,37 +76,50 @@ class Run:
     position: Callable[[int], dict[str, Any]]  # row -> what a checkpoint keeps of the data
     epoch_of: Callable[[int], int]  # row -> epoch
     evaluations: Evaluations
+    early_stopping: EarlyStopping
+    profiler: StepProfiler
     checkpoints: RunCheckpoints
     log: MetricsLog
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is at its end: its last step, or an earlier one by early stopping."""
+        return self.step == self.steps or self.early_stopping.ended
 
 
 def fit(run: Run, should_stop: ShouldStop) -> None:
     """Trains to the end of the run, or to the step after which `should_stop` is true.
 
-    `run` is changed in place; it is finished when run.step == run.steps.
+    `run` is changed in place; `run.finished` tells whether it came to its end.
 
     The order of the body matters. The next step is dispatched before the metrics of the last
     one are read, so the device never waits for the host; and whatever keeps the parameters (an
     evaluation, a checkpoint) comes after the flag of the step that made them has been read.
     """
     config, reader = run.config, StepReader(run)
-    with contextlib.closing(run.log):
-        if run.step == 0:
-            with reader.paused():
-                _evaluate(run, should_stop, held_out=True, benchmarks=True, samples=True)
-        while run.step < run.steps:
-            batch = next(run.batches)
+    with contextlib.closing(run.log), contextlib.closing(run.profiler):
+        with reader.paused():
+            _evaluate_first(run, should_stop)
+        while not run.finished and not run.early_stopping.missed_evaluation:
+            if run.profiler.starts_before(run.step + 1):
+                reader.read_previous()
+                run.profiler.start(run.step + 1)
             first_row = run.row
-            run.state, metrics = run.train_step(run.state, batch)
+            with run.profiler.annotation(run.step + 1):
+                run.state, metrics = run.train_step(run.state, next(run.batches))
             run.step += 1
             run.row = min(first_row + config.train.global_batch_rows, run.total_rows)
             reader.read_previous()
             reader.hold(run.step, first_row, run.row, metrics)
+            if run.profiler.ends_after(run.step):
+                reader.read_previous()
+                with reader.paused():
+                    run.profiler.close()
 
             last = run.step == run.steps
             due = {
                 "held_out": last or _due(run.step, config.eval.every),
-                "benchmarks": last or _due(run.step, config.eval.generate.every),
+                "benchmarks": last or _due(run.step, config.eval.benchmarks.every),
                 "samples": last or _due(run.step, config.train.sample_every),
             }
             losses: dict[str, float] = {}
@@ -113,13 +128,26 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
                 with reader.paused():
                     losses = _evaluate(run, should_stop, **due)
             stopping = should_stop()  # asked once: a run that ends here has saved
-            if last or stopping or _due(run.step, config.checkpoint.every):
+            if run.finished or stopping or _due(run.step, config.checkpoint.every):
                 reader.read_previous()
                 reader.write_window()
                 with reader.paused():
                     _save(run, losses)
             if stopping:
                 break
+
+
+def _evaluate_first(run: Run, should_stop: ShouldStop) -> None:
+    """Measures what is due before the first step of this process.
+
+    A run that stops early makes up here for an evaluation that was given up. If this one is
+    given up too, the run saves and takes no step: the step would change what is counted.
+    """
+    start = run.step == 0
+    if start or run.early_stopping.missed_evaluation:
+        _evaluate(run, should_stop, held_out=True, benchmarks=start, samples=start)
+    if run.early_stopping.missed_evaluation and run.checkpoints.latest() != run.step:
+        _save(run, {})
 
 
 def _due(step: int, every: int) -> bool:
@@ -129,15 +157,16 @@ def _due(step: int, every: int) -> bool:
 def _evaluate(
     run: Run, should_stop: ShouldStop, *, held_out: bool, benchmarks: bool, samples: bool
 ) -> dict[str, float]:
-    """Asks what is due of the parameters as they stand, and returns the held-out losses.
+    """Measures what is due with the parameters of now, and returns the held-out losses.
 
-    When the run is asked to stop, no evaluation begins and one under way is given up: whoever
-    stops a run waits for its checkpoint alone.
+    When these losses end the run by early stopping, the rest is due too. When the run is asked
+    to stop, no evaluation begins and the one under way is given up: the checkpoint must not wait.
     """
     parameters, asked = run.state.parameters, run.evaluations
     losses: dict[str, float] = {}
     if held_out and asked.held_out:
         losses = asked.held_out(parameters, should_stop)
+        run.early_stopping.count(losses)
     if losses:
         run.log.write({"step": run.step, **losses})
         shown = "  ".join(
@@ -146,13 +175,16 @@ def _evaluate(
             for name in (*run.domains, "mean")
         )
         log.info("step %d/%d  held-out (default prompt)  %s", run.step, run.steps, shown)
-    if benchmarks and asked.benchmarks:
+    ended = run.early_stopping.ended
+    if ended:
+        log.info("step %d/%d  the run stops early: %s", run.step, run.steps, run.early_stopping)
+    if (benchmarks or ended) and asked.benchmarks:
         scores = asked.benchmarks(parameters, should_stop)
         if scores:
             run.log.write({"step": run.step, **scores})
             shown = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
             log.info("step %d/%d  %s", run.step, run.steps, shown)
-    if samples and asked.samples and not should_stop():
+    if (samples or ended) and asked.samples and not should_stop():
         answers = [{"step": run.step, **answer} for answer in asked.samples(parameters)]
         with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(answer) + "\n" for answer in answers)
@@ -163,6 +195,7 @@ def _save(run: Run, losses: dict[str, float]) -> None:
     position = {
         "step": run.step,
         "skipped_in_a_row": run.skipped_in_a_row,
+        "early_stopping": run.early_stopping.to_json(),
         **run.position(run.row),
     }
     config = run.config.model_dump(mode="json")

@@ -25,10 +25,10 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, trackers: Sequence[str], step: int):
         """Goes on after `step`: what an earlier, killed run wrote past it is dropped."""
-        truncate_after(run_dir / "metrics.jsonl", step)
+        kept = truncate_after(run_dir / "metrics.jsonl", step)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self.last: Record = {}
-        self._last_at = 0
+        self.last: Record = json.loads(kept[-1]) if kept else {}
+        self._last_at = self._file.tell() - len(kept[-1].encode()) if kept else 0
         self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
 
     def close(self) -> None:
@@ -55,10 +55,10 @@ class MetricsLog:
             track(clean)
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Keeps the whole lines of a JSONL file whose "step" is at most `step`."""
+def truncate_after(path: Path, step: int) -> list[str]:
+    """Keeps the whole lines of a JSONL file whose "step" is at most `step`, and returns them."""
     if not path.exists():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
@@ -67,6 +67,7 @@ def truncate_after(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # cut short by a kill
     write_whole(path, "".join(kept))
+    return kept
 
 
 def _numbers(record: Record) -> dict[str, float]:

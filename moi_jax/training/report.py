@@ -32,7 +32,7 @@ LOSS = "loss (nats/token)"
 NOTES = {
     "Training loss": "Mean over the tokens that carry loss, each counted once.",
     "Held-out loss": "Solid: the domain's own system prompt. Dashed: the default system prompt.",
-    "Benchmarks": "On a few items of each (eval.generate), 0 to 100.",
+    "Benchmarks": "On a few items of each (eval.benchmarks), 0 to 100.",
     "Learning rate and gradient norm": "The norm of the whole gradient, before clipping.",
     "Throughput and fill": "Fill is the share of row positions that hold tokens.",
 }

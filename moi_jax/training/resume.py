@@ -17,7 +17,13 @@ from moi_jax.text.prompts import fingerprint
 log = logging.getLogger(__name__)
 
 # Where a run without a checkpoint begins.
-FIRST_POSITION: dict[str, Any] = {"step": 0, "row": 0, "epoch_rows": [0], "skipped_in_a_row": 0}
+FIRST_POSITION: dict[str, Any] = {
+    "step": 0,
+    "row": 0,
+    "epoch_rows": [0],
+    "skipped_in_a_row": 0,
+    "early_stopping": {},
+}
 
 # Keys, or beginnings of keys, that may differ when a run goes on. Everything else may not: the
 # run would no longer be the one that was begun.
@@ -35,6 +41,7 @@ MAY_CHANGE = (
     "tokenizer.path",
     "train.deterministic",
     "train.microbatch_rows",
+    "train.profile_steps",
     "train.sample_every",
     "train.sample_max_new_tokens",
     "train.sample_prompts",
@@ -43,6 +50,7 @@ MAY_CHANGE = (
 SOURCE_MAY_CHANGE = (".path", ".manual_dir", ".license")
 MAY_CHANGE_IF_ALLOWED = (
     "optimizer",
+    "train.early_stopping_patience",
     "train.epochs",
     "train.global_batch_rows",
     "train.loss_tokens",

@@ -9,14 +9,17 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
+from moi_jax.common.errors import UserError
 from moi_jax.common.whole_files import write_whole
 from moi_jax.data.dataset import Dataset
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.parameters import random_parameters
 from moi_jax.training.batches import placed_batches
+from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.loop import Evaluations, Run
 from moi_jax.training.metrics import MetricsLog, truncate_after
 from moi_jax.training.optimizer import make_optimizer, make_schedule
+from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.resume import resume_plan, resume_position, saved_position
 from moi_jax.training.state import TrainState, abstract_state, new_state
 from moi_jax.training.step import make_train_step
@@ -39,9 +42,14 @@ def start_run(
     Nothing there changes before it is sure that the run can go on.
 
     Raises:
-      UserError: the run there is another one, or a checkpoint does not fit.
+      UserError: the run there is another one, a checkpoint does not fit, or the run is to stop
+        early and nothing is evaluated.
     """
     config, model = experiment.config, experiment.model
+    if config.train.early_stopping_patience and evaluations.held_out is None:
+        raise UserError(
+            "train.early_stopping_patience needs held-out losses; hand make_evaluations to train()"
+        )
     directory = checkpoints.directory.parent
     saved_step = checkpoints.latest()
     position = resume_position(checkpoints, saved_step, experiment, dataset, allow_change)
@@ -55,8 +63,8 @@ def start_run(
         log.info("going on from step %d in %s", saved_step, directory)
 
     _write_description(directory, experiment, dataset.show_mixture(plan))
-    # What was logged past the checkpoint is logged again; without one, also what stands at 0.
-    logged = -1 if saved_step is None else saved_step
+    # What was logged past the checkpoint is logged again; at the start, step 0 is too.
+    logged = saved_step or -1
     truncate_after(directory / "samples.jsonl", logged)
     schedule = make_schedule(config.optimizer, plan.total_steps)
     return Run(
@@ -76,6 +84,8 @@ def start_run(
         position=lambda row: saved_position(experiment, dataset, plan, row),
         epoch_of=lambda row: plan.locate(row)[0],
         evaluations=evaluations,
+        early_stopping=EarlyStopping(config, position["early_stopping"]),
+        profiler=StepProfiler(config.train.profile_steps, plan.total_steps, directory / "profile"),
         checkpoints=checkpoints,
         log=MetricsLog(directory, config.logging.trackers, logged),
     )

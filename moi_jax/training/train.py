@@ -69,7 +69,7 @@ def train(
       make_evaluations: see `moi_jax.evaluation.while_training`; None measures nothing.
       devices: what the mesh is made of; None is all of them.
       fresh: begins anew; an old run is moved aside.
-      allow_change: goes on although optimizer, batch size or length differ.
+      allow_change: goes on although optimizer, batch size, length or patience differ.
       stop: entered when the first step begins. What it yields is asked after each step whether
         the run is to save and end.
 
@@ -97,11 +97,16 @@ def train(
             )  # fmt: skip
             if run.step == run.steps:
                 log.info("the run in %s is complete; --fresh begins anew", directory)
+            elif run.finished:
+                log.info(
+                    "the run in %s stopped early at step %d: %s; --fresh begins anew",
+                    directory, run.step, run.early_stopping,
+                )  # fmt: skip
             with stop or nullcontext(lambda: False) as should_stop:
                 fit(run, should_stop)
         return TrainResult(
             step=run.step,
-            finished=run.step == run.steps,
+            finished=run.finished,
             state=run.state,
             metrics=run.log.last,
             directory=directory,

@@ -93,10 +93,10 @@ def test_a_switch_set_beside_the_strategy_wins():
             data(sampling="weights", domains=[{**DOMAINS[0], "weight": 0}]),
             "sampling: weights needs a domain with a weight over 0",
         ),
-        (data(stages=[{"begins": 5}]), "stages begin at rows 5; the first begins at 0"),
+        (data(stages=[{"begins": 5}]), "stages begin at rows 5; the first must begin at 0"),
         (
             data(stages=[{"begins": 0}, {"begins": 9, "weights": {"talk": 1}}]),
-            "the weight of 'talk' is of no domain (chat, code, maths)",
+            "stages give a weight to 'talk', which is not among the domains (chat, code, maths)",
         ),
         (
             data(stages=[{"begins": 0}, {"begins": 9}, {"begins": 9}]),
@@ -106,7 +106,15 @@ def test_a_switch_set_beside_the_strategy_wins():
             {"data": {"domains": [{"name": "x", "sources": [{"path": "a", "tfds": "b"}]}]}},
             "a source has exactly one of path, tfds, hf",
         ),
-        ({"train": {"early_stopping_patience": 3}}, "train.early_stopping_patience=3 is not built"),
+        ({"eval": {"generate": {}}}, "unknown key 'generate' in eval; did you mean 'benchmarks'?"),
+        (
+            {"train": {"early_stopping_patience": 3}, "eval": {"every": 0}},
+            "train.early_stopping_patience counts held-out evaluations, and eval.every 0",
+        ),
+        ({"train": {"early_stopping_patience": 0}}, "train.early_stopping_patience: Input should"),
+        ({"train": {"profile_steps": [5, 3]}}, "profile_steps [5, 3] ends before it begins"),
+        ({"train": {"profile_steps": [0, 3]}}, "train.profile_steps.0: Input should be greater"),
+        ({"train": {"profile_steps": [3]}}, "train.profile_steps"),
         ({"model": {"attention": "splash"}}, "model.attention=splash is not built yet"),
         ({"train": {"steps": 1, "epochs": 2}}, "exactly one of steps, epochs, loss_tokens"),
         (data(chunk_size=2), "chunk_size 2 is refused with sampling: balanced"),
@@ -124,7 +132,7 @@ def test_a_switch_set_beside_the_strategy_wins():
             {"data": {"domains": [{**DOMAINS[0], "prompt": "Be kind.<|im_end|>"}]}},
             "the system prompt of chat holds the control token <|im_end|>; a prompt is plain text",
         ),
-        ({"train": {"global_batch_rows": 6, "microbatch_rows": 4}}, "no multiple of"),
+        ({"train": {"global_batch_rows": 6, "microbatch_rows": 4}}, "is not a multiple of"),
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: Input should be a"),
         ({"data": {"strategy": ["moi"]}}, "data.strategy: Input should be 'sequence'"),
         ({"data": 3}, "data: Input should be a valid dictionary"),
@@ -166,7 +174,7 @@ def test_a_bad_override_is_named(tmp_path, override):
 def test_a_key_given_twice_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("train: {steps: 1, steps: 2}\n")
-    with pytest.raises(UserError, match="'steps' stands twice"):
+    with pytest.raises(UserError, match="'steps' is given twice"):
         load_config(path)
 
 

@@ -273,8 +273,8 @@ def test_a_missing_library_is_told_with_its_extra(source, library, tmp_path, mon
 @pytest.mark.parametrize(
     ("source", "match"),
     [
-        ({"path": "*", "manual_dir": "x"}, "manual_dir is of tfds sources"),
-        ({"tfds": "gsm8k", "subset": "x"}, "subset is of hf sources"),
+        ({"path": "*", "manual_dir": "x"}, "manual_dir goes with tfds sources only"),
+        ({"tfds": "gsm8k", "subset": "x"}, "subset goes with hf sources only"),
     ],
 )
 def test_keys_of_another_kind_are_refused(source, match):

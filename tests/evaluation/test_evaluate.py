@@ -216,7 +216,7 @@ def test_training_asks_a_few_items_and_is_not_kept_waiting(chat, tmp_path, monke
     rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(6)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "gsm8k" / "test.jsonl").write_text(lines)
-    settings = config.Generate(tasks=("gsm8k",), data=tmp_path, limit=5, max_new_tokens=4)
+    settings = config.Benchmarks(tasks=("gsm8k",), data=tmp_path, limit=5, max_new_tokens=4)
     benchmark = make_benchmark(settings, tmp_path / "out", lambda _: chat)
     requests = []
     ask = chat.sampler.run
@@ -230,8 +230,8 @@ def test_training_asks_a_few_items_and_is_not_kept_waiting(chat, tmp_path, monke
 
 
 def test_a_benchmark_without_a_score_of_few_items_is_refused_in_training(chat, tmp_path):
-    with pytest.raises(UserError, match=r"eval.generate.tasks names mt_bench"):
-        make_benchmark(config.Generate(tasks=("mt_bench",)), tmp_path, lambda _: chat)
+    with pytest.raises(UserError, match=r"eval.benchmarks.tasks names mt_bench"):
+        make_benchmark(config.Benchmarks(tasks=("mt_bench",)), tmp_path, lambda _: chat)
 
 
 def test_an_id_that_comes_twice_is_refused(tmp_path):

@@ -7,8 +7,10 @@ import pytest
 
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
+from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.loop import Run, fit
 from moi_jax.training.metrics import MetricsLog
+from moi_jax.training.profiling import StepProfiler
 
 from support.runs import records
 
@@ -39,13 +41,19 @@ class State(SimpleNamespace):
 class Stage:
     """A run whose step, evaluation and checkpoints only note that they were called."""
 
-    def __init__(self, directory, *, not_finite=(), stop_at=None, stop_in_look=None, **sections):
+    def __init__(
+        self, directory, *, not_finite=(), stop_at=None, stop_in_look=None, losses=None, **sections
+    ):
+        """
+        Args:
+          losses: the held-out loss by step; 1.0 where it says nothing.
+        """
         self.events: list[str] = []
         self.saved: dict[int, dict] = {}
         self.scores: dict[int, dict] = {}
         self.stopping = False
         self.not_finite, self.stop_at, self.stop_in_look = not_finite, stop_at, stop_in_look
-        self.directory = directory
+        self.directory, self.losses = directory, losses or {}
         values = {
             "train": {"global_batch_rows": 2},
             "data": {"sequence_length": 8},
@@ -54,8 +62,9 @@ class Stage:
             "logging": {"every": 1, "trackers": []},
             **sections,
         }
+        config = make_config(values)
         self.run = Run(
-            config=make_config(values),
+            config=config,
             directory=directory,
             domains=("chat",),
             steps=STEPS,
@@ -70,10 +79,14 @@ class Stage:
             epoch_of=lambda row: 0,
             evaluations=SimpleNamespace(
                 held_out=self.evaluate,
-                benchmarks=self.benchmark if "generate" in values["eval"] else None,
+                benchmarks=self.benchmark if "benchmarks" in values["eval"] else None,
                 samples=None,
             ),
-            checkpoints=SimpleNamespace(save=self.save),
+            early_stopping=EarlyStopping(config, {}),
+            profiler=StepProfiler(None, STEPS, directory),
+            checkpoints=SimpleNamespace(
+                save=self.save, latest=lambda: max(self.saved, default=None)
+            ),
             log=MetricsLog(directory, [], -1),
         )
 
@@ -107,7 +120,8 @@ class Stage:
                 self.stopping = True
         names = ("chat", "mean")
         kinds = ("loss", "default_prompt/loss")
-        return {f"eval/{name}/{kind}": 1.0 for name in names for kind in kinds}
+        loss = self.losses.get(parameters, 1.0)
+        return {f"eval/{name}/{kind}": loss for name in names for kind in kinds}
 
     def save(self, step, parameters, optimizer, position, config, evaluation):
         assert parameters == step
@@ -117,7 +131,7 @@ class Stage:
     def fit(self):
         """Whether the run came to its end."""
         fit(self.run, lambda: self.stopping)
-        return self.run.step == STEPS
+        return self.run.finished
 
     def logged(self):
         return [r for r in records(self.directory / "metrics.jsonl") if "token_loss" in r]
@@ -130,7 +144,9 @@ def test_a_step_is_read_after_the_next_was_dispatched_and_before_it_is_looked_at
         "look 0", "step 1", "step 2", "read 1", "read 2", "look 2", "step 3", "step 4", "read 3",
         "read 4", "look 4", "save 4", "step 5", "step 6", "read 5", "read 6", "look 6", "save 6",
     ]  # fmt: skip
+    count = stage.saved[4].pop("early_stopping")
     assert stage.saved[4] == {"step": 4, "skipped_in_a_row": 0, "row": 8}
+    assert (count["best"], count["without_best"]) == (1.0, 2)
     assert [record["loss"] for record in stage.logged()] == [1, 2, 3, 4, 5, 6]
 
 
@@ -160,7 +176,7 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_saves(tmp_path):
 
 
 def test_benchmarks_have_an_interval_of_their_own_and_are_logged(tmp_path):
-    stage = Stage(tmp_path, eval={"every": 2, "generate": {"every": 4}})
+    stage = Stage(tmp_path, eval={"every": 2, "benchmarks": {"every": 4}})
     assert stage.fit()
     looks = [event for event in stage.events if event.startswith(("look", "benchmark"))]
     assert looks == [
@@ -171,7 +187,7 @@ def test_benchmarks_have_an_interval_of_their_own_and_are_logged(tmp_path):
 
 
 def test_no_benchmark_begins_once_a_run_is_asked_to_stop(tmp_path):
-    stage = Stage(tmp_path, stop_in_look=2, eval={"every": 2, "generate": {"every": 2}})
+    stage = Stage(tmp_path, stop_in_look=2, eval={"every": 2, "benchmarks": {"every": 2}})
     assert not stage.fit()
     assert stage.events[-2:] == ["look 2", "save 2"]
 
@@ -180,3 +196,50 @@ def test_the_steps_before_a_checkpoint_are_logged_with_it(tmp_path):
     stage = Stage(tmp_path, stop_at=5, logging={"every": 3, "trackers": []})
     assert not stage.fit()
     assert [(r["step"], r["loss"]) for r in stage.logged()] == [(3, 2.0), (5, 4.5)]
+
+
+def test_a_run_without_a_new_best_ends_as_at_its_last_step(tmp_path):
+    stage = Stage(
+        tmp_path,
+        losses={0: 3.0, 1: 2.0, 2: 2.0, 3: 2.5},
+        train={"global_batch_rows": 2, "early_stopping_patience": 2},
+        eval={"every": 1, "benchmarks": {"every": 100}},
+        checkpoint={"every": 2},
+    )
+    assert stage.fit()
+    assert stage.events[-5:] == ["step 3", "read 3", "look 3", "benchmark 3", "save 3"]
+    assert stage.scores[3]["eval/mean/loss"] == 2.5
+    assert stage.saved[2]["early_stopping"]["without_best"] == 1
+
+
+def test_a_run_that_counts_evaluations_makes_up_for_one_that_was_given_up(tmp_path):
+    stage = Stage(
+        tmp_path,
+        stop_in_look=2,
+        train={"global_batch_rows": 2, "early_stopping_patience": 2},
+        eval={"every": 2},
+    )
+    assert not stage.fit()
+    assert stage.events[-2:] == ["look 2", "save 2"]
+    stage.events.clear()
+    stage.run.log = MetricsLog(tmp_path, [], 2)
+    assert not stage.fit()  # asked to stop again: no step is taken before the evaluation
+    assert stage.events == []
+    stage.stop_in_look, stage.stopping = None, False
+    stage.run.log = MetricsLog(tmp_path, [], 2)
+    assert stage.fit()
+    assert stage.events[:2] == ["look 2", "step 3"]
+    log = records(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in log] == [0, 1, 2, 3, 4]  # 2 and 4 had no new best
+    assert {"eval/mean/loss", "token_loss"} <= log[2].keys()
+
+
+def test_a_run_that_counts_evaluations_saves_step_0_when_the_first_is_given_up(tmp_path):
+    stage = Stage(
+        tmp_path,
+        stop_in_look=0,
+        train={"global_batch_rows": 2, "early_stopping_patience": 2},
+        eval={"every": 2},
+    )
+    assert not stage.fit()
+    assert stage.events == ["look 0", "save 0"]

@@ -30,6 +30,7 @@ def finished(tmp_path_factory):
     sections = {
         "train": {
             "steps": 8,
+            "profile_steps": [3, 4],
             "sample_max_new_tokens": 4,
             "sample_prompts": [{"domain": "maths", "prompt": "What is 2 + 2?"}],
         },
@@ -48,7 +49,7 @@ def test_a_run_leaves_what_the_docs_promise(finished):
     names = {path.name for path in run.iterdir()} - {LOCK}
     assert names == {
         "config.yaml", "mixture.json", "metrics.jsonl", "samples.jsonl", "checkpoints",
-        "tensorboard", "report.html",
+        "tensorboard", "profile", "report.html",
     }  # fmt: skip
     promised = set(
         re.findall(r"^\| `([a-z.]+)", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)

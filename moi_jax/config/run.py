@@ -1,0 +1,24 @@
+"""The sections `checkpoint` and `logging`: what a run leaves on disk, and where."""
+
+from pathlib import Path
+from typing import Literal
+
+from moi_jax.config.section import Count, Positive, Section
+
+
+class Checkpoint(Section):
+    """When checkpoints are saved, and which of them are kept."""
+
+    every: Positive = 500  # steps
+    keep_last: Positive = 2
+    keep_best: Count = 1
+    best_metric: str = "eval/mean/loss"  # lower is better
+    grace_seconds: Positive = 120
+
+
+class Logging(Section):
+    """The run directory, and what is logged there."""
+
+    run_dir: Path = Path("runs/moi")
+    every: Positive = 10
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)

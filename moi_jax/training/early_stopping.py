@@ -1,0 +1,71 @@
+"""Early stopping: a run ends when its held-out evaluations find no new best any more."""
+
+import math
+from typing import Any
+
+from moi_jax.common.errors import UserError
+from moi_jax.config import Config
+
+
+class EarlyStopping:
+    """Counts the held-out evaluations in a row that gave no new best of checkpoint.best_metric.
+
+    Attributes:
+      patience: the count at which the run ends; None never ends it.
+      best: the lowest value of the metric so far; None before the first one.
+      without_best: evaluations in a row since then.
+      missed_evaluation: whether the last evaluation was given up, so that the count lacks it.
+    """
+
+    def __init__(self, config: Config, saved: dict[str, Any]):
+        """
+        Args:
+          saved: what `to_json` gave at an earlier point of the run; {} at its start. It counts
+            only if it is about the same metric.
+        """
+        self.patience = config.train.early_stopping_patience
+        self.metric = config.checkpoint.best_metric
+        if saved.get("metric") != self.metric:
+            saved = {}
+        self.best: float | None = saved.get("best")
+        self.without_best: int = saved.get("without_best", 0)
+        self.missed_evaluation: bool = self.patience is not None and saved.get("missed", False)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run ends here."""
+        return self.patience is not None and self.without_best >= self.patience
+
+    def count(self, losses: dict[str, float]) -> None:
+        """Adds a held-out evaluation; {} is one that was given up.
+
+        Raises:
+          UserError: the run is to stop early, but its metric has never been a number.
+        """
+        self.missed_evaluation = self.patience is not None and not losses
+        if not losses:
+            return
+        value = losses[self.metric]
+        finite = math.isfinite(value)
+        if self.patience and self.best is None and not finite:
+            raise UserError(
+                f"train.early_stopping_patience watches {self.metric}, which is {value}; hold out "
+                f"rows of that domain (data.held_out) or set another checkpoint.best_metric"
+            )
+        if finite and (self.best is None or value < self.best):
+            self.best, self.without_best = value, 0
+        else:
+            self.without_best += 1
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a run that goes on stops at the same step."""
+        return {
+            "metric": self.metric,
+            "best": self.best,
+            "without_best": self.without_best,
+            "missed": self.missed_evaluation,
+        }
+
+    def __str__(self) -> str:
+        best = "none is finite" if self.best is None else f"the best is {self.best:.4f}"
+        return f"{self.without_best} evaluations without a new best of {self.metric} ({best})"

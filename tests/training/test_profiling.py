@@ -1,0 +1,41 @@
+"""Profiles of a run: the trace files are there and hold the steps that were asked for."""
+
+import jax
+
+from moi_jax.config.load import load_config
+from moi_jax.training.profiling import StepProfiler
+from moi_jax.training.train import train
+
+from support.runs import small_config
+
+
+def traced_steps(directory):
+    """The step numbers in each trace below a profile directory, the oldest trace first."""
+    found = []
+    for path in sorted(directory.glob("plugins/profile/*/*.xplane.pb")):
+        events = [
+            dict(event.stats)
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+            for line in plane.lines
+            for event in line.events
+            if event.name == "train"
+        ]
+        found.append(sorted({stats["step_num"] for stats in events}))
+    return found
+
+
+def test_the_asked_steps_are_traced_also_when_the_run_ends_or_goes_on_among_them(
+    tmp_path, log_text
+):
+    config = small_config(tmp_path, train={"steps": 6, "profile_steps": [2, 5]})
+    one = jax.devices()[:1]
+    train(load_config(config, ["train.steps=3"]), devices=one)
+    train(load_config(config), devices=one, allow_change=True)
+    assert traced_steps(tmp_path / "run" / "profile") == [[2, 3], [4, 5]]
+    assert "steps 2 to 3 are profiled in" in log_text.getvalue()
+    assert "steps 4 to 5 are profiled in" in log_text.getvalue()
+
+
+def test_steps_past_the_end_of_the_run_are_told(tmp_path, log_text):
+    assert not StepProfiler((9, 12), 8, tmp_path).starts_before(8)
+    assert "begins with step 9, but the run ends with step 8" in log_text.getvalue()
