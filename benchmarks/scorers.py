@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moi_jax.common.errors import run_command
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Task
 from moi_jax.evaluation.tasks import make_task
 from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
@@ -27,7 +27,7 @@ from moi_jax.evaluation.tasks.mmlu import read_questions
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
-    options = Options(parser.parse_args().data, Path("."))
+    options = BenchmarkOptions(parser.parse_args().data, Path("."))
     console = Console(width=120)
     table = Table("benchmark", "items", "gold answers", "other values", "seconds")
     gsm8k, maths = make_task("gsm8k", options), make_task("math", options)

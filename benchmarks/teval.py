@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moi_jax.common.errors import run_command
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Json
 from moi_jax.evaluation.tasks.teval import TEval
 from moi_jax.evaluation.teval.scoring import Variant
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--embedder", metavar="NAME", help="for sentence-transformers")
     args = parser.parse_args()
-    task = TEval(Options(args.data, args.data, teval_embedder=args.embedder))
+    task = TEval(BenchmarkOptions(args.data, args.data, teval_embedder=args.embedder))
     items = task.load()
     gold = means(task, items, gold_answer)
     rows = {

@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Task
 from moi_jax.sampling.answer_log import AnswerLog, Place
 from moi_jax.sampling.chat_model import ChatModel
@@ -19,7 +19,7 @@ def answer_items(
     task: Task,
     items: Sequence[Item],
     model: ChatModel,
-    options: Options,
+    options: BenchmarkOptions,
     log: AnswerLog,
     advance: Callable[[int], None],
 ) -> list[tuple[Item, Answer]]:
@@ -38,13 +38,13 @@ def answer_items(
     return [(item, _answer(item, options, log)) for item in items]
 
 
-def places(item: Item, options: Options) -> list[Place]:
+def places(item: Item, options: BenchmarkOptions) -> list[Place]:
     """Where an item's texts or likelihoods stand in the log."""
     count = len(item.choices) or (options.samples if not item.follow_ups else 0)
     return [(item.id, n) for n in range(count or 1 + len(item.follow_ups))]
 
 
-def _answer(item: Item, options: Options, log: AnswerLog) -> Answer:
+def _answer(item: Item, options: BenchmarkOptions, log: AnswerLog) -> Answer:
     records = [log.found[place] for place in places(item, options)]
     finishes = tuple(record["finish"] for record in records)
     if item.choices:
@@ -57,7 +57,7 @@ def _ask(
     items: Sequence[Item],
     turn: int,
     model: ChatModel,
-    options: Options,
+    options: BenchmarkOptions,
     log: AnswerLog,
     advance: Callable[[int], None],
 ) -> None:
@@ -93,7 +93,7 @@ def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
 
 
 def _request(
-    task: Task, item: Item, place: Place, prompt: Sequence[int], options: Options
+    task: Task, item: Item, place: Place, prompt: Sequence[int], options: BenchmarkOptions
 ) -> Request:
     temperature = options.temperature
     if temperature is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
@@ -88,7 +88,7 @@ class Task(ABC):
     takes_shots: ClassVar[bool] = False
     whole: ClassVar[tuple[int, ...]] = ()
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         """Raises UserError where options or the machine do not allow this task."""
         if options.shots and not self.takes_shots:
             raise UserError(

@@ -17,7 +17,7 @@ from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
 from moi_jax.common.whole_files import write_whole
 from moi_jax.evaluation.answering import answer_items, evenly_spaced, places
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Task
 from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
 from moi_jax.sampling.answer_log import AnswerLog, json_line
@@ -33,7 +33,7 @@ def run_task(
     task: Task,
     items: Sequence[Item],
     model: ChatModel,
-    options: Options,
+    options: BenchmarkOptions,
     log: AnswerLog,
     after_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Scored], int]:
@@ -65,7 +65,7 @@ def run_benchmarks(
     tasks: Sequence[tuple[Task, Sequence[Item]]],
     model: ChatModel,
     made_by: Json,
-    options: Options,
+    options: BenchmarkOptions,
 ) -> Json:
     """Runs the tasks one after another and writes results and samples into options.out.
 
@@ -133,7 +133,7 @@ def _tell(name: str, summary: Json, before: Json | None) -> None:
         log.info(f"  it takes the place of an earlier result: {describe(before)} ({differs})")
 
 
-def _settings(task: Task, model: ChatModel, options: Options) -> Json:
+def _settings(task: Task, model: ChatModel, options: BenchmarkOptions) -> Json:
     """What, beside the model and the prompts, decides the answers of a task."""
     return {
         "system_prompt": model.system_prompt,

@@ -13,7 +13,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.data.dataset import Dataset
 from moi_jax.evaluation.answering import evenly_spaced
 from moi_jax.evaluation.held_out import HeldOut
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.evaluation.runner import run_task
@@ -113,7 +113,7 @@ def make_benchmark(
             f"eval.generate.tasks names {name}, which has no score of a few items; run it by "
             f"python -m moi_jax.evaluate"
         )
-    options = Options(
+    options = BenchmarkOptions(
         data=settings.data,
         out=out,
         max_new_tokens=settings.max_new_tokens,

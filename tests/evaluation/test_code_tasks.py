@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Score
 from moi_jax.evaluation.sandbox.sandbox import WEAK
 from moi_jax.evaluation.tasks.code_answers import complete, extract
@@ -79,9 +79,9 @@ NODE_ROW = {
 SHOWN_ROW = {**SQUARE_ROW, "task_id": 2, "text": "Write a function to cube."}
 
 
-def options(tmp_path: Path, **given) -> Options:
+def options(tmp_path: Path, **given) -> BenchmarkOptions:
     """The weak sandbox runs on every machine, and these programs mean no harm."""
-    return Options(tmp_path, tmp_path, allow_code_execution=True, sandbox="weak", **given)
+    return BenchmarkOptions(tmp_path, tmp_path, allow_code_execution=True, sandbox="weak", **given)
 
 
 def humaneval(tmp_path: Path, *rows: dict, **given) -> HumanEval:
@@ -106,7 +106,7 @@ def scores(task: CodeTask, *answers: tuple[Item, str]) -> list[Score]:
 def test_programs_are_not_run_unasked(tmp_path: Path):
     for kind in (HumanEval, MBPP):
         with pytest.raises(UserError, match=r"runs the programs.*--allow-code-execution"):
-            kind(Options(tmp_path, tmp_path))
+            kind(BenchmarkOptions(tmp_path, tmp_path))
 
 
 def test_the_weak_sandbox_is_said_loudly(tmp_path: Path, log_text: io.StringIO):

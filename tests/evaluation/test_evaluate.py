@@ -12,7 +12,7 @@ from moi_jax import config
 from moi_jax.checkpoints.items import parameters_fingerprint
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
 from moi_jax.evaluation.results import overall, read_results, summarize
 from moi_jax.evaluation.runner import run_benchmarks
@@ -64,7 +64,7 @@ def chat():
 
 @pytest.fixture
 def options(tmp_path):
-    return Options(data=tmp_path / "data", out=tmp_path / "out")
+    return BenchmarkOptions(data=tmp_path / "data", out=tmp_path / "out")
 
 
 def lines(path):
@@ -126,7 +126,7 @@ def test_what_is_asked_is_what_task_item_and_options_say(chat, options, monkeypa
 
     def requests(**choices):
         asked.clear()
-        chosen = Options(data=options.data, out=options.out, **choices)
+        chosen = BenchmarkOptions(data=options.data, out=options.out, **choices)
         with pytest.raises(KeyError):  # nothing is answered
             answer_items(Echo(chosen), items, chat, chosen, AnswerLog(None, {}), lambda count: None)
         return asked
@@ -155,7 +155,7 @@ def test_an_item_that_changed_is_asked_again(chat, options):
 
 def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
     run(chat, options)
-    hot = Options(data=options.data, out=options.out, temperature=0.7)
+    hot = BenchmarkOptions(data=options.data, out=options.out, temperature=0.7)
     with pytest.raises(UserError, match=r"echo.jsonl holds answers made otherwise.*temperature"):
         run(chat, hot)
     with pytest.raises(UserError, match=r"results of another model.*parameters '0123', now '4567'"):
@@ -165,7 +165,7 @@ def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
 def test_a_result_that_takes_the_place_of_another_is_told(chat, options, log_text):
     task = Echo(options)
     run_benchmarks([(task, task.load())], chat, MADE_BY, options)
-    fewer = Options(data=options.data, out=options.out, limit=1)
+    fewer = BenchmarkOptions(data=options.data, out=options.out, limit=1)
     run_benchmarks([(task, task.load())], chat, MADE_BY, fewer)
     told = log_text.getvalue().split("\n")[-2]
     assert "takes the place of an earlier result" in told
@@ -242,7 +242,9 @@ def test_an_id_that_comes_twice_is_refused(tmp_path):
     }
     path = tmp_path / "humaneval" / "HumanEval.jsonl"
     path.write_text(2 * (json.dumps(row) + "\n"))
-    options = Options(data=tmp_path, out=tmp_path, allow_code_execution=True, sandbox="weak")
+    options = BenchmarkOptions(
+        data=tmp_path, out=tmp_path, allow_code_execution=True, sandbox="weak"
+    )
     with pytest.raises(UserError, match=r"humaneval: 1 ids come more than once.*HumanEval/0"):
         open_task("humaneval", options)
 
@@ -262,7 +264,7 @@ def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
 
 
 def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
-    options = Options(data=options.data, out=options.out, samples=3, temperature=1.0)
+    options = BenchmarkOptions(data=options.data, out=options.out, samples=3, temperature=1.0)
     items = Echo(options).load()[:1]
 
     def texts(asked):
@@ -292,7 +294,7 @@ def test_choices_are_weighed_and_nothing_is_written(chat, options):
 
 @pytest.mark.parametrize(("policy", "counted"), [("fail", 3), ("skip", 2)])
 def test_an_item_longer_than_the_context_is_counted(chat, options, policy, counted):
-    options = Options(data=options.data, out=options.out, too_long=policy)
+    options = BenchmarkOptions(data=options.data, out=options.out, too_long=policy)
     items = Echo(options).load()
     items[1] = Item("1", (Message("user", "word " * 200),), 1)
     summary = run(chat, options, items)["tasks"]["echo"]

@@ -2,11 +2,20 @@
 
 import json
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 
 from moi_jax import evaluate
 from moi_jax.common.errors import UserError
+from moi_jax.evaluation.evaluate import evaluate as evaluate_checkpoint
+from moi_jax.evaluation.options import (
+    BenchmarkOptions,
+    EvaluationRequest,
+    HeldOutOptions,
+    ModelOptions,
+)
 
 from support.runs import records, small_config, train
 
@@ -171,3 +180,21 @@ def test_a_directory_that_cannot_be_written_is_told_before_the_work(place, monke
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot write .*file/out: Not a directory"):
         run(place, monkeypatch, "--out", tmp_path / "file" / "out")
+
+
+def test_an_evaluation_is_a_library_function(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    request = EvaluationRequest(
+        Path("run"),
+        BenchmarkOptions(place / "data", tmp_path, limit=1, max_new_tokens=4),
+        ("held_out", "gsm8k"),
+        model=ModelOptions(mesh="tensor=1", system_prompt="Hi."),
+        held_out=HeldOutOptions(limit=1),
+    )
+    result = evaluate_checkpoint(request, jax.devices())
+    assert result.directory == tmp_path
+    assert json.loads(json.dumps(result.results)) == results(tmp_path)
+    assert result.results["checkpoint"]["system_prompt"] == "Hi."
+    assert result.held_out == json.loads((tmp_path / "held_out.json").read_text())
+    assert result.report == tmp_path / "report.html"
+    assert result.lm_eval is None

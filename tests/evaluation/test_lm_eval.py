@@ -17,7 +17,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.convert import export_checkpoint, import_checkpoint
 from moi_jax.evaluation.harness import run as lm_eval_run
 from moi_jax.evaluation.harness.adapter import CheckpointLM
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.sampling.chat_model import make_chat_model
 from moi_jax.sampling.likelihood import Likelihood
 from moi_jax.sampling.requests import Completion
@@ -219,7 +219,7 @@ def test_a_run_writes_the_harness_files_and_goes_on_after_a_kill(
     folder, chat_model, tmp_path, own_tasks, log_text
 ):
     tasks = lm_eval_run.open_tasks(["letters", "answers"], folder / "tasks")
-    options = Options(data=tmp_path, out=tmp_path, limit=3, max_new_tokens=5)
+    options = BenchmarkOptions(data=tmp_path, out=tmp_path, limit=3, max_new_tokens=5)
     made_by = {"name": "tiny", "parameters": "abc"}
     model = Interrupted(chat_model, after=2)
     with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.tasks import make_task
@@ -89,7 +89,9 @@ def evaluate(data, tmp_path, endpoint):
 
     def run(answer="answer {}.{}", url=endpoint.url, timeout=20.0, workers=4, **options):
         options = {"judge": "org/judge", "judge_url": url, **options}
-        task = make_task("mt_bench", Options(data=data, out=tmp_path / "moi-7b", **options))
+        task = make_task(
+            "mt_bench", BenchmarkOptions(data=data, out=tmp_path / "moi-7b", **options)
+        )
         if task.judge is not None:
             task.judge = replace(
                 task.judge, timeout=timeout, workers=workers, retries=1, pause=0.01
@@ -115,7 +117,7 @@ def judgments(tmp_path):
 
 
 def test_items_have_two_turns_and_the_categories_temperature(data, tmp_path):
-    task = make_task("mt_bench", Options(data=data, out=tmp_path / "out"))
+    task = make_task("mt_bench", BenchmarkOptions(data=data, out=tmp_path / "out"))
     items = task.load()
     assert [(item.id, item.group, item.temperature) for item in items] == [
         ("81", "writing", 0.7),
@@ -339,7 +341,9 @@ def test_without_a_judge_there_is_no_score_and_the_answers_are_kept(evaluate, en
 
 
 def test_a_turn_that_was_never_reached_is_judged_as_empty(data, tmp_path, endpoint):
-    options = Options(data=data, out=tmp_path / "moi-7b", judge="judge", judge_url=endpoint.url)
+    options = BenchmarkOptions(
+        data=data, out=tmp_path / "moi-7b", judge="judge", judge_url=endpoint.url
+    )
     task = make_task("mt_bench", options)
     item = task.load()[1]
     [score] = task.score([(item, Answer(("answer 91.1",), ("length", "too_long")))])
@@ -455,7 +459,7 @@ def test_bad_files_are_named_with_their_line(data, tmp_path, file, text, words):
     path = data / "mt_bench" / file
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=words):
-        make_task("mt_bench", Options(data=data, out=tmp_path / "out")).load()
+        make_task("mt_bench", BenchmarkOptions(data=data, out=tmp_path / "out")).load()
 
 
 def test_ratings_are_read_from_judgments():

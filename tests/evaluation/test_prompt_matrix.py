@@ -22,12 +22,13 @@ from moi_jax.data.cache.selection import select
 from moi_jax.data.loader import Batch
 from moi_jax.evaluation import held_out as held_out_file
 from moi_jax.evaluation.held_out import HeldOut
+from moi_jax.evaluation.options import HeldOutOptions
 from moi_jax.evaluation.prompts import measure as evaluate_held_out
 from moi_jax.evaluation.prompts.crossing import columns, crossed_prompts
 from moi_jax.evaluation.prompts.gaps import summarize
 from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
 from moi_jax.evaluation.prompts.matrix_report import draw_matrix, print_matrix
-from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
+from moi_jax.evaluation.prompts.measure import measure_held_out
 from moi_jax.evaluation.row_sums import RowSums, make_row_sums
 from moi_jax.evaluation.while_training import make_evaluations
 from moi_jax.models.decoder import make_model

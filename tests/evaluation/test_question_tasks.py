@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Score, Task
 from moi_jax.evaluation.tasks import TASKS, make_task, math_equivalence
 from moi_jax.evaluation.tasks.competition_math import final_answer, last_boxed
@@ -33,7 +33,7 @@ MATH = [
 
 
 def task(name: str, data: Path, **options) -> Task:
-    return make_task(name, Options(data, data / "out", **options))
+    return make_task(name, BenchmarkOptions(data, data / "out", **options))
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Score
 from moi_jax.evaluation.tasks import make_task
 from moi_jax.evaluation.tasks.teval import TEval
@@ -92,7 +92,7 @@ def write(root: Path, files: dict[str, Any]) -> Path:
 
 
 def task(root: Path, embedder: Any = by_letters, **options: Any) -> TEval:
-    return TEval(Options(root, root, **options), embedder)
+    return TEval(BenchmarkOptions(root, root, **options), embedder)
 
 
 def answer(benchmark: TEval, texts: dict[str, str]) -> dict[str, Score]:
@@ -626,7 +626,7 @@ def test_samples_of_an_item_count_by_their_mean(tmp_path: Path):
 
 
 def test_the_task_is_made_by_its_name(tmp_path: Path):
-    assert isinstance(make_task("teval", Options(tmp_path, tmp_path)), TEval)
+    assert isinstance(make_task("teval", BenchmarkOptions(tmp_path, tmp_path)), TEval)
 
 
 def test_the_script_finds_gold_answers_perfect_and_empty_ones_worthless(

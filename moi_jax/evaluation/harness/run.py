@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.common.errors import UserError, cannot_write
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.text.prompts import fingerprint
 
@@ -68,7 +68,9 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
 
-def run_lm_eval(tasks: Sequence[Any], model: ChatModel, made_by: Json, options: Options) -> Json:
+def run_lm_eval(
+    tasks: Sequence[Any], model: ChatModel, made_by: Json, options: BenchmarkOptions
+) -> Json:
     """Runs tasks of the harness through the chat template, and prints its table.
 
     Its results and samples go to options.out/lm_eval, in its own layout. Greedy answers and

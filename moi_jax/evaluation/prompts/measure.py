@@ -3,49 +3,46 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+import numpy as np
+
+from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.checkpoints.items import parameters_fingerprint, read_items, read_json_item
+from moi_jax.checkpoints.opener import OpenCheckpoint
+from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.errors import UserError, cannot_write
+from moi_jax.common.progress import count_bar
+from moi_jax.common.whole_files import write_whole
 from moi_jax.config import Config, TokenizerConfig
-
-if TYPE_CHECKING:
-    from moi_jax.checkpoints.opener import OpenCheckpoint
-    from moi_jax.data.dataset import Dataset
-    from moi_jax.evaluation.prompts.crossing import Crossed
-    from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
-    from moi_jax.models.parameters import Tree
+from moi_jax.config.load import make_config
+from moi_jax.data.dataset import Dataset, open_dataset
+from moi_jax.evaluation.options import HeldOutOptions
+from moi_jax.evaluation.prompts.crossing import (
+    PARAPHRASE,
+    Crossed,
+    crossed_prompts,
+    token_count,
+)
+from moi_jax.evaluation.prompts.gaps import INTERVAL, summarize
+from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
+from moi_jax.evaluation.prompts.matrix_report import draw_matrix, item_lines, print_matrix
+from moi_jax.evaluation.row_sums import make_row_sums
+from moi_jax.models.parameters import Tree, random_parameters
+from moi_jax.parallel.placing import batch_shards
+from moi_jax.text.prompts import resolve_prompt
 
 log = logging.getLogger(__name__)
-
 
 Json = dict[str, Any]
 
 TRAINED, UNTRAINED = "trained", "untrained"
 
 
-@dataclass(frozen=True)
-class HeldOutOptions:
-    """The choices of `evaluate --tasks held_out`.
-
-    Attributes:
-      config: whose data's held-out part it is; None is the checkpoint's own.
-      untrained: a checkpoint to stand beside; None is what the checkpoint was trained from.
-      paraphrases: domain -> another wording of its prompt, before those that are known.
-      limit: that many conversations of each domain, evenly spaced; None is all.
-      rows: of a batch at full width; shorter rows come in larger batches.
-    """
-
-    config: Config | None = None
-    untrained: Path | None = None
-    paraphrases: Mapping[str, str] | None = None
-    limit: int | None = None
-    rows: int = 8
-
-
-def measure_held_out(opened: "OpenCheckpoint", options: HeldOutOptions, out: Path) -> Json:
+def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path) -> Json:
     """Measures the matrix, prints it, and writes it into the directory `out`.
 
         held_out.json         prompts, losses, accuracies, differences with intervals
@@ -59,9 +56,6 @@ def measure_held_out(opened: "OpenCheckpoint", options: HeldOutOptions, out: Pat
       UserError: no config is known, its data cannot be opened, the untrained checkpoint named
         does not fit, a loss is not finite, or `out` cannot be written.
     """
-    from moi_jax.checkpoints.items import parameters_fingerprint
-    from moi_jax.evaluation.prompts.matrix_report import print_matrix
-
     parameters = parameters_fingerprint(opened.step)
     _check_same(out / "held_out.json", parameters)
     began = _own_config(opened.step)
@@ -73,7 +67,7 @@ def measure_held_out(opened: "OpenCheckpoint", options: HeldOutOptions, out: Pat
         )
     untrained = _untrained(opened, began, options.untrained)
     dataset = _open_dataset(opened, config)
-    crossed = _cross(dataset, options.paraphrases or {})
+    crossed = _cross(dataset, options.paraphrases)
     matrix = _make_matrix(opened, dataset, crossed, options)
     models = {TRAINED: opened.parameters}
     if untrained:
@@ -103,19 +97,13 @@ def _check_same(path: Path, parameters: str) -> None:
 
 def _own_config(step: Path) -> Config | None:
     """What the checkpoint was trained by; None where it was not trained by us."""
-    from moi_jax.checkpoints.items import read_json_item
-    from moi_jax.config.load import make_config
-
     if not (step / "config").is_dir():
         return None
     return make_config(read_json_item(step, "config"), where=f"{step / 'config'}")
 
 
-def _open_dataset(opened: "OpenCheckpoint", config: Config) -> "Dataset":
+def _open_dataset(opened: OpenCheckpoint, config: Config) -> Dataset:
     """The data of the config in the tokens of the checkpoint, which stands alone."""
-    from moi_jax.checkpoints.experiment import open_experiment
-    from moi_jax.data.dataset import open_dataset
-
     model = config.model.model_copy(update={"init_from": opened.step, "preset": None})
     tokenizer = TokenizerConfig(chat_template=opened.tokenizer.template.name)
     config = config.model_copy(update={"model": model, "tokenizer": tokenizer})
@@ -130,15 +118,9 @@ def _open_dataset(opened: "OpenCheckpoint", config: Config) -> "Dataset":
 
 
 def _untrained(
-    opened: "OpenCheckpoint", began: Config | None, named: Path | None
-) -> tuple[str, "Tree"] | None:
+    opened: OpenCheckpoint, began: Config | None, named: Path | None
+) -> tuple[str, Tree] | None:
     """What the checkpoint was trained from, in words and as parameters; None where it is gone."""
-    import jax
-
-    from moi_jax.checkpoints.items import read_items
-    from moi_jax.checkpoints.parameters import read_parameters
-    from moi_jax.models.parameters import random_parameters
-
     source = named
     if source is None and began is not None:
         source = began.model.init_from
@@ -167,10 +149,7 @@ def _untrained(
     return str(source), read_parameters(source, opened.config, opened.dtype, opened.mesh)
 
 
-def _cross(dataset: "Dataset", paraphrases: Mapping[str, str]) -> "Crossed":
-    from moi_jax.evaluation.prompts.crossing import PARAPHRASE, crossed_prompts
-    from moi_jax.text.prompts import resolve_prompt
-
+def _cross(dataset: Dataset, paraphrases: Mapping[str, str]) -> Crossed:
     data = dataset.config.data
     own = {domain.name: resolve_prompt(data, domain) for domain in data.domains}
     crossed = crossed_prompts(own, data.default_system_prompt, dataset.tokenizer, paraphrases)
@@ -184,11 +163,8 @@ def _cross(dataset: "Dataset", paraphrases: Mapping[str, str]) -> "Crossed":
 
 
 def _make_matrix(
-    opened: "OpenCheckpoint", dataset: "Dataset", crossed: "Crossed", options: HeldOutOptions
-) -> "PromptMatrix":
-    from moi_jax.evaluation.prompts.matrix import PromptMatrix
-    from moi_jax.parallel.placing import batch_shards
-
+    opened: OpenCheckpoint, dataset: Dataset, crossed: Crossed, options: HeldOutOptions
+) -> PromptMatrix:
     return PromptMatrix(
         dataset.caches,
         dataset.selections,
@@ -203,11 +179,8 @@ def _make_matrix(
 
 
 def _measure(
-    opened: "OpenCheckpoint", matrix: "PromptMatrix", models: dict[str, "Tree"]
-) -> dict[str, "ItemSums"]:
-    from moi_jax.common.progress import count_bar
-    from moi_jax.evaluation.row_sums import make_row_sums
-
+    opened: OpenCheckpoint, matrix: PromptMatrix, models: dict[str, Tree]
+) -> dict[str, ItemSums]:
     row_sums = make_row_sums(opened.bind, opened.mesh)
     measured = {}
     for name, parameters in models.items():
@@ -217,12 +190,8 @@ def _measure(
 
 
 def _results(
-    matrix: "PromptMatrix", dataset: "Dataset", crossed: "Crossed", sums: dict[str, "ItemSums"]
+    matrix: PromptMatrix, dataset: Dataset, crossed: Crossed, sums: dict[str, ItemSums]
 ) -> Json:
-    import numpy as np
-
-    from moi_jax.evaluation.prompts.crossing import token_count
-    from moi_jax.evaluation.prompts.gaps import summarize
 
     domain_of = np.array([item.domain for item in matrix.items], np.int64)
     domains = {}
@@ -243,9 +212,7 @@ def _results(
     return {"columns": matrix.columns, "domains": domains, "models": models}
 
 
-def _settings(opened: "OpenCheckpoint", dataset: "Dataset", options: HeldOutOptions) -> Json:
-    from moi_jax.evaluation.prompts.gaps import INTERVAL
-
+def _settings(opened: OpenCheckpoint, dataset: Dataset, options: HeldOutOptions) -> Json:
     data = dataset.config.data
     return {
         "dtype": opened.dtype,
@@ -258,10 +225,7 @@ def _settings(opened: "OpenCheckpoint", dataset: "Dataset", options: HeldOutOpti
     }
 
 
-def _write(out: Path, results: Json, sums: dict[str, "ItemSums"], matrix: "PromptMatrix") -> None:
-    from moi_jax.common.whole_files import write_whole
-    from moi_jax.evaluation.prompts.matrix_report import draw_matrix, item_lines
-
+def _write(out: Path, results: Json, sums: dict[str, ItemSums], matrix: PromptMatrix) -> None:
     lines = item_lines(sums, matrix.items, matrix.domains, matrix.columns)
     try:
         out.mkdir(parents=True, exist_ok=True)

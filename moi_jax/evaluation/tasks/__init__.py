@@ -2,12 +2,13 @@
 
 import importlib
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from moi_jax.common.errors import UserError
 
 if TYPE_CHECKING:
-    from moi_jax.evaluation.options import Options
+    from moi_jax.evaluation.options import BenchmarkOptions
     from moi_jax.evaluation.protocol import Item, Task
 
 # Name: the module and its class. The mean of all seven is the overall figure.
@@ -22,7 +23,14 @@ TASKS = {
 }
 
 
-def make_task(name: str, options: "Options") -> "Task":
+def task_names(listed: Iterable[str]) -> list[str]:
+    """The names of a list, each once; "all" is the seven."""
+    return list(
+        dict.fromkeys(name for one in listed for name in (TASKS if one == "all" else [one]))
+    )
+
+
+def make_task(name: str, options: "BenchmarkOptions") -> "Task":
     """Raises UserError where there is no such task, or it cannot run here."""
     if name not in TASKS:
         raise UserError(f"there is no benchmark {name!r}; choose among {', '.join(TASKS)}")
@@ -30,7 +38,7 @@ def make_task(name: str, options: "Options") -> "Task":
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(options)
 
 
-def open_task(name: str, options: "Options") -> "tuple[Task, list[Item]]":
+def open_task(name: str, options: "BenchmarkOptions") -> "tuple[Task, list[Item]]":
     """A task and all of its items.
 
     Raises:

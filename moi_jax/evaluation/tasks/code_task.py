@@ -8,7 +8,7 @@ from itertools import islice
 from math import comb
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.sandbox.judge import Program, Verdict
 from moi_jax.evaluation.sandbox.sandbox import WEAK, Sandbox
@@ -26,7 +26,7 @@ class CodeTask(Task):
     and it has failed where none of them passes, by the kind most of them have.
     """
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         if not options.allow_code_execution:
             raise UserError(

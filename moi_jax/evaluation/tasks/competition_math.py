@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.math_equivalence import Equivalence
 from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
@@ -39,7 +39,7 @@ class CompetitionMath(Task):
     max_new_tokens = 1024
     whole = (500, 5000)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         if importlib.util.find_spec("math_verify") is None:
             raise UserError("math needs math-verify: pip install 'moi_jax[eval]'")

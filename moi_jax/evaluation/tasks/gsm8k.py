@@ -6,7 +6,7 @@ from itertools import islice
 from statistics import fmean
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
@@ -63,7 +63,7 @@ class GSM8K(Task):
     takes_shots = True
     whole = (1319,)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         self.shots = options.shots or 0
         self._train = options.data / "gsm8k" / "train.jsonl"

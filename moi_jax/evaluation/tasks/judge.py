@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.tasks.bill import Bill, OverLimit
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
-def make_judge(options: Options) -> Judge | None:
+def make_judge(options: BenchmarkOptions) -> Judge | None:
     """The judge that the options name, if any.
 
     Raises:

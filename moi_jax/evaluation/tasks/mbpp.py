@@ -4,7 +4,7 @@ import ast
 from collections.abc import Sequence
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json
 from moi_jax.evaluation.sandbox.judge import Program
 from moi_jax.evaluation.tasks.code_answers import extract
@@ -30,7 +30,7 @@ class MBPP(CodeTask):
     takes_shots = True
     whole = (500, 257)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         self.shots = options.shots or 0
         if self.shots > len(SHOTS):

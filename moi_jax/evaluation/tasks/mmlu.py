@@ -8,7 +8,7 @@ from statistics import fmean
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
 from moi_jax.evaluation.tasks.rows import csv_rows, malformed, missing
@@ -54,7 +54,7 @@ class MMLU(Task):
     takes_shots = True
     whole = (14042,)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         self.shots = options.shots or 0
         if self.shots > MOST_SHOTS:

@@ -13,7 +13,7 @@ from typing import Any
 
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.whole_files import write_whole
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.tasks.judge import MISSING, TRIES, Case, make_judge
 from moi_jax.evaluation.tasks.rows import json_rows, missing
@@ -50,7 +50,7 @@ class MTBench(Task):
     max_new_tokens = 1024
     whole = (QUESTIONS,)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         if options.samples > 1:
             raise UserError("MT-Bench rates one answer to each question; leave --samples at 1")

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import ClassVar
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
 from moi_jax.evaluation.teval.embedder import UPSTREAM, Embedder, Similarity, load_embedder
 from moi_jax.evaluation.teval.records import SubtaskFile, find_files, load_file
@@ -34,7 +34,7 @@ class TEval(Task):
         "<eoa>", "<|im_end|>", "\nuser", "\nassistant", "[INST]",
     )  # fmt: skip
 
-    def __init__(self, options: Options, embedder: Embedder | None = None):
+    def __init__(self, options: BenchmarkOptions, embedder: Embedder | None = None):
         """
         Args:
           embedder: in place of the one of the options.

@@ -70,7 +70,7 @@ def load_file(file: SubtaskFile, system: str) -> list[Item]:
     """An item for each record.
 
     Args:
-      system: how the record's own system text is asked, see Options.teval_system.
+      system: how the record's own system text is asked, see BenchmarkOptions.teval_system.
 
     Raises:
       UserError: naming the file, and the record that is malformed.
