@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moi_jax.common.errors import run_command
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item
+from moi_jax.evaluation.protocol import Item, Response
 from moi_jax.evaluation.tasks import mbpp
 from moi_jax.evaluation.tasks.code_task import CodeTask
 from moi_jax.evaluation.tasks.humaneval import HumanEval
@@ -72,7 +72,7 @@ def main() -> None:
 
 def judge(task: CodeTask, kind: str, answers: list[tuple[Item, str]]) -> None:
     start = time.perf_counter()
-    answered = [(item, Answer((f"```python\n{code}\n```",))) for item, code in answers]
+    answered = [(item, Response((f"```python\n{code}\n```",))) for item, code in answers]
     scores = list(task.score(answered))
     passed = [
         item.id for (item, _), score in zip(answered, scores, strict=True) if score.failure is None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moi_jax.common.errors import run_command
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Json
+from moi_jax.evaluation.protocol import Item, Json, Response
 from moi_jax.evaluation.tasks.teval import TEval
 from moi_jax.evaluation.teval.scoring import Variant
 
@@ -54,7 +54,7 @@ def means(
 ) -> dict[str, tuple[float, int]]:
     """metric -> its mean and the number of items that have it."""
     values = defaultdict(list)
-    for score in task.score([(item, Answer((answer(item),), ("stop",))) for item in items]):
+    for score in task.score([(item, Response((answer(item),), ("stop",))) for item in items]):
         for metric, value in score.metrics.items():
             values[metric].append(value)
     return {metric: (sum(each) / len(each), len(each)) for metric, each in values.items()}

@@ -12,13 +12,13 @@ from moi_jax.checkpoints.items import find_step, parameters_fingerprint
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
 from moi_jax.common.errors import UserError
 from moi_jax.common.whole_files import check_writable
+from moi_jax.evaluation.benchmarks import results_so_far, run_benchmarks
 from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions
-from moi_jax.evaluation.prompts.benchmarks import run_under_prompts
-from moi_jax.evaluation.prompts.measure import measure_held_out
+from moi_jax.evaluation.prompt_matrix.benchmarks import run_under_prompts
+from moi_jax.evaluation.prompt_matrix.measure import measure_held_out
 from moi_jax.evaluation.protocol import Item, Task
 from moi_jax.evaluation.reports.report import write_report
 from moi_jax.evaluation.results import read_results
-from moi_jax.evaluation.runner import results_so_far, run_benchmarks
 from moi_jax.evaluation.tasks import open_task, task_names
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 _SHORTEST_ROW = 128
 
 # The width of a batch, and its rows of groups of one instruction.
-Rows = tuple[int, list[list[list[Placed]]]]
-MeasureRows = Callable[[Batch], RowSums]
+PlannedBatch = tuple[int, list[list[list[Placed]]]]
+SumRows = Callable[[Batch], RowSums]
 
 
 class HeldOut:
@@ -74,10 +74,10 @@ class HeldOut:
                 f"{len(default) - len(fitting)} held-out conversations are too long under the "
                 f"default prompt and left out there",
             )
-        self.own, self.default = self._in_rows(own), self._in_rows(fitting)
+        self.own, self.default = self._plan(own), self._plan(fitting)
 
     def losses(
-        self, row_sums: MeasureRows, should_stop: Callable[[], bool] = lambda: False
+        self, row_sums: SumRows, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
         """Token means in nats: eval/<domain>/loss, .../default_prompt/loss, and their means.
 
@@ -102,12 +102,12 @@ class HeldOut:
 
     def _token_means(
         self,
-        rows: list[Rows],
-        row_sums: Callable[[Batch], RowSums],
+        planned: list[PlannedBatch],
+        row_sums: SumRows,
         should_stop: Callable[[], bool],
     ) -> list[float] | None:
         nll, tokens = np.zeros((2, len(self.domains)), np.float64)
-        for (_, filled), batch in zip(rows, self.batches(rows), strict=True):
+        for (_, filled), batch in zip(planned, self.batches(planned), strict=True):
             if should_stop():
                 return None
             result = row_sums(batch)
@@ -119,12 +119,12 @@ class HeldOut:
             n / t if t else math.nan for n, t in zip(nll.tolist(), tokens.tolist(), strict=True)
         ]
 
-    def batches(self, rows: list[Rows]) -> Iterator[Batch]:
+    def batches(self, planned: list[PlannedBatch]) -> Iterator[Batch]:
         """The rows as numpy batches."""
-        for width, filled in rows:
+        for width, filled in planned:
             yield assemble(filled, width, self._pad_id, "instruction", self._targets)
 
-    def _in_rows(self, placed: list[Placed]) -> list[Rows]:
+    def _plan(self, placed: list[Placed]) -> list[PlannedBatch]:
         """One conversation a row, rows of like length together, the last batch filled up."""
         batches = batches_by_width(
             [len(item.instruction.tokens) for item in placed],

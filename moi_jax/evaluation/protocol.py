@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     """What the model made of an item.
 
     Attributes:
@@ -86,7 +87,7 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = 512
     stop_strings: ClassVar[tuple[str, ...]] = ()
     takes_shots: ClassVar[bool] = False
-    whole: ClassVar[tuple[int, ...]] = ()
+    published_sizes: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, options: BenchmarkOptions):
         """Raises UserError where options or the machine do not allow this task."""
@@ -106,7 +107,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
         """A score for each answer, in order; each is kept as soon as it is yielded."""
 
     @abstractmethod
@@ -128,6 +129,13 @@ class Task(ABC):
         """Lines that belong beside the score, such as how much of the benchmark the data is."""
         return []
 
-    def is_whole(self, items: Sequence[Item]) -> bool:
+    def is_complete(self, items: Sequence[Item]) -> bool:
         """Whether the items are all of the benchmark."""
-        return not self.whole or len(items) in self.whole
+        return not self.published_sizes or len(items) in self.published_sizes
+
+
+def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
+    """`limit` of the items, spread over all of them; all where there are no more."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[n * len(items) // limit] for n in range(limit)]

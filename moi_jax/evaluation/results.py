@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation import statistics
-from moi_jax.evaluation.protocol import Answer, Item, Score, Task
+from moi_jax.evaluation import bootstrap
+from moi_jax.evaluation.protocol import Item, Response, Score, Task
 from moi_jax.evaluation.tasks import TASKS
 
 Json = dict[str, Any]
-Scored = tuple[Item, Answer, Score]
+Scored = tuple[Item, Response, Score]
 
 # What a report reads of each task.
 TASK_KEYS = {
@@ -25,12 +25,12 @@ TASK_KEYS = {
 ENDS = {"length": "cut at its length", "too_long": "too long", "not_finite": "not finite"}
 
 
-def summarize(task: Task, scored: Sequence[Scored], skipped: int, whole: bool) -> Json:
+def summarize(task: Task, scored: Sequence[Scored], skipped: int, all_items: bool) -> Json:
     """The results of a task.
 
     Args:
       skipped: items left out as too long for the context.
-      whole: whether all items of the benchmark were asked for.
+      all_items: whether all items of the benchmark were asked for.
     """
     metrics, values = metric_values([score for _, _, score in scored])
     counts = dict(zip(metrics, np.sum(~np.isnan(values), axis=0).tolist(), strict=True))
@@ -39,13 +39,15 @@ def summarize(task: Task, scored: Sequence[Scored], skipped: int, whole: bool) -
     total = interval = None
     if weights and scored:
         row = 100 * np.array([weights.get(metric, 0.0) for metric in metrics])
-        total = statistics.score(values, row)
-        interval = statistics.interval(values, row)
+        total = bootstrap.score(values, row)
+        interval = bootstrap.interval(values, row)
     return {
         "score": total,
         "interval": interval,
         "items": len(scored),
-        "complete": bool(total is not None and whole and not skipped and task.is_whole(items)),
+        "complete": bool(
+            total is not None and all_items and not skipped and task.is_complete(items)
+        ),
         "weights": weights,
         "metrics": _metric_table(metrics, values),
         "groups": _groups(items, metrics, values),
@@ -68,9 +70,9 @@ def _metric_table(metrics: Sequence[str], values: np.ndarray) -> Json:
     for column, metric in enumerate(metrics):
         known = values[~np.isnan(values[:, column]), column, None]
         table[metric] = {
-            "mean": statistics.score(known, np.ones(1)),
+            "mean": bootstrap.score(known, np.ones(1)),
             "items": len(known),
-            "interval": statistics.interval(known, np.ones(1)),
+            "interval": bootstrap.interval(known, np.ones(1)),
         }
     return table
 
@@ -93,8 +95,8 @@ def _groups(items: Sequence[Item], metrics: Sequence[str], values: np.ndarray) -
 
 def _failures(scored: Sequence[Scored]) -> dict[str, int]:
     kinds: Counter[str] = Counter()
-    for _, answer, score in scored:
-        ends = {ENDS[finish] for finish in answer.finishes if finish in ENDS}
+    for _, response, score in scored:
+        ends = {ENDS[finish] for finish in response.finishes if finish in ENDS}
         # An answer that is missing for a known reason has no second one.
         if score.failure and not ends & {ENDS["too_long"], ENDS["not_finite"]}:
             ends.add(score.failure)
@@ -112,7 +114,7 @@ def _notes(
     notes = task.notes(items, scores)
     if skipped:
         notes.append(f"{skipped} items do not fit the context and were left out")
-    broken = [item.id for item, answer, _ in scored if "not_finite" in answer.finishes]
+    broken = [item.id for item, response, _ in scored if "not_finite" in response.finishes]
     if broken:
         notes.append(
             f"the model's logits are not finite for {len(broken)} items, the first {broken[0]}: "

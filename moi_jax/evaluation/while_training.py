@@ -11,12 +11,12 @@ from moi_jax import config
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.common.errors import UserError
 from moi_jax.data.dataset import Dataset
-from moi_jax.evaluation.answering import evenly_spaced
+from moi_jax.evaluation.benchmarks import run_task
 from moi_jax.evaluation.held_out import HeldOut
 from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import evenly_spaced
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.row_sums import make_row_sums
-from moi_jax.evaluation.runner import run_task
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.models.decoder import Bind
 from moi_jax.models.parameters import Tree
@@ -26,7 +26,7 @@ from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 from moi_jax.sampling.sample_answers import make_sample_answers
 
 # Those whose score needs the whole benchmark, or a judge.
-NO_SLICE = {"mt_bench", "teval"}
+NEEDS_ALL_ITEMS = {"mt_bench", "teval"}
 
 
 ShouldStop = Callable[[], bool]
@@ -108,7 +108,7 @@ def make_benchmark(
     Raises:
       UserError: a task is unknown, may not run here, or its data is missing or damaged.
     """
-    for name in NO_SLICE.intersection(settings.tasks):
+    for name in NEEDS_ALL_ITEMS.intersection(settings.tasks):
         raise UserError(
             f"eval.generate.tasks names {name}, which has no score of a few items; run it by "
             f"python -m moi_jax.evaluate"
@@ -125,7 +125,7 @@ def make_benchmark(
     def benchmark(parameters: Tree, should_stop: ShouldStop) -> dict[str, float]:
         def after_each() -> None:
             if should_stop():
-                raise GivenUp
+                raise StopRequested
 
         model = make_chat(parameters)
         scores: dict[str, float] = {}
@@ -134,14 +134,14 @@ def make_benchmark(
                 after_each()
                 log = AnswerLog(None, {})
                 scored, skipped = run_task(task, items, model, options, log, after_each)
-                summary = summarize(task, scored, skipped, whole=False)
+                summary = summarize(task, scored, skipped, all_items=False)
                 scores[f"eval/{task.name}/score"] = summary["score"]
-        except GivenUp:
+        except StopRequested:
             return {}
         return scores
 
     return benchmark
 
 
-class GivenUp(Exception):
+class StopRequested(Exception):
     """Raised where someone waits for the run to stop."""

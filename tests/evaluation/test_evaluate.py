@@ -11,16 +11,17 @@ import pytest
 from moi_jax import config
 from moi_jax.checkpoints.items import parameters_fingerprint
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced
+from moi_jax.evaluation.benchmarks import run_benchmarks
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Score, Task
+from moi_jax.evaluation.protocol import Item, Response, Score, Task, evenly_spaced
+from moi_jax.evaluation.responses import collect_responses
 from moi_jax.evaluation.results import overall, read_results, summarize
-from moi_jax.evaluation.runner import run_benchmarks
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.evaluation.while_training import make_benchmark
 from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import init_parameters
 from moi_jax.models.presets import preset
+from moi_jax.sampling.answer_log import AnswerLog
 from moi_jax.sampling.chat_model import make_chat_model
 from moi_jax.text.conversations import Message
 from moi_jax.text.tokenizer import load_tokenizer
@@ -35,16 +36,16 @@ class Echo(Task):
 
     name, files = "echo", "echo.jsonl"
     max_new_tokens = 8
-    whole = (3,)
+    published_sizes = (3,)
 
     def load(self) -> list[Item]:
         return [
             Item(str(n), (Message("user", f"Say {n}."),), n, group="ab"[n % 2]) for n in range(3)
         ]
 
-    def score(self, answered) -> Iterator[Score]:
-        for _, answer in answered:
-            right = len(answer.texts[0]) % 2 == 0
+    def score(self, responses) -> Iterator[Score]:
+        for _, response in responses:
+            right = len(response.texts[0]) % 2 == 0
             yield Score({"accuracy": float(right)}, None if right else "odd")
 
     def weights(self, counts):
@@ -128,7 +129,9 @@ def test_what_is_asked_is_what_task_item_and_options_say(chat, options, monkeypa
         asked.clear()
         chosen = BenchmarkOptions(data=options.data, out=options.out, **choices)
         with pytest.raises(KeyError):  # nothing is answered
-            answer_items(Echo(chosen), items, chat, chosen, AnswerLog(None, {}), lambda count: None)
+            collect_responses(
+                Echo(chosen), items, chat, chosen, AnswerLog(None, {}), lambda count: None
+            )
         return asked
 
     plain = list(requests())
@@ -252,11 +255,13 @@ def test_an_id_that_comes_twice_is_refused(tmp_path):
 def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
     item = Item("0", (Message("user", "Say 0."),), 0, follow_ups=("Again.", "And again."))
     log = AnswerLog(None, {})
-    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
+    ((_, response),) = collect_responses(
+        Echo(options), [item], chat, options, log, lambda count: None
+    )
     turns = [Message("user", "Say 0.")]
-    for text, question in zip(answer.texts, ("Again.", "And again.", ""), strict=True):
+    for text, question in zip(response.texts, ("Again.", "And again.", ""), strict=True):
         one = Item("x", tuple(turns), 0)
-        ((_, alone),) = answer_items(
+        ((_, alone),) = collect_responses(
             Echo(options), [one], chat, options, AnswerLog(None, {}), lambda count: None
         )
         assert alone.texts == (text,)
@@ -269,7 +274,7 @@ def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
 
     def texts(asked):
         log = AnswerLog(None, {})
-        answered = answer_items(Echo(options), asked, chat, options, log, lambda count: None)
+        answered = collect_responses(Echo(options), asked, chat, options, log, lambda count: None)
         return answered[0][1].texts
 
     first = texts(items)
@@ -280,11 +285,13 @@ def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
 def test_choices_are_weighed_and_nothing_is_written(chat, options):
     item = Item("0", (Message("user", "A or B?"),), "B", choices=("A", "B", "AA"))
     log = AnswerLog(None, {})
-    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
+    ((_, response),) = collect_responses(
+        Echo(options), [item], chat, options, log, lambda count: None
+    )
     prompt = chat.prompt(item.messages)
-    assert answer.texts == ()
+    assert response.texts == ()
     model = make_model(preset("tiny"))(chat.parameters)
-    for choice, found in zip(item.choices, answer.log_likelihoods, strict=True):
+    for choice, found in zip(item.choices, response.log_likelihoods, strict=True):
         ids = chat.tokenizer.encode(choice)
         logits = model(np.array([[*prompt, *ids]], np.int32))[0]
         logs = jax.nn.log_softmax(logits[len(prompt) - 1 : -1])
@@ -333,9 +340,9 @@ def test_evenly_spaced_items_cover_the_file():
 
 def test_the_interval_and_the_groups_are_of_the_items(options):
     items = [Item(str(n), (), 0, group="ab"[n % 2]) for n in range(100)]
-    scored = [(i, Answer(("",), ("stop",)), Score({"accuracy": float(n < 40)})) for n, i in
+    scored = [(i, Response(("",), ("stop",)), Score({"accuracy": float(n < 40)})) for n, i in
               enumerate(items)]  # fmt: skip
-    summary = summarize(Echo(options), scored, skipped=0, whole=True)
+    summary = summarize(Echo(options), scored, skipped=0, all_items=True)
     assert summary["score"] == 40.0
     low, high = summary["interval"]
     # The normal approximation's is 40 +- 9.6.
@@ -346,17 +353,17 @@ def test_the_interval_and_the_groups_are_of_the_items(options):
 
 
 def test_a_part_of_a_benchmark_is_not_complete(options):
-    scored = [(Item("0", (), 0), Answer(("",), ("stop",)), Score({"accuracy": 1.0}))] * 3
-    assert summarize(Echo(options), scored, skipped=0, whole=True)["complete"]
-    assert not summarize(Echo(options), scored, skipped=0, whole=False)["complete"]
-    assert not summarize(Echo(options), scored, skipped=1, whole=True)["complete"]
+    scored = [(Item("0", (), 0), Response(("",), ("stop",)), Score({"accuracy": 1.0}))] * 3
+    assert summarize(Echo(options), scored, skipped=0, all_items=True)["complete"]
+    assert not summarize(Echo(options), scored, skipped=0, all_items=False)["complete"]
+    assert not summarize(Echo(options), scored, skipped=1, all_items=True)["complete"]
 
 
 def test_an_answer_that_is_missing_for_a_known_reason_fails_once(options):
     wrong = Score({"accuracy": 0.0}, "no answer")
     ends = ("too_long", "not_finite", "length", "stop")
-    scored = [(Item(end, (), 0), Answer(("",), (end,)), wrong) for end in ends]
-    assert summarize(Echo(options), scored, skipped=0, whole=True)["failures"] == {
+    scored = [(Item(end, (), 0), Response(("",), (end,)), wrong) for end in ends]
+    assert summarize(Echo(options), scored, skipped=0, all_items=True)["failures"] == {
         "no answer": 2, "too long": 1, "not finite": 1, "cut at its length": 1,
     }  # fmt: skip
 

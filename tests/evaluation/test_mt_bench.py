@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer
+from moi_jax.evaluation.protocol import Response
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.tasks import make_task
-from moi_jax.evaluation.tasks.judge import TRIES, Judge, read_rating
+from moi_jax.evaluation.tasks.llm_judge import TRIES, Judge, read_rating
 
 from support.judge_endpoint import judge_endpoint
 
@@ -98,7 +98,7 @@ def evaluate(data, tmp_path, endpoint):
             )
         items = task.load()
         answers = [
-            Answer(tuple(answer.format(item.id, turn) for turn in (1, 2)), ("stop", "length"))
+            Response(tuple(answer.format(item.id, turn) for turn in (1, 2)), ("stop", "length"))
             for item in items
         ]
         return task, items, list(task.score(zip(items, answers, strict=True)))
@@ -107,9 +107,9 @@ def evaluate(data, tmp_path, endpoint):
 
 
 def summary(task, items, scores):
-    answer = Answer(finishes=("stop", "stop"))
+    answer = Response(finishes=("stop", "stop"))
     scored = [(item, answer, score) for item, score in zip(items, scores, strict=True)]
-    return summarize(task, scored, skipped=0, whole=True)
+    return summarize(task, scored, skipped=0, all_items=True)
 
 
 def judgments(tmp_path):
@@ -164,7 +164,7 @@ def test_a_misbehaving_endpoint_gives_the_arithmetic_by_hand(evaluate, endpoint,
     assert results["score"] == pytest.approx(80.5 / 15 * 10)
     assert results["groups"]["roleplay"] == {"items": 1, "rating_1": 7.5, "rating_2": 4.0}
     assert results["failures"] == {"no rating": 1}
-    assert not task.is_whole(items * 10)
+    assert not task.is_complete(items * 10)
     assert scores[0].details == {"judgments": ["Good. Rating: [[8]]", "no rating, ever"]}
     assert "partial: 1 of 16 ratings" in task.notes(items, scores)[1]
     assert "questions 81)" in task.notes(items, scores)[1]
@@ -180,8 +180,8 @@ def test_a_misbehaving_endpoint_gives_the_arithmetic_by_hand(evaluate, endpoint,
 
 def test_the_judge_sees_the_prompt_of_category_and_turn(evaluate, endpoint):
     task, items, _ = evaluate()
-    assert task.is_whole(items * 10)
-    assert not task.is_whole(items)
+    assert task.is_complete(items * 10)
+    assert not task.is_complete(items)
     request = endpoint.asked["114.1"][0]
     assert request == {
         "path": "/v1/chat/completions",
@@ -252,11 +252,11 @@ def test_only_what_changed_is_asked_again(evaluate, endpoint, data):
 def test_a_killed_run_asks_only_the_rest(evaluate, endpoint, tmp_path):
     endpoint.plans = {"121.1": ["silent"]}  # the 5th of 16
     program = f"""
-from moi_jax.evaluation.tasks.judge import Case, Judge
+from moi_jax.evaluation.tasks.llm_judge import JudgeRequest, Judge
 from pathlib import Path
-cases = [Case(n, 1, "single-v1", "Help.", f"answer {{n}}.1") for n in range(119, 127)]
+requests = [JudgeRequest(n, 1, "single-v1", "Help.", f"answer {{n}}.1") for n in range(119, 127)]
 judge = Judge("org/judge", {endpoint.url!r}, workers=1)
-list(judge.rate(cases, "moi-7b", Path({str(judgments(tmp_path))!r})))
+list(judge.rate(requests, "moi-7b", Path({str(judgments(tmp_path))!r})))
 """
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ})
     try:
@@ -346,7 +346,7 @@ def test_a_turn_that_was_never_reached_is_judged_as_empty(data, tmp_path, endpoi
     )
     task = make_task("mt_bench", options)
     item = task.load()[1]
-    [score] = task.score([(item, Answer(("answer 91.1",), ("length", "too_long")))])
+    [score] = task.score([(item, Response(("answer 91.1",), ("length", "too_long")))])
     assert score.metrics == {"rating_1": 5.0, "rating_2": 5.0}
     prompts = {request["messages"][1]["content"] for request in endpoint.asked["91.1"]}
     assert "Be a cat.\nanswer 91.1\nNow a dog.\n" in prompts

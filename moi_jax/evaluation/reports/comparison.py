@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation import statistics
+from moi_jax.evaluation import bootstrap
 from moi_jax.evaluation.results import read_results
 from moi_jax.evaluation.tasks import TASKS
 
@@ -146,7 +146,7 @@ def gap(before: Json, now: Json, old: Samples, new: Samples) -> Gap | None:
         )
         for samples in (old, new)
     )
-    found = statistics.difference(a, b, 100 * np.array(list(weights.values())))
+    found = bootstrap.difference(a, b, 100 * np.array(list(weights.values())))
     return None if np.isnan(found).any() else found
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.evaluation.sandbox.backends import Limits, environment, read_only
+from moi_jax.evaluation.sandbox.execution import Program, Verdict
 from moi_jax.evaluation.sandbox.inside.namespaces import FILES
-from moi_jax.evaluation.sandbox.judge import Program, Verdict
 
 # Functions that are true where their limit held. What oversteps one is undone.
 _CODE = """
@@ -108,11 +108,11 @@ def cpu():
 """
 
 
-def unenforced(judge: Callable[[Limits, Program], Verdict], limits: Limits) -> str | None:
+def unenforced(execute: Callable[[Limits, Program], Verdict], limits: Limits) -> str | None:
     """The first limit that does not hold; None where all do.
 
     Args:
-      judge: runs a program within limits.
+      execute: runs a program within limits.
     """
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -138,12 +138,12 @@ def unenforced(judge: Callable[[Limits, Program], Verdict], limits: Limits) -> s
             f"assert held({name}, *{args!r}), {what!r}" for what, (name, *args) in attempts.items()
         )
         names = ("held", *(name for name, *_ in attempts.values()))
-        verdict = judge(limits, Program(_CODE, names, tests))
+        verdict = execute(limits, Program(_CODE, names, tests))
     if not verdict.passed:
         # The assertion's message names it.
         return verdict.error.removeprefix("AssertionError: ").split(" in: ")[0]
     # A busy machine may take long over a second of its time.
-    verdict = judge(replace(limits, cpu=1, wall=120.0), Program(_CODE, ("cpu",), ("cpu()",)))
+    verdict = execute(replace(limits, cpu=1, wall=120.0), Program(_CODE, ("cpu",), ("cpu()",)))
     if verdict != Verdict("timeout", "out of processor time"):
         return f"processor time ({verdict.error})"
     return None

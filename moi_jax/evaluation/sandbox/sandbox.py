@@ -9,7 +9,7 @@ from typing import Literal
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.sandbox.backends import Backend, Limits, candidates
-from moi_jax.evaluation.sandbox.judge import Program, Verdict, judge
+from moi_jax.evaluation.sandbox.execution import Program, Verdict, execute
 from moi_jax.evaluation.sandbox.probe import unenforced
 
 WEAK = (
@@ -43,7 +43,7 @@ class Sandbox:
 
     def run(self, program: Program) -> Verdict:
         """Raises UserError where the sandbox itself does not start."""
-        return judge(self.backend, self.limits, program)
+        return execute(self.backend, self.limits, program)
 
     def run_all(self, programs: Iterable[Program]) -> Iterator[Verdict]:
         """The verdicts in order. Programs are taken only as they are about to run."""
@@ -70,7 +70,7 @@ def strict_backend(limits: Limits) -> Backend:
     failures = []
     for backend in candidates():
         try:
-            failure = unenforced(partial(judge, backend), limits)
+            failure = unenforced(partial(execute, backend), limits)
         except UserError as error:
             failure = str(error)
         if failure is None:

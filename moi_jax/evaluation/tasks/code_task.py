@@ -9,8 +9,8 @@ from math import comb
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
-from moi_jax.evaluation.sandbox.judge import Program, Verdict
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.sandbox.execution import Program, Verdict
 from moi_jax.evaluation.sandbox.sandbox import WEAK, Sandbox
 
 log = logging.getLogger(__name__)
@@ -41,13 +41,13 @@ class CodeTask(Task):
     def program(self, item: Item, answer: str) -> Program:
         """What an answer is judged by; code that is blank is no program."""
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
         started: deque[list[Program]] = deque()
 
         def programs() -> Iterator[Program]:
-            for item, answer in answered:
+            for item, response in responses:
                 # An answer that is missing fails as an empty one does.
-                started.append([self.program(item, text) for text in answer.texts or ("",)])
+                started.append([self.program(item, text) for text in response.texts or ("",)])
                 yield from started[-1]
 
         verdicts = self.sandbox.run_all(programs())

@@ -8,9 +8,9 @@ from statistics import fmean
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.tasks.data_files import json_rows, malformed, missing
 from moi_jax.evaluation.tasks.math_equivalence import Equivalence
-from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
@@ -37,7 +37,7 @@ class CompetitionMath(Task):
         "math/test/SUBJECT/N.json (the whole MATH, from github.com/hendrycks/math)"
     )
     max_new_tokens = 1024
-    whole = (500, 5000)
+    published_sizes = (500, 5000)
 
     def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
@@ -62,10 +62,10 @@ class CompetitionMath(Task):
             raise missing(self, self._lines)
         return items
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
         with Equivalence() as equivalence:
-            for item, answer in answered:
-                found = [final_answer(text) for text in answer.texts]
+            for item, response in responses:
+                found = [final_answer(text) for text in response.texts]
                 equal = [_equal(item.gold["answer"], text, equivalence) for text in found]
                 failure = "timeout" if None in equal else None
                 if not any(found):

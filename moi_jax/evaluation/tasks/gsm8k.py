@@ -7,8 +7,8 @@ from statistics import fmean
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
-from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.tasks.data_files import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -61,7 +61,7 @@ class GSM8K(Task):
         "own gsm8k/train.jsonl as well"
     )
     takes_shots = True
-    whole = (1319,)
+    published_sizes = (1319,)
 
     def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
@@ -99,9 +99,9 @@ class GSM8K(Task):
             for question, steps, number in examples[: self.shots]
         ]
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
-        for item, answer in answered:
-            found = [last_number(text) for text in answer.texts]
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
+        for item, response in responses:
+            found = [last_number(text) for text in response.texts]
             right = [
                 number is not None and abs(float(number) - float(item.gold)) <= TOLERANCE
                 for number in found

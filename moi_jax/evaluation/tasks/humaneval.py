@@ -4,10 +4,10 @@ import ast
 import re
 
 from moi_jax.evaluation.protocol import Item
-from moi_jax.evaluation.sandbox.judge import Program
-from moi_jax.evaluation.tasks.code_answers import complete, defines, extract
+from moi_jax.evaluation.sandbox.execution import Program
+from moi_jax.evaluation.tasks.code_extraction import complete, defines, extract
 from moi_jax.evaluation.tasks.code_task import CodeTask
-from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.evaluation.tasks.data_files import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 QUOTED = re.compile(r"(\"\"\"|''')(.*?)\1", re.DOTALL)
@@ -25,7 +25,7 @@ class HumanEval(CodeTask):
 
     name = "humaneval"
     files = "humaneval/HumanEval.jsonl.gz (or HumanEval.jsonl) from github.com/openai/human-eval"
-    whole = (164,)
+    published_sizes = (164,)
 
     def load(self) -> list[Item]:
         directory = self.options.data / "humaneval"

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json
-from moi_jax.evaluation.sandbox.judge import Program
-from moi_jax.evaluation.tasks.code_answers import extract
+from moi_jax.evaluation.sandbox.execution import Program
+from moi_jax.evaluation.tasks.code_extraction import extract
 from moi_jax.evaluation.tasks.code_task import CodeTask
-from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.evaluation.tasks.data_files import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 EVALUATED = range(11, 511)
@@ -28,7 +28,7 @@ class MBPP(CodeTask):
         "mbpp/sanitized-mbpp.json, which is taken where the other is not)"
     )
     takes_shots = True
-    whole = (500, 257)
+    published_sizes = (500, 257)
 
     def __init__(self, options: BenchmarkOptions):
         super().__init__(options)

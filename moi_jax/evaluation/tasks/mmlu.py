@@ -9,9 +9,9 @@ import numpy as np
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.tasks.data_files import csv_rows, malformed, missing
 from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
-from moi_jax.evaluation.tasks.rows import csv_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 SUBJECTS = 57
@@ -52,7 +52,7 @@ class MMLU(Task):
         "github.com/hendrycks/test"
     )
     takes_shots = True
-    whole = (14042,)
+    published_sizes = (14042,)
 
     def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
@@ -71,7 +71,7 @@ class MMLU(Task):
             examples = self._examples(subject)
             choices = tuple(LETTERS) if self.options.mmlu_method == "likelihood" else ()
             for number, question in enumerate(read_questions(path), 1):
-                messages = (*examples, Message("user", ask(question)))
+                messages = (*examples, Message("user", format_question(question)))
                 gold = {"letter": question.letter, "choices": list(question.choices)}
                 name = f"{subject}/{number}"
                 items.append(Item(name, messages, gold, group=subject, choices=choices))
@@ -92,15 +92,18 @@ class MMLU(Task):
             )
         turns = []
         for question in questions[: self.shots]:
-            turns += [Message("user", ask(question)), Message("assistant", question.letter)]
+            turns += [
+                Message("user", format_question(question)),
+                Message("assistant", question.letter),
+            ]
         return turns
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
-        for item, answer in answered:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
+        for item, response in responses:
             if item.choices:
-                letters = [_likeliest(answer.log_likelihoods)]
+                letters = [_likeliest(response.log_likelihoods)]
             else:
-                letters = [find_letter(text, item.gold["choices"]) for text in answer.texts]
+                letters = [find_letter(text, item.gold["choices"]) for text in response.texts]
             failure = None if any(letters) else "no answer"
             right = fmean(letter == item.gold["letter"] for letter in letters)
             yield Score({"accuracy": right}, failure, {"extracted": letters})
@@ -116,7 +119,7 @@ class MMLU(Task):
         return [f"{subjects} of {SUBJECTS} subjects"] if subjects < SUBJECTS else []
 
 
-def ask(question: Question) -> str:
+def format_question(question: Question) -> str:
     """The user's text for a question; it ends in a newline, as upstream's."""
     choices = (
         f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)

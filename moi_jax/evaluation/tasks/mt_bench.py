@@ -14,9 +14,9 @@ from typing import Any
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.whole_files import write_whole
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
-from moi_jax.evaluation.tasks.judge import MISSING, TRIES, Case, make_judge
-from moi_jax.evaluation.tasks.rows import json_rows, missing
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.tasks.data_files import json_rows, missing
+from moi_jax.evaluation.tasks.llm_judge import MISSING, TRIES, JudgeRequest, make_judge
 from moi_jax.text.conversations import Message
 
 QUESTIONS = 80
@@ -48,7 +48,7 @@ class MTBench(Task):
         "from lm-sys/FastChat, fastchat/llm_judge/data"
     )
     max_new_tokens = 1024
-    whole = (QUESTIONS,)
+    published_sizes = (QUESTIONS,)
 
     def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
@@ -96,21 +96,23 @@ class MTBench(Task):
             )
         return items
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
         """Writes all answers, then yields the scores as the judge's ratings arrive.
 
         Raises:
           UserError: see `Judge.rate`.
         """
-        pairs = [(item, _two_turns(answer)) for item, answer in answered]
+        pairs = [(item, _two_turns(response)) for item, response in responses]
         self._write_answers(pairs)
         self._versions, self._missing = set(), 0
         if self.judge is None:
             yield from (Score({}) for _ in pairs)
             return
-        cases = [self._case(item, turns, turn) for item, turns in pairs for turn in PROMPTS]
+        requests = [
+            self._judge_request(item, turns, turn) for item, turns in pairs for turn in PROMPTS
+        ]
         file = self.judge.model.replace("/", "_") + "_single.jsonl"
-        records = self.judge.rate(cases, self._model, self._out / "model_judgment" / file)
+        records = self.judge.rate(requests, self._model, self._out / "model_judgment" / file)
         for both in zip(records, records, strict=True):  # the two turns of an item
             self._versions.update(record["judge_version"] for record in both)
             ratings = {
@@ -162,21 +164,23 @@ class MTBench(Task):
             )
         return notes
 
-    def is_whole(self, items: Sequence[Item]) -> bool:
+    def is_complete(self, items: Sequence[Item]) -> bool:
         """All questions, and none of their ratings is missing."""
-        return super().is_whole(items) and not self._missing
+        return super().is_complete(items) and not self._missing
 
     @property
     def _model(self) -> str:
         """What the files call the model: results in another directory are another model's."""
         return self.options.out.resolve().name
 
-    def _case(self, item: Item, answers: Sequence[str], turn: int) -> Case:
+    def _judge_request(self, item: Item, answers: Sequence[str], turn: int) -> JudgeRequest:
         reference = item.gold["reference"]
         prompt = self._prompts[PROMPTS[turn][reference is not None]]
         fields = _fields((item.messages[-1].content, *item.follow_ups), answers, reference)
         user = prompt["prompt_template"].format(**fields)
-        return Case(item.gold["question_id"], turn, prompt["name"], prompt["system_prompt"], user)
+        return JudgeRequest(
+            item.gold["question_id"], turn, prompt["name"], prompt["system_prompt"], user
+        )
 
     def _write_answers(self, pairs: Sequence[tuple[Item, tuple[str, str]]]) -> None:
         """FastChat's files beside the judgments: questions, references, the model's answers."""
@@ -239,9 +243,9 @@ class MTBench(Task):
         return json_rows(path)
 
 
-def _two_turns(answer: Answer) -> tuple[str, str]:
+def _two_turns(response: Response) -> tuple[str, str]:
     """A turn that was never reached, as after one too long for the context, is judged as empty."""
-    first, second, *_ = *answer.texts, "", ""
+    first, second, *_ = *response.texts, "", ""
     return first, second
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
 from moi_jax.evaluation.teval.embedder import UPSTREAM, Embedder, Similarity, load_embedder
 from moi_jax.evaluation.teval.records import SubtaskFile, find_files, load_file
-from moi_jax.evaluation.teval.scoring import BY_EMBEDDING, COUNTED, Variant, score_answer
+from moi_jax.evaluation.teval.scoring import NEED_EMBEDDER, SUBTASK_METRICS, Variant, score_answer
 
 METRIC_VERSION = "v2"  # v1 compared the arguments of understand by embeddings
 PUBLISHED = (
@@ -18,7 +18,7 @@ PUBLISHED = (
     "understand_str", "reason_retrieve_understand_json", "review_str",
 )  # fmt: skip
 # Records by the paper; what its other subtasks have differs between the releases of the data.
-LEAST = {"plan_json": 553, "plan_str": 553, "review_str": 487}
+PUBLISHED_RECORDS = {"plan_json": 553, "plan_str": 553, "review_str": 487}
 
 
 class TEval(Task):
@@ -52,7 +52,7 @@ class TEval(Task):
             item for file in self._files for item in load_file(file, self.options.teval_system)
         ]
         self._records = Counter(item.group for item in items)
-        needed = any(subtask in file.tasks for file in self._files for subtask in BY_EMBEDDING)
+        needed = any(subtask in file.tasks for file in self._files for subtask in NEED_EMBEDDER)
         if needed and self._similarity is None:
             self._find_embedder()
         return items
@@ -69,14 +69,14 @@ class TEval(Task):
                 raise
             self._no_embedder = str(error)
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
-        for item, answer in answered:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
+        for item, response in responses:
             variant = Variant.of(item.group)
             scores = [
                 score_answer(
                     variant, text, item.gold, self._similarity, compat=self.options.teval_compat
                 )
-                for text in answer.texts
+                for text in response.texts
             ]
             yield _mean(scores)
 
@@ -84,16 +84,16 @@ class TEval(Task):
         languages = {Variant.of(metric.split("/")[0]).language for metric in counts}
         language = min(languages, default="")
         weights = {}
-        for subtask, metrics in COUNTED.items():
+        for subtask, metrics in SUBTASK_METRICS.items():
             variants = [Variant(subtask, form, language) for form in ("json", "str")]
             names = [variant.metric(subtask, metric) for variant in variants for metric in metrics]
             measured = [name for name in names if counts.get(name)]
             if not measured:
                 return None
-            weights.update({name: 1 / len(COUNTED) / len(measured) for name in measured})
+            weights.update({name: 1 / len(SUBTASK_METRICS) / len(measured) for name in measured})
         return weights
 
-    def is_whole(self, items: Sequence[Item]) -> bool:
+    def is_complete(self, items: Sequence[Item]) -> bool:
         """Whether every published variant is there, in one language, and none is known to be cut.
 
         Only of plan and review it is known how many records they have: a file of another subtask
@@ -101,7 +101,10 @@ class TEval(Task):
         """
         counts = Counter(item.group for item in items)
         return any(
-            all(counts[variant + language] >= LEAST.get(variant, 1) for variant in PUBLISHED)
+            all(
+                counts[variant + language] >= PUBLISHED_RECORDS.get(variant, 1)
+                for variant in PUBLISHED
+            )
             for language in ("", "_zh")
         )
 
@@ -122,15 +125,15 @@ class TEval(Task):
         notes = [f"T-Eval data {self._data_version()}, scored by the rules of {METRIC_VERSION}"]
         asked = {subtask for item in items for subtask in Variant.of(item.group).subtasks}
         there = {subtask for name in self._records for subtask in Variant.of(name).subtasks}
-        missing = [subtask for subtask in COUNTED if subtask not in there]
-        left_out = [subtask for subtask in COUNTED if subtask in there - asked]
-        unscored = [subtask for subtask in BY_EMBEDDING if subtask in asked]
+        missing = [subtask for subtask in SUBTASK_METRICS if subtask not in there]
+        left_out = [subtask for subtask in SUBTASK_METRICS if subtask in there - asked]
+        unscored = [subtask for subtask in NEED_EMBEDDER if subtask in asked]
         if missing:
             notes.append(f"not measured, for want of data: {', '.join(missing)}")
         if left_out:
             notes.append(f"not measured, as none of their items were asked: {', '.join(left_out)}")
         for name, count in self._records.items():
-            least = LEAST.get(name.removesuffix("_zh"), 0)
+            least = PUBLISHED_RECORDS.get(name.removesuffix("_zh"), 0)
             if count < least:
                 notes.append(f"{name}: {count} of at least {least} records")
         if unscored and self._similarity is None:

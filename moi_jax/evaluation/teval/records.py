@@ -9,7 +9,7 @@ from typing import Any
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.protocol import Item
-from moi_jax.evaluation.tasks.rows import check_texts
+from moi_jax.evaluation.tasks.data_files import check_texts
 from moi_jax.evaluation.teval.parsing import load_lenient
 from moi_jax.evaluation.teval.plan import FINISH
 from moi_jax.evaluation.teval.scoring import LETTERS, Variant, read_plan

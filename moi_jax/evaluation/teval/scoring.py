@@ -14,7 +14,7 @@ Json = dict[str, Any]
 Reading = tuple[dict[str, float], bool, Any]
 
 # The metrics of each subtask that its part of the score is the mean of.
-COUNTED = {
+SUBTASK_METRICS = {
     "instruct": ("format", "args"),
     "plan": ("f1",),
     "reason": ("thought",),
@@ -22,7 +22,7 @@ COUNTED = {
     "understand": ("args",),
     "review": ("answer",),
 }
-BY_EMBEDDING = ("plan", "reason")
+NEED_EMBEDDER = ("plan", "reason")
 LETTERS = ("A", "B", "C", "D", "E")
 
 

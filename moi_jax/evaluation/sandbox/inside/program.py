@@ -6,7 +6,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from moi_jax.evaluation.sandbox.inside import wire
+from moi_jax.evaluation.sandbox.inside import rpc
 
 LONGEST_ERROR = 500
 
@@ -28,11 +28,11 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
 
     def reply(work: Any) -> None:
         try:
-            frame = wire.pack((None, work()), handle_of)
+            frame = rpc.pack((None, work()), handle_of)
         except BaseException as error:
             kind = "syntax error" if isinstance(error, _NoProgram) else "error"
-            frame = wire.pack((kind, describe(error)), handle_of)
-        wire.send(replies, frame)
+            frame = rpc.pack((kind, describe(error)), handle_of)
+        rpc.send(replies, frame)
 
     def start() -> dict[str, Any]:
         # Not "__main__": a main guard usually holds a demonstration.
@@ -48,7 +48,7 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
 
     reply(start)
     while True:
-        what, target, *rest = wire.unpack(wire.receive(requests), objects.__getitem__)
+        what, target, *rest = rpc.unpack(rpc.receive(requests), objects.__getitem__)
         reply(lambda what=what, target=target, rest=rest: _do(what, target, *rest))
 
 

@@ -12,12 +12,12 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from moi_jax.evaluation.sandbox.inside import confine, namespaces, program, wire
+from moi_jax.evaluation.sandbox.inside import confine, namespaces, program, rpc
 
 
 def main(backend: str) -> None:
     """Reads set-up, program and tests from standard input; writes "ready" and a verdict."""
-    setup = json.loads(wire.receive(0))
+    setup = json.loads(rpc.receive(0))
     if backend == "namespaces":
         namespaces.enter(setup["read_only"], setup["limits"])
     elif backend == "bubblewrap":
@@ -25,7 +25,7 @@ def main(backend: str) -> None:
         os.chdir(namespaces.DIRECTORY)
     confine.confine(setup["limits"], strict=backend != "weak")
     os.write(1, b"ready\n")
-    verdict = run(json.loads(wire.receive(0)))
+    verdict = run(json.loads(rpc.receive(0)))
     os.write(1, json.dumps(verdict).encode())
 
 
@@ -48,10 +48,10 @@ def run(asked: dict[str, Any]) -> dict[str, str]:
             os._exit(1)
     os.close(requests_out)
     os.close(replies_in)
-    tests = json.loads(wire.receive(0))
+    tests = json.loads(rpc.receive(0))
     try:
         _test(_Link(requests_in, replies_out), asked["names"], tests["trusted"], tests["tests"])
-    except wire.Closed:
+    except rpc.Closed:
         return _end_of(child)
     except ProgramError as error:
         return {"failure": error.kind, "error": str(error)}
@@ -77,12 +77,12 @@ class _Link:
         self._requests, self._replies = requests, replies
 
     def ask(self, *request: Any) -> Any:
-        wire.send(self._requests, wire.pack(request, _handle_of))
+        rpc.send(self._requests, rpc.pack(request, _handle_of))
         return self.reply()
 
     def reply(self) -> Any:
-        frame = wire.receive(self._replies)
-        kind, value = wire.unpack(frame, lambda handle: wire.Remote(self.ask, handle))
+        frame = rpc.receive(self._replies)
+        kind, value = rpc.unpack(frame, lambda handle: rpc.Remote(self.ask, handle))
         if kind is None:
             return value
         # The program may have written this frame itself.
@@ -91,7 +91,7 @@ class _Link:
 
 
 def _handle_of(obj: Any) -> int:
-    if type(obj) is not wire.Remote:
+    if type(obj) is not rpc.Remote:
         raise TypeError(f"a test gives the program a {type(obj).__name__}, which is no plain value")
     return object.__getattribute__(obj, "_handle")
 

@@ -16,9 +16,9 @@ from typing import Any
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
 from moi_jax.common.whole_files import write_whole
-from moi_jax.evaluation.answering import answer_items, evenly_spaced, places
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Item, Task
+from moi_jax.evaluation.protocol import Item, Task, evenly_spaced
+from moi_jax.evaluation.responses import collect_responses, log_places
 from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
 from moi_jax.sampling.answer_log import AnswerLog, json_line
 from moi_jax.sampling.chat_model import ChatModel
@@ -43,22 +43,26 @@ def run_task(
       after_each: called after every answer and score; what it raises ends the task.
     """
 
-    def counted(advance: Callable[[int], None], count: int) -> None:
-        advance(count)
+    def report(on_progress: Callable[[int], None], count: int) -> None:
+        on_progress(count)
         after_each()
 
-    total = sum(len(places(item, options)) for item in items)
-    with count_bar(f"{task.name}: answers", total) as advance:
-        answered = answer_items(task, items, model, options, log, partial(counted, advance))
-    kept = answered
+    total = sum(len(log_places(item, options)) for item in items)
+    with count_bar(f"{task.name}: answers", total) as on_progress:
+        responses = collect_responses(
+            task, items, model, options, log, partial(report, on_progress)
+        )
+    kept = responses
     if options.too_long == "skip":
-        kept = [(item, answer) for item, answer in answered if "too_long" not in answer.finishes]
+        kept = [
+            (item, response) for item, response in responses if "too_long" not in response.finishes
+        ]
     scored: list[Scored] = []
-    with count_bar(f"{task.name}: scores", len(kept)) as advance:
-        for (item, answer), score in zip(kept, task.score(kept), strict=True):
-            scored.append((item, answer, score))
-            counted(advance, 1)
-    return scored, len(answered) - len(kept)
+    with count_bar(f"{task.name}: scores", len(kept)) as on_progress:
+        for (item, response), score in zip(kept, task.score(kept), strict=True):
+            scored.append((item, response, score))
+            report(on_progress, 1)
+    return scored, len(responses) - len(kept)
 
 
 def run_benchmarks(
@@ -90,7 +94,7 @@ def run_benchmarks(
         for (task, items), log in zip(tasks, logs, strict=True):
             asked = evenly_spaced(items, options.limit)
             scored, skipped = run_task(task, asked, model, options, log)
-            summary = summarize(task, scored, skipped, whole=options.limit is None)
+            summary = summarize(task, scored, skipped, all_items=options.limit is None)
             summary["settings"] = {
                 **_settings(task, model, options),
                 "limit": options.limit,
@@ -153,7 +157,7 @@ def _difference(before: Json, now: Json) -> str:
 
 def _samples(scored: Sequence[Scored]) -> str:
     lines = []
-    for item, answer, score in scored:
+    for item, response, score in scored:
         line = {
             "id": item.id,
             "group": item.group,
@@ -161,9 +165,9 @@ def _samples(scored: Sequence[Scored]) -> str:
                 {"role": message.role, "content": message.content} for message in item.messages
             ],
             "follow_ups": list(item.follow_ups),
-            "answers": list(answer.texts),
-            "finishes": list(answer.finishes),
-            "log_likelihoods": list(answer.log_likelihoods),
+            "answers": list(response.texts),
+            "finishes": list(response.finishes),
+            "log_likelihoods": list(response.log_likelihoods),
             "gold": item.gold,
             **asdict(score),
         }

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moi_jax.evaluation.benchmarks import run_benchmarks
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.prompts.crossing import single_prompts
+from moi_jax.evaluation.prompt_matrix.prompts import distinct_prompts
 from moi_jax.evaluation.protocol import Item, Task
 from moi_jax.evaluation.reports.report import write_report
-from moi_jax.evaluation.runner import run_benchmarks
 from moi_jax.evaluation.tasks import make_task
 from moi_jax.sampling.chat_model import ChatModel
 
@@ -37,7 +37,7 @@ def run_under_prompts(
       The path of the report.
     """
     directories = []
-    for name, prompt in single_prompts(prompts, model.tokenizer).items():
+    for name, prompt in distinct_prompts(prompts, model.tokenizer).items():
         log.info(f"{name}: {'no system block' if prompt is None else prompt}")
         own_options = dataclasses.replace(
             options, out=options.out / "prompts" / name.replace(" ", "_")

@@ -21,15 +21,15 @@ from moi_jax.config import Config, TokenizerConfig
 from moi_jax.config.load import make_config
 from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.evaluation.options import HeldOutOptions
-from moi_jax.evaluation.prompts.crossing import (
+from moi_jax.evaluation.prompt_matrix.gaps import INTERVAL, summarize
+from moi_jax.evaluation.prompt_matrix.matrix import ItemSums, PromptMatrix
+from moi_jax.evaluation.prompt_matrix.prompts import (
     PARAPHRASE,
-    Crossed,
-    crossed_prompts,
+    PromptTable,
+    make_prompt_table,
     token_count,
 )
-from moi_jax.evaluation.prompts.gaps import INTERVAL, summarize
-from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
-from moi_jax.evaluation.prompts.matrix_report import draw_matrix, item_lines, print_matrix
+from moi_jax.evaluation.prompt_matrix.report import draw_matrix, item_lines, print_matrix
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.models.parameters import Tree, random_parameters
 from moi_jax.parallel.placing import batch_shards
@@ -67,8 +67,8 @@ def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path)
         )
     untrained = _untrained(opened, began, options.untrained)
     dataset = _open_dataset(opened, config)
-    crossed = _cross(dataset, options.paraphrases)
-    matrix = _make_matrix(opened, dataset, crossed, options)
+    table = _prompt_table(dataset, options.paraphrases)
+    matrix = _make_matrix(opened, dataset, table, options)
     models = {TRAINED: opened.parameters}
     if untrained:
         models[UNTRAINED] = untrained[1]
@@ -77,7 +77,7 @@ def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path)
         "checkpoint": str(opened.step),
         "parameters": parameters,
         "untrained": untrained[0] if untrained else None,
-        **_results(matrix, dataset, crossed, sums),
+        **_results(matrix, dataset, table, sums),
         "settings": _settings(opened, dataset, options),
     }
     print_matrix(results)
@@ -149,21 +149,21 @@ def _untrained(
     return str(source), read_parameters(source, opened.config, opened.dtype, opened.mesh)
 
 
-def _cross(dataset: Dataset, paraphrases: Mapping[str, str]) -> Crossed:
+def _prompt_table(dataset: Dataset, paraphrases: Mapping[str, str]) -> PromptTable:
     data = dataset.config.data
     own = {domain.name: resolve_prompt(data, domain) for domain in data.domains}
-    crossed = crossed_prompts(own, data.default_system_prompt, dataset.tokenizer, paraphrases)
-    for name, prompts in crossed.items():
+    table = make_prompt_table(own, data.default_system_prompt, dataset.tokenizer, paraphrases)
+    for name, prompts in table.items():
         if own[name] is not None and PARAPHRASE not in prompts:
             log.info(
                 f"no paraphrase of the prompt of {name} is known, and none is measured; give one "
                 f"by --paraphrase {name}=TEXT",
             )
-    return crossed
+    return table
 
 
 def _make_matrix(
-    opened: OpenCheckpoint, dataset: Dataset, crossed: Crossed, options: HeldOutOptions
+    opened: OpenCheckpoint, dataset: Dataset, table: PromptTable, options: HeldOutOptions
 ) -> PromptMatrix:
     return PromptMatrix(
         dataset.caches,
@@ -171,7 +171,7 @@ def _make_matrix(
         dataset.config.data,
         dataset.config.loss.targets,
         dataset.tokenizer,
-        crossed,
+        table,
         options.rows,
         batch_shards(opened.mesh),
         options.limit,
@@ -184,18 +184,18 @@ def _measure(
     row_sums = make_row_sums(opened.bind, opened.mesh)
     measured = {}
     for name, parameters in models.items():
-        with count_bar(f"held-out, {name}", matrix.rows) as advance:
-            measured[name] = matrix.measure(partial(row_sums, parameters), advance)
+        with count_bar(f"held-out, {name}", matrix.rows) as on_progress:
+            measured[name] = matrix.measure(partial(row_sums, parameters), on_progress)
     return measured
 
 
 def _results(
-    matrix: PromptMatrix, dataset: Dataset, crossed: Crossed, sums: dict[str, ItemSums]
+    matrix: PromptMatrix, dataset: Dataset, table: PromptTable, sums: dict[str, ItemSums]
 ) -> Json:
 
     domain_of = np.array([item.domain for item in matrix.items], np.int64)
     domains = {}
-    for domain, (name, prompts) in enumerate(crossed.items()):
+    for domain, (name, prompts) in enumerate(table.items()):
         domains[name] = {
             "items": int(np.sum(domain_of == domain)),
             "too_long": matrix.too_long[name],
@@ -206,7 +206,7 @@ def _results(
             },
         }
     models = {
-        name: summarize(of_model, domain_of, list(crossed), matrix.columns)
+        name: summarize(of_model, domain_of, list(table), matrix.columns)
         for name, of_model in sums.items()
     }
     return {"columns": matrix.columns, "domains": domains, "models": models}

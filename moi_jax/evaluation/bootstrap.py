@@ -2,7 +2,7 @@
 
 import numpy as np
 
-DRAWS = 2000
+RESAMPLES = 2000
 # Draws whose counts are held at once.
 _CHUNK = 250
 
@@ -23,7 +23,7 @@ def score(values: np.ndarray, weights: np.ndarray) -> float:
 
 
 def interval(
-    values: np.ndarray, weights: np.ndarray, draws: int = DRAWS, seed: int = 0
+    values: np.ndarray, weights: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of `score`, over items.
 
@@ -38,8 +38,8 @@ def interval(
     weights = weights[weights != 0]
     random = np.random.default_rng(seed)
     found = []
-    for first in range(0, draws, _CHUNK):
-        size = min(_CHUNK, draws - first)
+    for first in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - first)
         drawn = random.multinomial(len(values), counts / len(values), size)
         found.append(_means(drawn, distinct) @ weights)
     known = np.concatenate(found)
@@ -51,7 +51,7 @@ def interval(
 
 
 def difference(
-    a: np.ndarray, b: np.ndarray, weights: np.ndarray, draws: int = DRAWS, seed: int = 0
+    a: np.ndarray, b: np.ndarray, weights: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
     """score(b) - score(a), and its 95 % bootstrap interval with the same items drawn for both.
 
@@ -60,7 +60,7 @@ def difference(
     """
     both = ~(np.isnan(a) | np.isnan(b))
     gaps = np.where(both, b - a, np.nan)
-    return score(gaps, weights), *interval(gaps, weights, draws, seed)
+    return score(gaps, weights), *interval(gaps, weights, resamples, seed)
 
 
 def _means(counts: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ class Verdict:
         return self.failure is None
 
 
-def judge(backend: Backend, limits: Limits, program: Program) -> Verdict:
+def execute(backend: Backend, limits: Limits, program: Program) -> Verdict:
     """Runs a program and its tests; when this returns, all that it started is killed.
 
     Raises:

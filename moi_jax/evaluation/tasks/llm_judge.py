@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.tasks.bill import Bill, OverLimit
+from moi_jax.evaluation.tasks.judge_cost import CostLimit, CostLimitExceeded
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def read_rating(judgment: str) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class JudgeRequest:
     """One answer to rate: whose it is, and the prompt that shows it to the judge."""
 
     question_id: int
@@ -92,8 +92,8 @@ class Judgments:
             return False
         return True
 
-    def find(self, judge: str, case: Case) -> Json | None:
-        return self._found.get((judge, case.hash))
+    def find(self, judge: str, request: JudgeRequest) -> Json | None:
+        return self._found.get((judge, request.hash))
 
     def append(self, record: Json) -> None:
         """From any thread; once it returns the record outlives the process."""
@@ -103,11 +103,11 @@ class Judgments:
             self._found[record["judge"][0], record["prompt_hash"]] = record
 
 
-class Fault(Exception):
+class JudgeError(Exception):
     """The endpoint does not do its part; says how, in a few words."""
 
 
-class NoCompletion(Fault):
+class NoCompletion(JudgeError):
     """It answered something that is no chat completion."""
 
 
@@ -134,8 +134,10 @@ class Judge:
     retries: int = 4
     pause: float = 2.0
 
-    def rate(self, cases: Sequence[Case], answered_by: str, path: Path) -> Iterator[Json]:
-        """The judgment of each case, in order: what the file has, and what is still to be asked.
+    def rate(
+        self, requests: Sequence[JudgeRequest], answered_by: str, path: Path
+    ) -> Iterator[Json]:
+        """The judgment of each request, in order: what the file has, and what is still to be asked.
 
         Args:
           answered_by: whose answers these are, for the file.
@@ -149,20 +151,20 @@ class Judge:
           UserError: it would cost too much, or the endpoint failed. What was judged is kept.
         """
         kept = Judgments(path)
-        to_ask = [case for case in cases if kept.find(self.model, case) is None]
+        to_ask = [request for request in requests if kept.find(self.model, request) is None]
         if to_ask:
-            self._check_cost(to_ask, len(cases))
+            self._check_cost(to_ask, len(requests))
         try:
-            yield from self._ask_all(cases, answered_by, kept)
-        except (Fault, OverLimit, OSError) as error:
+            yield from self._ask_all(requests, answered_by, kept)
+        except (JudgeError, CostLimitExceeded, OSError) as error:
             what = f"cannot write {path}: {error}" if isinstance(error, OSError) else error
-            done = sum(kept.find(self.model, case) is not None for case in cases)
+            done = sum(kept.find(self.model, request) is not None for request in requests)
             raise UserError(
-                f"judge {self.model} at {self.url}: {what}; {done} of {len(cases)} judgments are "
-                f"kept in {path}, and the same command goes on from there"
+                f"judge {self.model} at {self.url}: {what}; {done} of {len(requests)} judgments "
+                f"are kept in {path}, and the same command goes on from there"
             ) from None
 
-    def _check_cost(self, to_ask: Sequence[Case], total: int) -> None:
+    def _check_cost(self, to_ask: Sequence[JudgeRequest], total: int) -> None:
         """Says what the calls will take, if each is made once."""
         prompt = sum(map(_prompt_tokens, to_ask))
         judgment = MAX_TOKENS * len(to_ask)
@@ -172,7 +174,7 @@ class Judge:
             f"prompt tokens and {judgment:,} tokens of judgments"
         )
         if self.price is not None:
-            cost = Bill(self.price, None).cost(prompt, judgment)
+            cost = CostLimit(self.price, None).cost(prompt, judgment)
             line += f", about ${cost:.2f}"
             if self.max_cost is not None and cost > self.max_cost:
                 raise UserError(
@@ -181,7 +183,9 @@ class Judge:
                 )
         log.info(line)
 
-    def _ask_all(self, cases: Sequence[Case], answered_by: str, kept: Judgments) -> Iterator[Json]:
+    def _ask_all(
+        self, requests: Sequence[JudgeRequest], answered_by: str, kept: Judgments
+    ) -> Iterator[Json]:
         import openai
 
         client = openai.OpenAI(
@@ -191,28 +195,30 @@ class Judge:
             max_retries=self.retries,
         )
 
-        bill = Bill(self.price, self.max_cost)
+        limit = CostLimit(self.price, self.max_cost)
 
-        def judgment(case: Case) -> Json:
-            record = kept.find(self.model, case)
+        def judgment(request: JudgeRequest) -> Json:
+            record = kept.find(self.model, request)
             if record is None:
-                record = self._judge(client, case, answered_by, bill)
+                record = self._judge(client, request, answered_by, limit)
                 kept.append(record)
             return record
 
         with client, ThreadPoolExecutor(self.workers) as pool:
-            calls = [pool.submit(judgment, case) for case in cases]
+            calls = [pool.submit(judgment, request) for request in requests]
             try:
                 for call in calls:
                     yield call.result()
             finally:  # a fault, or Ctrl-C: calls under way end and are kept, no more begin
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _judge(self, client: "openai.OpenAI", case: Case, answered_by: str, bill: Bill) -> Json:
+    def _judge(
+        self, client: "openai.OpenAI", request: JudgeRequest, answered_by: str, limit: CostLimit
+    ) -> Json:
         """A record of the file: the first judgment with a rating, or the last without."""
         for left in reversed(range(TRIES)):
             try:
-                judgment, version = self._ask(client, case, bill)
+                judgment, version = self._ask(client, request, limit)
             except NoCompletion:
                 if not left:
                     raise
@@ -222,36 +228,38 @@ class Judge:
             if rating is not None:
                 break
         return {
-            "question_id": case.question_id,
+            "question_id": request.question_id,
             "model": answered_by,
-            "judge": [self.model, case.prompt_name],
-            "user_prompt": case.user,
+            "judge": [self.model, request.prompt_name],
+            "user_prompt": request.user,
             "judgment": judgment,
             "score": MISSING if rating is None else rating,
-            "turn": case.turn,
+            "turn": request.turn,
             "tstamp": time.time(),
             "judge_version": version,
-            "prompt_hash": case.hash,
+            "prompt_hash": request.hash,
         }
 
-    def _ask(self, client: "openai.OpenAI", case: Case, bill: Bill) -> tuple[str, str]:
+    def _ask(
+        self, client: "openai.OpenAI", request: JudgeRequest, limit: CostLimit
+    ) -> tuple[str, str]:
         """The judgment, and the name of the model that made it."""
-        most = bill.cost(_prompt_tokens(case), MAX_TOKENS)
-        bill.begin(most)
-        content = self._send(client, case)
+        most = limit.cost(_prompt_tokens(request), MAX_TOKENS)
+        limit.reserve(most)
+        content = self._send(client, request)
         try:
             completion = json.loads(content)
             judgment = completion["choices"][0]["message"]["content"]
         except (ValueError, TypeError, KeyError, IndexError):
-            bill.end(most, most)  # it may have been charged for, and does not say
+            limit.settle(most, most)  # it may have been charged for, and does not say
             body = _one_line(content.decode(errors="replace"))
             raise NoCompletion(f"its answer is no chat completion: {body!r}") from None
         # A judge that declines may send no text at all: a judgment without a rating.
         judgment = judgment if isinstance(judgment, str) else ""
-        bill.end(most, bill.cost(*_tokens_used(completion, case, judgment)))
+        limit.settle(most, limit.cost(*_tokens_used(completion, request, judgment)))
         return judgment, str(completion.get("model"))
 
-    def _send(self, client: "openai.OpenAI", case: Case) -> bytes:
+    def _send(self, client: "openai.OpenAI", request: JudgeRequest) -> bytes:
         """What the endpoint answers."""
         import openai
 
@@ -259,37 +267,37 @@ class Judge:
             response = client.chat.completions.with_raw_response.create(
                 model=self.model,
                 messages=[
-                    {"role": "system", "content": case.system},
-                    {"role": "user", "content": case.user},
+                    {"role": "system", "content": request.system},
+                    {"role": "user", "content": request.user},
                 ],
                 temperature=0,
                 max_tokens=MAX_TOKENS,
             )
         except openai.APITimeoutError:
-            raise Fault(f"no answer within {self.timeout:g} seconds, several times") from None
+            raise JudgeError(f"no answer within {self.timeout:g} seconds, several times") from None
         except openai.APIConnectionError as error:
-            raise Fault(f"cannot be reached ({error.__cause__ or error})") from None
+            raise JudgeError(f"cannot be reached ({error.__cause__ or error})") from None
         except openai.APIStatusError as error:
             told = error.body.get("message") if isinstance(error.body, dict) else None
             hint = _HINTS.get(error.status_code, "")
             line = _one_line(str(told or error.message))
-            raise Fault(f"status {error.status_code}{hint}: {line}") from None
+            raise JudgeError(f"status {error.status_code}{hint}: {line}") from None
         return response.content
 
 
-def _prompt_tokens(case: Case) -> int:
+def _prompt_tokens(request: JudgeRequest) -> int:
     """A guess, of four characters a token."""
-    return (len(case.system) + len(case.user)) // 4
+    return (len(request.system) + len(request.user)) // 4
 
 
-def _tokens_used(completion: Json, case: Case, judgment: str) -> tuple[int, int]:
+def _tokens_used(completion: Json, request: JudgeRequest, judgment: str) -> tuple[int, int]:
     """Of prompt and judgment, as the endpoint tells them; where it does not, guessed."""
     match completion.get("usage"):
         case {"prompt_tokens": int(read), "completion_tokens": int(written)} if (
             read >= 0 and written >= 0
         ):
             return read, written
-    return _prompt_tokens(case), len(judgment) // 4
+    return _prompt_tokens(request), len(judgment) // 4
 
 
 _HINTS = {

@@ -2,72 +2,71 @@
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Answer, Item, Task
+from moi_jax.evaluation.protocol import Item, Response, Task
 from moi_jax.sampling.answer_log import AnswerLog, Place
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.requests import Request
 from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
-T = TypeVar("T")
 
 
-def answer_items(
+def collect_responses(
     task: Task,
     items: Sequence[Item],
     model: ChatModel,
     options: BenchmarkOptions,
     log: AnswerLog,
-    advance: Callable[[int], None],
-) -> list[tuple[Item, Answer]]:
+    on_progress: Callable[[int], None],
+) -> list[tuple[Item, Response]]:
     """Every item's answer: those the log has, and the model's for the others.
 
     Args:
-      advance: told the number of answers (turns, samples, choices) that came.
+      on_progress: told the number of answers (turns, samples, choices) that came.
     """
-    asked = [item for item in items if not item.choices]
-    chosen = [item for item in items if item.choices]
-    if chosen:
-        _score_choices(chosen, model, log, advance)
-    for turn in range(max((1 + len(item.follow_ups) for item in asked), default=0)):
-        _ask(task, [item for item in asked if turn <= len(item.follow_ups)], turn, model, options,
-             log, advance)  # fmt: skip
-    return [(item, _answer(item, options, log)) for item in items]
+    generated = [item for item in items if not item.choices]
+    scored = [item for item in items if item.choices]
+    if scored:
+        _score_choices(scored, model, log, on_progress)
+    for turn in range(max((1 + len(item.follow_ups) for item in generated), default=0)):
+        in_turn = [item for item in generated if turn <= len(item.follow_ups)]
+        _generate(task, in_turn, turn, model, options, log, on_progress)
+    return [(item, _response(item, options, log)) for item in items]
 
 
-def places(item: Item, options: BenchmarkOptions) -> list[Place]:
+def log_places(item: Item, options: BenchmarkOptions) -> list[Place]:
     """Where an item's texts or likelihoods stand in the log."""
     count = len(item.choices) or (options.samples if not item.follow_ups else 0)
     return [(item.id, n) for n in range(count or 1 + len(item.follow_ups))]
 
 
-def _answer(item: Item, options: BenchmarkOptions, log: AnswerLog) -> Answer:
-    records = [log.found[place] for place in places(item, options)]
+def _response(item: Item, options: BenchmarkOptions, log: AnswerLog) -> Response:
+    records = [log.found[place] for place in log_places(item, options)]
     finishes = tuple(record["finish"] for record in records)
     if item.choices:
-        return Answer((), finishes, tuple(record["log_likelihood"] for record in records))
-    return Answer(tuple(record["text"] for record in records), finishes)
+        return Response((), finishes, tuple(record["log_likelihood"] for record in records))
+    return Response(tuple(record["text"] for record in records), finishes)
 
 
-def _ask(
+def _generate(
     task: Task,
     items: Sequence[Item],
     turn: int,
     model: ChatModel,
     options: BenchmarkOptions,
     log: AnswerLog,
-    advance: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> None:
     """One turn of all the items, in one go: the sampler keeps its slots filled."""
     requests, waiting = [], []
     for item in items:
         prompt = model.prompt(_so_far(item, turn, log), system_block=item.system_block)
-        for place in [(item.id, turn)] if item.follow_ups else places(item, options):
+        for place in [(item.id, turn)] if item.follow_ups else log_places(item, options):
             if log.has(place, prompt):
-                advance(1)
+                on_progress(1)
             else:
                 waiting.append(place)
                 requests.append(_request(task, item, place, prompt, options))
@@ -78,7 +77,7 @@ def _ask(
             text=completion.text,
             finish=completion.finish,
         )
-        advance(1)
+        on_progress(1)
 
 
 def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
@@ -110,7 +109,7 @@ def _request(
 
 
 def _score_choices(
-    items: Sequence[Item], model: ChatModel, log: AnswerLog, advance: Callable[[int], None]
+    items: Sequence[Item], model: ChatModel, log: AnswerLog, on_progress: Callable[[int], None]
 ) -> None:
     pairs, waiting = [], []
     for item in items:
@@ -118,7 +117,7 @@ def _score_choices(
         for n, choice in enumerate(item.choices):
             place, pair = (item.id, n), (prompt, model.tokenizer.encode(choice))
             if log.has(place, [*prompt, *pair[1]]):
-                advance(1)
+                on_progress(1)
             else:
                 waiting.append(place)
                 pairs.append(pair)
@@ -129,11 +128,4 @@ def _score_choices(
             log_likelihood=likelihood.log_likelihood,
             finish=likelihood.finish,
         )
-        advance(1)
-
-
-def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
-    """`limit` of the items, spread over all of them; all where there are no more."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[n * len(items) // limit] for n in range(limit)]
+        on_progress(1)

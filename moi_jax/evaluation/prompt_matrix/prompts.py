@@ -1,4 +1,4 @@
-"""The system prompts that the conversations of each domain are asked under."""
+"""The system prompts that the conversations of each domain are put under."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from moi_jax.text.tokenizer import Tokenizer
 OWN, DEFAULT, PARAPHRASE, UNRELATED, NONE = "own", "default", "paraphrase", "unrelated", "none"
 
 # domain -> column -> prompt, None for no system block.
-Crossed = dict[str, dict[str, str | None]]
+PromptTable = dict[str, dict[str, str | None]]
 
 # Of the prompts in the shipped configs.
 PARAPHRASES = {
@@ -23,7 +23,7 @@ PARAPHRASES = {
 }
 
 # Of several lengths: the one whose tokens are nearest in number to a prompt's stands beside it.
-STRANGERS = (
+UNRELATED_PROMPTS = (
     "You are a gardener.",
     "You are a baker of fine bread.",
     "You are a gardener who looks after old roses.",
@@ -35,10 +35,10 @@ STRANGERS = (
 )
 
 
-def columns(crossed: Crossed) -> list[str]:
+def columns(table: PromptTable) -> list[str]:
     """The columns that some domain has, in order."""
-    ordered = [OWN, DEFAULT, *map(other_column, crossed), PARAPHRASE, UNRELATED, NONE]
-    there = {column for prompts in crossed.values() for column in prompts}
+    ordered = [OWN, DEFAULT, *map(other_column, table), PARAPHRASE, UNRELATED, NONE]
+    there = {column for prompts in table.values() for column in prompts}
     return [column for column in ordered if column in there]
 
 
@@ -47,12 +47,12 @@ def other_column(domain: str) -> str:
     return f"as {domain}"
 
 
-def crossed_prompts(
+def make_prompt_table(
     domains: Mapping[str, str | None],
     default: str | None,
     tokenizer: Tokenizer,
     paraphrases: Mapping[str, str],
-) -> Crossed:
+) -> PromptTable:
     """The prompt of each column for each domain; a column that has none there is left out.
 
     A domain whose prompt is the default one is no column of the others: they have DEFAULT.
@@ -66,7 +66,7 @@ def crossed_prompts(
     """
     for name, text in paraphrases.items():
         _check_paraphrase(name, text, domains)
-    crossed: Crossed = {}
+    table: PromptTable = {}
     for name, own in domains.items():
         others = {
             other_column(other): prompt
@@ -79,12 +79,12 @@ def crossed_prompts(
             if paraphrase is not None:
                 prompts[PARAPHRASE] = paraphrase
             prompts[UNRELATED] = _unrelated(own, tokenizer)
-        crossed[name] = {**prompts, NONE: None}
-    return crossed
+        table[name] = {**prompts, NONE: None}
+    return table
 
 
-def single_prompts(item: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str | None]:
-    """The prompts that one benchmark is crossed with, each once: the default one comes first.
+def distinct_prompts(item: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str | None]:
+    """The prompts that one benchmark runs under, each once: the default one comes first.
 
     Args:
       item: the prompts item of the checkpoint, see text/prompts.py.
@@ -107,8 +107,8 @@ def token_count(prompt: str | None, tokenizer: Tokenizer) -> int:
 def _unrelated(own: str, tokenizer: Tokenizer) -> str:
     """The stranger whose number of tokens is nearest; the first of equals."""
     length = token_count(own, tokenizer)
-    strangers = [text for text in STRANGERS if text != own]
-    return min(strangers, key=lambda text: abs(token_count(text, tokenizer) - length))
+    candidates = [text for text in UNRELATED_PROMPTS if text != own]
+    return min(candidates, key=lambda text: abs(token_count(text, tokenizer) - length))
 
 
 def _check_paraphrase(name: str, text: str, domains: Mapping[str, str | None]) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
-from moi_jax.evaluation.prompts.matrix import ItemSums
+from moi_jax.evaluation.prompt_matrix.matrix import ItemSums
+from moi_jax.evaluation.prompt_matrix.prompts import DEFAULT, OWN
 
 Json = dict[str, Any]
 

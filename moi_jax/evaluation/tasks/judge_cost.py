@@ -4,11 +4,11 @@ import math
 import threading
 
 
-class OverLimit(Exception):
+class CostLimitExceeded(Exception):
     """The next call could cost too much; says how, in a few words."""
 
 
-class Bill:
+class CostLimit:
     """Dollars spent on calls, and held back for those under way.
 
     Together they are within the limit, as far as a call's cost is known before it is made.
@@ -18,29 +18,29 @@ class Bill:
         self.price = price or (0.0, 0.0)
         self.limit = math.inf if limit is None else limit
         self._lock = threading.Lock()
-        self._spent = self._held = 0.0
+        self._spent = self._reserved = 0.0
 
     def cost(self, prompt: int, judgment: int) -> float:
         """Of so many tokens."""
         return (prompt * self.price[0] + judgment * self.price[1]) / 1e6
 
-    def begin(self, most: float) -> None:
+    def reserve(self, most: float) -> None:
         """Holds back what a call may cost.
 
         Raises:
-          OverLimit: that could go above the limit.
+          CostLimitExceeded: that could go above the limit.
         """
         with self._lock:
             # A limit of exactly what it costs is kept, however the sums are rounded.
-            if self._spent + self._held + most > self.limit + 1e-9:
-                raise OverLimit(
+            if self._spent + self._reserved + most > self.limit + 1e-9:
+                raise CostLimitExceeded(
                     f"${self._spent:.4g} are spent, and the calls under way with the next could "
                     f"go above --judge-max-cost {self.limit:g}"
                 )
-            self._held += most
+            self._reserved += most
 
-    def end(self, most: float, cost: float) -> None:
+    def settle(self, most: float, cost: float) -> None:
         """Of a call that held back `most`."""
         with self._lock:
-            self._held -= most
+            self._reserved -= most
             self._spent += cost
