@@ -81,26 +81,28 @@ def _request(args: argparse.Namespace) -> EvaluationRequest:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moi_jax.evaluate",
-        description="Runs benchmarks on a checkpoint or the newest step of a run. Results go to "
-        "results.json, samples/ and report.html in --out; a killed command goes on when it is "
-        "given again. Protocols: docs/evaluation.md.",
-        epilog=f"tasks: {', '.join(TASKS)} (the seven), and {HELD_OUT}: the held-out "
-        f"conversations of the run under its own and other system prompts.",
+        description="Runs benchmarks on a checkpoint or on the newest step of a run. It writes "
+        "results.json, samples/ and report.html into --out. If the command is killed, the same "
+        "command continues. Protocols: docs/evaluation.md.",
+        epilog=f"tasks: {', '.join(TASKS)} (the seven), and {HELD_OUT}: the losses of the run's "
+        f"held-out conversations under their own and other system prompts.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a step, or a run")
-    parser.add_argument("--tasks", type=_names, metavar="A,B", help=f"or all (default: {HELD_OUT})")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a step directory, or a run")
+    parser.add_argument(
+        "--tasks", type=_names, metavar="A,B", help=f"names of tasks, or all (default: {HELD_OUT})"
+    )
     parser.add_argument(
         "--data",
         type=Path,
         default=Path("data/benchmarks"),
         metavar="DIR",
-        help="benchmark files, laid out as docs/evaluation.md says (default: data/benchmarks)",
+        help="benchmark files, see docs/evaluation.md (default: data/benchmarks)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="default: runs/evaluation/ and the checkpoint's name",
+        help="directory of results (default: runs/evaluation/ and the checkpoint's name)",
     )
     parser.add_argument(
         "--compare",
@@ -108,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="results of other checkpoints that report.html is to show beside",
+        help="results of other checkpoints, shown in report.html for comparison",
     )
     _add_model(parser.add_argument_group("the model"))
-    _add_asking(parser.add_argument_group("how it is asked"))
+    _add_generation(parser.add_argument_group("generation"))
     _add_tasks(parser)
     return parser
 
@@ -119,21 +121,28 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(group: "argparse._ArgumentGroup") -> None:
     add_model(group)
     group.add_argument(
-        "--slots", type=POSITIVE, default=16, metavar="N", help="answers at once (default: 16)"
+        "--slots", type=POSITIVE, default=16, metavar="N", help="answers in parallel (default: 16)"
     )
     group.add_argument(
-        "--context", type=POSITIVE, metavar="N", help="of prompt and answer (default: the model's)"
+        "--context",
+        type=POSITIVE,
+        metavar="N",
+        help="tokens of prompt and answer (default: the model's)",
     )
 
 
-def _add_asking(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--limit", type=POSITIVE, metavar="N", help="N items a task, evenly spaced")
-    group.add_argument("--shots", type=COUNT, metavar="N", help="worked examples (default: none)")
+def _add_generation(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
-        "--samples", type=POSITIVE, default=1, metavar="N", help="answers an item, for pass@k"
+        "--limit", type=POSITIVE, metavar="N", help="N items per task, evenly spaced"
     )
     group.add_argument(
-        "--temperature", type=TEMPERATURE, metavar="T", help="default: the protocol's, 0"
+        "--shots", type=COUNT, metavar="N", help="worked examples per prompt (default: none)"
+    )
+    group.add_argument(
+        "--samples", type=POSITIVE, default=1, metavar="N", help="answers per item, for pass@k"
+    )
+    group.add_argument(
+        "--temperature", type=TEMPERATURE, metavar="T", help="default: the protocol's, mostly 0"
     )
     group.add_argument("--top-p", type=PROBABILITY, default=1.0, metavar="P")
     group.add_argument("--seed", type=COUNT, default=0, metavar="N")
@@ -144,60 +153,71 @@ def _add_asking(group: "argparse._ArgumentGroup") -> None:
         "--too-long",
         choices=("fail", "skip"),
         default="fail",
-        help="an item longer than the context counts as wrong, or is left out",
+        help="an item longer than the context counts as wrong (fail) or is left out (skip)",
     )
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     code = parser.add_argument_group("humaneval, mbpp")
     code.add_argument(
-        "--allow-code-execution", action="store_true", help="run what the model writes, sandboxed"
+        "--allow-code-execution",
+        action="store_true",
+        help="run the code that the model writes, in a sandbox",
     )
     code.add_argument(
         "--sandbox",
         choices=("strict", "weak"),
         default="strict",
-        help="weak: also where this machine cannot enforce every limit",
+        help="weak: run even if this machine cannot enforce every limit",
     )
     mmlu = parser.add_argument_group("mmlu")
     mmlu.add_argument("--mmlu-method", choices=("generate", "likelihood"), default="generate")
     judge = parser.add_argument_group("mt_bench")
-    judge.add_argument("--judge", metavar="MODEL", help="without one answers are only written")
     judge.add_argument(
-        "--judge-url", metavar="URL", help="of an OpenAI-compatible API; key in OPENAI_API_KEY"
+        "--judge", metavar="MODEL", help="the judge; without one, answers are only written"
+    )
+    judge.add_argument(
+        "--judge-url",
+        metavar="URL",
+        help="an OpenAI-compatible API; its key is read from OPENAI_API_KEY",
     )
     judge.add_argument(
         "--judge-price",
         type=MONEY,
         nargs=2,
         metavar=("IN", "OUT"),
-        help="dollars per million tokens read and written, to tell the cost before the first call",
+        help="dollars per million input and output tokens, to show the cost before the first call",
     )
     judge.add_argument(
-        "--judge-max-cost", type=MONEY, metavar="DOLLARS", help="ended before it is passed"
+        "--judge-max-cost", type=MONEY, metavar="DOLLARS", help="stop before the cost exceeds this"
     )
     teval = parser.add_argument_group("teval")
     teval.add_argument(
         "--teval-system",
         choices=("default_then_user", "as_user", "as_system"),
         default="default_then_user",
-        help="where an item's own system text goes",
+        help="where the system text of an item goes",
     )
     teval.add_argument(
-        "--teval-compat", action="store_true", help="plan scores as upstream, its mistake included"
+        "--teval-compat",
+        action="store_true",
+        help="score plans exactly as upstream, with its mistake",
     )
     teval.add_argument(
-        "--teval-embedder", metavar="NAME", help="of sentence-transformers, for plan and reason"
+        "--teval-embedder", metavar="NAME", help="sentence-transformers model, for plan and reason"
     )
     held_out = parser.add_argument_group(HELD_OUT)
     held_out.add_argument(
-        "--config", type=Path, metavar="FILE", help="the run's data (default: the checkpoint's own)"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="config of the data (default: the checkpoint's own)",
     )
     held_out.add_argument(
         "--untrained",
         type=Path,
         metavar="CKPT",
-        help="shown beside (default: what the run began from)",
+        help="a checkpoint to compare with (default: the start of the run)",
     )
     held_out.add_argument(
         "--paraphrase",
@@ -205,7 +225,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DOMAIN=TEXT",
-        help="another wording of a domain's prompt (default: known for the shipped prompts)",
+        help="another wording of a domain's prompt (built in for the shipped prompts)",
     )
     held_out.add_argument(
         "--generate",
@@ -214,13 +234,11 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         const=PROMPT_TASKS,
         default=(),
         metavar="A,B",
-        help=f"cross the prompts with these benchmarks too ({','.join(PROMPT_TASKS)})",
+        help=f"run these benchmarks under each prompt too ({','.join(PROMPT_TASKS)})",
     )
     harness = parser.add_argument_group("lm-evaluation-harness")
-    harness.add_argument(
-        "--lm-eval", type=_names, metavar="A,B", help="its tasks, by their names there"
-    )
-    harness.add_argument("--include-path", type=Path, metavar="DIR", help="its tasks of your own")
+    harness.add_argument("--lm-eval", type=_names, metavar="A,B", help="names of its tasks")
+    harness.add_argument("--include-path", type=Path, metavar="DIR", help="more task files")
 
 
 def _names(given: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Runs benchmarks on one model: answers, scores, samples and results in one directory.
+"""Runs benchmarks on one model and writes everything into one directory.
 
-DIR/results.json, DIR/samples/TASK.jsonl    what people read, written whole
-DIR/answers/TASK.jsonl                      the model's texts as they come: a killed run goes on
+DIR/results.json, DIR/samples/TASK.jsonl    results and samples, for people; written at once
+DIR/answers/TASK.jsonl                      the model's texts, written as they arrive, so that an
+                                            evaluation that was killed continues
 """
 
 import json
@@ -37,10 +38,11 @@ def run_task(
     log: AnswerLog,
     after_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Scored], int]:
-    """Answers and scores of the items, and the number left out as too long (options.too_long).
+    """Responses and scores of the items, and the number of items left out as too long.
 
     Args:
-      after_each: called after every answer and score; what it raises ends the task.
+      options: too_long="skip" leaves out items that do not fit the context.
+      after_each: called after every answer and every score; an exception from it ends the task.
     """
 
     def report(on_progress: Callable[[int], None], count: int) -> None:
@@ -75,17 +77,17 @@ def run_benchmarks(
 
     Args:
       tasks: each with all of its items.
-      made_by: what stands for the model in the results: checkpoint, prompts, template.
+      made_by: what identifies the model in the results: checkpoint, system prompt, template.
 
     Returns:
-      What results.json holds: also the tasks of earlier calls on the same model.
+      The content of results.json, with the tasks of earlier calls on the same model.
 
     Raises:
-      UserError: options.out holds results of another model or of other settings.
+      UserError: options.out holds results of another model, or answers of other settings.
     """
     results = results_so_far(options.out, made_by)
     with ExitStack() as opened:
-        # All of them before the first: what cannot go on is told before hours of work.
+        # All logs are opened before the first task, so that a mistake shows before hours of work.
         logs = []
         for task, _ in tasks:
             path = options.out / "answers" / f"{task.name}.jsonl"
@@ -110,10 +112,10 @@ def run_benchmarks(
 
 
 def results_so_far(out: Path, made_by: Json) -> Json:
-    """What results.json in `out` holds; nothing yet where it is not there.
+    """The content of results.json in `out`; without tasks where there is no such file.
 
     Raises:
-      UserError: it is damaged, or of another model or system prompt.
+      UserError: the file is damaged, or it is of another model or system prompt.
     """
     path = out / "results.json"
     if not path.exists():
@@ -134,11 +136,11 @@ def _tell(name: str, summary: Json, before: Json | None) -> None:
         log.info(f"  {note}")
     if before and before["settings"] != summary["settings"]:
         differs = _difference(before["settings"], summary["settings"])
-        log.info(f"  it takes the place of an earlier result: {describe(before)} ({differs})")
+        log.info(f"  this replaces an earlier result: {describe(before)} ({differs})")
 
 
 def _settings(task: Task, model: ChatModel, options: BenchmarkOptions) -> Json:
-    """What, beside the model and the prompts, decides the answers of a task."""
+    """The settings, apart from the model and the items, that determine the answers."""
     return {
         "system_prompt": model.system_prompt,
         "samples": options.samples,

@@ -1,4 +1,4 @@
-"""From the items of a task to the model's answers, each kept on disk as soon as it is there."""
+"""The model's responses to the items of a task. Each one is written to disk at once."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ def collect_responses(
     log: AnswerLog,
     on_progress: Callable[[int], None],
 ) -> list[tuple[Item, Response]]:
-    """Every item's answer: those the log has, and the model's for the others.
+    """The response to every item: from the log where it has one, else from the model.
 
     Args:
-      on_progress: told the number of answers (turns, samples, choices) that came.
+      on_progress: called with the number of new answers (turns, samples or choices).
     """
     generated = [item for item in items if not item.choices]
     scored = [item for item in items if item.choices]
@@ -38,7 +38,7 @@ def collect_responses(
 
 
 def log_places(item: Item, options: BenchmarkOptions) -> list[Place]:
-    """Where an item's texts or likelihoods stand in the log."""
+    """The places of an item's texts or likelihoods in the log."""
     count = len(item.choices) or (options.samples if not item.follow_ups else 0)
     return [(item.id, n) for n in range(count or 1 + len(item.follow_ups))]
 
@@ -60,7 +60,7 @@ def _generate(
     log: AnswerLog,
     on_progress: Callable[[int], None],
 ) -> None:
-    """One turn of all the items, in one go: the sampler keeps its slots filled."""
+    """Generates one turn of all items in one call, so that the sampler keeps its slots full."""
     requests, waiting = [], []
     for item in items:
         prompt = model.prompt(_so_far(item, turn, log), system_block=item.system_block)
@@ -81,7 +81,7 @@ def _generate(
 
 
 def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
-    """The conversation up to the user's message of a turn."""
+    """The conversation up to and with the user's message of this turn."""
     messages = list(item.messages)
     for number, question in enumerate(item.follow_ups[:turn]):
         messages += [
@@ -102,7 +102,7 @@ def _request(
         max_new_tokens=options.max_new_tokens or task.max_new_tokens,
         temperature=temperature,
         top_p=options.top_p,
-        # Of the place alone: an answer is the same whatever else is asked in the run.
+        # Made from the place alone, so that an answer does not depend on the rest of the run.
         seed=zlib.crc32(f"{options.seed}/{task.name}/{place[0]}/{place[1]}".encode()),
         stop_strings=task.stop_strings,
     )

@@ -1,4 +1,4 @@
-"""What is measured while a model is trained: held-out losses, benchmarks, sample answers."""
+"""Evaluations during training: held-out losses, benchmarks and sample answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from moi_jax.sampling.answer_log import AnswerLog
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 from moi_jax.sampling.sample_answers import make_sample_answers
 
-# Those whose score needs the whole benchmark, or a judge.
+# Benchmarks whose score needs all items, or a judge.
 NEEDS_ALL_ITEMS = {"mt_bench", "teval"}
 
 
@@ -35,7 +35,7 @@ Evaluate = Callable[[Tree, ShouldStop], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainingEvaluations:
-    """What a run asks of its parameters, see `moi_jax.training.loop.Evaluations`."""
+    """The evaluations of a run, see `moi_jax.training.loop.Evaluations`."""
 
     held_out: Evaluate
     benchmarks: Evaluate | None
@@ -45,13 +45,13 @@ class TrainingEvaluations:
 def make_evaluations(
     experiment: Experiment, dataset: Dataset, bind: Bind, mesh: Mesh, run_dir: Path
 ) -> TrainingEvaluations:
-    """All that the config asks for.
+    """Makes the evaluations that the config asks for.
 
     Args:
       bind: parameters -> model.
 
     Raises:
-      UserError: a benchmark is unknown, may not run here, or its data is missing or damaged.
+      UserError: a benchmark is unknown or cannot run here, or its data is missing or damaged.
     """
     config = dataset.config
     train = config.train
@@ -100,17 +100,19 @@ def make_benchmark(
     out: Path,
     make_chat: Callable[[Tree], ChatModel],
 ) -> Evaluate:
-    """A function (parameters, should_stop) -> eval/<task>/score, 0 to 100, of each task.
+    """Returns a function (parameters, should_stop) -> {"eval/<task>/score": 0 to 100}.
+
+    The result is {} once should_stop() returns True.
 
     Args:
-      out: where a task keeps what it needs for itself.
+      out: the directory for files that a task keeps for itself.
 
     Raises:
-      UserError: a task is unknown, may not run here, or its data is missing or damaged.
+      UserError: a task is unknown or cannot run here, or its data is missing or damaged.
     """
     for name in NEEDS_ALL_ITEMS.intersection(settings.tasks):
         raise UserError(
-            f"eval.generate.tasks names {name}, which has no score of a few items; run it by "
+            f"eval.generate.tasks names {name}, which has no score on a few items; run it with "
             f"python -m moi_jax.evaluate"
         )
     options = BenchmarkOptions(
@@ -144,4 +146,4 @@ def make_benchmark(
 
 
 class StopRequested(Exception):
-    """Raised where someone waits for the run to stop."""
+    """The run was asked to stop, so the benchmarks end early."""

@@ -271,7 +271,7 @@ def test_malformed_mbpp_rows_are_named(row: dict, message: str, tmp_path: Path):
 
 def test_missing_files_say_what_to_put_where(tmp_path: Path):
     for kind, name in ((HumanEval, "HumanEval.jsonl.gz"), (MBPP, "mbpp.jsonl")):
-        with pytest.raises(UserError, match=rf"put below the data directory .*{name}"):
+        with pytest.raises(UserError, match=rf"put into the data directory .*{name}"):
             kind(options(tmp_path)).load()
 
 

@@ -171,7 +171,7 @@ def test_a_result_that_takes_the_place_of_another_is_told(chat, options, log_tex
     fewer = BenchmarkOptions(data=options.data, out=options.out, limit=1)
     run_benchmarks([(task, task.load())], chat, MADE_BY, fewer)
     told = log_text.getvalue().split("\n")[-2]
-    assert "takes the place of an earlier result" in told
+    assert "replaces an earlier result" in told
     assert "over 3 items" in told
     assert "(limit None, now 1)" in told
 
@@ -188,7 +188,7 @@ def test_a_damaged_log_is_named(tmp_path, damage):
 def test_damaged_results_are_named(tmp_path, tasks):
     path = tmp_path / "results.json"
     path.write_text(f'{{"checkpoint": {{}}, "tasks": {tasks}}}')
-    with pytest.raises(UserError, match=r"results.json is no results.json of an evaluation, or"):
+    with pytest.raises(UserError, match=r"is not the results.json of an evaluation, or"):
         read_results(path)
 
 
@@ -248,7 +248,7 @@ def test_an_id_that_comes_twice_is_refused(tmp_path):
     options = BenchmarkOptions(
         data=tmp_path, out=tmp_path, allow_code_execution=True, sandbox="weak"
     )
-    with pytest.raises(UserError, match=r"humaneval: 1 ids come more than once.*HumanEval/0"):
+    with pytest.raises(UserError, match=r"humaneval: 1 ids occur more than once.*HumanEval/0"):
         open_task("humaneval", options)
 
 

@@ -131,7 +131,7 @@ def test_results_of_another_prompt_are_told_before_anything_is_measured(
     ("arguments", "message"),
     [
         (["--tasks", "gsm9k"], r"no benchmark 'gsm9k'; choose among gsm8k, math, humaneval"),
-        (["--tasks", "math"], r"nothing in .*math.*; put below the data directory"),
+        (["--tasks", "math"], r"nothing in .*math.*; put into the data directory"),
         (["--tasks", "humaneval"], r"--allow-code-execution"),
         (["--tasks", " , "], r"there is nothing to do"),
         (["--tasks", "held_out", "--no-system"], r"held_out has system prompts of its own"),
@@ -163,7 +163,7 @@ def test_data_that_moved_is_told_with_the_way_out(place, monkeypatch, tmp_path):
     config = tmp_path / "moved.yaml"
     moved = (place / "run" / "config.yaml").read_text().replace("data/samples", "data/nowhere")
     config.write_text(moved)
-    with pytest.raises(UserError, match=r"run this where training ran, or name a config"):
+    with pytest.raises(UserError, match=r"run this where training ran, or give a config"):
         run(place, monkeypatch, "--config", config, "--out", tmp_path / "out")
 
 

@@ -279,7 +279,7 @@ list(judge.rate(requests, "moi-7b", Path({str(judgments(tmp_path))!r})))
 
 def test_a_run_that_a_fault_ended_goes_on(evaluate, endpoint, tmp_path):
     endpoint.plans = {"141.2": ["not_json"]}
-    with pytest.raises(UserError, match="no chat completion: '<html>Welcome!</html>'") as raised:
+    with pytest.raises(UserError, match="not a chat completion: '<html>Welcome!</html>'") as raised:
         evaluate()
     kept = read_lines(judgments(tmp_path))
     assert f"{len(kept)} of 16 judgments are kept in {judgments(tmp_path)}" in str(raised.value)
@@ -298,7 +298,7 @@ def test_a_run_that_a_fault_ended_goes_on(evaluate, endpoint, tmp_path):
         ("limited", "status 429 .too many requests.*: slow down"),
         ("broken", "status 500: out of order"),
         ("refused", "status 400: prompt too long"),
-        ("no_choices", "no chat completion"),
+        ("no_choices", "not a chat completion"),
     ],
 )
 def test_an_endpoint_that_stays_bad_is_named_in_one_line(evaluate, endpoint, behaviour, words):
@@ -306,7 +306,7 @@ def test_an_endpoint_that_stays_bad_is_named_in_one_line(evaluate, endpoint, beh
     with pytest.raises(UserError, match=words) as raised:
         evaluate(timeout=1.0)
     assert str(raised.value).startswith(f"judge org/judge at {endpoint.url}: ")
-    assert "the same command goes on from there" in str(raised.value)
+    assert "the same command continues from there" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -317,7 +317,7 @@ def test_an_endpoint_that_is_down_is_named_in_one_line(evaluate):
         evaluate(url=url)
     assert re.fullmatch(
         rf"judge org/judge at {url}: cannot be reached \(.*refused\); 0 of 16 judgments "
-        r"are kept in .*, and the same command goes on from there",
+        r"are kept in .*, and the same command continues from there",
         str(raised.value),
     )
 
@@ -368,7 +368,7 @@ def test_prompt_tokens_are_guessed_as_four_characters_each(evaluate, endpoint, l
     asked = [request["messages"] for requests in endpoint.asked.values() for request in requests]
     tokens = sum(sum(len(each["content"]) for each in messages) // 4 for messages in asked)
     assert f"about {tokens:,} prompt tokens" in log_text.getvalue()
-    longest = "if every judgment is as long as allowed and none has to be repeated"
+    longest = "if every judgment has the maximum length and no call is repeated"
     assert longest in log_text.getvalue()
 
 
@@ -407,11 +407,11 @@ def test_the_environments_key_is_sent(evaluate, endpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"judge": None}, "--judge-url says where; name the judging model"),
+        ({"judge": None}, "--judge-url needs the name of the judge model"),
         ({"judge_url": "localhost:8000/v1"}, "not an address such as http"),
         ({"judge_url": None}, "OPENAI_API_KEY"),
         ({"judge_max_cost": 3.0}, "needs --judge-price"),
-        ({"samples": 2}, "leave --samples at 1"),
+        ({"samples": 2}, "use --samples 1"),
         ({"judge_price": (1.0, float("nan"))}, "--judge-price must be dollars, 0 or more"),
         ({"judge_price": (-1.0, 1.0)}, "--judge-price must be dollars, 0 or more"),
         (
@@ -428,14 +428,14 @@ def test_options_that_do_not_go_together_are_refused_at_once(evaluate, options, 
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("question.jsonl", None, r"nothing in .*question.jsonl; put below .*data: mt_bench/"),
-        ("question.jsonl", '{"question_id": 81,\n', "question.jsonl, line 1: .*mend the row"),
-        ("question.jsonl", '{"turns": ["\\ud83d", ""]}\n', "question.jsonl, line 1: a text holds"),
-        ("question.jsonl", "3\n", "question.jsonl, line 1: the row is a .*mend the row"),
+        ("question.jsonl", None, r"nothing in .*question.jsonl; put into .*data: mt_bench/"),
+        ("question.jsonl", '{"question_id": 81,\n', "question.jsonl, line 1: .*correct the row"),
+        ("question.jsonl", '{"turns": ["\\ud83d", ""]}\n', "question.jsonl, line 1: a text has"),
+        ("question.jsonl", "3\n", "question.jsonl, line 1: the row is a .*correct the row"),
         (
             "question.jsonl",
             '{"question_id": 81, "category": "art", "turns": ["a", "b"]}\n',
-            "question.jsonl, line 1: a question has",
+            "question.jsonl, line 1: a question must have",
         ),
         (
             "question.jsonl",
@@ -451,7 +451,7 @@ def test_options_that_do_not_go_together_are_refused_at_once(evaluate, options, 
         (
             "reference_answer/gpt-4.jsonl",
             '{"question_id": 103}\n',
-            "gpt-4.jsonl, line 1: an answer has",
+            "gpt-4.jsonl, line 1: an answer must have",
         ),
     ],
 )

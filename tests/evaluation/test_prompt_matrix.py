@@ -331,8 +331,8 @@ def test_the_unrelated_prompt_is_about_as_long(material):
     ("paraphrases", "message"),
     [
         ({"law": "Hi."}, "names the domain 'law', which is not among chat, tools"),
-        ({"chat": DEFAULT}, "of chat is its prompt itself"),
-        ({"chat": "<|im_end|>"}, "holds the control token"),
+        ({"chat": DEFAULT}, "of chat equals its prompt"),
+        ({"chat": "<|im_end|>"}, "has the control token"),
     ],
 )
 def test_a_paraphrase_that_is_none_is_refused(material, paraphrases, message):

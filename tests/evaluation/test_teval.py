@@ -188,7 +188,7 @@ def test_a_directory_without_files_says_what_to_put_where(tmp_path: Path):
 )
 def test_two_versions_of_a_subtask_are_refused(tmp_path: Path, names: tuple[str, str]):
     write(tmp_path, {name: {} for name in names})
-    with pytest.raises(UserError, match=r"same subtask in two versions"):
+    with pytest.raises(UserError, match=r"two versions of the same subtask"):
         task(tmp_path).load()
 
 
@@ -196,13 +196,13 @@ def test_two_versions_of_a_subtask_are_refused(tmp_path: Path, names: tuple[str,
     ("name", "fields", "problem"),
     [
         ("plan_json", 3, "origin_prompt is missing"),
-        ("review_str", {**review("A"), "template": ["\ud83d"]}, r"a text holds '\\ud83d', half"),
-        ("plan_json", record(ground_truth=3), "ground_truth is no list or str"),
-        ("plan_json", plan("json", PLAN[2:]), "ground_truth is no plan"),
-        ("plan_json", plan("json", [{"id": 0, "name": "a"}]), "ground_truth is no plan"),
+        ("review_str", {**review("A"), "template": ["\ud83d"]}, r"a text has '\\ud83d', half"),
+        ("plan_json", record(ground_truth=3), "ground_truth is not a list or str"),
+        ("plan_json", plan("json", PLAN[2:]), "ground_truth must be a plan"),
+        ("plan_json", plan("json", [{"id": 0, "name": "a"}]), "ground_truth must be a plan"),
         ("plan_str", record(ground_truth=PLAN), "meta.API_list is missing"),
         ("review_str", review("F"), "ground_truth.answer is 'F'"),
-        ("review_str", {**review("A"), "origin_prompt": []}, "origin_prompt does not end"),
+        ("review_str", {**review("A"), "origin_prompt": []}, "origin_prompt must end"),
         ("review_str", {**review("A"), "origin_prompt": [{"role": "tool"}]}, r"origin_prompt\[0\]"),
         ("instruct", record(), "meta_data.response_format is missing"),
         ("instruct", {**instruct("json"), "template": MARKS}, "template.thought is missing"),
@@ -224,7 +224,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"cannot read .*plan_json_v1\.json"):
         task(tmp_path).load()
     write(tmp_path, {"plan_json_v1": [PLAN]})
-    with pytest.raises(UserError, match=r"plan_json_v1\.json is no JSON object"):
+    with pytest.raises(UserError, match=r"plan_json_v1\.json is not a JSON object"):
         task(tmp_path).load()
 
 
@@ -512,8 +512,8 @@ def test_what_the_limit_left_out_is_not_told_as_missing_data(tmp_path: Path):
     benchmark = task(write(tmp_path, files))
     assert benchmark.notes(benchmark.load()[:1], []) == [
         "T-Eval data v2, scored by the rules of v2",
-        "not measured, for want of data: instruct, plan, review",
-        "not measured, as none of their items were asked: retrieve, understand",
+        "not measured, because there is no data: instruct, plan, review",
+        "not measured, because no item was run: retrieve, understand",
     ]
 
 
@@ -532,7 +532,7 @@ def test_there_is_no_score_without_all_six_and_the_missing_ones_are_told(tmp_pat
     notes = benchmark.notes(benchmark.load(), list(scores.values()))
     assert notes == [
         "T-Eval data v2, scored by the rules of v2",
-        "not measured, for want of data: instruct, reason, retrieve",
+        "not measured, because there is no data: instruct, reason, retrieve",
         "plan_json: 1 of at least 553 records",
         "review_str: 1 of at least 487 records",
     ]

@@ -20,7 +20,7 @@ from moi_jax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class HeldOutItem:
-    """A held-out conversation. `id` is the hash of its content, the same in any run."""
+    """A held-out conversation. `id` is a hash of its content, so it is the same in every run."""
 
     id: str
     domain: int
@@ -29,19 +29,19 @@ class HeldOutItem:
 
 @dataclass(frozen=True)
 class ItemSums:
-    """Sums over the labels of each item under each column's prompt, [items, columns] each.
+    """Sums over the labels of each item under the prompt of each column, [items, columns] each.
 
-    A column that an item's domain has no prompt for is nan in `nll`, and 0 in the others.
+    Where an item's domain has no prompt in a column, `nll` is nan and the others are 0.
     """
 
     nll: np.ndarray  # float64, in nats
-    loss_tokens: np.ndarray  # int64, of an item the same in all columns
+    loss_tokens: np.ndarray  # int64, equal in all columns of an item
     correct: np.ndarray  # int64
 
 
 @dataclass(frozen=True)
 class _PromptedItem:
-    """An item under a prompt, and the columns that this is what the model sees in."""
+    """An item under a prompt, and the columns that this prompt fills."""
 
     item: int
     prompt: str | None
@@ -49,15 +49,15 @@ class _PromptedItem:
 
 
 class PromptMatrix:
-    """The held-out conversations, each of them once under every prompt, alone in its row.
+    """The held-out conversations, each alone in its row, once under every prompt.
 
-    What is counted of a conversation are the labels of its turns, never those of the system
-    block (which loss.targets qwen_official has): the same tokens under every prompt. One that is
-    too long for a row under any of its prompts is left out under all.
+    The labels of the turns count, and never those of the system block (which loss.targets
+    qwen_official has). So the same tokens count under every prompt. A conversation that does not
+    fit a row under one of its prompts is left out under all of them.
 
     Attributes:
-      items: by domain, then in the order of the cache.
-      too_long: how many were left out, by domain.
+      items: sorted by domain, then in the order of the cache.
+      too_long: domain -> number of conversations left out.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class PromptMatrix:
         Args:
           targets: loss.targets.
           table: the prompts of each domain.
-          rows: rows of a batch at full width; shorter rows come in larger batches.
-          row_multiple: rows of a batch divide by this (the batch shards of the mesh).
-          limit: that many conversations of each domain, evenly spaced; None is all.
+          rows: rows of a batch at full width; a batch of shorter rows has more of them.
+          row_multiple: the number of rows is a multiple of this (the batch shards of the mesh).
+          limit: use this many conversations of each domain, evenly spaced; None is all.
         """
         self.domains = [cache.name for cache in caches]
         self.columns = columns(table)
@@ -105,7 +105,7 @@ class PromptMatrix:
 
     @property
     def rows(self) -> int:
-        """How many rows the model is asked for."""
+        """The number of rows that the model computes."""
         return len(self._prompted)
 
     def measure(
@@ -113,11 +113,11 @@ class PromptMatrix:
         sums: Callable[[Batch], RowSums],
         on_progress: Callable[[int], None] = lambda rows: None,
     ) -> ItemSums:
-        """Asks the model for every row.
+        """Computes the sums of every row.
 
         Args:
-          sums: the model's, of a numpy batch.
-          on_progress: told the rows done.
+          sums: returns the model's sums for a numpy batch.
+          on_progress: called with the number of rows that are done.
 
         Raises:
           UserError: a loss is not finite.
@@ -140,7 +140,7 @@ class PromptMatrix:
     def _distinct(
         self, item: int, instruction: Instruction, prompts: dict[str, str | None]
     ) -> list[_PromptedItem]:
-        """The prompts of an item, those that come to the same text as one."""
+        """The item under each of its prompts. Prompts that give the same text are merged."""
         by_text: dict[str | None, _PromptedItem] = {}
         for name, prompt in prompts.items():
             text = system_text(prompt, instruction.row_system, self._data.row_system)
@@ -167,6 +167,6 @@ class PromptMatrix:
         item = self.items[one.item]
         return UserError(
             f"the loss of the held-out conversation {item.id} of domain "
-            f"{self.domains[item.domain]} is {loss} under the prompt {one.prompt!r}; are these "
-            f"weights sound, and does it happen in float32?"
+            f"{self.domains[item.domain]} is {loss} under the prompt {one.prompt!r}; check "
+            f"the weights, and try --dtype float32"
         )

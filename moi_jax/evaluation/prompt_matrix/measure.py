@@ -1,4 +1,4 @@
-"""The held-out prompt matrix of an opened checkpoint: its data, its untrained model, its files."""
+"""Measures the prompt matrix of a checkpoint and of its untrained model, and writes the files."""
 
 import json
 import logging
@@ -43,18 +43,18 @@ TRAINED, UNTRAINED = "trained", "untrained"
 
 
 def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path) -> Json:
-    """Measures the matrix, prints it, and writes it into the directory `out`.
+    """Measures the matrix, logs it, and writes it into the directory `out`.
 
         held_out.json         prompts, losses, accuracies, differences with intervals
         held_out_items.jsonl  the sums of each conversation under each prompt
-        held_out.png          the heat-map
+        held_out.png          the heat map
 
     Returns:
-      What held_out.json holds.
+      The content of held_out.json.
 
     Raises:
-      UserError: no config is known, its data cannot be opened, the untrained checkpoint named
-        does not fit, a loss is not finite, or `out` cannot be written.
+      UserError: no config is known, its data cannot be opened, options.untrained does not fit the
+        checkpoint, a loss is not finite, or `out` cannot be written.
     """
     parameters = parameters_fingerprint(opened.step)
     _check_same(out / "held_out.json", parameters)
@@ -62,8 +62,8 @@ def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path)
     config = options.config or began
     if config is None:
         raise UserError(
-            f"{opened.step} was not written by training, so it names no data; name the config "
-            f"whose held-out conversations to use by --config"
+            f"{opened.step} was not written by training, so it names no data; give the config of "
+            f"the held-out conversations with --config"
         )
     untrained = _untrained(opened, began, options.untrained)
     dataset = _open_dataset(opened, config)
@@ -90,20 +90,20 @@ def _check_same(path: Path, parameters: str) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["parameters"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # not there, or not whole: measured anew
+        return  # missing or incomplete: it is measured again
     if before != parameters:
         raise UserError(f"{path} is of another checkpoint; choose another --out")
 
 
 def _own_config(step: Path) -> Config | None:
-    """What the checkpoint was trained by; None where it was not trained by us."""
+    """The config that the checkpoint was trained with; None where moi_jax did not train it."""
     if not (step / "config").is_dir():
         return None
     return make_config(read_json_item(step, "config"), where=f"{step / 'config'}")
 
 
 def _open_dataset(opened: OpenCheckpoint, config: Config) -> Dataset:
-    """The data of the config in the tokens of the checkpoint, which stands alone."""
+    """The data of the config, with the tokenizer and the template of the checkpoint."""
     model = config.model.model_copy(update={"init_from": opened.step, "preset": None})
     tokenizer = TokenizerConfig(chat_template=opened.tokenizer.template.name)
     config = config.model_copy(update={"model": model, "tokenizer": tokenizer})
@@ -112,21 +112,23 @@ def _open_dataset(opened: OpenCheckpoint, config: Config) -> Dataset:
         return open_dataset(experiment.config, experiment.tokenizer)
     except UserError as error:
         raise UserError(
-            f"{error}. The data of {opened.step} are looked for as in training: run this where "
-            f"training ran, or name a config with another data.root by --config"
+            f"{error}. The data of {opened.step} is read from the same paths as in training: run "
+            f"this where training ran, or give a config with another data.root with --config"
         ) from None
 
 
 def _untrained(
     opened: OpenCheckpoint, began: Config | None, named: Path | None
 ) -> tuple[str, Tree] | None:
-    """What the checkpoint was trained from, in words and as parameters; None where it is gone."""
+    """The name and the parameters that training started from; None where they are gone."""
     source = named
     if source is None and began is not None:
         source = began.model.init_from
     if source is None:
         if began is None:
-            log.info("what the checkpoint was trained from is not known: name it by --untrained")
+            log.info(
+                "no untrained model: the start of training is not known; name it with --untrained"
+            )
             return None
         seed, dtype = began.train.seed, began.model.param_dtype
         parameters = random_parameters(opened.config, seed, dtype, opened.mesh)
@@ -138,13 +140,13 @@ def _untrained(
     except UserError as error:
         if named:
             raise
-        log.info(f"what the checkpoint was trained from is left out: {error}")
+        log.info(f"the untrained model is left out: {error}")
         return None
     if items.model != opened.config or items.tokenizer != opened.tokenizer.files:
         differs = f"{source} has another architecture or tokenizer than {opened.step}"
         if named:
-            raise UserError(f"{differs}, so its losses cannot stand beside; name another one")
-        log.info(f"what the checkpoint was trained from is left out: {differs}")
+            raise UserError(f"{differs}, so its losses cannot be compared; name another one")
+        log.info(f"the untrained model is left out: {differs}")
         return None
     return str(source), read_parameters(source, opened.config, opened.dtype, opened.mesh)
 
@@ -156,8 +158,8 @@ def _prompt_table(dataset: Dataset, paraphrases: Mapping[str, str]) -> PromptTab
     for name, prompts in table.items():
         if own[name] is not None and PARAPHRASE not in prompts:
             log.info(
-                f"no paraphrase of the prompt of {name} is known, and none is measured; give one "
-                f"by --paraphrase {name}=TEXT",
+                f"no paraphrase of the prompt of {name} is known, so none is measured; give one "
+                f"with --paraphrase {name}=TEXT",
             )
     return table
 
@@ -231,7 +233,7 @@ def _write(out: Path, results: Json, sums: dict[str, ItemSums], matrix: PromptMa
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "held_out_items.jsonl", "".join(lines))
         draw_matrix(results["models"], matrix.columns, out / "held_out.png")
-        # Last: where it is there, the others are.
+        # Written last: if it exists, the other files do too.
         write_whole(out / "held_out.json", json.dumps(results, indent=1, ensure_ascii=False))
     except OSError as error:
         raise cannot_write(out, error) from None

@@ -7,11 +7,11 @@ from markupsafe import Markup, escape
 
 from moi_jax.reports.page import PALETTE
 
-# A score and its interval, all 0 to 100; None where there is none.
+# A score and its interval, all from 0 to 100; None where there is no score.
 Bar = tuple[float, tuple[float, float] | None] | None
 
-BAR_HEIGHT, GAP, LEFT, WIDTH = 15, 14, 96, 520  # of the bars, in units of the SVG
-RADIUS, MIDDLE = 130, (260, 160)  # of the radar
+BAR_HEIGHT, GAP, LEFT, WIDTH = 15, 14, 96, 520  # sizes of the bar chart, in units of the SVG
+RADIUS, MIDDLE = 130, (260, 160)  # sizes of the radar chart
 
 
 def color(index: int) -> str:
@@ -19,10 +19,10 @@ def color(index: int) -> str:
 
 
 def bars(tasks: Sequence[str], scores: Sequence[Sequence[Bar]]) -> Markup:
-    """A group of horizontal bars for each task, one bar a checkpoint, whiskers for intervals.
+    """A group of horizontal bars for each task: one bar per checkpoint, whiskers for intervals.
 
     Args:
-      scores: for each task those of the checkpoints.
+      scores: for each task, the bars of the checkpoints.
     """
     scale = (WIDTH - LEFT - 50) / 100
     height = sum(BAR_HEIGHT * len(group) + GAP for group in scores) + 20
@@ -59,10 +59,10 @@ def _bar(bar: tuple[float, tuple[float, float] | None], y: float, scale: float, 
 
 
 def radar(tasks: Sequence[str], scores: Sequence[Sequence[float]]) -> Markup:
-    """A spoke for each task, three or more, and a closed line for each checkpoint.
+    """A radar chart: a spoke for each of three or more tasks, a closed line for each checkpoint.
 
     Args:
-      scores: for each checkpoint those of the tasks.
+      scores: for each checkpoint, the scores of the tasks.
     """
 
     def point(spoke: int, score: float) -> tuple[float, float]:

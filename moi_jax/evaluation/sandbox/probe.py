@@ -1,4 +1,4 @@
-"""Tries each limit for real: a program that oversteps them, one after another."""
+"""Tests every limit of a sandbox with a program that tries to exceed it."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from moi_jax.evaluation.sandbox.backends import Limits, environment, read_only
 from moi_jax.evaluation.sandbox.execution import Program, Verdict
 from moi_jax.evaluation.sandbox.inside.namespaces import FILES
 
-# Functions that are true where their limit held. What oversteps one is undone.
+# Each function returns True if its limit held, and removes what it created.
 _CODE = """
 import errno, os, signal, socket, time
 
@@ -109,7 +109,7 @@ def cpu():
 
 
 def unenforced(execute: Callable[[Limits, Program], Verdict], limits: Limits) -> str | None:
-    """The first limit that does not hold; None where all do.
+    """The name of the first limit that does not hold; None where all of them hold.
 
     Args:
       execute: runs a program within limits.
@@ -140,9 +140,9 @@ def unenforced(execute: Callable[[Limits, Program], Verdict], limits: Limits) ->
         names = ("held", *(name for name, *_ in attempts.values()))
         verdict = execute(limits, Program(_CODE, names, tests))
     if not verdict.passed:
-        # The assertion's message names it.
+        # The message of the assertion is the name of the limit.
         return verdict.error.removeprefix("AssertionError: ").split(" in: ")[0]
-    # A busy machine may take long over a second of its time.
+    # On a busy machine, one second of processor time can take long.
     verdict = execute(replace(limits, cpu=1, wall=120.0), Program(_CODE, ("cpu",), ("cpu()",)))
     if verdict != Verdict("timeout", "out of processor time"):
         return f"processor time ({verdict.error})"
@@ -150,7 +150,7 @@ def unenforced(execute: Callable[[Limits, Program], Verdict], limits: Limits) ->
 
 
 def _at_home() -> list[str]:
-    """What lies in the user's home directory, but for what leads to Python."""
+    """The entries of the user's home directory, except those that lead to Python."""
     try:
         entries = [str(path) for path in Path.home().iterdir()]
     except OSError:

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school maths word problems; the last number of the answer is compared."""
+"""GSM8K: grade-school maths word problems. The last number of the answer is compared."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from moi_jax.text.conversations import Message
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 TOLERANCE = 1e-4
-# The training set marks its arithmetic for a calculator: 3 * 4 = <<3*4=12>>12.
+# The training set has calculator marks in its arithmetic: 3 * 4 = <<3*4=12>>12.
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 EXAMPLES = (
@@ -47,18 +47,18 @@ EXAMPLES = (
 
 
 class GSM8K(Task):
-    """The raw question, as the official chat evaluation of Qwen asks it.
+    """The prompt is the question alone, as in the official chat evaluation of Qwen.
 
-    With shots, one text holds the worked examples and then the question, each as "Question: ..."
-    and a line that asks for steps; a worked answer ends in "The answer is N". That is the form of
-    the official few-shot evaluation. The examples are the first rows of gsm8k/train.jsonl where
-    there is that file, else four of our own.
+    With shots, one text has the worked examples and then the question. Each begins with
+    "Question: ..." and a line that asks for steps; a worked answer ends in "The answer is N". This
+    is the form of the official few-shot evaluation. The examples are the first rows of
+    gsm8k/train.jsonl if that file exists, else four of our own.
     """
 
     name = "gsm8k"
     files = (
-        "gsm8k/test.jsonl from github.com/openai/grade-school-math; for worked examples of its "
-        "own gsm8k/train.jsonl as well"
+        "gsm8k/test.jsonl from github.com/openai/grade-school-math, and gsm8k/train.jsonl for its "
+        "own worked examples"
     )
     takes_shots = True
     published_sizes = (1319,)
@@ -91,8 +91,8 @@ class GSM8K(Task):
             examples = [(row["question"], *_gold(row["answer"], where)) for where, row in rows]
         if len(examples) < self.shots:
             raise UserError(
-                f"gsm8k: {self.shots} shots, but there are {len(examples)} worked examples; ask "
-                f"for fewer, or put more into {self._train}"
+                f"gsm8k: --shots {self.shots}, but there are {len(examples)} worked examples; use "
+                f"fewer, or put more into {self._train}"
             )
         return [
             f"{_few_shot(question)}\n{steps}\nThe answer is {number}"
@@ -120,7 +120,7 @@ class GSM8K(Task):
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text without its thousands' commas; None where there is none."""
+    """The last number of a text, without its commas; None where there is none."""
     numbers = [match.group() for match in NUMBER.finditer(text.replace(",", ""))]
     return numbers[-1] if numbers else None
 

@@ -1,17 +1,17 @@
-"""What calls of a judge cost, so that a limit holds while several are under way."""
+"""A limit on the cost of judge calls that also holds while several calls are in progress."""
 
 import math
 import threading
 
 
 class CostLimitExceeded(Exception):
-    """The next call could cost too much; says how, in a few words."""
+    """The next call could exceed the limit. The message gives the amounts."""
 
 
 class CostLimit:
-    """Dollars spent on calls, and held back for those under way.
+    """Dollars spent on finished calls, and dollars reserved for calls in progress.
 
-    Together they are within the limit, as far as a call's cost is known before it is made.
+    Their sum stays within the limit, as far as the cost of a call is known in advance.
     """
 
     def __init__(self, price: tuple[float, float] | None, limit: float | None):
@@ -21,26 +21,26 @@ class CostLimit:
         self._spent = self._reserved = 0.0
 
     def cost(self, prompt: int, judgment: int) -> float:
-        """Of so many tokens."""
+        """US dollars for these numbers of tokens."""
         return (prompt * self.price[0] + judgment * self.price[1]) / 1e6
 
     def reserve(self, most: float) -> None:
-        """Holds back what a call may cost.
+        """Reserves the largest cost that a call may have, in US dollars.
 
         Raises:
-          CostLimitExceeded: that could go above the limit.
+          CostLimitExceeded: the call could exceed the limit.
         """
         with self._lock:
-            # A limit of exactly what it costs is kept, however the sums are rounded.
+            # The tolerance allows a limit that equals the cost, whatever the rounding of the sums.
             if self._spent + self._reserved + most > self.limit + 1e-9:
                 raise CostLimitExceeded(
-                    f"${self._spent:.4g} are spent, and the calls under way with the next could "
-                    f"go above --judge-max-cost {self.limit:g}"
+                    f"${self._spent:.4g} are spent, and the calls in progress with the next one "
+                    f"could exceed --judge-max-cost {self.limit:g}"
                 )
             self._reserved += most
 
     def settle(self, most: float, cost: float) -> None:
-        """Of a call that held back `most`."""
+        """Replaces the reserved `most` of a finished call by its real cost."""
         with self._lock:
             self._reserved -= most
             self._spent += cost

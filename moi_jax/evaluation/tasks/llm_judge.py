@@ -1,6 +1,7 @@
-"""Ratings by a model behind any OpenAI-compatible endpoint, each kept as it arrives.
+"""Ratings by a judge model at any OpenAI-compatible endpoint. Each one is stored as it arrives.
 
-The files have FastChat's layout (lm-sys/FastChat, fastchat/llm_judge), so that its tools read them.
+The files have the layout of FastChat (lm-sys/FastChat, fastchat/llm_judge), whose tools can read
+them.
 """
 
 import hashlib
@@ -32,22 +33,22 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 OPENAI = "https://api.openai.com/v1"
-MAX_TOKENS = 2048  # of a judgment
-TRIES = 3  # until a rating is missing
-MISSING = -1  # the score of a missing rating in the file; FastChat's tools leave those out
+MAX_TOKENS = 2048  # the length of a judgment
+TRIES = 3  # calls for one rating before it counts as missing
+MISSING = -1  # the score of a missing rating in the file; FastChat's tools ignore it
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII)
 FALLBACK = re.compile(r"\[(\d+\.?\d*)\]", re.ASCII)
 
 
 def read_rating(judgment: str) -> float | None:
-    """The first [[x]], else the first [x]; None where there is none or it is above 10."""
+    """The rating in the first [[x]], else in the first [x]; None without one from 0 to 10."""
     match = RATING.search(judgment) or FALLBACK.search(judgment)
     return float(match[1]) if match and float(match[1]) <= 10 else None
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeRequest:
-    """One answer to rate: whose it is, and the prompt that shows it to the judge."""
+    """One answer to rate: its question and turn, and the prompt that shows it to the judge."""
 
     question_id: int
     turn: int
@@ -57,15 +58,15 @@ class JudgeRequest:
 
     @property
     def hash(self) -> str:
-        """Changes with the question, the answers, the reference and the judge's instructions."""
+        """A hash of the question, the answers, the reference and the instructions."""
         text = json.dumps([self.system, self.user])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Judgments:
-    """A file of judgments, one object a line; a line that a killed run left unfinished is dropped.
+    """A file of judgments, one JSON object per line. An incomplete line is dropped.
 
-    Lines without our "prompt_hash", such as FastChat's own, are kept and not used.
+    Lines without a "prompt_hash", such as those of FastChat, stay in the file and are not used.
     """
 
     def __init__(self, path: Path):
@@ -81,7 +82,7 @@ class Judgments:
             beside.replace(path)
 
     def _take(self, line: bytes) -> bool:
-        """Remembers a line's judgment; False where the line is not whole."""
+        """Stores the judgment of a line; False where the line is incomplete."""
         if not line.endswith(b"\n"):
             return False
         try:
@@ -96,7 +97,7 @@ class Judgments:
         return self._found.get((judge, request.hash))
 
     def append(self, record: Json) -> None:
-        """From any thread; once it returns the record outlives the process."""
+        """Adds a record to the file. May be called from any thread."""
         line = json.dumps(record) + "\n"
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -104,25 +105,25 @@ class Judgments:
 
 
 class JudgeError(Exception):
-    """The endpoint does not do its part; says how, in a few words."""
+    """The endpoint failed. The message says how, in a few words."""
 
 
 class NoCompletion(JudgeError):
-    """It answered something that is no chat completion."""
+    """The endpoint's answer is not a chat completion."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judging model at an endpoint.
+    """A judge model at an endpoint.
 
     Attributes:
-      price: US dollars for a million prompt tokens, and for a million tokens of judgments.
-      max_cost: no call is begun that could make this command cost more, in US dollars.
-      workers: calls at a time.
-      timeout: seconds that the endpoint may be silent.
-      retries: after a timeout, a failed connection, 429 and 5xx; the openai library waits longer
-        each time, or as long as the endpoint says (Retry-After).
-      pause: seconds after an answer that is no chat completion.
+      price: US dollars per million prompt tokens, and per million tokens of judgments.
+      max_cost: in US dollars; a call that could exceed this total is not made.
+      workers: number of calls at the same time.
+      timeout: seconds to wait for the endpoint.
+      retries: number of retries after a timeout, a failed connection, 429 or 5xx. The openai
+        library waits longer each time, or as long as the endpoint says (Retry-After).
+      pause: seconds to wait after an answer that is not a chat completion.
     """
 
     model: str
@@ -137,18 +138,18 @@ class Judge:
     def rate(
         self, requests: Sequence[JudgeRequest], answered_by: str, path: Path
     ) -> Iterator[Json]:
-        """The judgment of each request, in order: what the file has, and what is still to be asked.
+        """Yields the judgment of each request, in order: from the file, else from the judge.
 
         Args:
-          answered_by: whose answers these are, for the file.
-          path: the file of judgments; it grows by each as it arrives.
+          answered_by: the name of the model that answered, for the file.
+          path: the file of judgments. Each new judgment is added as it arrives.
 
         Yields:
-          Records as in the file: "score" (`MISSING` after `TRIES` judgments without a rating),
-          "judgment", "judge_version" (the model's name as the endpoint told it), ...
+          Records of the file: "score" (`MISSING` after `TRIES` judgments without a rating),
+          "judgment", "judge_version" (the model's name according to the endpoint), ...
 
         Raises:
-          UserError: it would cost too much, or the endpoint failed. What was judged is kept.
+          UserError: it would cost too much, or the endpoint failed. Finished judgments are kept.
         """
         kept = Judgments(path)
         to_ask = [request for request in requests if kept.find(self.model, request) is None]
@@ -161,16 +162,16 @@ class Judge:
             done = sum(kept.find(self.model, request) is not None for request in requests)
             raise UserError(
                 f"judge {self.model} at {self.url}: {what}; {done} of {len(requests)} judgments "
-                f"are kept in {path}, and the same command goes on from there"
+                f"are kept in {path}, and the same command continues from there"
             ) from None
 
     def _check_cost(self, to_ask: Sequence[JudgeRequest], total: int) -> None:
-        """Says what the calls will take, if each is made once."""
+        """Logs the expected cost of the calls; raises UserError where it exceeds the limit."""
         prompt = sum(map(_prompt_tokens, to_ask))
         judgment = MAX_TOKENS * len(to_ask)
         line = (
             f"judging by {self.model} at {self.url}: {len(to_ask)} of {total} calls to make; if "
-            f"every judgment is as long as allowed and none has to be repeated, about {prompt:,} "
+            f"every judgment has the maximum length and no call is repeated, about {prompt:,} "
             f"prompt tokens and {judgment:,} tokens of judgments"
         )
         if self.price is not None:
@@ -178,8 +179,8 @@ class Judge:
             line += f", about ${cost:.2f}"
             if self.max_cost is not None and cost > self.max_cost:
                 raise UserError(
-                    f"{line}, above --judge-max-cost {self.max_cost:g}; the answers are kept: "
-                    "run the same command with a higher limit, or a cheaper judge"
+                    f"{line}, above --judge-max-cost {self.max_cost:g}; the answers are kept; "
+                    "run the same command with a higher limit or a cheaper judge"
                 )
         log.info(line)
 
@@ -209,13 +210,13 @@ class Judge:
             try:
                 for call in calls:
                     yield call.result()
-            finally:  # a fault, or Ctrl-C: calls under way end and are kept, no more begin
+            finally:  # after an error or Ctrl-C, calls in progress end and no new ones start
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _judge(
         self, client: "openai.OpenAI", request: JudgeRequest, answered_by: str, limit: CostLimit
     ) -> Json:
-        """A record of the file: the first judgment with a rating, or the last without."""
+        """A record for the file: the first judgment with a rating, else the last one."""
         for left in reversed(range(TRIES)):
             try:
                 judgment, version = self._ask(client, request, limit)
@@ -243,7 +244,7 @@ class Judge:
     def _ask(
         self, client: "openai.OpenAI", request: JudgeRequest, limit: CostLimit
     ) -> tuple[str, str]:
-        """The judgment, and the name of the model that made it."""
+        """The judgment, and the name of the model that wrote it."""
         most = limit.cost(_prompt_tokens(request), MAX_TOKENS)
         limit.reserve(most)
         content = self._send(client, request)
@@ -251,16 +252,16 @@ class Judge:
             completion = json.loads(content)
             judgment = completion["choices"][0]["message"]["content"]
         except (ValueError, TypeError, KeyError, IndexError):
-            limit.settle(most, most)  # it may have been charged for, and does not say
+            limit.settle(most, most)  # it may have been charged, so the most is assumed
             body = _one_line(content.decode(errors="replace"))
-            raise NoCompletion(f"its answer is no chat completion: {body!r}") from None
-        # A judge that declines may send no text at all: a judgment without a rating.
+            raise NoCompletion(f"its answer is not a chat completion: {body!r}") from None
+        # A judge that refuses may send no text: this is a judgment without a rating.
         judgment = judgment if isinstance(judgment, str) else ""
         limit.settle(most, limit.cost(*_tokens_used(completion, request, judgment)))
         return judgment, str(completion.get("model"))
 
     def _send(self, client: "openai.OpenAI", request: JudgeRequest) -> bytes:
-        """What the endpoint answers."""
+        """The body of the endpoint's answer."""
         import openai
 
         try:
@@ -286,12 +287,12 @@ class Judge:
 
 
 def _prompt_tokens(request: JudgeRequest) -> int:
-    """A guess, of four characters a token."""
+    """An estimate: four characters per token."""
     return (len(request.system) + len(request.user)) // 4
 
 
 def _tokens_used(completion: Json, request: JudgeRequest, judgment: str) -> tuple[int, int]:
-    """Of prompt and judgment, as the endpoint tells them; where it does not, guessed."""
+    """The tokens of prompt and judgment as the endpoint reports them, else estimates."""
     match completion.get("usage"):
         case {"prompt_tokens": int(read), "completion_tokens": int(written)} if (
             read >= 0 and written >= 0
@@ -303,7 +304,7 @@ def _tokens_used(completion: Json, request: JudgeRequest, judgment: str) -> tupl
 _HINTS = {
     401: " (is OPENAI_API_KEY right?)",
     404: " (are the judge's name and the address right? Most end in /v1)",
-    429: " (too many requests, or nothing left to spend)",
+    429: " (too many requests, or no credit left)",
 }
 
 
@@ -312,30 +313,30 @@ def _one_line(text: str) -> str:
 
 
 def make_judge(options: BenchmarkOptions) -> Judge | None:
-    """The judge that the options name, if any.
+    """The judge that the options name; None where they name none.
 
     Raises:
-      UserError: the options do not go together, or the openai library is missing.
+      UserError: the options do not fit together, or the openai library is missing.
     """
     if options.judge is None:
         if options.judge_url is not None:
-            raise UserError("--judge-url says where; name the judging model too, with --judge")
+            raise UserError("--judge-url needs the name of the judge model: add --judge MODEL")
         return None
     if importlib.util.find_spec("openai") is None:
         raise UserError("--judge needs the openai library: pip install openai")
     url = options.judge_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     address = urlsplit(url)
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise UserError(f"--judge-url {url}: not an address such as http://localhost:8000/v1")
+        raise UserError(f"--judge-url {url} is not an address such as http://localhost:8000/v1")
     if url == OPENAI and not os.environ.get("OPENAI_API_KEY"):
         raise UserError(
-            f"the judge at {OPENAI} needs a key in the environment, OPENAI_API_KEY; for another "
-            "endpoint give --judge-url"
+            f"the judge at {OPENAI} needs the environment variable OPENAI_API_KEY; for another "
+            "endpoint use --judge-url"
         )
     if options.judge_max_cost is not None and options.judge_price is None:
         raise UserError(
-            "--judge-max-cost needs --judge-price: US dollars for a million prompt tokens and for "
-            "a million tokens of judgments"
+            "--judge-max-cost needs --judge-price: US dollars per million prompt tokens and per "
+            "million tokens of judgments"
         )
     for name, amounts in (
         ("--judge-price", options.judge_price or ()),

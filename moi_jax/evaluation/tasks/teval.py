@@ -1,4 +1,4 @@
-"""T-Eval: planning, reasoning, choosing and calling tools, step by step (Chen et al., 2023)."""
+"""T-Eval: planning, reasoning, and choosing and calling tools, step by step (Chen et al. 2023)."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,15 +17,16 @@ PUBLISHED = (
     "instruct_json", "instruct_str", "plan_json", "plan_str", "reason_str", "retrieve_str",
     "understand_str", "reason_retrieve_understand_json", "review_str",
 )  # fmt: skip
-# Records by the paper; what its other subtasks have differs between the releases of the data.
+# Numbers of records in the paper. For the other subtasks they differ between releases.
 PUBLISHED_RECORDS = {"plan_json": 553, "plan_str": 553, "review_str": 487}
 
 
 class TEval(Task):
-    """All subtasks that DATA/teval has files of; those by embeddings only where an embedder is.
+    """Runs all subtasks that have files in DATA/teval.
 
-    The score is the mean of six subtasks, each the mean of its variants: asked for JSON or for
-    words. Where the data is in two languages it is of the English files.
+    The score is the mean of six subtasks. A subtask is the mean of its variants, which ask for JSON
+    or for plain text. If the data is in two languages, the score is of the English files. Plan and
+    reason are scored only with a sentence embedder.
     """
 
     name = "teval"
@@ -37,7 +38,7 @@ class TEval(Task):
     def __init__(self, options: BenchmarkOptions, embedder: Embedder | None = None):
         """
         Args:
-          embedder: in place of the one of the options.
+          embedder: used instead of the one in the options.
         """
         super().__init__(options)
         self._files: list[SubtaskFile] = []
@@ -58,7 +59,10 @@ class TEval(Task):
         return items
 
     def _find_embedder(self) -> None:
-        """The one that was named, or upstream's if it is on this machine: now, not after hours."""
+        """Loads the embedder of the options, or upstream's if it is on this machine.
+
+        Called before the model runs, so that a missing embedder is reported at once.
+        """
         named = self.options.teval_embedder
         name = named or UPSTREAM[min(file.language for file in self._files)]
         try:
@@ -94,10 +98,10 @@ class TEval(Task):
         return weights
 
     def is_complete(self, items: Sequence[Item]) -> bool:
-        """Whether every published variant is there, in one language, and none is known to be cut.
+        """Whether every published variant of one language is there and none is known to be short.
 
-        Only of plan and review it is known how many records they have: a file of another subtask
-        counts as whole however short it is.
+        The number of records is known only for plan and review. A file of another subtask counts
+        as complete, whatever its length.
         """
         counts = Counter(item.group for item in items)
         return any(
@@ -129,9 +133,9 @@ class TEval(Task):
         left_out = [subtask for subtask in SUBTASK_METRICS if subtask in there - asked]
         unscored = [subtask for subtask in NEED_EMBEDDER if subtask in asked]
         if missing:
-            notes.append(f"not measured, for want of data: {', '.join(missing)}")
+            notes.append(f"not measured, because there is no data: {', '.join(missing)}")
         if left_out:
-            notes.append(f"not measured, as none of their items were asked: {', '.join(left_out)}")
+            notes.append(f"not measured, because no item was run: {', '.join(left_out)}")
         for name, count in self._records.items():
             least = PUBLISHED_RECORDS.get(name.removesuffix("_zh"), 0)
             if count < least:
@@ -139,12 +143,14 @@ class TEval(Task):
         if unscored and self._similarity is None:
             notes.append(f"not scored: {', '.join(unscored)}: {self._no_embedder}")
         if {Variant.of(item.group).language for item in items} == {"", "zh"}:
-            notes.append("the score is of the English files; the Chinese are reported beside it")
+            notes.append(
+                "the score is of the English files; those in Chinese are reported beside it"
+            )
         return notes
 
 
 def _mean(scores: Sequence[Score]) -> Score:
-    """Of the samples of one item; what is told of them beside the metrics is the first's."""
+    """The mean over the samples of an item, with failure and details of the first sample."""
     first = scores[0]
     metrics = {name: fmean(score.metrics[name] for score in scores) for name in first.metrics}
     return Score(metrics, first.failure, first.details)
