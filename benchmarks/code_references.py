@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 from moi_jax.common.errors import run_command
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Response
 from moi_jax.evaluation.tasks import mbpp
 from moi_jax.evaluation.tasks.code_task import CodeTask
 from moi_jax.evaluation.tasks.humaneval import HumanEval
@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--sandbox", choices=["strict", "weak"], default="strict")
     args = parser.parse_args()
-    options = Options(args.data, args.data, allow_code_execution=True, sandbox=args.sandbox)
+    options = BenchmarkOptions(
+        args.data, args.data, allow_code_execution=True, sandbox=args.sandbox
+    )
     mbpp.EVALUATED = range(1, 975)
     for task in (HumanEval(options), mbpp.MBPP(options)):
         items = task.load()
@@ -70,7 +72,7 @@ def main() -> None:
 
 def judge(task: CodeTask, kind: str, answers: list[tuple[Item, str]]) -> None:
     start = time.perf_counter()
-    answered = [(item, Answer((f"```python\n{code}\n```",))) for item, code in answers]
+    answered = [(item, Response((f"```python\n{code}\n```",))) for item, code in answers]
     scores = list(task.score(answered))
     passed = [
         item.id for (item, _), score in zip(answered, scores, strict=True) if score.failure is None

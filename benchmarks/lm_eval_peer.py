@@ -25,10 +25,9 @@ from lm_eval.tasks import TaskManager
 from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.common.errors import run_command
 from moi_jax.convert import export_checkpoint
-from moi_jax.evaluation.answering import evenly_spaced
 from moi_jax.evaluation.harness.adapter import CheckpointLM
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Item
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, evenly_spaced
 from moi_jax.evaluation.tasks.gsm8k import GSM8K
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 
@@ -116,7 +115,7 @@ def main() -> int:
         slots=args.rows,
     )
     model = make_chat(checkpoint.parameters)
-    items = evenly_spaced(GSM8K(Options(data=args.data, out=args.data)).load(), args.items)
+    items = evenly_spaced(GSM8K(BenchmarkOptions(data=args.data, out=args.data)).load(), args.items)
     prompts = [model.prompt(item.messages) for item in items]
     with tempfile.TemporaryDirectory() as scratch:
         tasks, published = Path(scratch) / "tasks", Path(scratch) / "published"

@@ -22,11 +22,12 @@ from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.data.loader import Placed, assemble
-from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
-from moi_jax.evaluation.prompts.gaps import interval, resampled_means, summarize
-from moi_jax.evaluation.prompts.matrix import ItemSums
-from moi_jax.evaluation.prompts.matrix_report import draw_matrix, interval_text
-from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
+from moi_jax.evaluation.options import HeldOutOptions
+from moi_jax.evaluation.prompt_matrix.gaps import interval, resampled_means, summarize
+from moi_jax.evaluation.prompt_matrix.matrix import ItemSums
+from moi_jax.evaluation.prompt_matrix.measure import measure_held_out
+from moi_jax.evaluation.prompt_matrix.prompts import DEFAULT, OWN
+from moi_jax.evaluation.prompt_matrix.report import draw_matrix, interval_text
 from moi_jax.evaluation.row_sums import make_row_sums
 
 ROOT = Path(__file__).parent.parent

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moi_jax.common.errors import run_command
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Task
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Response, Task
 from moi_jax.evaluation.tasks import make_task
 from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
 from moi_jax.evaluation.tasks.math_equivalence import Equivalence
@@ -27,7 +27,7 @@ from moi_jax.evaluation.tasks.mmlu import read_questions
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
-    options = Options(parser.parse_args().data, Path("."))
+    options = BenchmarkOptions(parser.parse_args().data, Path("."))
     console = Console(width=120)
     table = Table("benchmark", "items", "gold answers", "other values", "seconds")
     gsm8k, maths = make_task("gsm8k", options), make_task("math", options)
@@ -51,7 +51,9 @@ def main() -> None:
 
 def told(task: Task, items: Sequence[Item], texts: Sequence[str]) -> str:
     """The score in per cent, the items that are right where they are few, and failures by kind."""
-    answered = [(item, Answer((text,), ("stop",))) for item, text in zip(items, texts, strict=True)]
+    answered = [
+        (item, Response((text,), ("stop",))) for item, text in zip(items, texts, strict=True)
+    ]
     scores = list(task.score(answered))
     right = [n for n, score in enumerate(scores) if score.metrics["accuracy"]]
     lines = [f"{100 * len(right) / len(items):.1f} %"]

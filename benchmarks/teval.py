@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moi_jax.common.errors import run_command
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Json
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Json, Response
 from moi_jax.evaluation.tasks.teval import TEval
 from moi_jax.evaluation.teval.scoring import Variant
 
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("--embedder", metavar="NAME", help="for sentence-transformers")
     args = parser.parse_args()
-    task = TEval(Options(args.data, args.data, teval_embedder=args.embedder))
+    task = TEval(BenchmarkOptions(args.data, args.data, teval_embedder=args.embedder))
     items = task.load()
     gold = means(task, items, gold_answer)
     rows = {
@@ -54,7 +54,7 @@ def means(
 ) -> dict[str, tuple[float, int]]:
     """metric -> its mean and the number of items that have it."""
     values = defaultdict(list)
-    for score in task.score([(item, Answer((answer(item),), ("stop",))) for item in items]):
+    for score in task.score([(item, Response((answer(item),), ("stop",))) for item in items]):
         for metric, value in score.metrics.items():
             values[metric].append(value)
     return {metric: (sum(each) / len(each), len(each)) for metric, each in values.items()}

@@ -1,1 +1,1 @@
-"""The evaluation room: what a model is judged by."""
+"""Evaluation: held-out losses, the prompt matrix, benchmarks and lm-eval tasks."""

@@ -1,4 +1,4 @@
-"""Held-out losses: every held-out conversation once, alone in its row, per domain and prompt."""
+"""Held-out losses per domain and prompt. Each conversation is alone in its row."""
 
 import logging
 import math
@@ -19,19 +19,20 @@ from moi_jax.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-# Rows are cut to the shortest of these widths, times two and so on, that holds them.
+# The smallest width of a batch. The others are this width times a power of two.
 _SHORTEST_ROW = 128
 
-# The width of a batch, and its rows of groups of one instruction.
-Rows = tuple[int, list[list[list[Placed]]]]
-MeasureRows = Callable[[Batch], RowSums]
+# The width of a batch, and its rows: each a list of groups, here one group of one instruction.
+PlannedBatch = tuple[int, list[list[list[Placed]]]]
+SumRows = Callable[[Batch], RowSums]
 
 
 class HeldOut:
-    """The held-out conversations under their own and under the default prompt.
+    """The held-out conversations under their own prompt and under the default prompt.
 
     Attributes:
-      own, default: rows of batches. A domain whose prompt is the default one is in `own` alone.
+      own, default: the planned batches. A domain whose own prompt is the default one is only
+        in `own`.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class HeldOut:
         """
         Args:
           targets: loss.targets.
-          rows: rows of a batch at full width; shorter rows come in larger batches.
-          row_multiple: rows of a batch divide by this (the batch shards of the mesh).
+          rows: rows of a batch at full width; a batch of shorter rows has more of them.
+          row_multiple: the number of rows is a multiple of this (the batch shards of the mesh).
         """
         self.domains = [cache.name for cache in caches]
         self._data, self._targets, self._pad_id = data, targets, tokenizer.template.pad
@@ -71,19 +72,19 @@ class HeldOut:
         fitting = [p for p in default if len(p.instruction.tokens) <= data.sequence_length]
         if len(fitting) < len(default):
             log.info(
-                f"{len(default) - len(fitting)} held-out conversations are too long under the "
-                f"default prompt and left out there",
+                f"{len(default) - len(fitting)} held-out conversations do not fit the "
+                f"sequence length under the default prompt; they are left out there",
             )
-        self.own, self.default = self._in_rows(own), self._in_rows(fitting)
+        self.own, self.default = self._plan(own), self._plan(fitting)
 
     def losses(
-        self, row_sums: MeasureRows, should_stop: Callable[[], bool] = lambda: False
+        self, row_sums: SumRows, should_stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
-        """Token means in nats: eval/<domain>/loss, .../default_prompt/loss, and their means.
+        """Mean losses per token, in nats: eval/<domain>/loss, .../default_prompt/loss, and means.
 
         Args:
-          row_sums: the model's, of a numpy batch.
-          should_stop: asked before each batch; once it is true there are no losses, {}.
+          row_sums: returns the model's sums for a numpy batch.
+          should_stop: called before each batch. When it returns True, the result is {}.
         """
         own = self._token_means(self.own, row_sums, should_stop)
         default = self._token_means(self.default, row_sums, should_stop)
@@ -102,16 +103,16 @@ class HeldOut:
 
     def _token_means(
         self,
-        rows: list[Rows],
-        row_sums: Callable[[Batch], RowSums],
+        planned: list[PlannedBatch],
+        row_sums: SumRows,
         should_stop: Callable[[], bool],
     ) -> list[float] | None:
         nll, tokens = np.zeros((2, len(self.domains)), np.float64)
-        for (_, filled), batch in zip(rows, self.batches(rows), strict=True):
+        for (_, filled), batch in zip(planned, self.batches(planned), strict=True):
             if should_stop():
                 return None
             result = row_sums(batch)
-            # The rows after the last conversation only fill the batch up.
+            # The rows after the last conversation are padding.
             domains = [groups[0][0].domain_id for groups in filled if groups]
             np.add.at(nll, domains, result.nll[: len(domains)])
             np.add.at(tokens, domains, result.loss_tokens[: len(domains)])
@@ -119,13 +120,13 @@ class HeldOut:
             n / t if t else math.nan for n, t in zip(nll.tolist(), tokens.tolist(), strict=True)
         ]
 
-    def batches(self, rows: list[Rows]) -> Iterator[Batch]:
-        """The rows as numpy batches."""
-        for width, filled in rows:
+    def batches(self, planned: list[PlannedBatch]) -> Iterator[Batch]:
+        """The planned batches as numpy batches."""
+        for width, filled in planned:
             yield assemble(filled, width, self._pad_id, "instruction", self._targets)
 
-    def _in_rows(self, placed: list[Placed]) -> list[Rows]:
-        """One conversation a row, rows of like length together, the last batch filled up."""
+    def _plan(self, placed: list[Placed]) -> list[PlannedBatch]:
+        """One conversation per row, rows of similar length together, the last batch padded."""
         batches = batches_by_width(
             [len(item.instruction.tokens) for item in placed],
             self._rows,
@@ -141,12 +142,14 @@ class HeldOut:
 def batches_by_width(
     lengths: Sequence[int], rows: int, row_multiple: int, longest: int
 ) -> list[tuple[int, list[int], int]]:
-    """Batches of conversations of these lengths, one a row: (width, members, rows) each.
+    """Groups conversations of these lengths into batches: (width, members, rows) each.
+
+    Each conversation has a row of its own; `members` are indices into `lengths`.
 
     Args:
-      rows: of a batch of the width `longest`; narrower batches have more.
-      row_multiple: the rows of a batch divide by this.
-      longest: no conversation is longer.
+      rows: rows of a batch of the width `longest`; narrower batches have more.
+      row_multiple: the number of rows is a multiple of this.
+      longest: the longest length that may occur.
     """
     by_width: dict[int, list[int]] = {}
     for member, length in enumerate(lengths):

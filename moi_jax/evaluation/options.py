@@ -1,23 +1,29 @@
-"""What an evaluation can be asked to do otherwise than by default; all of it stands in results."""
+"""What an evaluation is asked to do. Light to import: the command builds it before jax starts."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from moi_jax.config import Config
+
+# The task of the held-out losses, beside the names of the benchmarks.
+HELD_OUT = "held_out"
+
 
 @dataclass(frozen=True)
-class Options:
-    """The choices of `python -m moi_jax.evaluate`; each task reads those that concern it.
+class BenchmarkOptions:
+    """How benchmarks are run. Each task reads the options that concern it.
 
     Attributes:
       data: the directory of benchmark files, see docs/evaluation.md.
-      out: where results, and what a task keeps for itself, are written.
-      limit: that many items of each task, evenly spaced over the file; None is all.
+      out: the directory of results, and of the files that a task keeps for itself.
+      limit: run this many items of each task, evenly spaced over the file; None is all.
       shots: worked examples before the question; None is the task's own number.
-      samples: answers asked of each item; more than one needs a temperature.
-      temperature: None is the protocol's own (0 but for MT-Bench).
+      samples: answers to each item; more than one needs a temperature.
+      temperature: None is the protocol's own (0 except for MT-Bench).
       max_new_tokens: None is the task's own.
-      too_long: items that do not fit the context count as wrong (fail) or are left out (skip).
+      too_long: an item that does not fit the context counts as wrong (fail) or is left out (skip).
     """
 
     data: Path
@@ -36,7 +42,7 @@ class Options:
     # MMLU
     mmlu_method: Literal["generate", "likelihood"] = "generate"
     # MT-Bench
-    judge: str | None = None  # the judging model's name at the endpoint
+    judge: str | None = None  # the name of the judge model at the endpoint
     judge_url: str | None = None
     judge_max_cost: float | None = None  # in US dollars
     judge_price: tuple[float, float] | None = None  # dollars per million tokens: prompts, judgments
@@ -44,3 +50,70 @@ class Options:
     teval_system: Literal["default_then_user", "as_user", "as_system"] = "default_then_user"
     teval_compat: bool = False
     teval_embedder: str | None = None  # a name or path for sentence-transformers
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the checkpoint is opened and asked.
+
+    Attributes:
+      dtype: of parameters and computation; auto is float32 on a CPU and bfloat16 elsewhere.
+      mesh: devices along the axes, such as "fsdp=2,tensor=4"; None is all devices on tensor.
+      chat_template: its name; None is the one that the checkpoint was made with.
+      system_prompt: of chats that bring none; None is the one saved in the checkpoint.
+      system_block: False for no system block at all in these chats.
+      slots: answers that are generated at the same time.
+      context: tokens of prompt and answer together; None is the model's trained length.
+    """
+
+    dtype: str = "auto"
+    mesh: str | None = None
+    chat_template: str | None = None
+    system_prompt: str | None = None
+    system_block: bool = True
+    slots: int = 16
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class HeldOutOptions:
+    """How the held-out losses are measured.
+
+    Attributes:
+      config: the config whose held-out conversations are used; None is the checkpoint's own.
+      untrained: a checkpoint to compare with; None is the one that training started from.
+      paraphrases: domain -> another wording of its prompt; it replaces one that is known here.
+      limit: use this many conversations of each domain, evenly spaced; None is all.
+      rows: rows of a batch at full width; shorter rows come in larger batches.
+    """
+
+    config: Config | None = None
+    untrained: Path | None = None
+    paraphrases: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    rows: int = 8
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """One evaluation of one checkpoint, see `moi_jax.evaluation.evaluate.evaluate`.
+
+    Attributes:
+      checkpoint: a step directory, or a run (its newest step).
+      benchmarks: the options of all tasks, and the directory of results.
+      tasks: names of benchmarks, "all" for the seven, and `HELD_OUT`.
+      prompt_tasks: benchmarks that also run under each prompt of the prompt matrix.
+      lm_eval_tasks: tasks, groups or tags of lm-evaluation-harness.
+      lm_eval_include: a directory of further task files for lm-evaluation-harness.
+      compare: directories of other results that report.html shows beside these.
+    """
+
+    checkpoint: Path
+    benchmarks: BenchmarkOptions
+    tasks: tuple[str, ...] = (HELD_OUT,)
+    model: ModelOptions = ModelOptions()
+    held_out: HeldOutOptions = HeldOutOptions()
+    prompt_tasks: tuple[str, ...] = ()
+    lm_eval_tasks: tuple[str, ...] = ()
+    lm_eval_include: Path | None = None
+    compare: tuple[Path, ...] = ()

@@ -1,15 +1,16 @@
-"""The protocol every benchmark follows: load -> items, item -> conversation, answer -> score."""
+"""The protocol of a benchmark: load() gives items, the model responds, score() gives scores."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +19,15 @@ class Item:
 
     Attributes:
       id: unique within the task, and the same in every run.
-      messages: the conversation that the model goes on from, a user's message last. A system
-        message at its head takes the place of the evaluation's system prompt.
-      gold: what `Task.score` compares with.
-      follow_ups: user messages asked one after another, each after the answer before it.
-      group: a subject, category or subtask that is also reported by itself.
-      temperature: fixed by the protocol; None is 0, and the options may set another.
-      choices: where there are any nothing is generated: the model scores each of these texts as
-        its answer.
-      system_block: False for a prompt without any system block.
+      messages: the conversation that the model continues; the last message is the user's. A
+        system message at its head replaces the evaluation's system prompt.
+      gold: the reference that `Task.score` compares with.
+      follow_ups: further user messages. Each is sent after the answer to the one before.
+      group: a subject, category or subtask that has figures of its own in the results.
+      temperature: set by the protocol; None is 0. The options may override it.
+      choices: possible answers. If there are any, nothing is generated: the model gives the
+        log-likelihood of each choice.
+      system_block: False for a prompt without a system block.
     """
 
     id: str
@@ -40,13 +41,13 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What the model made of an item.
+class Response:
+    """The model's response to an item.
 
     Attributes:
-      texts: one for each turn, or one for each sample where several were asked.
+      texts: one per turn, or one per sample where several were asked for.
       finishes: why each text ended, see sampling.requests.Finish.
-      log_likelihoods: of each of the item's choices, in nats.
+      log_likelihoods: one per choice of the item, in nats.
     """
 
     texts: tuple[str, ...] = ()
@@ -56,13 +57,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How an answer did.
+    """The score of a response.
 
     Attributes:
-      metrics: name -> value, 0 to 1 (a rating: as it is given). A metric that does not apply to
-        this item, or is missing, is left out.
-      failure: the kind of a wrong answer where it is known ("no answer", "timeout", ...).
-      details: what a reader of the samples wants to see, such as the answer extracted.
+      metrics: name -> value from 0 to 1 (a rating keeps its own scale). A metric that does not
+        apply to this item, or that is missing, is left out.
+      failure: why the response is wrong, where that is known ("no answer", "timeout", ...).
+      details: what a reader of the samples wants to see, such as the extracted answer.
     """
 
     metrics: dict[str, float]
@@ -71,14 +72,14 @@ class Score:
 
 
 class Task(ABC):
-    """A benchmark. `tasks/` has one file for each; `tasks.TASKS` names them.
+    """A benchmark. `tasks/` has one file for each benchmark; `tasks.TASKS` lists them.
 
     Attributes:
-      files: below the data directory, what the task reads, told when it is missing.
-      max_new_tokens, stop_strings: of every answer.
-      takes_shots: whether it has worked examples to show before the question.
-      whole: how many items the benchmark has (one number for each published form); a score over
-        fewer is no part of the overall figure. () where `weights` alone decides.
+      files: the files below the data directory that the task reads, for messages.
+      max_new_tokens, stop_strings: the limits of every answer.
+      takes_shots: whether the task can show worked examples before the question.
+      published_sizes: the number of items in the benchmark, one for each published form. A score
+        over another number of items is not part of the overall score. () allows any number.
     """
 
     name: ClassVar[str]
@@ -86,48 +87,54 @@ class Task(ABC):
     max_new_tokens: ClassVar[int] = 512
     stop_strings: ClassVar[tuple[str, ...]] = ()
     takes_shots: ClassVar[bool] = False
-    whole: ClassVar[tuple[int, ...]] = ()
+    published_sizes: ClassVar[tuple[int, ...]] = ()
 
-    def __init__(self, options: Options):
-        """Raises UserError where options or the machine do not allow this task."""
+    def __init__(self, options: BenchmarkOptions):
+        """Raises UserError where the options or the machine do not allow this task."""
         if options.shots and not self.takes_shots:
             raise UserError(
-                f"{self.name} has no worked examples; give --shots only with tasks that take them: "
-                "gsm8k, mbpp and mmlu"
+                f"{self.name} has no worked examples; use --shots only with gsm8k, mbpp and mmlu"
             )
         self.options = options
 
     @abstractmethod
     def load(self) -> list[Item]:
-        """All items, in the order of the file.
+        """Returns all items, in the order of the file.
 
         Raises:
-          UserError: a file is missing (says what to put where) or a row malformed (says which).
+          UserError: a file is missing or a row is malformed. The message names the file or row.
         """
 
     @abstractmethod
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
-        """A score for each answer, in order; each is kept as soon as it is yielded."""
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
+        """Yields a score for each response, in order."""
 
     @abstractmethod
     def weights(self, counts: Mapping[str, int]) -> dict[str, float] | None:
-        """The weights of the metrics' means in the score, which is told as 100 times their sum.
+        """The weight of each metric. The score is 100 times the weighted sum of the metrics' means.
 
         Args:
-          counts: metric -> the number of items that have it.
+          counts: metric -> number of items that have it.
 
         Returns:
-          None where what was measured is not the whole benchmark: there is no score then.
+          None where metrics that the score needs were not measured: then there is no score.
         """
 
     def settings(self) -> Json:
-        """What the task decided by options or data (shots, data version), for the results."""
+        """Settings of the task (shots, data version) for the results."""
         return {}
 
     def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
-        """Lines that belong beside the score, such as how much of the benchmark the data is."""
+        """Remarks to show beside the score, such as which part of the benchmark was run."""
         return []
 
-    def is_whole(self, items: Sequence[Item]) -> bool:
-        """Whether the items are all of the benchmark."""
-        return not self.whole or len(items) in self.whole
+    def is_complete(self, items: Sequence[Item]) -> bool:
+        """Whether the items are the whole benchmark."""
+        return not self.published_sizes or len(items) in self.published_sizes
+
+
+def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
+    """Returns `limit` items, evenly spaced over all of them; all items where there are no more."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[n * len(items) // limit] for n in range(limit)]

@@ -1,4 +1,4 @@
-"""From scores to results: means with intervals, groups, failures by kind, the overall figure."""
+"""From scores to results: means with intervals, groups, counts of failures, overall score."""
 
 import json
 from collections import Counter
@@ -9,28 +9,28 @@ from typing import Any
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation import statistics
-from moi_jax.evaluation.protocol import Answer, Item, Score, Task
+from moi_jax.evaluation import bootstrap
+from moi_jax.evaluation.protocol import Item, Response, Score, Task
 from moi_jax.evaluation.tasks import TASKS
 
 Json = dict[str, Any]
-Scored = tuple[Item, Answer, Score]
+Scored = tuple[Item, Response, Score]
 
-# What a report reads of each task.
+# The keys of a task that a report reads.
 TASK_KEYS = {
     *("score", "interval", "items", "complete", "weights", "metrics", "groups", "failures"),
     *("skipped", "notes", "settings"),
 }
-# Failures that are told by how an answer ended.
+# Failures that follow from the way an answer ended.
 ENDS = {"length": "cut at its length", "too_long": "too long", "not_finite": "not finite"}
 
 
-def summarize(task: Task, scored: Sequence[Scored], skipped: int, whole: bool) -> Json:
+def summarize(task: Task, scored: Sequence[Scored], skipped: int, all_items: bool) -> Json:
     """The results of a task.
 
     Args:
-      skipped: items left out as too long for the context.
-      whole: whether all items of the benchmark were asked for.
+      skipped: number of items left out because they do not fit the context.
+      all_items: whether all items of the data were run.
     """
     metrics, values = metric_values([score for _, _, score in scored])
     counts = dict(zip(metrics, np.sum(~np.isnan(values), axis=0).tolist(), strict=True))
@@ -39,13 +39,15 @@ def summarize(task: Task, scored: Sequence[Scored], skipped: int, whole: bool) -
     total = interval = None
     if weights and scored:
         row = 100 * np.array([weights.get(metric, 0.0) for metric in metrics])
-        total = statistics.score(values, row)
-        interval = statistics.interval(values, row)
+        total = bootstrap.score(values, row)
+        interval = bootstrap.interval(values, row)
     return {
         "score": total,
         "interval": interval,
         "items": len(scored),
-        "complete": bool(total is not None and whole and not skipped and task.is_whole(items)),
+        "complete": bool(
+            total is not None and all_items and not skipped and task.is_complete(items)
+        ),
         "weights": weights,
         "metrics": _metric_table(metrics, values),
         "groups": _groups(items, metrics, values),
@@ -57,7 +59,7 @@ def summarize(task: Task, scored: Sequence[Scored], skipped: int, whole: bool) -
 
 
 def metric_values(scores: Sequence[Score]) -> tuple[list[str], np.ndarray]:
-    """All names of metrics, and float64[items, metrics] with nan where an item lacks one."""
+    """The names of all metrics, and float64[items, metrics] with nan where an item lacks one."""
     metrics = sorted({metric for score in scores for metric in score.metrics})
     rows = [[score.metrics.get(metric, np.nan) for metric in metrics] for score in scores]
     return metrics, np.array(rows, np.float64).reshape(len(scores), len(metrics))
@@ -68,15 +70,15 @@ def _metric_table(metrics: Sequence[str], values: np.ndarray) -> Json:
     for column, metric in enumerate(metrics):
         known = values[~np.isnan(values[:, column]), column, None]
         table[metric] = {
-            "mean": statistics.score(known, np.ones(1)),
+            "mean": bootstrap.score(known, np.ones(1)),
             "items": len(known),
-            "interval": statistics.interval(known, np.ones(1)),
+            "interval": bootstrap.interval(known, np.ones(1)),
         }
     return table
 
 
 def _groups(items: Sequence[Item], metrics: Sequence[str], values: np.ndarray) -> Json:
-    """group -> its number of items and its means."""
+    """group -> its number of items and the mean of each metric."""
     groups = sorted({item.group for item in items if item.group})
     members = np.array([item.group for item in items])
     table = {}
@@ -93,9 +95,9 @@ def _groups(items: Sequence[Item], metrics: Sequence[str], values: np.ndarray) -
 
 def _failures(scored: Sequence[Scored]) -> dict[str, int]:
     kinds: Counter[str] = Counter()
-    for _, answer, score in scored:
-        ends = {ENDS[finish] for finish in answer.finishes if finish in ENDS}
-        # An answer that is missing for a known reason has no second one.
+    for _, response, score in scored:
+        ends = {ENDS[finish] for finish in response.finishes if finish in ENDS}
+        # If the reason of a missing answer is known, the failure that follows is not counted.
         if score.failure and not ends & {ENDS["too_long"], ENDS["not_finite"]}:
             ends.add(score.failure)
         kinds.update(ends)
@@ -111,25 +113,25 @@ def _notes(
 ) -> list[str]:
     notes = task.notes(items, scores)
     if skipped:
-        notes.append(f"{skipped} items do not fit the context and were left out")
-    broken = [item.id for item, answer, _ in scored if "not_finite" in answer.finishes]
+        notes.append(f"{skipped} items do not fit the context and are left out")
+    broken = [item.id for item, response, _ in scored if "not_finite" in response.finishes]
     if broken:
         notes.append(
             f"the model's logits are not finite for {len(broken)} items, the first {broken[0]}: "
-            f"are these weights sound?"
+            f"check the weights"
         )
     return notes
 
 
 def overall(tasks: Json) -> float | None:
-    """The plain mean of the seven scores; None unless each ran in full."""
+    """The plain mean of the seven scores; None unless all seven are complete."""
     if all(tasks.get(name, {}).get("complete") for name in TASKS):
         return float(np.mean([tasks[name]["score"] for name in TASKS]))
     return None
 
 
 def describe(summary: Json) -> str:
-    """A task's results in one line."""
+    """The results of a task in one line."""
     if summary["score"] is None:
         metrics = summary["metrics"].items()
         means = ", ".join(f"{name} {metric['mean']:.3f}" for name, metric in metrics)
@@ -149,7 +151,9 @@ def read_results(path: Path) -> Json:
         ):
             return results
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; is that a directory of results?") from None
+        raise UserError(f"cannot read {path}: {error}; name a directory of results") from None
     except (AttributeError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is no results.json of an evaluation, or a damaged one")
+    raise UserError(
+        f"{path} is not the results.json of an evaluation, or it is damaged; evaluate again"
+    )

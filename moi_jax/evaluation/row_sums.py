@@ -1,4 +1,4 @@
-"""What a model makes of each row of a batch: the sums that losses and accuracies are made of."""
+"""Sums over each row of a batch, from which losses and accuracies are computed."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,18 +14,18 @@ from moi_jax.parallel.placing import place_rows, replicated
 
 
 class RowSums(NamedTuple):
-    """Sums over the targets of each row that have a weight, [B] each."""
+    """Sums over the targets with a positive loss weight, [B] each."""
 
     nll: Any  # float32 or wider, in nats
     loss_tokens: Any  # int32
-    correct: Any  # int32, targets that were the likeliest token
+    correct: Any  # int32, targets that are the most likely token
 
 
 def make_row_sums(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
-    """A function of parameters on `mesh` and a numpy batch, the same on every host.
+    """Returns a function (parameters on `mesh`, numpy batch) -> numpy `RowSums`.
 
-    The rows of a batch divide by the mesh's batch shards; each host places those it holds, and
-    gets the sums of all.
+    Every host passes the same batch. Its number of rows is a multiple of the mesh's batch shards.
+    Each host places its own rows on its devices and gets the sums of all rows.
     """
 
     def step(parameters: Tree, batch: Batch) -> RowSums:

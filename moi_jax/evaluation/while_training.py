@@ -1,4 +1,4 @@
-"""What is measured while a model is trained: held-out losses, benchmarks, sample answers."""
+"""Evaluations during training: held-out losses, benchmarks and sample answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from moi_jax import config
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.common.errors import UserError
 from moi_jax.data.dataset import Dataset
-from moi_jax.evaluation.answering import evenly_spaced
+from moi_jax.evaluation.benchmarks import run_task
 from moi_jax.evaluation.held_out import HeldOut
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import evenly_spaced
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.row_sums import make_row_sums
-from moi_jax.evaluation.runner import run_task
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.parallel.placing import batch_shards
@@ -24,8 +24,8 @@ from moi_jax.sampling.answer_log import AnswerLog
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 from moi_jax.sampling.sample_answers import make_sample_answers
 
-# Those whose score needs the whole benchmark, or a judge.
-NO_SLICE = {"mt_bench", "teval"}
+# Benchmarks whose score needs all items, or a judge.
+NEEDS_ALL_ITEMS = {"mt_bench", "teval"}
 
 
 ShouldStop = Callable[[], bool]
@@ -34,7 +34,7 @@ Evaluate = Callable[[Tree, ShouldStop], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainingEvaluations:
-    """What a run asks of its parameters, see `moi_jax.training.loop.Evaluations`."""
+    """The evaluations of a run, see `moi_jax.training.loop.Evaluations`."""
 
     held_out: Evaluate
     benchmarks: Evaluate | None
@@ -44,13 +44,13 @@ class TrainingEvaluations:
 def make_evaluations(
     experiment: Experiment, dataset: Dataset, bind: Bind, mesh: Mesh, run_dir: Path
 ) -> TrainingEvaluations:
-    """All that the config asks for.
+    """Makes the evaluations that the config asks for.
 
     Args:
       bind: parameters -> model.
 
     Raises:
-      UserError: a benchmark is unknown, may not run here, or its data is missing or damaged.
+      UserError: a benchmark is unknown or cannot run here, or its data is missing or damaged.
     """
     config = dataset.config
     train = config.train
@@ -99,20 +99,22 @@ def make_benchmark(
     out: Path,
     make_chat: Callable[[Tree], ChatModel],
 ) -> Evaluate:
-    """A function (parameters, should_stop) -> eval/<task>/score, 0 to 100, of each task.
+    """Returns a function (parameters, should_stop) -> {"eval/<task>/score": 0 to 100}.
+
+    The result is {} once should_stop() returns True.
 
     Args:
-      out: where a task keeps what it needs for itself.
+      out: the directory for files that a task keeps for itself.
 
     Raises:
-      UserError: a task is unknown, may not run here, or its data is missing or damaged.
+      UserError: a task is unknown or cannot run here, or its data is missing or damaged.
     """
-    for name in NO_SLICE.intersection(settings.tasks):
+    for name in NEEDS_ALL_ITEMS.intersection(settings.tasks):
         raise UserError(
-            f"eval.benchmarks.tasks names {name}, which has no score of a few items; run it by "
+            f"eval.benchmarks.tasks names {name}, which has no score on a few items; run it with "
             f"python -m moi_jax.evaluate"
         )
-    options = Options(
+    options = BenchmarkOptions(
         data=settings.data,
         out=out,
         max_new_tokens=settings.max_new_tokens,
@@ -124,7 +126,7 @@ def make_benchmark(
     def benchmark(parameters: Tree, should_stop: ShouldStop) -> dict[str, float]:
         def after_each() -> None:
             if should_stop():
-                raise GivenUp
+                raise StopRequested
 
         model = make_chat(parameters)
         scores: dict[str, float] = {}
@@ -133,14 +135,14 @@ def make_benchmark(
                 after_each()
                 log = AnswerLog(None, {})
                 scored, skipped = run_task(task, items, model, options, log, after_each)
-                summary = summarize(task, scored, skipped, whole=False)
+                summary = summarize(task, scored, skipped, all_items=False)
                 scores[f"eval/{task.name}/score"] = summary["score"]
-        except GivenUp:
+        except StopRequested:
             return {}
         return scores
 
     return benchmark
 
 
-class GivenUp(Exception):
-    """Raised where someone waits for the run to stop."""
+class StopRequested(Exception):
+    """The run was asked to stop, so the benchmarks end early."""

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Score
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Response, Score
 from moi_jax.evaluation.sandbox.sandbox import WEAK
-from moi_jax.evaluation.tasks.code_answers import complete, extract
+from moi_jax.evaluation.tasks.code_extraction import complete, extract
 from moi_jax.evaluation.tasks.code_task import CodeTask, pass_at
 from moi_jax.evaluation.tasks.humaneval import HumanEval
 from moi_jax.evaluation.tasks.mbpp import MBPP
@@ -79,9 +79,9 @@ NODE_ROW = {
 SHOWN_ROW = {**SQUARE_ROW, "task_id": 2, "text": "Write a function to cube."}
 
 
-def options(tmp_path: Path, **given) -> Options:
+def options(tmp_path: Path, **given) -> BenchmarkOptions:
     """The weak sandbox runs on every machine, and these programs mean no harm."""
-    return Options(tmp_path, tmp_path, allow_code_execution=True, sandbox="weak", **given)
+    return BenchmarkOptions(tmp_path, tmp_path, allow_code_execution=True, sandbox="weak", **given)
 
 
 def humaneval(tmp_path: Path, *rows: dict, **given) -> HumanEval:
@@ -100,13 +100,13 @@ def mbpp(tmp_path: Path, *rows: dict, **given) -> MBPP:
 
 
 def scores(task: CodeTask, *answers: tuple[Item, str]) -> list[Score]:
-    return list(task.score([(item, Answer((text,), ("stop",))) for item, text in answers]))
+    return list(task.score([(item, Response((text,), ("stop",))) for item, text in answers]))
 
 
 def test_programs_are_not_run_unasked(tmp_path: Path):
     for kind in (HumanEval, MBPP):
         with pytest.raises(UserError, match=r"runs the programs.*--allow-code-execution"):
-            kind(Options(tmp_path, tmp_path))
+            kind(BenchmarkOptions(tmp_path, tmp_path))
 
 
 def test_the_weak_sandbox_is_said_loudly(tmp_path: Path, log_text: io.StringIO):
@@ -271,7 +271,7 @@ def test_malformed_mbpp_rows_are_named(row: dict, message: str, tmp_path: Path):
 
 def test_missing_files_say_what_to_put_where(tmp_path: Path):
     for kind, name in ((HumanEval, "HumanEval.jsonl.gz"), (MBPP, "mbpp.jsonl")):
-        with pytest.raises(UserError, match=rf"put below the data directory .*{name}"):
+        with pytest.raises(UserError, match=rf"put into the data directory .*{name}"):
             kind(options(tmp_path)).load()
 
 
@@ -279,8 +279,8 @@ def test_several_answers_give_pass_at_k(tmp_path: Path):
     task = humaneval(tmp_path, HALVE_ROW, samples=10)
     (item,) = task.load()
     right, wrong, broken = "return x // 2", "return x", "return ("
-    mixed = Answer((right, wrong, right, *[broken] * 7))
-    hopeless = Answer((wrong, broken, broken, *[""] * 7))
+    mixed = Response((right, wrong, right, *[broken] * 7))
+    hopeless = Response((wrong, broken, broken, *[""] * 7))
     first, second = task.score([(item, mixed), (item, hopeless)])
     assert first.metrics == {"pass@1": pytest.approx(0.2), "pass@10": 1.0}
     assert first.failure is None
@@ -304,7 +304,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_pass(samples: int, passed: int):
 def test_missing_answers_are_no_code_and_keep_their_place(tmp_path: Path):
     task = humaneval(tmp_path, HALVE_ROW)
     (item,) = task.load()
-    answered = [(item, Answer((), ("too_long",))), (item, Answer(("return x // 2",)))]
+    answered = [(item, Response((), ("too_long",))), (item, Response(("return x // 2",)))]
     assert [score.failure for score in task.score(iter(answered))] == ["no code", None]
 
 

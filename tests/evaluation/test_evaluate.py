@@ -11,16 +11,17 @@ import pytest
 from moi_jax import config
 from moi_jax.checkpoints.items import parameters_fingerprint
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.answering import AnswerLog, answer_items, evenly_spaced
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Score, Task
+from moi_jax.evaluation.benchmarks import run_benchmarks
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Response, Score, Task, evenly_spaced
+from moi_jax.evaluation.responses import collect_responses
 from moi_jax.evaluation.results import overall, read_results, summarize
-from moi_jax.evaluation.runner import run_benchmarks
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.evaluation.while_training import make_benchmark
 from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import preset
+from moi_jax.sampling.answer_log import AnswerLog
 from moi_jax.sampling.chat_model import make_chat_model
 from moi_jax.text.conversations import Message
 from moi_jax.text.tokenizer import load_tokenizer
@@ -35,16 +36,16 @@ class Echo(Task):
 
     name, files = "echo", "echo.jsonl"
     max_new_tokens = 8
-    whole = (3,)
+    published_sizes = (3,)
 
     def load(self) -> list[Item]:
         return [
             Item(str(n), (Message("user", f"Say {n}."),), n, group="ab"[n % 2]) for n in range(3)
         ]
 
-    def score(self, answered) -> Iterator[Score]:
-        for _, answer in answered:
-            right = len(answer.texts[0]) % 2 == 0
+    def score(self, responses) -> Iterator[Score]:
+        for _, response in responses:
+            right = len(response.texts[0]) % 2 == 0
             yield Score({"accuracy": float(right)}, None if right else "odd")
 
     def weights(self, counts):
@@ -64,7 +65,7 @@ def chat():
 
 @pytest.fixture
 def options(tmp_path):
-    return Options(data=tmp_path / "data", out=tmp_path / "out")
+    return BenchmarkOptions(data=tmp_path / "data", out=tmp_path / "out")
 
 
 def lines(path):
@@ -126,9 +127,11 @@ def test_what_is_asked_is_what_task_item_and_options_say(chat, options, monkeypa
 
     def requests(**choices):
         asked.clear()
-        chosen = Options(data=options.data, out=options.out, **choices)
+        chosen = BenchmarkOptions(data=options.data, out=options.out, **choices)
         with pytest.raises(KeyError):  # nothing is answered
-            answer_items(Echo(chosen), items, chat, chosen, AnswerLog(None, {}), lambda count: None)
+            collect_responses(
+                Echo(chosen), items, chat, chosen, AnswerLog(None, {}), lambda count: None
+            )
         return asked
 
     plain = list(requests())
@@ -155,7 +158,7 @@ def test_an_item_that_changed_is_asked_again(chat, options):
 
 def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
     run(chat, options)
-    hot = Options(data=options.data, out=options.out, temperature=0.7)
+    hot = BenchmarkOptions(data=options.data, out=options.out, temperature=0.7)
     with pytest.raises(UserError, match=r"echo.jsonl holds answers made otherwise.*temperature"):
         run(chat, hot)
     with pytest.raises(UserError, match=r"results of another model.*parameters '0123', now '4567'"):
@@ -165,10 +168,10 @@ def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
 def test_a_result_that_takes_the_place_of_another_is_told(chat, options, log_text):
     task = Echo(options)
     run_benchmarks([(task, task.load())], chat, MADE_BY, options)
-    fewer = Options(data=options.data, out=options.out, limit=1)
+    fewer = BenchmarkOptions(data=options.data, out=options.out, limit=1)
     run_benchmarks([(task, task.load())], chat, MADE_BY, fewer)
     told = log_text.getvalue().split("\n")[-2]
-    assert "takes the place of an earlier result" in told
+    assert "replaces an earlier result" in told
     assert "over 3 items" in told
     assert "(limit None, now 1)" in told
 
@@ -185,7 +188,7 @@ def test_a_damaged_log_is_named(tmp_path, damage):
 def test_damaged_results_are_named(tmp_path, tasks):
     path = tmp_path / "results.json"
     path.write_text(f'{{"checkpoint": {{}}, "tasks": {tasks}}}')
-    with pytest.raises(UserError, match=r"results.json is no results.json of an evaluation, or"):
+    with pytest.raises(UserError, match=r"is not the results.json of an evaluation, or"):
         read_results(path)
 
 
@@ -242,19 +245,23 @@ def test_an_id_that_comes_twice_is_refused(tmp_path):
     }
     path = tmp_path / "humaneval" / "HumanEval.jsonl"
     path.write_text(2 * (json.dumps(row) + "\n"))
-    options = Options(data=tmp_path, out=tmp_path, allow_code_execution=True, sandbox="weak")
-    with pytest.raises(UserError, match=r"humaneval: 1 ids come more than once.*HumanEval/0"):
+    options = BenchmarkOptions(
+        data=tmp_path, out=tmp_path, allow_code_execution=True, sandbox="weak"
+    )
+    with pytest.raises(UserError, match=r"humaneval: 1 ids occur more than once.*HumanEval/0"):
         open_task("humaneval", options)
 
 
 def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
     item = Item("0", (Message("user", "Say 0."),), 0, follow_ups=("Again.", "And again."))
     log = AnswerLog(None, {})
-    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
+    ((_, response),) = collect_responses(
+        Echo(options), [item], chat, options, log, lambda count: None
+    )
     turns = [Message("user", "Say 0.")]
-    for text, question in zip(answer.texts, ("Again.", "And again.", ""), strict=True):
+    for text, question in zip(response.texts, ("Again.", "And again.", ""), strict=True):
         one = Item("x", tuple(turns), 0)
-        ((_, alone),) = answer_items(
+        ((_, alone),) = collect_responses(
             Echo(options), [one], chat, options, AnswerLog(None, {}), lambda count: None
         )
         assert alone.texts == (text,)
@@ -262,12 +269,12 @@ def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
 
 
 def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
-    options = Options(data=options.data, out=options.out, samples=3, temperature=1.0)
+    options = BenchmarkOptions(data=options.data, out=options.out, samples=3, temperature=1.0)
     items = Echo(options).load()[:1]
 
     def texts(asked):
         log = AnswerLog(None, {})
-        answered = answer_items(Echo(options), asked, chat, options, log, lambda count: None)
+        answered = collect_responses(Echo(options), asked, chat, options, log, lambda count: None)
         return answered[0][1].texts
 
     first = texts(items)
@@ -278,11 +285,13 @@ def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
 def test_choices_are_weighed_and_nothing_is_written(chat, options):
     item = Item("0", (Message("user", "A or B?"),), "B", choices=("A", "B", "AA"))
     log = AnswerLog(None, {})
-    ((_, answer),) = answer_items(Echo(options), [item], chat, options, log, lambda count: None)
+    ((_, response),) = collect_responses(
+        Echo(options), [item], chat, options, log, lambda count: None
+    )
     prompt = chat.prompt(item.messages)
-    assert answer.texts == ()
+    assert response.texts == ()
     model = make_model(preset("tiny"))(chat.parameters)
-    for choice, found in zip(item.choices, answer.log_likelihoods, strict=True):
+    for choice, found in zip(item.choices, response.log_likelihoods, strict=True):
         ids = chat.tokenizer.encode(choice)
         logits = model(np.array([[*prompt, *ids]], np.int32))[0]
         logs = jax.nn.log_softmax(logits[len(prompt) - 1 : -1])
@@ -292,7 +301,7 @@ def test_choices_are_weighed_and_nothing_is_written(chat, options):
 
 @pytest.mark.parametrize(("policy", "counted"), [("fail", 3), ("skip", 2)])
 def test_an_item_longer_than_the_context_is_counted(chat, options, policy, counted):
-    options = Options(data=options.data, out=options.out, too_long=policy)
+    options = BenchmarkOptions(data=options.data, out=options.out, too_long=policy)
     items = Echo(options).load()
     items[1] = Item("1", (Message("user", "word " * 200),), 1)
     summary = run(chat, options, items)["tasks"]["echo"]
@@ -331,9 +340,9 @@ def test_evenly_spaced_items_cover_the_file():
 
 def test_the_interval_and_the_groups_are_of_the_items(options):
     items = [Item(str(n), (), 0, group="ab"[n % 2]) for n in range(100)]
-    scored = [(i, Answer(("",), ("stop",)), Score({"accuracy": float(n < 40)})) for n, i in
+    scored = [(i, Response(("",), ("stop",)), Score({"accuracy": float(n < 40)})) for n, i in
               enumerate(items)]  # fmt: skip
-    summary = summarize(Echo(options), scored, skipped=0, whole=True)
+    summary = summarize(Echo(options), scored, skipped=0, all_items=True)
     assert summary["score"] == 40.0
     low, high = summary["interval"]
     # The normal approximation's is 40 +- 9.6.
@@ -344,17 +353,17 @@ def test_the_interval_and_the_groups_are_of_the_items(options):
 
 
 def test_a_part_of_a_benchmark_is_not_complete(options):
-    scored = [(Item("0", (), 0), Answer(("",), ("stop",)), Score({"accuracy": 1.0}))] * 3
-    assert summarize(Echo(options), scored, skipped=0, whole=True)["complete"]
-    assert not summarize(Echo(options), scored, skipped=0, whole=False)["complete"]
-    assert not summarize(Echo(options), scored, skipped=1, whole=True)["complete"]
+    scored = [(Item("0", (), 0), Response(("",), ("stop",)), Score({"accuracy": 1.0}))] * 3
+    assert summarize(Echo(options), scored, skipped=0, all_items=True)["complete"]
+    assert not summarize(Echo(options), scored, skipped=0, all_items=False)["complete"]
+    assert not summarize(Echo(options), scored, skipped=1, all_items=True)["complete"]
 
 
 def test_an_answer_that_is_missing_for_a_known_reason_fails_once(options):
     wrong = Score({"accuracy": 0.0}, "no answer")
     ends = ("too_long", "not_finite", "length", "stop")
-    scored = [(Item(end, (), 0), Answer(("",), (end,)), wrong) for end in ends]
-    assert summarize(Echo(options), scored, skipped=0, whole=True)["failures"] == {
+    scored = [(Item(end, (), 0), Response(("",), (end,)), wrong) for end in ends]
+    assert summarize(Echo(options), scored, skipped=0, all_items=True)["failures"] == {
         "no answer": 2, "too long": 1, "not finite": 1, "cut at its length": 1,
     }  # fmt: skip
 

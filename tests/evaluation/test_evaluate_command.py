@@ -2,11 +2,20 @@
 
 import json
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 
 from moi_jax import evaluate
 from moi_jax.common.errors import UserError
+from moi_jax.evaluation.evaluate import evaluate as evaluate_checkpoint
+from moi_jax.evaluation.options import (
+    BenchmarkOptions,
+    EvaluationRequest,
+    HeldOutOptions,
+    ModelOptions,
+)
 
 from support.runs import records, small_config, train
 
@@ -122,7 +131,7 @@ def test_results_of_another_prompt_are_told_before_anything_is_measured(
     ("arguments", "message"),
     [
         (["--tasks", "gsm9k"], r"no benchmark 'gsm9k'; choose among gsm8k, math, humaneval"),
-        (["--tasks", "math"], r"nothing in .*math.*; put below the data directory"),
+        (["--tasks", "math"], r"nothing in .*math.*; put into the data directory"),
         (["--tasks", "humaneval"], r"--allow-code-execution"),
         (["--tasks", " , "], r"there is nothing to do"),
         (["--tasks", "held_out", "--no-system"], r"held_out has system prompts of its own"),
@@ -154,7 +163,7 @@ def test_data_that_moved_is_told_with_the_way_out(place, monkeypatch, tmp_path):
     config = tmp_path / "moved.yaml"
     moved = (place / "run" / "config.yaml").read_text().replace("data/samples", "data/nowhere")
     config.write_text(moved)
-    with pytest.raises(UserError, match=r"run this where training ran, or name a config"):
+    with pytest.raises(UserError, match=r"run this where training ran, or give a config"):
         run(place, monkeypatch, "--config", config, "--out", tmp_path / "out")
 
 
@@ -171,3 +180,21 @@ def test_a_directory_that_cannot_be_written_is_told_before_the_work(place, monke
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match=r"cannot write .*file/out: Not a directory"):
         run(place, monkeypatch, "--out", tmp_path / "file" / "out")
+
+
+def test_an_evaluation_is_a_library_function(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    request = EvaluationRequest(
+        Path("run"),
+        BenchmarkOptions(place / "data", tmp_path, limit=1, max_new_tokens=4),
+        ("held_out", "gsm8k"),
+        model=ModelOptions(mesh="tensor=1", system_prompt="Hi."),
+        held_out=HeldOutOptions(limit=1),
+    )
+    result = evaluate_checkpoint(request, jax.devices())
+    assert result.directory == tmp_path
+    assert json.loads(json.dumps(result.results)) == results(tmp_path)
+    assert result.results["checkpoint"]["system_prompt"] == "Hi."
+    assert result.held_out == json.loads((tmp_path / "held_out.json").read_text())
+    assert result.report == tmp_path / "report.html"
+    assert result.lm_eval is None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation import statistics
+from moi_jax.evaluation import bootstrap
 from moi_jax.evaluation.reports.charts import bars, radar
 from moi_jax.evaluation.reports.comparison import PUBLISHED, compare, read_evaluations
 from moi_jax.evaluation.reports.report import write_report
@@ -46,7 +46,7 @@ def sample(task: str, n: int, right: float) -> dict:
 def result(task: str, values: list[float], **changes) -> dict:
     rows = np.array(values, float)[:, None]
     score = 100 * float(rows.mean())
-    interval = list(statistics.interval(rows, np.array([100.0])))
+    interval = list(bootstrap.interval(rows, np.array([100.0])))
     mean = {"mean": score / 100, "items": len(values), "interval": [low / 100 for low in interval]}
     groups = {
         name: {"items": 2, "accuracy": float(rows[start::2].mean())}
@@ -140,7 +140,7 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
 def test_scores_stand_beside_differences_with_intervals(two, tmp_path: Path):
     page = Page(write_report(two, tmp_path / "report.html"))
     _, base, tuned, published = page.row("gsm8k")
-    low, high = statistics.interval(np.array([[1.0], [0], [0], [1]]), np.array([100.0]))
+    low, high = bootstrap.interval(np.array([[1.0], [0], [0], [1]]), np.array([100.0]))
     assert base == f"50.0{low:.1f} to {high:.1f}"
     assert tuned.startswith("75.0")
     assert tuned.endswith("+25.0 (+0.0 to +75.0)")
@@ -221,7 +221,7 @@ def test_other_data_is_warned_of(two):
     (two[1] / "samples" / "math.jsonl").write_text(text)
     [math] = [task for task in compare(read_evaluations(two)) if task.name == "math"]
     [warning] = math.warnings[1]
-    assert "of 1 items the question or the gold answer is another" in warning
+    assert "question or gold answer differ in 1 of" in warning
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_tasks_that_only_one_ran_and_that_have_no_score_are_shown(two, tmp_path:
     assert page.row("mt_bench")[:4] == ["mt_bench", "–", "–", "–partial, 4 items"]
     assert page.row("math")[3] == "–"
     assert page.row("gsm8k")[3] == "0.00.0 to 0.0⚠"
-    assert "third against base: no samples are there to compare item by item" in page.text
+    assert "third against base: there are no samples to compare item by item" in page.text
     assert page.text.count("Items on which they disagree") == 3
     assert page.text.count("Items that did worst") == 1
     assert [task.name for task in compare(read_evaluations([*two, third]))] == [

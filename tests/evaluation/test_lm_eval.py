@@ -17,7 +17,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.convert import export_checkpoint, import_checkpoint
 from moi_jax.evaluation.harness import run as lm_eval_run
 from moi_jax.evaluation.harness.adapter import CheckpointLM
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.sampling.chat_model import make_chat_model
 from moi_jax.sampling.likelihood import Likelihood
 from moi_jax.sampling.requests import Completion
@@ -219,7 +219,7 @@ def test_a_run_writes_the_harness_files_and_goes_on_after_a_kill(
     folder, chat_model, tmp_path, own_tasks, log_text
 ):
     tasks = lm_eval_run.open_tasks(["letters", "answers"], folder / "tasks")
-    options = Options(data=tmp_path, out=tmp_path, limit=3, max_new_tokens=5)
+    options = BenchmarkOptions(data=tmp_path, out=tmp_path, limit=3, max_new_tokens=5)
     made_by = {"name": "tiny", "parameters": "abc"}
     model = Interrupted(chat_model, after=2)
     with pytest.raises(KeyboardInterrupt):
@@ -338,9 +338,9 @@ def test_what_follows_nothing_follows_the_prefix_token(chat_model):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("generate_until", ("x", {"max_gen_toks": 32}), "answers of 32 tokens.*context holds 32"),
-        ("generate_until", ("x", {"num_beams": 4}), "num_beams=4.*not to be had"),
-        ("loglikelihood", ("x", "word " * 200), "likelihood of .* tokens.*context holds 32"),
+        ("generate_until", ("x", {"max_gen_toks": 32}), "answers of 32 tokens.*context has 32"),
+        ("generate_until", ("x", {"num_beams": 4}), "num_beams=4.*does not support"),
+        ("loglikelihood", ("x", "word " * 200), "likelihood of .* tokens.*context has 32"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(chat_model, kind, arguments, message):
@@ -371,10 +371,10 @@ def test_a_task_that_is_not_there_or_cannot_run_is_told_in_a_line(folder, tmp_pa
     unsafe = task | {"task": "unsafe", "unsafe_code": True}
     (tmp_path / "unsafe.yaml").write_text(json.dumps(unsafe))
     for names, message in (
-        (["letters", "leters"], "no task 'leters'; near it are letters;"),
+        (["letters", "leters"], "no task 'leters'; similar names are letters;"),
         (["zzz"], "no task 'zzz'; python -m lm_eval ls tasks"),
         (["missing"], "cannot load the task missing .*nowhere.jsonl.*HF_HOME"),
-        (["unsafe"], "unsafe runs generated code unprotected"),
+        (["unsafe"], "unsafe runs generated code without a sandbox"),
     ):
         with pytest.raises(UserError, match=message) as told:
             lm_eval_run.open_tasks(names, tmp_path)

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Response
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.tasks import make_task
-from moi_jax.evaluation.tasks.judge import TRIES, Judge, read_rating
+from moi_jax.evaluation.tasks.llm_judge import TRIES, Judge, read_rating
 
 from support.judge_endpoint import judge_endpoint
 
@@ -89,14 +89,16 @@ def evaluate(data, tmp_path, endpoint):
 
     def run(answer="answer {}.{}", url=endpoint.url, timeout=20.0, workers=4, **options):
         options = {"judge": "org/judge", "judge_url": url, **options}
-        task = make_task("mt_bench", Options(data=data, out=tmp_path / "moi-7b", **options))
+        task = make_task(
+            "mt_bench", BenchmarkOptions(data=data, out=tmp_path / "moi-7b", **options)
+        )
         if task.judge is not None:
             task.judge = replace(
                 task.judge, timeout=timeout, workers=workers, retries=1, pause=0.01
             )
         items = task.load()
         answers = [
-            Answer(tuple(answer.format(item.id, turn) for turn in (1, 2)), ("stop", "length"))
+            Response(tuple(answer.format(item.id, turn) for turn in (1, 2)), ("stop", "length"))
             for item in items
         ]
         return task, items, list(task.score(zip(items, answers, strict=True)))
@@ -105,9 +107,9 @@ def evaluate(data, tmp_path, endpoint):
 
 
 def summary(task, items, scores):
-    answer = Answer(finishes=("stop", "stop"))
+    answer = Response(finishes=("stop", "stop"))
     scored = [(item, answer, score) for item, score in zip(items, scores, strict=True)]
-    return summarize(task, scored, skipped=0, whole=True)
+    return summarize(task, scored, skipped=0, all_items=True)
 
 
 def judgments(tmp_path):
@@ -115,7 +117,7 @@ def judgments(tmp_path):
 
 
 def test_items_have_two_turns_and_the_categories_temperature(data, tmp_path):
-    task = make_task("mt_bench", Options(data=data, out=tmp_path / "out"))
+    task = make_task("mt_bench", BenchmarkOptions(data=data, out=tmp_path / "out"))
     items = task.load()
     assert [(item.id, item.group, item.temperature) for item in items] == [
         ("81", "writing", 0.7),
@@ -162,7 +164,7 @@ def test_a_misbehaving_endpoint_gives_the_arithmetic_by_hand(evaluate, endpoint,
     assert results["score"] == pytest.approx(80.5 / 15 * 10)
     assert results["groups"]["roleplay"] == {"items": 1, "rating_1": 7.5, "rating_2": 4.0}
     assert results["failures"] == {"no rating": 1}
-    assert not task.is_whole(items * 10)
+    assert not task.is_complete(items * 10)
     assert scores[0].details == {"judgments": ["Good. Rating: [[8]]", "no rating, ever"]}
     assert "partial: 1 of 16 ratings" in task.notes(items, scores)[1]
     assert "questions 81)" in task.notes(items, scores)[1]
@@ -178,8 +180,8 @@ def test_a_misbehaving_endpoint_gives_the_arithmetic_by_hand(evaluate, endpoint,
 
 def test_the_judge_sees_the_prompt_of_category_and_turn(evaluate, endpoint):
     task, items, _ = evaluate()
-    assert task.is_whole(items * 10)
-    assert not task.is_whole(items)
+    assert task.is_complete(items * 10)
+    assert not task.is_complete(items)
     request = endpoint.asked["114.1"][0]
     assert request == {
         "path": "/v1/chat/completions",
@@ -250,11 +252,11 @@ def test_only_what_changed_is_asked_again(evaluate, endpoint, data):
 def test_a_killed_run_asks_only_the_rest(evaluate, endpoint, tmp_path):
     endpoint.plans = {"121.1": ["silent"]}  # the 5th of 16
     program = f"""
-from moi_jax.evaluation.tasks.judge import Case, Judge
+from moi_jax.evaluation.tasks.llm_judge import JudgeRequest, Judge
 from pathlib import Path
-cases = [Case(n, 1, "single-v1", "Help.", f"answer {{n}}.1") for n in range(119, 127)]
+requests = [JudgeRequest(n, 1, "single-v1", "Help.", f"answer {{n}}.1") for n in range(119, 127)]
 judge = Judge("org/judge", {endpoint.url!r}, workers=1)
-list(judge.rate(cases, "moi-7b", Path({str(judgments(tmp_path))!r})))
+list(judge.rate(requests, "moi-7b", Path({str(judgments(tmp_path))!r})))
 """
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ})
     try:
@@ -277,7 +279,7 @@ list(judge.rate(cases, "moi-7b", Path({str(judgments(tmp_path))!r})))
 
 def test_a_run_that_a_fault_ended_goes_on(evaluate, endpoint, tmp_path):
     endpoint.plans = {"141.2": ["not_json"]}
-    with pytest.raises(UserError, match="no chat completion: '<html>Welcome!</html>'") as raised:
+    with pytest.raises(UserError, match="not a chat completion: '<html>Welcome!</html>'") as raised:
         evaluate()
     kept = read_lines(judgments(tmp_path))
     assert f"{len(kept)} of 16 judgments are kept in {judgments(tmp_path)}" in str(raised.value)
@@ -296,7 +298,7 @@ def test_a_run_that_a_fault_ended_goes_on(evaluate, endpoint, tmp_path):
         ("limited", "status 429 .too many requests.*: slow down"),
         ("broken", "status 500: out of order"),
         ("refused", "status 400: prompt too long"),
-        ("no_choices", "no chat completion"),
+        ("no_choices", "not a chat completion"),
     ],
 )
 def test_an_endpoint_that_stays_bad_is_named_in_one_line(evaluate, endpoint, behaviour, words):
@@ -304,7 +306,7 @@ def test_an_endpoint_that_stays_bad_is_named_in_one_line(evaluate, endpoint, beh
     with pytest.raises(UserError, match=words) as raised:
         evaluate(timeout=1.0)
     assert str(raised.value).startswith(f"judge org/judge at {endpoint.url}: ")
-    assert "the same command goes on from there" in str(raised.value)
+    assert "the same command continues from there" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -315,7 +317,7 @@ def test_an_endpoint_that_is_down_is_named_in_one_line(evaluate):
         evaluate(url=url)
     assert re.fullmatch(
         rf"judge org/judge at {url}: cannot be reached \(.*refused\); 0 of 16 judgments "
-        r"are kept in .*, and the same command goes on from there",
+        r"are kept in .*, and the same command continues from there",
         str(raised.value),
     )
 
@@ -339,10 +341,12 @@ def test_without_a_judge_there_is_no_score_and_the_answers_are_kept(evaluate, en
 
 
 def test_a_turn_that_was_never_reached_is_judged_as_empty(data, tmp_path, endpoint):
-    options = Options(data=data, out=tmp_path / "moi-7b", judge="judge", judge_url=endpoint.url)
+    options = BenchmarkOptions(
+        data=data, out=tmp_path / "moi-7b", judge="judge", judge_url=endpoint.url
+    )
     task = make_task("mt_bench", options)
     item = task.load()[1]
-    [score] = task.score([(item, Answer(("answer 91.1",), ("length", "too_long")))])
+    [score] = task.score([(item, Response(("answer 91.1",), ("length", "too_long")))])
     assert score.metrics == {"rating_1": 5.0, "rating_2": 5.0}
     prompts = {request["messages"][1]["content"] for request in endpoint.asked["91.1"]}
     assert "Be a cat.\nanswer 91.1\nNow a dog.\n" in prompts
@@ -364,7 +368,7 @@ def test_prompt_tokens_are_guessed_as_four_characters_each(evaluate, endpoint, l
     asked = [request["messages"] for requests in endpoint.asked.values() for request in requests]
     tokens = sum(sum(len(each["content"]) for each in messages) // 4 for messages in asked)
     assert f"about {tokens:,} prompt tokens" in log_text.getvalue()
-    longest = "if every judgment is as long as allowed and none has to be repeated"
+    longest = "if every judgment has the maximum length and no call is repeated"
     assert longest in log_text.getvalue()
 
 
@@ -403,11 +407,11 @@ def test_the_environments_key_is_sent(evaluate, endpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"judge": None}, "--judge-url says where; name the judging model"),
+        ({"judge": None}, "--judge-url needs the name of the judge model"),
         ({"judge_url": "localhost:8000/v1"}, "not an address such as http"),
         ({"judge_url": None}, "OPENAI_API_KEY"),
         ({"judge_max_cost": 3.0}, "needs --judge-price"),
-        ({"samples": 2}, "leave --samples at 1"),
+        ({"samples": 2}, "use --samples 1"),
         ({"judge_price": (1.0, float("nan"))}, "--judge-price must be dollars, 0 or more"),
         ({"judge_price": (-1.0, 1.0)}, "--judge-price must be dollars, 0 or more"),
         (
@@ -424,14 +428,14 @@ def test_options_that_do_not_go_together_are_refused_at_once(evaluate, options, 
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("question.jsonl", None, r"nothing in .*question.jsonl; put below .*data: mt_bench/"),
-        ("question.jsonl", '{"question_id": 81,\n', "question.jsonl, line 1: .*mend the row"),
-        ("question.jsonl", '{"turns": ["\\ud83d", ""]}\n', "question.jsonl, line 1: a text holds"),
-        ("question.jsonl", "3\n", "question.jsonl, line 1: the row is a .*mend the row"),
+        ("question.jsonl", None, r"nothing in .*question.jsonl; put into .*data: mt_bench/"),
+        ("question.jsonl", '{"question_id": 81,\n', "question.jsonl, line 1: .*correct the row"),
+        ("question.jsonl", '{"turns": ["\\ud83d", ""]}\n', "question.jsonl, line 1: a text has"),
+        ("question.jsonl", "3\n", "question.jsonl, line 1: the row is a .*correct the row"),
         (
             "question.jsonl",
             '{"question_id": 81, "category": "art", "turns": ["a", "b"]}\n',
-            "question.jsonl, line 1: a question has",
+            "question.jsonl, line 1: a question must have",
         ),
         (
             "question.jsonl",
@@ -447,7 +451,7 @@ def test_options_that_do_not_go_together_are_refused_at_once(evaluate, options, 
         (
             "reference_answer/gpt-4.jsonl",
             '{"question_id": 103}\n',
-            "gpt-4.jsonl, line 1: an answer has",
+            "gpt-4.jsonl, line 1: an answer must have",
         ),
     ],
 )
@@ -455,7 +459,7 @@ def test_bad_files_are_named_with_their_line(data, tmp_path, file, text, words):
     path = data / "mt_bench" / file
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=words):
-        make_task("mt_bench", Options(data=data, out=tmp_path / "out")).load()
+        make_task("mt_bench", BenchmarkOptions(data=data, out=tmp_path / "out")).load()
 
 
 def test_ratings_are_read_from_judgments():

@@ -22,12 +22,13 @@ from moi_jax.data.cache.selection import select
 from moi_jax.data.loader import Batch
 from moi_jax.evaluation import held_out as held_out_file
 from moi_jax.evaluation.held_out import HeldOut
-from moi_jax.evaluation.prompts import measure as evaluate_held_out
-from moi_jax.evaluation.prompts.crossing import columns, crossed_prompts
-from moi_jax.evaluation.prompts.gaps import summarize
-from moi_jax.evaluation.prompts.matrix import ItemSums, PromptMatrix
-from moi_jax.evaluation.prompts.matrix_report import draw_matrix, print_matrix
-from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
+from moi_jax.evaluation.options import HeldOutOptions
+from moi_jax.evaluation.prompt_matrix import measure as evaluate_held_out
+from moi_jax.evaluation.prompt_matrix.gaps import summarize
+from moi_jax.evaluation.prompt_matrix.matrix import ItemSums, PromptMatrix
+from moi_jax.evaluation.prompt_matrix.measure import measure_held_out
+from moi_jax.evaluation.prompt_matrix.prompts import columns, make_prompt_table
+from moi_jax.evaluation.prompt_matrix.report import draw_matrix, print_matrix
 from moi_jax.evaluation.row_sums import RowSums, make_row_sums
 from moi_jax.evaluation.while_training import make_evaluations
 from moi_jax.models.decoder import make_model
@@ -67,14 +68,14 @@ def material(tmp_path_factory):
     return config.data, tokenizer, caches, selections
 
 
-def make_matrix(material, rows=4, row_multiple=1, targets="assistant", crossed=None, **changes):
+def make_matrix(material, rows=4, row_multiple=1, targets="assistant", table=None, **changes):
     data, tokenizer, caches, selections = material
     limit = changes.pop("limit", None)
     data = data.model_copy(update=changes)
-    if crossed is None:
-        crossed = crossed_prompts(OWN, DEFAULT, tokenizer, {"tools": "Work with tools."})
+    if table is None:
+        table = make_prompt_table(OWN, DEFAULT, tokenizer, {"tools": "Work with tools."})
     return PromptMatrix(
-        caches, selections, data, targets, tokenizer, crossed, rows, row_multiple, limit
+        caches, selections, data, targets, tokenizer, table, rows, row_multiple, limit
     )
 
 
@@ -187,13 +188,13 @@ def test_labels_of_the_system_block_do_not_count(material):
 def test_an_item_too_long_under_one_prompt_is_left_out_under_all(material):
     everything = make_matrix(material)
     long = "Tell it at length. " * 30
-    crossed = {name: {"own": OWN[name], "default": DEFAULT, "none": None} for name in OWN}
-    crossed["chat"]["paraphrase"] = long
-    matrix = make_matrix(material, crossed=crossed, sequence_length=256)
+    table = {name: {"own": OWN[name], "default": DEFAULT, "none": None} for name in OWN}
+    table["chat"]["paraphrase"] = long
+    matrix = make_matrix(material, table=table, sequence_length=256)
     tokenizer = material[1]
 
     def fits(item) -> bool:
-        prompts = crossed[everything.domains[item.domain]].values()
+        prompts = table[everything.domains[item.domain]].values()
         return all(
             len(with_system_prompt(item.instruction, tokenizer, prompt, "append").tokens) <= 256
             for prompt in prompts
@@ -294,8 +295,8 @@ def test_two_hosts_get_the_sums_of_all_rows(half_right, tmp_path):
 def test_each_domain_has_its_prompts(material):
     tokenizer = material[1]
     own = {"chat": "You are kind.", "code": "You are a programmer.", "plain": None, "same": DEFAULT}
-    crossed = crossed_prompts(own, DEFAULT, tokenizer, {"chat": "Be kind."})
-    assert crossed["chat"] == {
+    table = make_prompt_table(own, DEFAULT, tokenizer, {"chat": "Be kind."})
+    assert table["chat"] == {
         "own": "You are kind.",
         "default": DEFAULT,
         "as code": "You are a programmer.",
@@ -304,23 +305,25 @@ def test_each_domain_has_its_prompts(material):
         "unrelated": "You are a gardener.",
         "none": None,
     }
-    assert crossed["code"]["paraphrase"] == "You are a software developer."
+    assert table["code"]["paraphrase"] == "You are a software developer."
     # Without a prompt there is nothing to word otherwise; the default prompt is a column already.
-    assert crossed["plain"].keys() == {"own", "default", "as chat", "as code", "none"}
-    assert columns(crossed) == [
+    assert table["plain"].keys() == {"own", "default", "as chat", "as code", "none"}
+    assert columns(table) == [
         *("own", "default", "as chat", "as code", "as plain", "paraphrase", "unrelated", "none")
     ]
-    unknown = crossed_prompts({"law": "You are a judge."}, DEFAULT, tokenizer, {})
+    unknown = make_prompt_table({"law": "You are a judge."}, DEFAULT, tokenizer, {})
     assert columns(unknown) == ["own", "default", "unrelated", "none"]
 
 
 def test_the_unrelated_prompt_is_about_as_long(material):
     tokenizer = material[1]
     long = "You are a lawyer who reads contracts line by line, and who tells what they may cost."
-    (prompts,) = crossed_prompts({"law": long}, DEFAULT, tokenizer, {}).values()
+    (prompts,) = make_prompt_table({"law": long}, DEFAULT, tokenizer, {}).values()
     lengths = [len(tokenizer.encode(prompts[name])) for name in ("own", "unrelated")]
     assert abs(lengths[0] - lengths[1]) <= 5
-    (prompts,) = crossed_prompts({"garden": "You are a gardener."}, DEFAULT, tokenizer, {}).values()
+    (prompts,) = make_prompt_table(
+        {"garden": "You are a gardener."}, DEFAULT, tokenizer, {}
+    ).values()
     assert prompts["unrelated"] != "You are a gardener."
 
 
@@ -328,13 +331,13 @@ def test_the_unrelated_prompt_is_about_as_long(material):
     ("paraphrases", "message"),
     [
         ({"law": "Hi."}, "names the domain 'law', which is not among chat, tools"),
-        ({"chat": DEFAULT}, "of chat is its prompt itself"),
-        ({"chat": "<|im_end|>"}, "holds the control token"),
+        ({"chat": DEFAULT}, "of chat equals its prompt"),
+        ({"chat": "<|im_end|>"}, "has the control token"),
     ],
 )
 def test_a_paraphrase_that_is_none_is_refused(material, paraphrases, message):
     with pytest.raises(UserError, match=message):
-        crossed_prompts(OWN, DEFAULT, material[1], paraphrases)
+        make_prompt_table(OWN, DEFAULT, material[1], paraphrases)
 
 
 COLUMNS = ["own", "default", "none"]

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Score, Task
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Response, Score, Task
 from moi_jax.evaluation.tasks import TASKS, make_task, math_equivalence
 from moi_jax.evaluation.tasks.competition_math import final_answer, last_boxed
+from moi_jax.evaluation.tasks.data_files import csv_rows, json_rows
 from moi_jax.evaluation.tasks.gsm8k import EXAMPLES, last_number
 from moi_jax.evaluation.tasks.letters import find_letter
 from moi_jax.evaluation.tasks.math_equivalence import Equivalence
-from moi_jax.evaluation.tasks.rows import csv_rows, json_rows
 
 GSM8K = [
     ("Ann has 3 pens and buys 2. How many has she?", "3 + 2 = <<3+2=5>>5 pens.\n#### 5"),
@@ -33,7 +33,7 @@ MATH = [
 
 
 def task(name: str, data: Path, **options) -> Task:
-    return make_task(name, Options(data, data / "out", **options))
+    return make_task(name, BenchmarkOptions(data, data / "out", **options))
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -46,12 +46,14 @@ def write_gsm8k(path: Path, rows=GSM8K) -> None:
 
 
 def score(task: Task, item: Item, *texts: str) -> Score:
-    [scored] = task.score([(item, Answer(texts, ("stop",) * len(texts)))])
+    [scored] = task.score([(item, Response(texts, ("stop",) * len(texts)))])
     return scored
 
 
 def accuracy(task: Task, items: list[Item], texts: list[str]) -> float:
-    answered = [(item, Answer((text,), ("stop",))) for item, text in zip(items, texts, strict=True)]
+    answered = [
+        (item, Response((text,), ("stop",))) for item, text in zip(items, texts, strict=True)
+    ]
     return fmean(scored.metrics["accuracy"] for scored in task.score(answered))
 
 
@@ -76,7 +78,7 @@ def test_rows_of_json_say_where_they_stand(tmp_path: Path):
 def test_malformed_row_of_json_is_named(tmp_path: Path, line: str):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"q": "a"}}\n{line}\n', errors="surrogateescape")
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: .*mend the row"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: .*correct the row"):
         list(json_rows(path, q=str))
 
 
@@ -93,7 +95,7 @@ def test_rows_of_csv_keep_newlines_and_separators_in_cells(tmp_path: Path):
 def test_malformed_row_of_csv_is_named(tmp_path: Path, row: bytes):
     path = tmp_path / "rows.csv"
     path.write_bytes(b"x,y\n" + row)
-    with pytest.raises(UserError, match=r"rows\.csv.*mend the row"):
+    with pytest.raises(UserError, match=r"rows\.csv.*correct the row"):
         list(csv_rows(path))
 
 
@@ -117,7 +119,7 @@ def test_shots_are_refused_where_a_task_has_none(tmp_path: Path, name: str):
     if name in ("gsm8k", "mbpp", "mmlu"):
         assert task(name, tmp_path, **asked).options.shots == 1
     else:
-        with pytest.raises(UserError, match=f"{name} has no worked examples; .*: gsm8k, mbpp and"):
+        with pytest.raises(UserError, match=f"{name} has no worked examples; .* gsm8k, mbpp and"):
             task(name, tmp_path, **asked)
         assert task(name, tmp_path, **{**asked, "shots": 0}).options.shots == 0
 
@@ -189,7 +191,7 @@ def test_gsm8k_shots_are_worked_examples_of_one_text(tmp_path: Path):
         )
     assert parts[4:] == [f"Question: {GSM8K[0][0]}\nLet's think step by step"]
     assert gsm8k.settings() == {"shots": 4, "examples": "moi_jax's own"}
-    with pytest.raises(UserError, match="5 shots, but there are 4"):
+    with pytest.raises(UserError, match="--shots 5, but there are 4"):
         task("gsm8k", tmp_path, shots=5).load()
 
 
@@ -308,10 +310,10 @@ def test_math_gold_scores_and_perturbed_gold_does_not(tmp_path: Path):
     wrong = ["So \\boxed{\\frac{1}{3}}", "So \\boxed{3\\sqrt{3}}"]
     half, root, *others = maths.score(
         [
-            *((item, Answer((text,))) for item, text in zip(items, right, strict=True)),
-            *((item, Answer((text,))) for item, text in zip(items, wrong, strict=True)),
-            (items[0], Answer(("I do not know",))),
-            (items[0], Answer(("\\boxed{1/2}", "\\boxed{2}"))),
+            *((item, Response((text,))) for item, text in zip(items, right, strict=True)),
+            *((item, Response((text,))) for item, text in zip(items, wrong, strict=True)),
+            (items[0], Response(("I do not know",))),
+            (items[0], Response(("\\boxed{1/2}", "\\boxed{2}"))),
         ]
     )
     assert half == Score({"accuracy": 1.0}, None, {"extracted": ["0.5"], "level": "Level 1"})
@@ -329,7 +331,7 @@ def test_comparison_that_hangs_counts_as_wrong_and_the_next_goes_on(
     [item] = maths.load()
     monkeypatch.setattr(math_equivalence, "SECONDS", 1.0)
     hangs, right = maths.score(
-        [(item, Answer((f"\\boxed{{{text}}}",))) for text in ("9^{9^{9^9}}", "0.50")]
+        [(item, Response((f"\\boxed{{{text}}}",))) for text in ("9^{9^{9^9}}", "0.50")]
     )
     assert (hangs.metrics, hangs.failure) == ({"accuracy": 0.0}, "timeout")
     assert right.metrics == {"accuracy": 1.0}
@@ -371,7 +373,7 @@ def test_mmlu_asks_the_question_with_its_choices(tmp_path: Path):
     assert (first.id, first.group, first.gold["letter"]) == ("anatomy/1", "anatomy", "B")
     assert (second.id, second.gold["letter"], second.choices) == ("anatomy/2", "D", ())
     assert mmlu.notes([first, second], []) == ["1 of 57 subjects"]
-    assert not mmlu.is_whole([first, second])
+    assert not mmlu.is_complete([first, second])
 
 
 def test_mmlu_header_and_numbered_answers(tmp_path: Path):
@@ -397,9 +399,9 @@ def test_mmlu_shots_are_turns_answered_by_letters(tmp_path: Path):
     assert item.messages[0].content.endswith("\n\nq1\nA. 1\nB. 2\nC. 3\nD. 4\n")
     assert [message.content for message in item.messages[1::2]] == ["C", "D"]
     assert mmlu.settings() == {"shots": 2, "method": "generate"}
-    with pytest.raises(UserError, match=r"4 shots, but .*law_dev\.csv holds 3"):
+    with pytest.raises(UserError, match=r"--shots 4, but .*law_dev\.csv has 3"):
         task("mmlu", tmp_path, shots=4).load()
-    with pytest.raises(UserError, match="ask for 0 to 5"):
+    with pytest.raises(UserError, match="use 0 to 5"):
         task("mmlu", tmp_path, shots=6)
 
 
@@ -409,7 +411,7 @@ def test_mmlu_likelihood_takes_the_likeliest_letter(tmp_path: Path):
     [item] = mmlu.load()
     assert item.choices == ("A", "B", "C", "D")
     answers = [(-2.0, -3.0, -1.5, -9.0), (-1.0, -3.0, -1.5, -9.0), (-1.0, float("nan"), -0.5, -9.0)]
-    right, wrong, broken = mmlu.score([(item, Answer((), (), found)) for found in answers])
+    right, wrong, broken = mmlu.score([(item, Response((), (), found)) for found in answers])
     assert right == Score({"accuracy": 1.0}, None, {"extracted": ["C"]})
     assert wrong == Score({"accuracy": 0.0}, None, {"extracted": ["A"]})
     assert (broken.metrics, broken.failure) == ({"accuracy": 0.0}, "no answer")

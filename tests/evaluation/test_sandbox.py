@@ -17,7 +17,7 @@ import pytest
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.sandbox import sandbox as sandbox_module
 from moi_jax.evaluation.sandbox.backends import Backend, Limits, candidates
-from moi_jax.evaluation.sandbox.judge import Program, Verdict, judge
+from moi_jax.evaluation.sandbox.execution import Program, Verdict, execute
 from moi_jax.evaluation.sandbox.probe import unenforced
 from moi_jax.evaluation.sandbox.sandbox import Sandbox, strict_backend
 
@@ -27,7 +27,7 @@ from support.hostile_programs import BREAK_OUTS, ENDED, VERDICT_ATTACKS
 LIMITS = Limits(wall=120.0, cpu=1, memory=128 << 20, file_size=2 << 20, disk=8 << 20)
 PR_SET_CHILD_SUBREAPER = 36
 
-Judge = Callable[..., Verdict]
+Execute = Callable[..., Verdict]
 
 
 @pytest.fixture(scope="module", params=["bubblewrap", "namespaces"])
@@ -35,24 +35,24 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param not in candidates():
         pytest.skip(f"{request.param} is not installed")
     try:
-        judge(request.param, LIMITS, program("pass", "pass"))
+        execute(request.param, LIMITS, program("pass", "pass"))
     except UserError as error:
         pytest.skip(str(error))
     return request.param
 
 
 def test_every_limit_holds(backend: Backend):
-    assert unenforced(partial(judge, backend), LIMITS) is None
+    assert unenforced(partial(execute, backend), LIMITS) is None
 
 
 @pytest.fixture
-def run(backend: Backend) -> Iterator[Judge]:
+def run(backend: Backend) -> Iterator[Execute]:
     """Judges in the strict sandbox, and sees to it that nothing is left running."""
     prctl = ctypes.CDLL(None).prctl
     before = _descendants(os.getpid())
     # What a sandbox leaves behind becomes a child of this process.
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    yield lambda program, limits=LIMITS: judge(backend, limits, program)
+    yield lambda program, limits=LIMITS: execute(backend, limits, program)
     for _ in range(500):
         left = _descendants(os.getpid()) - before
         for pid in left:
@@ -79,7 +79,7 @@ def program(code: str, *tests: str, names: tuple[str, ...] = ("f",), trusted: st
 
 @pytest.mark.parametrize("name", BREAK_OUTS)
 def test_break_outs_gain_nothing(
-    name: str, run: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, run: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HF_TOKEN", "token of the user's")
     secret, directory = tmp_path / "secret", tmp_path / "directory"
@@ -101,7 +101,7 @@ def test_break_outs_gain_nothing(
 
 
 @pytest.mark.parametrize("name", ENDED)
-def test_endless_programs_are_ended(name: str, run: Judge):
+def test_endless_programs_are_ended(name: str, run: Execute):
     failure, error, code = ENDED[name]
     limits = replace(LIMITS, wall=1.0) if error == "seconds" else LIMITS
     verdict = run(program(code, "list(attempt())", names=("attempt",)), limits)
@@ -110,7 +110,7 @@ def test_endless_programs_are_ended(name: str, run: Judge):
 
 
 @pytest.mark.parametrize("name", VERDICT_ATTACKS)
-def test_attacks_on_the_verdict_fail(name: str, run: Judge):
+def test_attacks_on_the_verdict_fail(name: str, run: Execute):
     tests = ("assert f(2) == 4", "assert f(3) == 9", "assert abs(f(12345) - 152399025) < 0.5")
     assert not run(program(VERDICT_ATTACKS[name], *tests)).passed
 
@@ -122,10 +122,11 @@ def test_what_is_caught_here_passes_in_one_interpreter():
         exec(VERDICT_ATTACKS[name] + "\nassert f(2) == 4\nassert f(3) == 9", namespace)
 
 
-def test_nothing_outlives_an_evaluation_that_is_killed(backend: Backend, run: Judge):
+def test_nothing_outlives_an_evaluation_that_is_killed(backend: Backend, run: Execute):
     sleep = (
-        f"from moi_jax.evaluation.sandbox.judge import *; from {Limits.__module__} import Limits; "
-        f"judge({backend!r}, Limits(wall=600), Program('import time; time.sleep(600)', (), ()))"
+        f"from moi_jax.evaluation.sandbox.execution import *; "
+        f"from {Limits.__module__} import Limits; "
+        f"execute({backend!r}, Limits(wall=600), Program('import time; time.sleep(600)', (), ()))"
     )
     evaluation = subprocess.Popen([sys.executable, "-c", sleep])
     while len(_descendants(evaluation.pid)) < 3:
@@ -135,7 +136,7 @@ def test_nothing_outlives_an_evaluation_that_is_killed(backend: Backend, run: Ju
     evaluation.wait()
 
 
-def test_right_and_wrong_programs_are_told_apart(run: Judge):
+def test_right_and_wrong_programs_are_told_apart(run: Execute):
     square = "def f(x):\n    return x * x"
     assert run(program(square, "assert f(2) == 4", "assert f(3) == 9")) == Verdict(None)
     verdict = run(program(square, "assert f(2) == 4", "assert f(3) == 8, 'cube'"))
@@ -162,7 +163,7 @@ def test_right_and_wrong_programs_are_told_apart(run: Judge):
         ),
     ],
 )
-def test_failures_are_told_by_kind(code: str, verdict: Verdict, run: Judge):
+def test_failures_are_told_by_kind(code: str, verdict: Verdict, run: Execute):
     assert run(program(code, "assert f(2) == 4")) == verdict
 
 
@@ -186,12 +187,12 @@ def test_failures_are_told_by_kind(code: str, verdict: Verdict, run: Judge):
         "int",
     ],
 )
-def test_values_arrive_as_they_are(value: str, run: Judge):
+def test_values_arrive_as_they_are(value: str, run: Execute):
     tests = (f"value = {value}", "assert f(value) == value", "assert type(f(value)) is type(value)")
     assert run(program("def f(x):\n    return x", *tests)) == Verdict(None)
 
 
-def test_subclasses_of_built_in_types_arrive_as_these(run: Judge):
+def test_subclasses_of_built_in_types_arrive_as_these(run: Execute):
     code = """
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from enum import Enum, IntEnum
@@ -210,7 +211,7 @@ def f():
     assert run(program(code, *tests)) == Verdict(None)
 
 
-def test_objects_stay_with_the_program(run: Judge):
+def test_objects_stay_with_the_program(run: Execute):
     code = """
 class Node:
     def __init__(self, value): self.value, self.left = value, None
@@ -234,7 +235,7 @@ def values(node):
     assert run(program(code, *tests, names=names)) == Verdict(None)
 
 
-def test_trusted_helpers_are_not_the_programs(run: Judge):
+def test_trusted_helpers_are_not_the_programs(run: Execute):
     """The program cheats by another helper than the one that its tests were written with."""
     code = "def helper(x):\n    return 0\ndef f(x):\n    return 1"
     trusted = "def helper(x):\n    return x * x"
@@ -244,7 +245,7 @@ def test_trusted_helpers_are_not_the_programs(run: Judge):
     assert run(program(uses, "assert f(3) == 9", trusted=trusted)) == Verdict(None)
 
 
-def test_orders_of_sets_are_the_same_in_every_run(run: Judge):
+def test_orders_of_sets_are_the_same_in_every_run(run: Execute):
     order = program("def f():\n    return list(set('abcdefgh'))", "raise ValueError(f())")
     errors = {run(order).error for _ in range(3)}
     assert len(errors) == 1
@@ -283,7 +284,7 @@ def test_verdicts_come_in_the_order_of_the_programs(backend: Backend):
 )
 def test_a_limit_that_does_not_hold_is_named(loosened: dict, named: str, backend: Backend):
     def loose(limits: Limits, program: Program) -> Verdict:
-        return judge(backend, replace(limits, **loosened), program)
+        return execute(backend, replace(limits, **loosened), program)
 
     assert unenforced(loose, LIMITS) == named
 

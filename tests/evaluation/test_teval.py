@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Score
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Response, Score
 from moi_jax.evaluation.tasks import make_task
 from moi_jax.evaluation.tasks.teval import TEval
 from moi_jax.text.conversations import Message
@@ -92,13 +92,13 @@ def write(root: Path, files: dict[str, Any]) -> Path:
 
 
 def task(root: Path, embedder: Any = by_letters, **options: Any) -> TEval:
-    return TEval(Options(root, root, **options), embedder)
+    return TEval(BenchmarkOptions(root, root, **options), embedder)
 
 
 def answer(benchmark: TEval, texts: dict[str, str]) -> dict[str, Score]:
     """id -> score, of the items that have a text."""
     items = [item for item in benchmark.load() if item.id in texts]
-    answered = [(item, Answer((texts[item.id],), ("stop",))) for item in items]
+    answered = [(item, Response((texts[item.id],), ("stop",))) for item in items]
     scores = benchmark.score(answered)
     return {item.id: score for item, score in zip(items, scores, strict=True)}
 
@@ -188,7 +188,7 @@ def test_a_directory_without_files_says_what_to_put_where(tmp_path: Path):
 )
 def test_two_versions_of_a_subtask_are_refused(tmp_path: Path, names: tuple[str, str]):
     write(tmp_path, {name: {} for name in names})
-    with pytest.raises(UserError, match=r"same subtask in two versions"):
+    with pytest.raises(UserError, match=r"two versions of the same subtask"):
         task(tmp_path).load()
 
 
@@ -196,13 +196,13 @@ def test_two_versions_of_a_subtask_are_refused(tmp_path: Path, names: tuple[str,
     ("name", "fields", "problem"),
     [
         ("plan_json", 3, "origin_prompt is missing"),
-        ("review_str", {**review("A"), "template": ["\ud83d"]}, r"a text holds '\\ud83d', half"),
-        ("plan_json", record(ground_truth=3), "ground_truth is no list or str"),
-        ("plan_json", plan("json", PLAN[2:]), "ground_truth is no plan"),
-        ("plan_json", plan("json", [{"id": 0, "name": "a"}]), "ground_truth is no plan"),
+        ("review_str", {**review("A"), "template": ["\ud83d"]}, r"a text has '\\ud83d', half"),
+        ("plan_json", record(ground_truth=3), "ground_truth is not a list or str"),
+        ("plan_json", plan("json", PLAN[2:]), "ground_truth must be a plan"),
+        ("plan_json", plan("json", [{"id": 0, "name": "a"}]), "ground_truth must be a plan"),
         ("plan_str", record(ground_truth=PLAN), "meta.API_list is missing"),
         ("review_str", review("F"), "ground_truth.answer is 'F'"),
-        ("review_str", {**review("A"), "origin_prompt": []}, "origin_prompt does not end"),
+        ("review_str", {**review("A"), "origin_prompt": []}, "origin_prompt must end"),
         ("review_str", {**review("A"), "origin_prompt": [{"role": "tool"}]}, r"origin_prompt\[0\]"),
         ("instruct", record(), "meta_data.response_format is missing"),
         ("instruct", {**instruct("json"), "template": MARKS}, "template.thought is missing"),
@@ -224,7 +224,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"cannot read .*plan_json_v1\.json"):
         task(tmp_path).load()
     write(tmp_path, {"plan_json_v1": [PLAN]})
-    with pytest.raises(UserError, match=r"plan_json_v1\.json is no JSON object"):
+    with pytest.raises(UserError, match=r"plan_json_v1\.json is not a JSON object"):
         task(tmp_path).load()
 
 
@@ -264,7 +264,7 @@ def test_no_text_breaks_a_scorer_and_samples_can_be_written(
     loaded: tuple[TEval, list[Item]], text: str
 ):
     benchmark, items = loaded
-    for score in benchmark.score([(item, Answer((text,), ("stop",))) for item in items]):
+    for score in benchmark.score([(item, Response((text,), ("stop",))) for item in items]):
         assert all(0 <= value <= 1 for value in score.metrics.values())
         json.dumps(score.details, ensure_ascii=False).encode()
 
@@ -495,16 +495,16 @@ def test_the_score_is_the_mean_of_six_subtasks_each_the_mean_of_its_variants(tmp
 def test_it_is_whole_with_all_variants_and_the_records_known_of_plan_and_review(tmp_path: Path):
     benchmark = task(write(tmp_path, ALL))
     items = benchmark.load()
-    assert not benchmark.is_whole(items)
+    assert not benchmark.is_complete(items)
     assert benchmark.notes(items, [])[1:] == [
         "plan_json: 1 of at least 553 records",
         "plan_str: 1 of at least 553 records",
         "review_str: 1 of at least 487 records",
     ]
-    assert benchmark.is_whole(items * 553)
-    assert not benchmark.is_whole(items * 486)
+    assert benchmark.is_complete(items * 553)
+    assert not benchmark.is_complete(items * 486)
     without = [item for item in items if item.group != "retrieve_str"]
-    assert not benchmark.is_whole(without * 553)
+    assert not benchmark.is_complete(without * 553)
 
 
 def test_what_the_limit_left_out_is_not_told_as_missing_data(tmp_path: Path):
@@ -512,8 +512,8 @@ def test_what_the_limit_left_out_is_not_told_as_missing_data(tmp_path: Path):
     benchmark = task(write(tmp_path, files))
     assert benchmark.notes(benchmark.load()[:1], []) == [
         "T-Eval data v2, scored by the rules of v2",
-        "not measured, for want of data: instruct, plan, review",
-        "not measured, as none of their items were asked: retrieve, understand",
+        "not measured, because there is no data: instruct, plan, review",
+        "not measured, because no item was run: retrieve, understand",
     ]
 
 
@@ -528,11 +528,11 @@ def test_there_is_no_score_without_all_six_and_the_missing_ones_are_told(tmp_pat
     scores = answer(benchmark, GOLD)
     assert benchmark.weights({name: 1 for name in means(scores)}) is None
     assert benchmark.weights({}) is None
-    assert not benchmark.is_whole(benchmark.load())
+    assert not benchmark.is_complete(benchmark.load())
     notes = benchmark.notes(benchmark.load(), list(scores.values()))
     assert notes == [
         "T-Eval data v2, scored by the rules of v2",
-        "not measured, for want of data: instruct, reason, retrieve",
+        "not measured, because there is no data: instruct, reason, retrieve",
         "plan_json: 1 of at least 553 records",
         "review_str: 1 of at least 487 records",
     ]
@@ -555,7 +555,7 @@ def test_the_score_is_of_the_english_files_where_there_are_two_languages(tmp_pat
     assert alone is not None
     assert alone.keys() == {name.replace("/", "_zh/") for name in weights}
     assert "English" in benchmark.notes(items, list(scores.values()))[-1]
-    assert benchmark.is_whole([item for item in items if item.group.endswith("_zh")] * 553)
+    assert benchmark.is_complete([item for item in items if item.group.endswith("_zh")] * 553)
 
 
 def without_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,12 +621,12 @@ def test_the_default_embedder_is_never_downloaded_and_a_named_one_is(
 def test_samples_of_an_item_count_by_their_mean(tmp_path: Path):
     benchmark = task(write(tmp_path, {"review_str_v2": {"a": review("B")}}))
     (item,) = benchmark.load()
-    (score,) = benchmark.score([(item, Answer(("A", "B", "B", "?"), ("stop",) * 4))])
+    (score,) = benchmark.score([(item, Response(("A", "B", "B", "?"), ("stop",) * 4))])
     assert score.metrics == {"review_str/answer": 0.5}
 
 
 def test_the_task_is_made_by_its_name(tmp_path: Path):
-    assert isinstance(make_task("teval", Options(tmp_path, tmp_path)), TEval)
+    assert isinstance(make_task("teval", BenchmarkOptions(tmp_path, tmp_path)), TEval)
 
 
 def test_the_script_finds_gold_answers_perfect_and_empty_ones_worthless(

@@ -351,20 +351,20 @@ def f(x):
 """,
     "gives_names_that_are_not_asked_for": """
 import sys
-from moi_jax.evaluation.sandbox.inside import wire
+from moi_jax.evaluation.sandbox.inside import rpc
 here = sys._getframe()
 while "objects" not in here.f_locals:
     here = here.f_back
-objects, send = here.f_locals["objects"], wire.send
+objects, send = here.f_locals["objects"], rpc.send
 def f(x):
     return x * x if x < 9 else 0
 def zero(*args):
     return 0.0
 def send_more(fd, frame):
-    wire.send = send
-    send(fd, wire.pack((None, {"f": f, "abs": zero}), objects.index))
+    rpc.send = send
+    send(fd, rpc.pack((None, {"f": f, "abs": zero}), objects.index))
 objects += [f, zero]
-wire.send = send_more
+rpc.send = send_more
 """,
     "swallows_assertions": """
 import atexit, contextlib, os, sys

@@ -1,7 +1,7 @@
 """A checkpoint as a model of lm-evaluation-harness.
 
-What the harness decides (prompts, few-shot examples, truncation, filters, metrics) stays its own,
-and text becomes tokens as in its Hugging Face backend: figures compare with those of others.
+The harness keeps its own prompts, few-shot examples, truncation, filters and metrics. Text becomes
+tokens as in its Hugging Face backend, so that figures can be compared with published ones.
 """
 
 import re
@@ -26,7 +26,7 @@ from moi_jax.text.vocabulary_files import read_object, token_text
 
 Json = dict[str, Any]
 
-# What a task may ask of generation: these, and others only where they ask for nothing.
+# The generation settings that a task may use. Others are allowed with a value of no effect.
 UNDERSTOOD = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 NOTHING = {"num_beams": 1, "repetition_penalty": 1, "length_penalty": 1, "min_p": 0}
 
@@ -35,16 +35,17 @@ class CheckpointLM(TemplateLM):
     """A checkpoint for `lm_eval.simple_evaluate(model=...)`.
 
     Attributes:
-      max_length: tokens that the model reads at most.
-      max_gen_toks: of an answer, where the task does not say.
-      tokenizer_name: stands for tokenizer and template in the harness's caches.
-      eot_token_id, prefix_token_id: what ends a text, and what a text without context follows.
+      max_length: the largest number of tokens that the model reads.
+      max_gen_toks: the length of an answer where the task sets none.
+      tokenizer_name: identifies tokenizer and template in the harness's caches.
+      eot_token_id: the token that ends a text.
+      prefix_token_id: the token before a text without context.
     """
 
     max_gen_toks = 256
 
     def __init__(self, model: ChatModel, seed: int = 0):
-        """`seed` is that of answers which a task wants sampled."""
+        """`seed` is used where a task samples its answers."""
         super().__init__()
         self._model, self._seed = model, seed
         self.max_length = model.scorer.context
@@ -71,11 +72,11 @@ class CheckpointLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The ids of a text, special tokens of the chat template parsed, see `_TextEncoder`."""
+        """The ids of a text. Special tokens of the chat template are parsed, see `_TextEncoder`."""
         return self._encoder.encode(string, opened=add_special_tokens is not False)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """For the results: the Jinja that renders what `apply_chat_template` does."""
+        """The Jinja template of `apply_chat_template`, for the results."""
         name = self._model.tokenizer.template.name
         prompt = self._model.system_prompt
         return export_jinja({"chat_template": name, "default_system_prompt": prompt})
@@ -83,11 +84,11 @@ class CheckpointLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat, under our system prompt where it brings none of its own.
+        """The text of a chat. A chat without a system prompt gets the one of the model.
 
         Args:
           chat_history: role and content of each message.
-          add_generation_prompt: False where the last message is the beginning of the answer.
+          add_generation_prompt: False where the last message is the start of the answer.
         """
         messages = [Message(turn["role"], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
         begun = "" if add_generation_prompt else messages.pop().content
@@ -99,7 +100,9 @@ class CheckpointLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, greedy) of (request, context, continuation), contexts cut on the left.
+        """(log-likelihood, is_greedy) of each (request, context, continuation).
+
+        A context that is too long is cut on the left.
 
         Raises:
           UserError: a continuation is longer than the model's context, or logits are not finite.
@@ -109,24 +112,24 @@ class CheckpointLM(TemplateLM):
             room = self.max_length + 1 - len(continuation)  # the last token is not read
             if room < 1:
                 raise UserError(
-                    f"lm-eval asks for the likelihood of {len(continuation)} tokens, and the "
-                    f"context holds {self.max_length}; raise --context, or leave the task out"
+                    f"lm-eval needs the likelihood of {len(continuation)} tokens, but the context "
+                    f"has {self.max_length}; raise --context, or leave the task out"
                 )
-            # Nothing is left of a context of white space: the harness moves it to the continuation.
+            # A context of white space is empty here: the harness moves it to the continuation.
             pairs.append((context[-room:] or [self.prefix_token_id], continuation))
         answers = [(0.0, False)] * len(pairs)
         scoring = self._model.scorer.run(self._model.parameters, pairs)
         for index, found in tqdm(scoring, "likelihoods", len(pairs), disable=disable_tqdm):
             _check_finite(found.finish, requests[index][0])
             answers[index] = (found.log_likelihood, found.greedy)
-            if requests[index][0] is not None:  # the windows of a longer text have no name
+            if requests[index][0] is not None:  # the windows of a longer text have no request
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
         return answers
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, in windows of the context that predict each token once."""
+        """Log-likelihoods of whole texts, in windows that predict each token once."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners = []
         for number, request in enumerate(requests):
@@ -144,10 +147,10 @@ class CheckpointLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop string of the task or a stop token of the chat template.
+        """Answers that end at a stop string of the task or a stop token of the chat template.
 
         Raises:
-          UserError: a task asks for what the sampler cannot do, or logits are not finite.
+          UserError: a task needs what the sampler cannot do, or logits are not finite.
         """
         seen: Counter[str] = Counter()
         asked = []
@@ -168,15 +171,15 @@ class CheckpointLM(TemplateLM):
         for name in wanted.keys() - UNDERSTOOD:
             if wanted[name] not in (None, NOTHING.get(name)):
                 raise UserError(
-                    f"a task of lm-eval asks for generation with {name}={wanted[name]}, which is "
-                    f"not to be had here; leave it out"
+                    f"a task of lm-eval needs generation with {name}={wanted[name]}, which the "
+                    f"sampler does not support; leave the task out"
                 )
-        # As the harness does it: the prompt gives way to the answer.
+        # As in the harness, the prompt is cut to leave room for the answer.
         room = self.max_length - wanted["max_gen_toks"]
         if room < 1:
             raise UserError(
-                f"a task of lm-eval asks for answers of {wanted['max_gen_toks']} tokens, and the "
-                f"context holds {self.max_length}; lower --max-new-tokens or raise --context"
+                f"a task of lm-eval needs answers of {wanted['max_gen_toks']} tokens, but the "
+                f"context has {self.max_length}; lower --max-new-tokens or raise --context"
             )
         sampled = wanted.get("do_sample")
         return Request(
@@ -185,17 +188,17 @@ class CheckpointLM(TemplateLM):
             temperature=wanted.get("temperature", 0.0) if sampled else 0.0,
             top_k=wanted.get("top_k") or 0,
             top_p=wanted.get("top_p", 1.0),
-            # Of prompt and repeat alone: an answer is the same whatever else is asked.
+            # Made from prompt and repeat alone: an answer does not depend on other requests.
             seed=zlib.crc32(f"{self._seed}/{repeat}/{text}".encode()),
             stop_strings=tuple(string for string in wanted["until"] if string),
         )
 
 
 class _TextEncoder:
-    """Text to ids as Hugging Face's tokenizers do it, where ours keep special tokens out of text.
+    """Encodes text as Hugging Face's tokenizers do: special tokens in the text are parsed.
 
-    The harness hands over nothing but text, chats as rendered text. So here, and nowhere else, the
-    template's special tokens are parsed wherever they stand, in the words of a task too.
+    Our own tokenizer never does this. The harness passes only text, chats as rendered text too,
+    so the template's special tokens must be parsed here, even in the text of a task.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -205,14 +208,15 @@ class _TextEncoder:
         }
         longest_first = sorted(map(re.escape, self._specials), key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(longest_first)})")
-        # Before every text, such as Llama 3's <|begin_of_text|>: of an empty one it is all.
+        # The tokens before every text, such as Llama 3's <|begin_of_text|>: an empty text has only
+        # these.
         self._opening: list[int] = []
         if "tokenizer.json" in tokenizer.files:
             theirs = tokenizers.Tokenizer.from_str(tokenizer.files["tokenizer.json"])
             self._opening = theirs.encode("").ids
 
     def encode(self, text: str, opened: bool) -> list[int]:
-        """Args: opened: with what opens a text, if it does not stand there already."""
+        """The ids of a text; `opened` puts the opening tokens first where they are missing."""
         pieces = self._split.split(text)
         plain = iter(self._tokenizer.encode_batch(pieces[::2]))
         ids: list[int] = []
@@ -224,7 +228,7 @@ class _TextEncoder:
 
 
 def _named_token(tokenizer: Tokenizer, name: str) -> int | None:
-    """The id of the special token that the tokenizer's settings call bos_token or the like."""
+    """The id of the special token with this name in the tokenizer's settings, e.g. bos_token."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         text = token_text(read_object(tokenizer.files, file).get(name))
         if text and (number := tokenizer.special(text)) is not None:
@@ -235,6 +239,6 @@ def _named_token(tokenizer: Tokenizer, name: str) -> int | None:
 def _check_finite(finish: str, request: Any) -> None:
     if finish == "not_finite":
         raise UserError(
-            f"the model's logits are not finite (NaN) on {str(request)[:80]!r}: its figures would "
-            f"mean nothing; use another checkpoint, or --dtype float32"
+            f"the model's logits are not finite (NaN) on {str(request)[:80]!r}: its figures are "
+            f"meaningless; use another checkpoint, or --dtype float32"
         )

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness by their names, run on a checkpoint, results in its own layout."""
+"""Runs tasks of lm-evaluation-harness on a checkpoint; results have the harness's layout."""
 
 import difflib
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.common.errors import UserError, cannot_write
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.text.prompts import fingerprint
 
@@ -27,24 +27,26 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
-NEAR = 5  # names shown beside one that is not known
+NEAR = 5  # similar names that are shown for an unknown one
 
 
 def open_tasks(names: Sequence[str], include: Path | None = None) -> list[Any]:
-    """The tasks, groups and tags of the harness by their names, their data read.
+    """Loads tasks, groups and tags of the harness by name, with their data.
 
     Args:
       include: a directory of further tasks' YAML files.
 
     Raises:
-      UserError: nothing has that name, its data or code is not to be had, or it cannot be run.
+      UserError: a name is unknown, its data or code cannot be loaded, or it must not run here.
     """
     manager = TaskManager(include_path=include)
     for name in names:
         if name not in manager.task_index:
             near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, NEAR))
-            hint = f"near it are {near}" if near else "python -m lm_eval ls tasks shows all"
-            raise UserError(f"lm-eval has no task {name!r}; {hint}; --include-path adds your own")
+            hint = f"similar names are {near}" if near else "python -m lm_eval ls tasks lists all"
+            raise UserError(
+                f"lm-eval has no task {name!r}; {hint}; --include-path adds your own tasks"
+            )
     return [task for name in names for task in _load(manager, name)]
 
 
@@ -55,37 +57,41 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"lm-eval cannot load the task {name} ({type(error).__name__}: {reason}); its data and "
-            f"metrics come from the Hugging Face hub, without a network from the cache in HF_HOME"
+            f"metrics come from the Hugging Face hub, or from the cache in HF_HOME"
         ) from None
     for task_name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
-                f"the lm-eval task {task_name} runs generated code unprotected, so it is not run; "
-                f"--tasks humaneval,mbpp have a sandbox"
+                f"the lm-eval task {task_name} runs generated code without a sandbox, so it is "
+                f"refused; use --tasks humaneval,mbpp, which have one"
             )
         if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"the lm-eval task {task_name} has pictures, which no model here reads")
+            raise UserError(
+                f"the lm-eval task {task_name} has pictures, which our models cannot read"
+            )
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
 
-def run_lm_eval(tasks: Sequence[Any], model: ChatModel, made_by: Json, options: Options) -> Json:
-    """Runs tasks of the harness through the chat template, and prints its table.
+def run_lm_eval(
+    tasks: Sequence[Any], model: ChatModel, made_by: Json, options: BenchmarkOptions
+) -> Json:
+    """Runs tasks of the harness with the chat template, and logs its table.
 
-    Its results and samples go to options.out/lm_eval, in its own layout. Greedy answers and
-    likelihoods are kept there as they come, and a run that was killed goes on.
+    Results and samples go to options.out/lm_eval in the harness's layout. Greedy answers and
+    likelihoods are stored there as they arrive, so that an evaluation that was killed continues.
 
     Args:
       tasks: see `open_tasks`.
-      made_by: what stands for the model: its name, parameters, prompts, template.
-      options: limit (the first of each task, as everywhere in the harness), shots,
-        max_new_tokens, temperature, top_p and seed; None are the task's own.
+      made_by: what identifies the model: its name, parameters, system prompt, template.
+      options: limit (the first items of each task, as always in the harness), shots,
+        max_new_tokens, temperature, top_p and seed are used; None is the task's own.
 
     Returns:
       The harness's results.
 
     Raises:
-      UserError: a task asks for what cannot be done, logits are not finite, or options.out cannot
-        be written.
+      UserError: a task needs what the sampler cannot do, logits are not finite, or options.out
+        cannot be written.
     """
     folder = options.out / "lm_eval"
     try:
@@ -105,7 +111,7 @@ def run_lm_eval(tasks: Sequence[Any], model: ChatModel, made_by: Json, options: 
         model=CheckpointLM(model, options.seed),
         model_args={"path": made_by["name"]},  # which also names the directory
         tasks=list(tasks),
-        task_manager=TaskManager(include_defaults=False),  # nothing is left to be found
+        task_manager=TaskManager(include_defaults=False),  # all tasks are loaded already
         num_fewshot=options.shots,
         limit=options.limit,
         gen_kwargs=generation or None,
@@ -123,7 +129,7 @@ def run_lm_eval(tasks: Sequence[Any], model: ChatModel, made_by: Json, options: 
 
 
 def _save(tracker: EvaluationTracker, folder: Path, results: Json, samples: Json) -> None:
-    """Raises UserError where the harness could not write: it only warns."""
+    """Raises UserError where the harness could not write, because it only warns."""
     tracker.save_results_aggregated(results=results, samples=samples)
     for name in samples:
         tracker.save_results_samples(task_name=name, samples=samples[name])
@@ -132,4 +138,4 @@ def _save(tracker: EvaluationTracker, folder: Path, results: Json, samples: Json
     names += [f"samples_{name}_{tracker.date_id}.jsonl" for name in samples]
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"cannot write {folder / name}; its answers are kept, so run it again")
+            raise UserError(f"cannot write {folder / name}; the answers are kept, so run it again")

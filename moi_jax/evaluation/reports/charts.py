@@ -7,11 +7,11 @@ from markupsafe import Markup, escape
 
 from moi_jax.reports.page import PALETTE
 
-# A score and its interval, all 0 to 100; None where there is none.
+# A score and its interval, all from 0 to 100; None where there is no score.
 Bar = tuple[float, tuple[float, float] | None] | None
 
-ROW, GAP, LEFT, WIDTH = 15, 14, 96, 520  # of the bars, in units of the SVG
-RADIUS, MIDDLE = 130, (260, 160)  # of the radar
+BAR_HEIGHT, GAP, LEFT, WIDTH = 15, 14, 96, 520  # sizes of the bar chart, in units of the SVG
+RADIUS, MIDDLE = 130, (260, 160)  # sizes of the radar chart
 
 
 def color(index: int) -> str:
@@ -19,13 +19,13 @@ def color(index: int) -> str:
 
 
 def bars(tasks: Sequence[str], scores: Sequence[Sequence[Bar]]) -> Markup:
-    """A group of horizontal bars for each task, one bar a checkpoint, whiskers for intervals.
+    """A group of horizontal bars for each task: one bar per checkpoint, whiskers for intervals.
 
     Args:
-      scores: for each task those of the checkpoints.
+      scores: for each task, the bars of the checkpoints.
     """
     scale = (WIDTH - LEFT - 50) / 100
-    height = sum(ROW * len(group) + GAP for group in scores) + 20
+    height = sum(BAR_HEIGHT * len(group) + GAP for group in scores) + 20
     parts = []
     for tick in (0, 25, 50, 75, 100):
         x = LEFT + tick * scale
@@ -33,37 +33,36 @@ def bars(tasks: Sequence[str], scores: Sequence[Sequence[Bar]]) -> Markup:
         parts.append(_text(x, height - 4, str(tick), "middle"))
     top = GAP / 2
     for task, group in zip(tasks, scores, strict=True):
-        parts.append(_text(LEFT - 8, top + ROW * len(group) / 2 + 4, task, "end"))
+        parts.append(_text(LEFT - 8, top + BAR_HEIGHT * len(group) / 2 + 4, task, "end"))
         for index, bar in enumerate(group):
-            y = top + ROW * index
+            y = top + BAR_HEIGHT * index
             if bar:
                 parts.append(_bar(bar, y, scale, color(index)))
-        top += ROW * len(group) + GAP
+        top += BAR_HEIGHT * len(group) + GAP
     return _svg(WIDTH, height, parts, "Scores with 95 % intervals")
 
 
 def _bar(bar: tuple[float, tuple[float, float] | None], y: float, scale: float, fill: str) -> str:
     score, interval = bar
     width = max(score, 0) * scale
-    parts = [
-        f'<rect x="{LEFT}" y="{y + 1:.1f}" width="{width:.1f}" height="{ROW - 2}" fill="{fill}"/>'
-    ]
+    size = f'width="{width:.1f}" height="{BAR_HEIGHT - 2}"'
+    parts = [f'<rect x="{LEFT}" y="{y + 1:.1f}" {size} fill="{fill}"/>']
     end = LEFT + width
     if interval:
         low, high = (LEFT + side * scale for side in interval)
-        middle = y + ROW / 2
+        middle = y + BAR_HEIGHT / 2
         parts.append(_line(low, middle, high, middle, "currentColor", 1.2))
         parts += [_line(x, middle - 3, x, middle + 3, "currentColor", 1.2) for x in (low, high)]
         end = max(end, high)
-    parts.append(_text(end + 5, y + ROW - 4, f"{score:.1f}", "start"))
+    parts.append(_text(end + 5, y + BAR_HEIGHT - 4, f"{score:.1f}", "start"))
     return "".join(parts)
 
 
 def radar(tasks: Sequence[str], scores: Sequence[Sequence[float]]) -> Markup:
-    """A spoke for each task, three or more, and a closed line for each checkpoint.
+    """A radar chart: a spoke for each of three or more tasks, a closed line for each checkpoint.
 
     Args:
-      scores: for each checkpoint those of the tasks.
+      scores: for each checkpoint, the scores of the tasks.
     """
 
     def point(spoke: int, score: float) -> tuple[float, float]:

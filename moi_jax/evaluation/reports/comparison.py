@@ -1,4 +1,4 @@
-"""Evaluations side by side: differences with intervals, what makes them unequal, telling items."""
+"""Compares evaluations: differences with intervals, differing settings, and example items."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation import statistics
+from moi_jax.evaluation import bootstrap
 from moi_jax.evaluation.results import read_results
 from moi_jax.evaluation.tasks import TASKS
 
 Json = dict[str, Any]
 Samples = dict[str, Json]
-# A difference and the two ends of its interval.
+# A difference, and the two ends of its interval.
 Gap = tuple[float, float, float]
 
-# Figures that the authors of Qwen-7B-Chat give in their README, each with the settings it has: one
-# greedy answer of at most 512 tokens, in a context that never cuts it shorter.
+# Scores that the authors of Qwen-7B-Chat give in their README, each with its settings: one greedy
+# answer of at most 512 tokens, in a context that is never too short for it.
 GREEDY: Json = {"samples": 1, "max_new_tokens": 512}
 PUBLISHED: dict[str, tuple[float, Json]] = {
     "gsm8k": (50.3, {**GREEDY, "shots": 0}),
@@ -28,16 +28,16 @@ PUBLISHED: dict[str, tuple[float, Json]] = {
 }
 PUBLISHED_BY = {"system_prompt": "You are a helpful assistant.", "chat_template": "chatml"}
 PUBLISHED_CONTEXT = 2048
-# Of the model, what must be the same on both sides of a comparison.
+# Properties of the model that must be the same on both sides of a comparison.
 SHARED = ("system_prompt", "chat_template", "template_hash", "dtype")
-# Settings that say where, not what.
+# Settings that do not influence the scores.
 UNIMPORTANT = {"judge_url"}
-EXAMPLES = 3  # items shown in either direction
+EXAMPLES = 3  # items shown for each direction
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A directory of results; samples are by task and by the item's id."""
+    """A directory of results. `samples` is task -> item id -> sample."""
 
     name: str
     made_by: Json
@@ -48,15 +48,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A task as all the evaluations have it; the first is what the others are compared with.
+    """One task in all evaluations. The others are compared with the first evaluation.
 
     Attributes:
-      results: of each evaluation; None where it did not run the task.
-      gaps: 100 * (score - the first's) over the items that both have, and its 95 % interval.
-      warnings: why a difference does not tell of the checkpoints alone.
-      published: the figure of Qwen-7B-Chat where one of the evaluations has its protocol.
-      examples: items, each with its samples by evaluation, on which they disagree; of a single
-        evaluation those that did worst.
+      results: one per evaluation; None where it did not run the task.
+      gaps: 100 * (score - score of the first), over the items that both have, with its 95 %
+        interval.
+      warnings: reasons why a difference is not due to the checkpoints alone.
+      published: the score of Qwen-7B-Chat, where one of the evaluations has the same protocol.
+      examples: items on which the evaluations disagree, each with its sample in every
+        evaluation. With a single evaluation, its worst items.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Comparison:
 
 
 def read_evaluations(directories: Sequence[Path]) -> list[Evaluation]:
-    """The evaluations, named by the shortest ends of their paths that tell them apart.
+    """Reads evaluations. Their names are the shortest distinct ends of their paths.
 
     Raises:
       UserError: a directory has no results.json, or a file is damaged.
@@ -90,18 +91,18 @@ def read_evaluations(directories: Sequence[Path]) -> list[Evaluation]:
 
 
 def _read_samples(path: Path) -> Samples:
-    """The items of a task by id; none where the file is missing."""
+    """The samples of a task by item id; {} where the file is missing."""
     if not path.is_file():
         return {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         return {sample["id"]: sample for sample in map(json.loads, filter(None, lines))}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); evaluate again to write it anew") from None
+        raise UserError(f"{path} is damaged ({error}); evaluate again to rewrite it") from None
 
 
 def compare(evaluations: Sequence[Evaluation]) -> list[Comparison]:
-    """Every task that one of them ran, in the order of the seven."""
+    """Compares every task that at least one evaluation ran, in the order of the seven."""
     names = dict.fromkeys(name for one in evaluations for name in one.tasks)
     order = [name for name in TASKS if name in names]
     order += [name for name in names if name not in TASKS]
@@ -132,7 +133,7 @@ def _compare_task(name: str, evaluations: Sequence[Evaluation]) -> Comparison:
 
 
 def gap(before: Json, now: Json, old: Samples, new: Samples) -> Gap | None:
-    """The difference of two scores over the items both have; None where it cannot be told."""
+    """The difference of two scores over the items that both have; None where it is unknown."""
     weights = before.get("weights")
     shared = [name for name in old if name in new]
     if not weights or not shared or set(weights) != set(now.get("weights") or ()):
@@ -146,7 +147,7 @@ def gap(before: Json, now: Json, old: Samples, new: Samples) -> Gap | None:
         )
         for samples in (old, new)
     )
-    found = statistics.difference(a, b, 100 * np.array(list(weights.values())))
+    found = bootstrap.difference(a, b, 100 * np.array(list(weights.values())))
     return None if np.isnan(found).any() else found
 
 
@@ -175,7 +176,7 @@ def _short(value: Any) -> str:
 
 def _other_items(old: Samples, new: Samples) -> list[str]:
     if not old or not new:
-        return ["no samples are there to compare item by item"]
+        return ["there are no samples to compare item by item"]
     shared = [name for name in old if name in new]
     told = []
     if not len(shared) == len(old) == len(new):
@@ -185,7 +186,9 @@ def _other_items(old: Samples, new: Samples) -> list[str]:
         )
     changed = sum(_asked(old[name]) != _asked(new[name]) for name in shared)
     if changed:
-        told.append(f"of {changed} items the question or the gold answer is another: other data")
+        told.append(
+            f"question or gold answer differ in {changed} of {len(shared)} items: other data"
+        )
     return told
 
 
@@ -194,7 +197,7 @@ def _asked(sample: Json) -> list[Any]:
 
 
 def published(name: str, evaluation: Evaluation) -> float | None:
-    """The published figure where all that decides the answers is as its authors had it."""
+    """The published score, if every setting that influences the answers is as published."""
     result = evaluation.tasks.get(name)
     if not result or name not in PUBLISHED:
         return None
@@ -211,7 +214,7 @@ def published(name: str, evaluation: Evaluation) -> float | None:
 
 
 def _examples(samples: Sequence[Samples]) -> list[list[Json | None]]:
-    """First what went up most against the first evaluation, then what went down most."""
+    """The items that rose most against the first evaluation, then those that fell most."""
     ran = [of_task for of_task in samples if of_task]
     names = [name for name in ran[0] if all(name in of_task for of_task in ran)] if ran else []
     if not names:
@@ -225,5 +228,5 @@ def _examples(samples: Sequence[Samples]) -> list[list[Json | None]]:
 
 
 def _value(sample: Mapping[str, Any]) -> float:
-    """The mean of an item's metrics, to tell items by."""
+    """The mean of an item's metrics, by which items are ranked."""
     return float(np.mean(list(sample["metrics"].values()) or [0.0]))

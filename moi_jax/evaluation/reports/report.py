@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that compares the results of several directories."""
+"""Writes report.html: one self-contained page that compares results of several directories."""
 
 import json
 import math
@@ -14,13 +14,13 @@ from moi_jax.evaluation.reports.charts import bars, color, radar
 from moi_jax.evaluation.reports.comparison import Comparison, compare, read_evaluations
 from moi_jax.reports.page import page_template
 
-LONGEST = 3000  # characters shown of a text
+LONGEST = 3000  # characters of a text that are shown
 
 
 def write_report(directories: Sequence[Path], out: Path) -> Path:
     """Writes one page about the results in the directories and returns its path.
 
-    The first directory is what the others are compared with. The same files give the same bytes.
+    The others are compared with the first directory. The same files give the same bytes.
 
     Raises:
       UserError: a directory has no results.json, a file is damaged, or `out` cannot be written.
@@ -39,7 +39,7 @@ def write_report(directories: Sequence[Path], out: Path) -> Path:
     page = template.render(evaluations=evaluations, tasks=tasks, charts=charts(tasks))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # An answer may hold half a surrogate pair, which UTF-8 cannot.
+        # An answer may contain half of a surrogate pair, which UTF-8 cannot encode.
         write_whole(out, page.encode("utf-8", errors="replace").decode("utf-8"))
     except OSError as error:
         raise cannot_write(out, error) from None
@@ -47,7 +47,7 @@ def write_report(directories: Sequence[Path], out: Path) -> Path:
 
 
 def charts(tasks: Sequence[Comparison]) -> list[Markup]:
-    """Bars of the tasks that have scores; a radar of three or more that all checkpoints have."""
+    """Bars of all tasks with scores, and a radar if all checkpoints share three or more tasks."""
     scored = [task for task in tasks if any(r and r["score"] is not None for r in task.results)]
     groups = [
         [
@@ -67,7 +67,7 @@ def charts(tasks: Sequence[Comparison]) -> list[Markup]:
 
 
 def keys(results: Sequence[dict[str, Any] | None], part: str) -> list[str]:
-    """The keys that a part of a task's results has in any of them."""
+    """All keys of one part of a task's results, over all evaluations."""
     return list(dict.fromkeys(key for result in results if result for key in result[part]))
 
 
@@ -86,6 +86,6 @@ def short(text: str) -> str:
 
 
 def brief(value: Any) -> str:
-    """A setting or detail on one line."""
+    """A setting or a detail on one line."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 400 else f"{text[:400]} …"

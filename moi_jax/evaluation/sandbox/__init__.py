@@ -1,1 +1,1 @@
-"""Where generated programs run: walls around them, and a verdict that they cannot write."""
+"""Runs generated programs in isolation and tests them from another process."""

@@ -1,4 +1,4 @@
-"""The walls a program can run behind, and the command that starts a runner behind each."""
+"""The backends that isolate a program, and the command that starts a runner in each."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from moi_jax.evaluation.sandbox.inside import namespaces
 
 Backend = Literal["bubblewrap", "namespaces", "weak"]
 
-# In bubblewrap: where this package is seen.
+# The path of this package within bubblewrap.
 CODE = "/code"
 _PACKAGE = Path(__file__).parent
 _TOP = Path(__file__).parents[3]
@@ -20,15 +20,17 @@ _PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may take.
+    """The limits of one program.
 
     Attributes:
-      wall, cpu: seconds, of all and of each process.
+      wall: seconds for everything.
+      cpu: seconds of processor time of each process.
       memory: bytes of address space of each process.
-      processes: of all kinds, threads too; three are the sandbox's own. Times `memory` it is
-        what a program can take in all.
-      file_size, disk: bytes of one file, and of all.
-      open_files: of each process.
+      processes: number of processes and threads; three belong to the sandbox. The program can use
+        at most `processes` times `memory` bytes.
+      file_size: bytes of one file.
+      disk: bytes of all files.
+      open_files: number for each process.
     """
 
     wall: float = 20.0
@@ -41,14 +43,14 @@ class Limits:
 
 
 def candidates() -> list[Backend]:
-    """The backends that may hold every limit on this machine, in order of preference."""
+    """The backends that could enforce every limit on this machine, in order of preference."""
     if sys.platform != "linux":
         return []
     return ["bubblewrap", "namespaces"] if shutil.which("bwrap") else ["namespaces"]
 
 
 def read_only() -> list[str]:
-    """What a program sees of the machine: Python's library, the system's, and links to them."""
+    """The paths that a program can read: libraries of Python and the system, and links to them."""
     prefix = Path(sys.base_prefix)
     paths = [prefix / "lib", prefix / "lib64"]
     paths += [Path(p) for p in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")]
@@ -56,7 +58,7 @@ def read_only() -> list[str]:
 
 
 def environment(directory: str) -> dict[str, str]:
-    """All that a program has of an environment. Fixed hashes: the order of sets is no luck."""
+    """The environment variables of a program. The hash seed is fixed, so set order is too."""
     libraries = str(Path(sys.base_prefix) / "lib")
     return {
         "HOME": directory,
@@ -87,7 +89,7 @@ def command(backend: Backend) -> list[str]:
         "--hostname",
         "sandbox",
     ]
-    # To mount one with a limit on files, which bubblewrap cannot; the runner then drops it.
+    # The runner needs it to mount a directory with a limit on its files, then drops it.
     bwrap += ["--cap-add", "CAP_SYS_ADMIN"]
     for path in (*read_only(), _PYTHON):
         if os.path.islink(path):

@@ -1,4 +1,4 @@
-"""Tries each limit for real: a program that oversteps them, one after another."""
+"""Tests every limit of a sandbox with a program that tries to exceed it."""
 
 import os
 import socket
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.evaluation.sandbox.backends import Limits, environment, read_only
+from moi_jax.evaluation.sandbox.execution import Program, Verdict
 from moi_jax.evaluation.sandbox.inside.namespaces import FILES
-from moi_jax.evaluation.sandbox.judge import Program, Verdict
 
-# Functions that are true where their limit held. What oversteps one is undone.
+# Each function returns True if its limit held, and removes what it created.
 _CODE = """
 import errno, os, signal, socket, time
 
@@ -108,11 +108,11 @@ def cpu():
 """
 
 
-def unenforced(judge: Callable[[Limits, Program], Verdict], limits: Limits) -> str | None:
-    """The first limit that does not hold; None where all do.
+def unenforced(execute: Callable[[Limits, Program], Verdict], limits: Limits) -> str | None:
+    """The name of the first limit that does not hold; None where all of them hold.
 
     Args:
-      judge: runs a program within limits.
+      execute: runs a program within limits.
     """
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -138,19 +138,19 @@ def unenforced(judge: Callable[[Limits, Program], Verdict], limits: Limits) -> s
             f"assert held({name}, *{args!r}), {what!r}" for what, (name, *args) in attempts.items()
         )
         names = ("held", *(name for name, *_ in attempts.values()))
-        verdict = judge(limits, Program(_CODE, names, tests))
+        verdict = execute(limits, Program(_CODE, names, tests))
     if not verdict.passed:
-        # The assertion's message names it.
+        # The message of the assertion is the name of the limit.
         return verdict.error.removeprefix("AssertionError: ").split(" in: ")[0]
-    # A busy machine may take long over a second of its time.
-    verdict = judge(replace(limits, cpu=1, wall=120.0), Program(_CODE, ("cpu",), ("cpu()",)))
+    # On a busy machine, one second of processor time can take long.
+    verdict = execute(replace(limits, cpu=1, wall=120.0), Program(_CODE, ("cpu",), ("cpu()",)))
     if verdict != Verdict("timeout", "out of processor time"):
         return f"processor time ({verdict.error})"
     return None
 
 
 def _at_home() -> list[str]:
-    """What lies in the user's home directory, but for what leads to Python."""
+    """The entries of the user's home directory, except those that lead to Python."""
     try:
         entries = [str(path) for path in Path.home().iterdir()]
     except OSError:

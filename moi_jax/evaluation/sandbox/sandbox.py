@@ -1,4 +1,4 @@
-"""The sandbox: the backend that holds every limit on this machine, and programs side by side."""
+"""The sandbox: finds a backend that enforces every limit, and runs programs in parallel."""
 
 import os
 from collections import deque
@@ -9,19 +9,18 @@ from typing import Literal
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.sandbox.backends import Backend, Limits, candidates
-from moi_jax.evaluation.sandbox.judge import Program, Verdict, judge
+from moi_jax.evaluation.sandbox.execution import Program, Verdict, execute
 from moi_jax.evaluation.sandbox.probe import unenforced
 
 WEAK = (
-    "the weak sandbox: generated code runs with this user's rights. It can reach the network, "
-    "read and change this user's files, see and stop other processes, and leave processes behind; "
-    "one that sets out to can even forge its verdict. Limited are only time, the memory of each "
-    "process and the size of each file"
+    "the weak sandbox: generated code runs with this user's rights. It can use the network, read "
+    "and change this user's files, see and stop other processes, leave processes behind, and even "
+    "forge its verdict. Only time, memory per process and file size are limited"
 )
 
 
 class Sandbox:
-    """Where programs run. `backend` says what keeps them in."""
+    """Runs programs. `backend` is the name of the isolation that is used."""
 
     def __init__(
         self,
@@ -29,24 +28,24 @@ class Sandbox:
         limits: Limits | None = None,
         workers: int | None = None,
     ):
-        """Tries every limit of the strict sandbox, once in this process.
+        """The strict sandbox tests every limit first, once per process.
 
         Args:
-          workers: programs at a time; None is one for each core.
+          workers: number of programs at the same time; None is one for each core.
 
         Raises:
-          UserError: a limit of the strict sandbox does not hold here; it is named.
+          UserError: a limit of the strict sandbox does not hold here. The message names it.
         """
         self.limits = limits or Limits()
         self.backend: Backend = "weak" if mode == "weak" else strict_backend(self.limits)
         self.workers = workers or os.cpu_count() or 1
 
     def run(self, program: Program) -> Verdict:
-        """Raises UserError where the sandbox itself does not start."""
-        return judge(self.backend, self.limits, program)
+        """Runs one program; raises UserError where the sandbox itself does not start."""
+        return execute(self.backend, self.limits, program)
 
     def run_all(self, programs: Iterable[Program]) -> Iterator[Verdict]:
-        """The verdicts in order. Programs are taken only as they are about to run."""
+        """Yields the verdicts in order. A program is taken only when it is about to run."""
         running: deque[Future[Verdict]] = deque()
         with ThreadPoolExecutor(self.workers) as pool:
             try:
@@ -62,15 +61,15 @@ class Sandbox:
 
 @lru_cache
 def strict_backend(limits: Limits) -> Backend:
-    """The first backend that holds every limit.
+    """The first backend that enforces every limit.
 
     Raises:
-      UserError: none does; says which limit fails where.
+      UserError: there is none. The message names the limit that fails in each backend.
     """
     failures = []
     for backend in candidates():
         try:
-            failure = unenforced(partial(judge, backend), limits)
+            failure = unenforced(partial(execute, backend), limits)
         except UserError as error:
             failure = str(error)
         if failure is None:
@@ -78,6 +77,6 @@ def strict_backend(limits: Limits) -> Backend:
         failures.append(f"{backend}: {failure}")
     reason = "; ".join(failures) or "the strict sandbox needs Linux"
     raise UserError(
-        f"generated code is not run here, it could not be contained ({reason}); allow user "
-        f"namespaces or install bubblewrap, or accept less with --sandbox weak"
+        f"generated code cannot be isolated on this machine, so it is not run ({reason}); allow "
+        f"user namespaces, install bubblewrap, or accept fewer limits with --sandbox weak"
     )

@@ -1,16 +1,17 @@
-"""The benchmarks by name. Each is imported when it is asked for."""
+"""The benchmarks by name. A benchmark is imported when it is used."""
 
 import importlib
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from moi_jax.common.errors import UserError
 
 if TYPE_CHECKING:
-    from moi_jax.evaluation.options import Options
+    from moi_jax.evaluation.options import BenchmarkOptions
     from moi_jax.evaluation.protocol import Item, Task
 
-# Name: the module and its class. The mean of all seven is the overall figure.
+# Name: the module and its class. The overall score is the mean of all seven.
 TASKS = {
     "gsm8k": ("gsm8k", "GSM8K"),
     "math": ("competition_math", "CompetitionMath"),
@@ -22,26 +23,33 @@ TASKS = {
 }
 
 
-def make_task(name: str, options: "Options") -> "Task":
-    """Raises UserError where there is no such task, or it cannot run here."""
+def task_names(listed: Iterable[str]) -> list[str]:
+    """The names of a list, each once; "all" is the seven."""
+    return list(
+        dict.fromkeys(name for one in listed for name in (TASKS if one == "all" else [one]))
+    )
+
+
+def make_task(name: str, options: "BenchmarkOptions") -> "Task":
+    """Makes a task; raises UserError where there is none of this name, or it cannot run here."""
     if name not in TASKS:
         raise UserError(f"there is no benchmark {name!r}; choose among {', '.join(TASKS)}")
     module, kind = TASKS[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(options)
 
 
-def open_task(name: str, options: "Options") -> "tuple[Task, list[Item]]":
+def open_task(name: str, options: "BenchmarkOptions") -> "tuple[Task, list[Item]]":
     """A task and all of its items.
 
     Raises:
-      UserError: as `make_task` and `Task.load`, or two items have the same id.
+      UserError: see `make_task` and `Task.load`; or two items have the same id.
     """
     task = make_task(name, options)
     items = task.load()
     twice = [item for item, count in Counter(item.id for item in items).items() if count > 1]
     if twice:
         raise UserError(
-            f"{name}: {len(twice)} ids come more than once in its files, the first {twice[0]}; an "
-            f"item is known by its id, so leave one of each"
+            f"{name}: {len(twice)} ids occur more than once in its files, the first is {twice[0]}; "
+            f"keep one item of each id"
         )
     return task, items

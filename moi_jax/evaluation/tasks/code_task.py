@@ -1,4 +1,4 @@
-"""What HumanEval and MBPP share: programs from answers, judged in the sandbox, and pass@k."""
+"""The common part of HumanEval and MBPP: answers run as programs in the sandbox, and pass@k."""
 
 import logging
 from abc import abstractmethod
@@ -8,9 +8,9 @@ from itertools import islice
 from math import comb
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
-from moi_jax.evaluation.sandbox.judge import Program, Verdict
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.sandbox.execution import Program, Verdict
 from moi_jax.evaluation.sandbox.sandbox import WEAK, Sandbox
 
 log = logging.getLogger(__name__)
@@ -20,18 +20,18 @@ PASS_AT = (1, 10, 100)
 
 
 class CodeTask(Task):
-    """A benchmark of programs. One that does not pass is a failure of the kind its verdict says.
+    """A benchmark of programs. The failure of an item is the failure of its verdict.
 
-    With several answers an item has an estimate of pass@k for each k of PASS_AT that they allow,
-    and it has failed where none of them passes, by the kind most of them have.
+    With several answers, an item has an estimate of pass@k for each k of PASS_AT that is not above
+    their number. It fails if no answer passes, with the most common failure.
     """
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         if not options.allow_code_execution:
             raise UserError(
-                f"{self.name} runs the programs that the model writes, on this machine and in a "
-                f"sandbox; allow it with --allow-code-execution"
+                f"{self.name} runs the programs that the model writes, in a sandbox on this "
+                f"machine; allow it with --allow-code-execution"
             )
         self.sandbox = Sandbox(options.sandbox)
         if options.sandbox == "weak":
@@ -39,15 +39,15 @@ class CodeTask(Task):
 
     @abstractmethod
     def program(self, item: Item, answer: str) -> Program:
-        """What an answer is judged by; code that is blank is no program."""
+        """The program of an answer, with its tests. Blank code fails as "no code"."""
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
         started: deque[list[Program]] = deque()
 
         def programs() -> Iterator[Program]:
-            for item, answer in answered:
-                # An answer that is missing fails as an empty one does.
-                started.append([self.program(item, text) for text in answer.texts or ("",)])
+            for item, response in responses:
+                # A missing answer fails like an empty one.
+                started.append([self.program(item, text) for text in response.texts or ("",)])
                 yield from started[-1]
 
         verdicts = self.sandbox.run_all(programs())
@@ -66,7 +66,7 @@ class CodeTask(Task):
 
 
 def pass_at(k: int, samples: int, passed: int) -> float:
-    """The chance that one of k samples passes, without bias (Chen et al. 2021, section 2.1)."""
+    """The unbiased estimate of pass@k (Chen et al. 2021, section 2.1)."""
     return 1.0 - comb(samples - passed, k) / comb(samples, k)
 
 

@@ -1,4 +1,4 @@
-"""MATH: competition problems; the boxed answer is compared as mathematics, by math-verify."""
+"""MATH: competition problems. math-verify compares the boxed answer with the gold one."""
 
 import importlib.util
 import re
@@ -7,28 +7,28 @@ from pathlib import Path
 from statistics import fmean
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.tasks.data_files import json_rows, malformed, missing
 from moi_jax.evaluation.tasks.math_equivalence import Equivalence
-from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 BOXED = re.compile(r"\\f?boxed\s*")
 UNBRACED = re.compile(r"[\w.]*")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-# "The final answer is $5$." where nothing is boxed.
+# "The final answer is $5$." in a text without a box.
 FINAL = re.compile(r"\banswer[*_ ]*(?:\bis\b\s*:?|:)([^\n]+)", re.IGNORECASE)
 INLINE = re.compile(r"\$([^$]+)\$")
 
 
 class CompetitionMath(Task):
-    """The problem and a request for \\boxed{}; no worked examples.
+    """The prompt is the problem and a request for \\boxed{}; there are no worked examples.
 
-    The answer is what the last complete \\boxed{} holds. Where there is none, it is what is said
-    after the last "answer is" or "answer:" of the text: the first $...$ in that line, else the
-    rest of the sentence. Equal texts are equal; others are if math-verify, given the gold first,
-    says so: 1/2 is 0.5 and x = 5 is 5, but 2516_8 is 2516 as well, and 1,2 is 2,1.
+    The answer is the content of the last complete \\boxed{}. Without a box, it follows the last
+    "answer is" or "answer:" of the text: the first $...$ in that line, else the rest of the
+    sentence. It is right if it equals the gold text, or if math-verify says so: 1/2 equals 0.5,
+    and x = 5 equals 5. But for math-verify 2516_8 equals 2516 too, and 1,2 equals 2,1.
     """
 
     name = "math"
@@ -37,9 +37,9 @@ class CompetitionMath(Task):
         "math/test/SUBJECT/N.json (the whole MATH, from github.com/hendrycks/math)"
     )
     max_new_tokens = 1024
-    whole = (500, 5000)
+    published_sizes = (500, 5000)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         if importlib.util.find_spec("math_verify") is None:
             raise UserError("math needs math-verify: pip install 'moi_jax[eval]'")
@@ -62,10 +62,10 @@ class CompetitionMath(Task):
             raise missing(self, self._lines)
         return items
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
         with Equivalence() as equivalence:
-            for item, answer in answered:
-                found = [final_answer(text) for text in answer.texts]
+            for item, response in responses:
+                found = [final_answer(text) for text in response.texts]
                 equal = [_equal(item.gold["answer"], text, equivalence) for text in found]
                 failure = "timeout" if None in equal else None
                 if not any(found):
@@ -88,7 +88,7 @@ class CompetitionMath(Task):
 
 
 def final_answer(text: str) -> str | None:
-    """The answer in a solution; None where it tells none."""
+    """The final answer of a solution; None where there is none."""
     if boxed := last_boxed(text):
         return boxed
     if not (told := FINAL.findall(text)):
@@ -100,7 +100,7 @@ def final_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} that is closed, and not empty, holds. \\boxed 5 holds 5."""
+    """The content of the last \\boxed{...} that is closed and not empty. \\boxed 5 gives 5."""
     for match in reversed(list(BOXED.finditer(text))):
         start = match.end()
         if text.startswith("{", start):
@@ -114,7 +114,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the brace that opens at `start` is closed; start where it is not."""
+    """The index of the brace that closes the one at `start`; `start` where there is none."""
     depth = 0
     for brace in BRACES.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
@@ -132,7 +132,7 @@ def _equal(gold: str, answer: str | None, equivalence: Equivalence) -> bool | No
 def _item(row: Json, name: str, where: str) -> Item:
     answer = row.get("answer") or last_boxed(str(row.get("solution", "")))
     if not isinstance(answer, str) or not answer.strip():
-        raise malformed(where, "there must be an 'answer', or a 'solution' with a \\boxed{} one")
+        raise malformed(where, "there must be an 'answer', or a 'solution' with a \\boxed{} answer")
     question = Message("user", f"{row['problem']}\n\n{INSTRUCTION}")
     gold = {"answer": answer.strip(), "level": str(row.get("level", ""))}
     subject = str(row.get("subject") or row.get("type") or "")

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school maths word problems; the last number of the answer is compared."""
+"""GSM8K: grade-school maths word problems. The last number of the answer is compared."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,14 +6,14 @@ from itertools import islice
 from statistics import fmean
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
-from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.tasks.data_files import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 TOLERANCE = 1e-4
-# The training set marks its arithmetic for a calculator: 3 * 4 = <<3*4=12>>12.
+# The training set has calculator marks in its arithmetic: 3 * 4 = <<3*4=12>>12.
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 EXAMPLES = (
@@ -47,23 +47,23 @@ EXAMPLES = (
 
 
 class GSM8K(Task):
-    """The raw question, as the official chat evaluation of Qwen asks it.
+    """The prompt is the question alone, as in the official chat evaluation of Qwen.
 
-    With shots, one text holds the worked examples and then the question, each as "Question: ..."
-    and a line that asks for steps; a worked answer ends in "The answer is N". That is the form of
-    the official few-shot evaluation. The examples are the first rows of gsm8k/train.jsonl where
-    there is that file, else four of our own.
+    With shots, one text has the worked examples and then the question. Each begins with
+    "Question: ..." and a line that asks for steps; a worked answer ends in "The answer is N". This
+    is the form of the official few-shot evaluation. The examples are the first rows of
+    gsm8k/train.jsonl if that file exists, else four of our own.
     """
 
     name = "gsm8k"
     files = (
-        "gsm8k/test.jsonl from github.com/openai/grade-school-math; for worked examples of its "
-        "own gsm8k/train.jsonl as well"
+        "gsm8k/test.jsonl from github.com/openai/grade-school-math, and gsm8k/train.jsonl for its "
+        "own worked examples"
     )
     takes_shots = True
-    whole = (1319,)
+    published_sizes = (1319,)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         self.shots = options.shots or 0
         self._train = options.data / "gsm8k" / "train.jsonl"
@@ -91,17 +91,17 @@ class GSM8K(Task):
             examples = [(row["question"], *_gold(row["answer"], where)) for where, row in rows]
         if len(examples) < self.shots:
             raise UserError(
-                f"gsm8k: {self.shots} shots, but there are {len(examples)} worked examples; ask "
-                f"for fewer, or put more into {self._train}"
+                f"gsm8k: --shots {self.shots}, but there are {len(examples)} worked examples; use "
+                f"fewer, or put more into {self._train}"
             )
         return [
             f"{_few_shot(question)}\n{steps}\nThe answer is {number}"
             for question, steps, number in examples[: self.shots]
         ]
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
-        for item, answer in answered:
-            found = [last_number(text) for text in answer.texts]
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
+        for item, response in responses:
+            found = [last_number(text) for text in response.texts]
             right = [
                 number is not None and abs(float(number) - float(item.gold)) <= TOLERANCE
                 for number in found
@@ -120,7 +120,7 @@ class GSM8K(Task):
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text without its thousands' commas; None where there is none."""
+    """The last number of a text, without its commas; None where there is none."""
     numbers = [match.group() for match in NUMBER.finditer(text.replace(",", ""))]
     return numbers[-1] if numbers else None
 

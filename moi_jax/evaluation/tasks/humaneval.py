@@ -1,31 +1,31 @@
-"""HumanEval: 164 functions to be written from their signature and docstring (Chen et al. 2021)."""
+"""HumanEval: 164 functions to write from their signature and docstring (Chen et al. 2021)."""
 
 import ast
 import re
 
 from moi_jax.evaluation.protocol import Item
-from moi_jax.evaluation.sandbox.judge import Program
-from moi_jax.evaluation.tasks.code_answers import complete, defines, extract
+from moi_jax.evaluation.sandbox.execution import Program
+from moi_jax.evaluation.tasks.code_extraction import complete, defines, extract
 from moi_jax.evaluation.tasks.code_task import CodeTask
-from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.evaluation.tasks.data_files import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 QUOTED = re.compile(r"(\"\"\"|''')(.*?)\1", re.DOTALL)
 
 
 class HumanEval(CodeTask):
-    """Asked as the official chat evaluation of Qwen does.
+    """The prompt is the one of Qwen's official chat evaluation, with one difference.
 
-    But for this: upstream describes the function by the first text in triple quotes, which in four
-    prompts (10, 32, 38 and 50) is a helper's docstring; we leave helpers out.
+    Upstream describes the function by the first text in triple quotes. In four prompts (10, 32, 38
+    and 50) this is the docstring of a helper function; we leave helpers out.
 
-    What stands in the prompt before the entry point, imports and in some a helper, runs before
-    every program, and is what the tests use of it.
+    The code before the entry point (imports, and sometimes a helper) runs before every program.
+    The tests use this code, and not what the program makes of it.
     """
 
     name = "humaneval"
     files = "humaneval/HumanEval.jsonl.gz (or HumanEval.jsonl) from github.com/openai/human-eval"
-    whole = (164,)
+    published_sizes = (164,)
 
     def load(self) -> list[Item]:
         directory = self.options.data / "humaneval"
@@ -69,10 +69,10 @@ class HumanEval(CodeTask):
 
 
 def _parts(prompt: str, entry_point: str) -> tuple[str, str, str] | None:
-    """What stands before the entry point, its signature, and its description.
+    """The code before the entry point, the signature of the entry point, and its description.
 
-    The description is the first text in triple quotes that is no helper's docstring, as its source
-    has it (a backslash is one), each line stripped.
+    The description is the first text in triple quotes that is not the docstring of a helper. It is
+    taken from the source as it is (backslashes are kept), with each line stripped.
     """
     try:
         *before, last = ast.parse(prompt).body

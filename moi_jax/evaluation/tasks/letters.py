@@ -1,10 +1,10 @@
-"""Which of the choices A to D an answer in free text makes, by rules."""
+"""Finds the choice (A to D) of an answer in free text, by rules."""
 
 import re
 from collections.abc import Sequence
 
 LETTERS = "ABCD"
-# A letter by itself; not the article ("A common cause"), nor a name ("C++", "D = 3").
+# A letter alone; not the article ("A common cause") and not a name ("C++", "D = 3").
 LETTER = re.compile(
     r"(?<![\w'’-])([A-D])(?![\w'’+#-]|\s*=)"
     r"(?!(?<=A)\s(?!(?:and|as|because|for|has|is|or|since|was|would)\b)[a-z])"
@@ -28,15 +28,15 @@ NEGATED = re.compile(r"\b(?:not|never|neither|wrong|incorrect|false)\b|n['’]t\
 
 
 def find_letter(text: str, choices: Sequence[str]) -> str | None:
-    """The letter, or None where no rule finds one. The first rule that finds one decides:
+    """The letter; None where no rule finds one. The rules are tried in this order:
 
     1. the last \\boxed{B};
-    2. stated: the last "answer is B", "choice: (B)", "I choose B", with no "not" in it;
-    3. judged: the last "B is correct", "B would be the best answer", with no "not" in it;
-    4. the text begins with "B.", "B)", "(B)" or "B:", or is nothing but the letter;
-    5. one of the letters is the only one that stands by itself in the text, those aside of which
-       it is said that they are not the answer;
-    6. the words of exactly one choice are in the text, whatever their case; words that are there
+    2. stated: the last "answer is B", "choice: (B)" or "I choose B" without a "not";
+    3. judged: the last "B is correct" or "B would be the best answer" without a "not";
+    4. the text begins with "B.", "B)", "(B)" or "B:", or it is only the letter;
+    5. only one letter stands alone in the text; letters that the text says are not the answer do
+       not count;
+    6. the words of exactly one choice are in the text, in upper or lower case; words that occur
        only within those of a longer choice do not count.
     """
     text = re.sub(r"[*`$]", "", text).strip()

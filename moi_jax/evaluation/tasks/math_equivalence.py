@@ -1,8 +1,9 @@
-"""Whether two mathematical answers are equal, by math-verify in a process that can be killed.
+"""Compares two mathematical answers with math-verify, in a process that can be killed.
 
-math-verify stops itself by signals, which no thread can have, and which wait for a long product to
-be done. Here its clock is off and the process is killed instead. This file, run as a program, is
-that process: a JSON line [gold, answer] in, a line true or false out.
+math-verify limits its time by signals. These work only in the main thread, and they wait until a
+long multiplication ends. So its time limit is off here, and the process is killed instead. This
+file is that process when it runs as a program: it reads JSON lines [gold, answer] and writes lines
+true or false.
 """
 
 import json
@@ -14,12 +15,12 @@ import subprocess
 import sys
 from typing import Any
 
-SECONDS = 10.0  # of wall time for one comparison; those of MATH-500 take up to 0.1
-MEMORY = 4 * 2**30  # bytes of address space: a tower of powers is written down in no time
+SECONDS = 10.0  # wall time for one comparison; those of MATH-500 take up to 0.1
+MEMORY = 4 * 2**30  # bytes of address space: a short text such as 9^9^9^9 could need far more
 
 
 class Equivalence:
-    """Compares answers one after another; leaving the context ends the process."""
+    """Compares answers one after another. Leaving the context ends the process."""
 
     _worker: "subprocess.Popen[bytes] | None" = None
 
@@ -30,7 +31,7 @@ class Equivalence:
         self._end()
 
     def equal(self, gold: str, answer: str) -> bool | None:
-        """None where the comparison came to no end: it took too long, or broke its process."""
+        """Whether the answers are equal; None after a timeout or a crash of the process."""
         worker = self._worker = self._worker or _start()
         assert worker.stdin
         assert worker.stdout
@@ -53,7 +54,7 @@ class Equivalence:
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    # -P: this file's folder is no place to import from, it has a statistics.py of its own.
+    # -P: nothing is imported from this file's folder, so its modules cannot shadow others.
     worker = subprocess.Popen(
         [sys.executable, "-P", __file__], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -70,7 +71,7 @@ def work() -> None:
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
-    # Whatever else is printed shall not be taken for an answer.
+    # Other output must not be read as an answer, so it goes to standard error.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=replies, flush=True)

@@ -1,15 +1,15 @@
-"""MBPP: small functions to be written from a sentence and three asserts (Austin et al. 2021)."""
+"""MBPP: small functions to write from a sentence and three asserts (Austin et al. 2021)."""
 
 import ast
 from collections.abc import Sequence
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
+from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json
-from moi_jax.evaluation.sandbox.judge import Program
-from moi_jax.evaluation.tasks.code_answers import extract
+from moi_jax.evaluation.sandbox.execution import Program
+from moi_jax.evaluation.tasks.code_extraction import extract
 from moi_jax.evaluation.tasks.code_task import CodeTask
-from moi_jax.evaluation.tasks.rows import json_rows, malformed, missing
+from moi_jax.evaluation.tasks.data_files import json_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 EVALUATED = range(11, 511)
@@ -19,22 +19,22 @@ SHOTS = (2, 3, 4)
 class MBPP(CodeTask):
     """The rows with task_id 11 to 510 of mbpp.jsonl, else of sanitized-mbpp.json.
 
-    With shots, tasks 2, 3 and 4 come first as turns of their own, as in the paper.
+    With shots, tasks 2, 3 and 4 come first, each as a turn, as in the paper.
     """
 
     name = "mbpp"
     files = (
         "mbpp/mbpp.jsonl from github.com/google-research/google-research, mbpp/ (or "
-        "mbpp/sanitized-mbpp.json, which is taken where the other is not)"
+        "mbpp/sanitized-mbpp.json, which is used where the first is missing)"
     )
     takes_shots = True
-    whole = (500, 257)
+    published_sizes = (500, 257)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         self.shots = options.shots or 0
         if self.shots > len(SHOTS):
-            raise UserError(f"mbpp has {len(SHOTS)} worked examples; {self.shots} shots are asked")
+            raise UserError(f"mbpp has {len(SHOTS)} worked examples; lower --shots {self.shots}")
         self._path = options.data / "mbpp" / "mbpp.jsonl"
         if not self._path.is_file():
             self._path = self._path.with_name("sanitized-mbpp.json")
@@ -86,10 +86,10 @@ def _question(text: str, asserts: Sequence[str]) -> str:
 
 
 def _gold(row: Json, code: str, where: str) -> Json:
-    """The tests (the set-up first: it uses the code's classes), and what they take from where.
+    """The tests, with the set-up code first, and the names and imports that they use.
 
-    Names that they use are the program's where the reference defines them; modules that they use
-    are imported for them where the reference imports them.
+    A name in the tests comes from the program if the reference solution defines it. A module in the
+    tests is imported for them if the reference solution imports it.
     """
     setup = [row["test_setup_code"]] if row.get("test_setup_code") else []
     tests = [*setup, *row["test_list"]]

@@ -1,4 +1,4 @@
-"""MMLU: questions of 57 subjects with four choices; the letter is read or weighed."""
+"""MMLU: questions of 57 subjects with four choices, by generated letter or by likelihood."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from statistics import fmean
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.tasks.data_files import csv_rows, malformed, missing
 from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
-from moi_jax.evaluation.tasks.rows import csv_rows, malformed, missing
 from moi_jax.text.conversations import Message
 
 SUBJECTS = 57
 MOST_SHOTS = 5
-# As the official chat evaluation of Qwen asks it.
+# The sentence of the official chat evaluation of Qwen.
 INSTRUCTION = (
     "The following is a multiple-choice question. Please choose the most suitable one among A, B, "
     "C and D as the answer to this question."
@@ -25,7 +25,7 @@ INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Question:
-    """A row of a file; `letter` is its gold answer."""
+    """A row of a file; `letter` is the gold answer."""
 
     text: str
     choices: tuple[str, ...]
@@ -33,34 +33,34 @@ class Question:
 
 
 class MMLU(Task):
-    """Asked as the official chat evaluation of Qwen does.
+    """The prompt is the one of the official chat evaluation of Qwen.
 
-    Shots, up to five, are the first rows of the subject's dev file, each a turn of its own that
-    the bare letter answers. With options.mmlu_method "generate" the model writes as it likes, and
-    `find_letter` reads its choice; with "likelihood" its choice is the likeliest of the four bare
-    letters right after the assistant's header. The score is over all questions alike.
+    Shots, up to five, are the first rows of the subject's dev file. Each is a turn that is answered
+    by the letter alone. With options.mmlu_method "generate", the model writes free text and
+    `find_letter` finds its choice. With "likelihood", the choice is the most likely of the four
+    letters right after the assistant's header. The score is the mean over all questions.
 
-    Upstream reads the choice otherwise. It puts a letter in the place of every choice's words
-    first, takes the first statement where we take the last, and without one the first letter that
-    stands by itself; with no letter it takes the choice most alike to the text. It always finds
-    one, where we may say that there is no answer.
+    Upstream finds the choice in another way. First it replaces the words of every choice by its
+    letter. It takes the first statement (we take the last), else the first letter that stands
+    alone, else the choice that is most similar to the text. So it always finds one, and we may
+    find none.
     """
 
     name = "mmlu"
     files = (
-        "mmlu/test/SUBJECT_test.csv, and for shots mmlu/dev/SUBJECT_dev.csv, from data.tar of "
+        "mmlu/test/SUBJECT_test.csv, and for --shots mmlu/dev/SUBJECT_dev.csv, from data.tar of "
         "github.com/hendrycks/test"
     )
     takes_shots = True
-    whole = (14042,)
+    published_sizes = (14042,)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         self.shots = options.shots or 0
         if self.shots > MOST_SHOTS:
             raise UserError(
-                f"mmlu: {self.shots} shots, but a subject has {MOST_SHOTS} worked examples; ask "
-                f"for 0 to {MOST_SHOTS}"
+                f"mmlu: --shots {self.shots}, but a subject has {MOST_SHOTS} worked examples; use "
+                f"0 to {MOST_SHOTS}"
             )
 
     def load(self) -> list[Item]:
@@ -71,7 +71,7 @@ class MMLU(Task):
             examples = self._examples(subject)
             choices = tuple(LETTERS) if self.options.mmlu_method == "likelihood" else ()
             for number, question in enumerate(read_questions(path), 1):
-                messages = (*examples, Message("user", ask(question)))
+                messages = (*examples, Message("user", format_question(question)))
                 gold = {"letter": question.letter, "choices": list(question.choices)}
                 name = f"{subject}/{number}"
                 items.append(Item(name, messages, gold, group=subject, choices=choices))
@@ -80,27 +80,30 @@ class MMLU(Task):
         return items
 
     def _examples(self, subject: str) -> list[Message]:
-        """The shots of a subject, as turns."""
+        """The worked examples of a subject, as turns."""
         if not self.shots:
             return []
         path = self.options.data / "mmlu" / "dev" / f"{subject}_dev.csv"
         questions = read_questions(path) if path.is_file() else []
         if len(questions) < self.shots:
             raise UserError(
-                f"mmlu: {self.shots} shots, but {path} holds {len(questions)} questions; ask for "
-                f"fewer shots, or fetch {self.files}"
+                f"mmlu: --shots {self.shots}, but {path} has {len(questions)} questions; use "
+                f"fewer, or download {self.files}"
             )
         turns = []
         for question in questions[: self.shots]:
-            turns += [Message("user", ask(question)), Message("assistant", question.letter)]
+            turns += [
+                Message("user", format_question(question)),
+                Message("assistant", question.letter),
+            ]
         return turns
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
-        for item, answer in answered:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
+        for item, response in responses:
             if item.choices:
-                letters = [_likeliest(answer.log_likelihoods)]
+                letters = [_likeliest(response.log_likelihoods)]
             else:
-                letters = [find_letter(text, item.gold["choices"]) for text in answer.texts]
+                letters = [find_letter(text, item.gold["choices"]) for text in response.texts]
             failure = None if any(letters) else "no answer"
             right = fmean(letter == item.gold["letter"] for letter in letters)
             yield Score({"accuracy": right}, failure, {"extracted": letters})
@@ -116,8 +119,8 @@ class MMLU(Task):
         return [f"{subjects} of {SUBJECTS} subjects"] if subjects < SUBJECTS else []
 
 
-def ask(question: Question) -> str:
-    """The user's text for a question; it ends in a newline, as upstream's."""
+def format_question(question: Question) -> str:
+    """The user's message for a question; it ends in a newline, as upstream."""
     choices = (
         f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)
     )
@@ -130,7 +133,7 @@ def read_questions(path: Path) -> list[Question]:
     A first row whose last cell is "answer" is a header.
 
     Raises:
-      UserError: a row is something else.
+      UserError: a row has another form.
     """
     questions = []
     for number, (where, row) in enumerate(csv_rows(path)):
@@ -148,6 +151,6 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def _likeliest(log_likelihoods: Sequence[float]) -> str | None:
-    """None where one of them is not finite: the question did not fit, or the model is broken."""
+    """The most likely letter; None where a likelihood is not finite or missing."""
     finite = len(log_likelihoods) == len(LETTERS) and np.isfinite(log_likelihoods).all()
     return LETTERS[int(np.argmax(log_likelihoods))] if finite else None

@@ -1,7 +1,7 @@
-"""MT-Bench: two turns on each of 80 questions, each answer rated 1 to 10 by a judging model.
+"""MT-Bench: 80 questions of two turns. A judge model rates each answer from 1 to 10.
 
 Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena" (arXiv 2306.05685);
-single-answer grading and the layout of the files as in lm-sys/FastChat, fastchat/llm_judge.
+single-answer grading and the layout of the files follow lm-sys/FastChat, fastchat/llm_judge.
 """
 
 import hashlib
@@ -13,10 +13,10 @@ from typing import Any
 
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.whole_files import write_whole
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
-from moi_jax.evaluation.tasks.judge import MISSING, TRIES, Case, make_judge
-from moi_jax.evaluation.tasks.rows import json_rows, missing
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.tasks.data_files import json_rows, missing
+from moi_jax.evaluation.tasks.llm_judge import MISSING, TRIES, JudgeRequest, make_judge
 from moi_jax.text.conversations import Message
 
 QUESTIONS = 80
@@ -31,7 +31,7 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 WITH_REFERENCE = ("math", "reasoning", "coding")
-# The judge's prompt by turn: without and with a reference answer.
+# The names of the judge's prompts by turn: without and with a reference answer.
 PROMPTS = {
     1: ("single-v1", "single-math-v1"),
     2: ("single-v1-multi-turn", "single-math-v1-multi-turn"),
@@ -40,7 +40,7 @@ REFERENCES = "reference_answer/gpt-4.jsonl"
 
 
 class MTBench(Task):
-    """Without a judge the answers are written all the same, to be rated later."""
+    """Without a judge, the answers are written to files and can be rated later."""
 
     name = "mt_bench"
     files = (
@@ -48,12 +48,12 @@ class MTBench(Task):
         "from lm-sys/FastChat, fastchat/llm_judge/data"
     )
     max_new_tokens = 1024
-    whole = (QUESTIONS,)
+    published_sizes = (QUESTIONS,)
 
-    def __init__(self, options: Options):
+    def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         if options.samples > 1:
-            raise UserError("MT-Bench rates one answer to each question; leave --samples at 1")
+            raise UserError("MT-Bench rates one answer to each question; use --samples 1")
         self.judge = make_judge(options)
         self._data = options.data / "mt_bench"
         self._out = options.out / "mt_bench"
@@ -75,14 +75,14 @@ class MTBench(Task):
                     pass
                 case _:
                     raise UserError(
-                        f"{where}: a question has question_id (a number), turns (two texts) and "
-                        f"category (one of {', '.join(TEMPERATURES)})"
+                        f"{where}: a question must have question_id (a number), turns (two texts) "
+                        f"and category (one of {', '.join(TEMPERATURES)})"
                     )
             reference = references.get(question) if category in WITH_REFERENCE else None
             if category in WITH_REFERENCE and reference is None:
                 raise UserError(
-                    f"{where}: question {question} of {category} is judged by a reference answer, "
-                    f"and {self._data / REFERENCES} has none"
+                    f"{where}: question {question} of {category} is judged with a reference, "
+                    f"but {self._data / REFERENCES} has none for it"
                 )
             items.append(
                 Item(
@@ -96,21 +96,23 @@ class MTBench(Task):
             )
         return items
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
         """Writes all answers, then yields the scores as the judge's ratings arrive.
 
         Raises:
           UserError: see `Judge.rate`.
         """
-        pairs = [(item, _two_turns(answer)) for item, answer in answered]
+        pairs = [(item, _two_turns(response)) for item, response in responses]
         self._write_answers(pairs)
         self._versions, self._missing = set(), 0
         if self.judge is None:
             yield from (Score({}) for _ in pairs)
             return
-        cases = [self._case(item, turns, turn) for item, turns in pairs for turn in PROMPTS]
+        requests = [
+            self._judge_request(item, turns, turn) for item, turns in pairs for turn in PROMPTS
+        ]
         file = self.judge.model.replace("/", "_") + "_single.jsonl"
-        records = self.judge.rate(cases, self._model, self._out / "model_judgment" / file)
+        records = self.judge.rate(requests, self._model, self._out / "model_judgment" / file)
         for both in zip(records, records, strict=True):  # the two turns of an item
             self._versions.update(record["judge_version"] for record in both)
             ratings = {
@@ -126,12 +128,12 @@ class MTBench(Task):
             )
 
     def weights(self, counts: Mapping[str, int]) -> dict[str, float] | None:
-        """All ratings weigh the same, whichever turn has more; 10 is the whole of a score."""
+        """Every rating has the same weight, whatever its turn. A rating of 10 is a score of 100."""
         ratings = sum(counts.values())
         return {name: n / ratings / 10 for name, n in counts.items()} if ratings else None
 
     def settings(self) -> Json:
-        """The judge's version is known once there are scores."""
+        """The settings. The judge's version is known only after scoring."""
         if self.judge is None:
             return {"judge": None}
         return {
@@ -162,24 +164,26 @@ class MTBench(Task):
             )
         return notes
 
-    def is_whole(self, items: Sequence[Item]) -> bool:
-        """All questions, and none of their ratings is missing."""
-        return super().is_whole(items) and not self._missing
+    def is_complete(self, items: Sequence[Item]) -> bool:
+        """Whether all questions were run and all their ratings are there."""
+        return super().is_complete(items) and not self._missing
 
     @property
     def _model(self) -> str:
-        """What the files call the model: results in another directory are another model's."""
+        """The name of the model in the files: that of the directory of results."""
         return self.options.out.resolve().name
 
-    def _case(self, item: Item, answers: Sequence[str], turn: int) -> Case:
+    def _judge_request(self, item: Item, answers: Sequence[str], turn: int) -> JudgeRequest:
         reference = item.gold["reference"]
         prompt = self._prompts[PROMPTS[turn][reference is not None]]
         fields = _fields((item.messages[-1].content, *item.follow_ups), answers, reference)
         user = prompt["prompt_template"].format(**fields)
-        return Case(item.gold["question_id"], turn, prompt["name"], prompt["system_prompt"], user)
+        return JudgeRequest(
+            item.gold["question_id"], turn, prompt["name"], prompt["system_prompt"], user
+        )
 
     def _write_answers(self, pairs: Sequence[tuple[Item, tuple[str, str]]]) -> None:
-        """FastChat's files beside the judgments: questions, references, the model's answers."""
+        """Writes FastChat's files beside the judgments: questions, references, answers."""
         path = self._out / "model_answer" / f"{self._model}.jsonl"
         lines = [
             {
@@ -201,7 +205,7 @@ class MTBench(Task):
             raise cannot_write(path, error) from None
 
     def _read_prompts(self) -> dict[str, Json]:
-        """The four prompts of single-answer grading, each known to be fillable."""
+        """The four prompts of single-answer grading. Each is checked by filling it in."""
         rows = {row.get("name"): (where, row) for where, row in self._rows("judge_prompts.jsonl")}
         fields = _fields(("", ""), ("", ""), ("", ""))
         prompts = {}
@@ -227,28 +231,29 @@ class MTBench(Task):
                     references[question] = (first, second)
                 case _:
                     raise UserError(
-                        f"{where}: an answer has question_id and choices, the first with two turns"
+                        f"{where}: an answer must have question_id and choices, and the first "
+                        f"choice two turns"
                     )
         return references
 
     def _rows(self, name: str) -> Iterator[tuple[str, Json]]:
-        """(place, object) of each row of a file of the benchmark."""
+        """(place, row) of each row of a file of the benchmark."""
         path = self._data / name
         if not path.is_file():
             raise missing(self, path)
         return json_rows(path)
 
 
-def _two_turns(answer: Answer) -> tuple[str, str]:
-    """A turn that was never reached, as after one too long for the context, is judged as empty."""
-    first, second, *_ = *answer.texts, "", ""
+def _two_turns(response: Response) -> tuple[str, str]:
+    """The answers of both turns. A turn that was not reached counts as empty."""
+    first, second, *_ = *response.texts, "", ""
     return first, second
 
 
 def _fields(
     questions: Sequence[str], answers: Sequence[str], references: Sequence[str] | None
 ) -> dict[str, str]:
-    """What the prompts of both turns name in braces."""
+    """The values of the fields in the prompts of both turns."""
     fields = {"question": questions[0], "answer": answers[0]}
     for turn in PROMPTS:
         fields[f"question_{turn}"] = questions[turn - 1]

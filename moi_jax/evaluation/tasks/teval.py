@@ -1,4 +1,4 @@
-"""T-Eval: planning, reasoning, choosing and calling tools, step by step (Chen et al., 2023)."""
+"""T-Eval: planning, reasoning, and choosing and calling tools, step by step (Chen et al. 2023)."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,26 +6,27 @@ from statistics import fmean
 from typing import ClassVar
 
 from moi_jax.common.errors import UserError
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Json, Score, Task
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
 from moi_jax.evaluation.teval.embedder import UPSTREAM, Embedder, Similarity, load_embedder
 from moi_jax.evaluation.teval.records import SubtaskFile, find_files, load_file
-from moi_jax.evaluation.teval.scoring import BY_EMBEDDING, COUNTED, Variant, score_answer
+from moi_jax.evaluation.teval.scoring import NEED_EMBEDDER, SUBTASK_METRICS, Variant, score_answer
 
 METRIC_VERSION = "v2"  # v1 compared the arguments of understand by embeddings
 PUBLISHED = (
     "instruct_json", "instruct_str", "plan_json", "plan_str", "reason_str", "retrieve_str",
     "understand_str", "reason_retrieve_understand_json", "review_str",
 )  # fmt: skip
-# Records by the paper; what its other subtasks have differs between the releases of the data.
-LEAST = {"plan_json": 553, "plan_str": 553, "review_str": 487}
+# Numbers of records in the paper. For the other subtasks they differ between releases.
+PUBLISHED_RECORDS = {"plan_json": 553, "plan_str": 553, "review_str": 487}
 
 
 class TEval(Task):
-    """All subtasks that DATA/teval has files of; those by embeddings only where an embedder is.
+    """Runs all subtasks that have files in DATA/teval.
 
-    The score is the mean of six subtasks, each the mean of its variants: asked for JSON or for
-    words. Where the data is in two languages it is of the English files.
+    The score is the mean of six subtasks. A subtask is the mean of its variants, which ask for JSON
+    or for plain text. If the data is in two languages, the score is of the English files. Plan and
+    reason are scored only with a sentence embedder.
     """
 
     name = "teval"
@@ -34,10 +35,10 @@ class TEval(Task):
         "<eoa>", "<|im_end|>", "\nuser", "\nassistant", "[INST]",
     )  # fmt: skip
 
-    def __init__(self, options: Options, embedder: Embedder | None = None):
+    def __init__(self, options: BenchmarkOptions, embedder: Embedder | None = None):
         """
         Args:
-          embedder: in place of the one of the options.
+          embedder: used instead of the one in the options.
         """
         super().__init__(options)
         self._files: list[SubtaskFile] = []
@@ -52,13 +53,16 @@ class TEval(Task):
             item for file in self._files for item in load_file(file, self.options.teval_system)
         ]
         self._records = Counter(item.group for item in items)
-        needed = any(subtask in file.tasks for file in self._files for subtask in BY_EMBEDDING)
+        needed = any(subtask in file.tasks for file in self._files for subtask in NEED_EMBEDDER)
         if needed and self._similarity is None:
             self._find_embedder()
         return items
 
     def _find_embedder(self) -> None:
-        """The one that was named, or upstream's if it is on this machine: now, not after hours."""
+        """Loads the embedder of the options, or upstream's if it is on this machine.
+
+        Called before the model runs, so that a missing embedder is reported at once.
+        """
         named = self.options.teval_embedder
         name = named or UPSTREAM[min(file.language for file in self._files)]
         try:
@@ -69,14 +73,14 @@ class TEval(Task):
                 raise
             self._no_embedder = str(error)
 
-    def score(self, answered: Iterable[tuple[Item, Answer]]) -> Iterator[Score]:
-        for item, answer in answered:
+    def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
+        for item, response in responses:
             variant = Variant.of(item.group)
             scores = [
                 score_answer(
                     variant, text, item.gold, self._similarity, compat=self.options.teval_compat
                 )
-                for text in answer.texts
+                for text in response.texts
             ]
             yield _mean(scores)
 
@@ -84,24 +88,27 @@ class TEval(Task):
         languages = {Variant.of(metric.split("/")[0]).language for metric in counts}
         language = min(languages, default="")
         weights = {}
-        for subtask, metrics in COUNTED.items():
+        for subtask, metrics in SUBTASK_METRICS.items():
             variants = [Variant(subtask, form, language) for form in ("json", "str")]
             names = [variant.metric(subtask, metric) for variant in variants for metric in metrics]
             measured = [name for name in names if counts.get(name)]
             if not measured:
                 return None
-            weights.update({name: 1 / len(COUNTED) / len(measured) for name in measured})
+            weights.update({name: 1 / len(SUBTASK_METRICS) / len(measured) for name in measured})
         return weights
 
-    def is_whole(self, items: Sequence[Item]) -> bool:
-        """Whether every published variant is there, in one language, and none is known to be cut.
+    def is_complete(self, items: Sequence[Item]) -> bool:
+        """Whether every published variant of one language is there and none is known to be short.
 
-        Only of plan and review it is known how many records they have: a file of another subtask
-        counts as whole however short it is.
+        The number of records is known only for plan and review. A file of another subtask counts
+        as complete, whatever its length.
         """
         counts = Counter(item.group for item in items)
         return any(
-            all(counts[variant + language] >= LEAST.get(variant, 1) for variant in PUBLISHED)
+            all(
+                counts[variant + language] >= PUBLISHED_RECORDS.get(variant, 1)
+                for variant in PUBLISHED
+            )
             for language in ("", "_zh")
         )
 
@@ -122,26 +129,28 @@ class TEval(Task):
         notes = [f"T-Eval data {self._data_version()}, scored by the rules of {METRIC_VERSION}"]
         asked = {subtask for item in items for subtask in Variant.of(item.group).subtasks}
         there = {subtask for name in self._records for subtask in Variant.of(name).subtasks}
-        missing = [subtask for subtask in COUNTED if subtask not in there]
-        left_out = [subtask for subtask in COUNTED if subtask in there - asked]
-        unscored = [subtask for subtask in BY_EMBEDDING if subtask in asked]
+        missing = [subtask for subtask in SUBTASK_METRICS if subtask not in there]
+        left_out = [subtask for subtask in SUBTASK_METRICS if subtask in there - asked]
+        unscored = [subtask for subtask in NEED_EMBEDDER if subtask in asked]
         if missing:
-            notes.append(f"not measured, for want of data: {', '.join(missing)}")
+            notes.append(f"not measured, because there is no data: {', '.join(missing)}")
         if left_out:
-            notes.append(f"not measured, as none of their items were asked: {', '.join(left_out)}")
+            notes.append(f"not measured, because no item was run: {', '.join(left_out)}")
         for name, count in self._records.items():
-            least = LEAST.get(name.removesuffix("_zh"), 0)
+            least = PUBLISHED_RECORDS.get(name.removesuffix("_zh"), 0)
             if count < least:
                 notes.append(f"{name}: {count} of at least {least} records")
         if unscored and self._similarity is None:
             notes.append(f"not scored: {', '.join(unscored)}: {self._no_embedder}")
         if {Variant.of(item.group).language for item in items} == {"", "zh"}:
-            notes.append("the score is of the English files; the Chinese are reported beside it")
+            notes.append(
+                "the score is of the English files; those in Chinese are reported beside it"
+            )
         return notes
 
 
 def _mean(scores: Sequence[Score]) -> Score:
-    """Of the samples of one item; what is told of them beside the metrics is the first's."""
+    """The mean over the samples of an item, with failure and details of the first sample."""
     first = scores[0]
     metrics = {name: fmean(score.metrics[name] for score in scores) for name in first.metrics}
     return Score(metrics, first.failure, first.details)

@@ -1,4 +1,4 @@
-"""What a model's free text says: lenient loading of literals and JSON, and text between marks."""
+"""Parses a model's free text: lenient loading of literals and JSON, and text between marks."""
 
 import ast
 import json
@@ -15,13 +15,13 @@ def clean(text: str) -> str:
 
 
 def load_lenient(text: str, opening: str = "", closing: str = "") -> Any:
-    """What the text holds as a Python literal, else as JSON, else as JSON in single quotes.
+    """Parses text as a Python literal, else as JSON, else as JSON with single quotes.
 
     Args:
-      opening, closing: brackets; what is before the first and after the last is dropped.
+      opening, closing: brackets; text before the first and after the last one is dropped.
 
     Returns:
-      None where it is none of these; never raises.
+      The value; None where the text is none of these. It never raises an exception.
     """
     if FENCE in text:
         text = text[text.find(FENCE) + len(FENCE) :].strip("`")
@@ -44,23 +44,23 @@ def load_lenient(text: str, opening: str = "", closing: str = "") -> Any:
 
 
 def load_literal(text: str) -> Any:
-    """The Python literal that the text is.
+    """Parses text as a Python literal.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is not a literal.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as of escapes that Python does not know
+            warnings.simplefilter("ignore")  # such as warnings about unknown escapes
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"no Python literal: {error}") from None
+        raise ValueError(f"not a Python literal: {error}") from None
 
 
 def as_text(value: Any) -> str:
-    """`str(value)`, of anything that was loaded, fit to be encoded; "" where it has none.
+    """`str(value)` of a loaded value, as text that can be encoded; "" where this is impossible.
 
-    Python's literals read JSON's escapes of an emoji as two surrogates: here they are one again.
+    A Python literal reads JSON's escapes of an emoji as two surrogates. Here they are joined.
     """
     try:
         return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -69,10 +69,11 @@ def as_text(value: Any) -> str:
 
 
 def between(text: str, marks: Sequence[str]) -> tuple[str, ...] | None:
-    """The texts between each two of the marks; None unless all are there, in order.
+    """The texts between neighbouring marks; None unless all marks are there in order.
 
-    As the regular expression "mark(.*)mark(.*)mark" finds them, a dot matching newlines too: the
-    first mark where it is first, the others where they are last. In linear time, though.
+    The result is that of the regular expression "mark(.*)mark(.*)mark" whose dot matches newlines:
+    the first occurrence of the first mark, the last ones of the others. But it needs only linear
+    time.
     """
     start = text.find(marks[0])
     if start < 0:

@@ -1,6 +1,6 @@
-"""Plans compared as T-Eval does: similar steps are matched, then counted where in order.
+"""Compares plans as T-Eval does: matches similar steps, then counts those in the right order.
 
-After Chen et al., T-Eval (2023): maximum-weight matching, longest increasing subsequence.
+Method of Chen et al., T-Eval (2023): maximum-weight matching, longest increasing subsequence.
 """
 
 from bisect import bisect_left
@@ -13,11 +13,11 @@ from scipy.optimize import linear_sum_assignment
 from moi_jax.evaluation.teval.embedder import Similarity
 
 NAME_WEIGHT, ARGS_WEIGHT = 0.75, 0.25
-THRESHOLD = 0.8  # steps no more alike than this are never matched
+THRESHOLD = 0.8  # steps are matched only above this similarity
 FINISH = "FinishAction"
-# Equal steps can be matched in many ways of the same weight; of those the one nearest to the order
-# of both plans is taken: a plan that equals the gold one is then always right as a whole, which
-# upstream's choice is not. Far smaller than any difference of weights that means something.
+# Equal steps can be matched in several ways of the same weight. The way nearest to the order of
+# both plans is taken, so that a plan that equals the gold one always scores 1 (with upstream it may
+# not). The value is far smaller than any meaningful difference of weights.
 NEARNESS = 1e-9
 
 
@@ -33,8 +33,8 @@ def compare_plans(
     """Precision, recall and f1 of the answer's steps.
 
     Args:
-      gold: has a step other than a last FinishAction.
-      compat: upstream's quirk: some step counts as right even where none was matched.
+      gold: has at least one step other than a last FinishAction.
+      compat: as upstream, one step counts as right even where none was matched.
     """
     answer, gold = _without_finish(answer), _without_finish(gold)
     right = 0
@@ -54,14 +54,14 @@ def _without_finish(steps: Sequence[Step]) -> Sequence[Step]:
 
 
 def _alike(answer: Sequence[Step], gold: Sequence[Step], similarity: Similarity) -> np.ndarray:
-    """float64[answer, gold]"""
+    """The similarity of steps, float64[answer, gold]."""
     names = similarity([step.name for step in answer], [step.name for step in gold])
     args = similarity([step.args for step in answer], [step.args for step in gold])
     return NAME_WEIGHT * names + ARGS_WEIGHT * args
 
 
 def match(alike: np.ndarray) -> dict[int, int]:
-    """The matching of rows with columns, all over the threshold, of the largest sum."""
+    """The matching {row: column} of the largest sum; all pairs are above the threshold."""
     edges = alike > THRESHOLD
     rows, columns = np.indices(alike.shape)
     weights = np.where(edges, alike - NEARNESS * (rows - columns) ** 2, 0)
@@ -71,7 +71,7 @@ def match(alike: np.ndarray) -> dict[int, int]:
 
 def longest_increasing(numbers: Sequence[int]) -> int:
     """The length of the longest strictly increasing subsequence."""
-    smallest_last: list[int] = []  # of the subsequences of length 1, 2, ...
+    smallest_last: list[int] = []  # the smallest last number of subsequences of length 1, 2, ...
     for number in numbers:
         at = bisect_left(smallest_last, number)
         smallest_last[at : at + 1] = [number]

@@ -1,4 +1,4 @@
-"""T-Eval's files: which there are, and the item that each of their records becomes."""
+"""Finds the files of T-Eval and makes an item of each of their records."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.protocol import Item
-from moi_jax.evaluation.tasks.rows import check_texts
+from moi_jax.evaluation.tasks.data_files import check_texts
 from moi_jax.evaluation.teval.parsing import load_lenient
 from moi_jax.evaluation.teval.plan import FINISH
 from moi_jax.evaluation.teval.scoring import LETTERS, Variant, read_plan
@@ -21,14 +21,14 @@ FILE_NAME = re.compile(
     r"(?P<tasks>instruct|plan|reason|retrieve|understand|review|reason_retrieve_understand|rru)"
     r"(_(?P<form>json|str))?(_(?P<zh>zh))?_(?P<version>v[12])(_(?P<zh_last>zh))?"
 )
-# The marks around thought, action and args in a template of an answer in words.
+# The marks around thought, action and args in a template of a plain-text answer.
 MARKS = ("thought_start", "thought_end", "action_start", "action_end", "args_start", "args_end")
 FORMS = {"json": "json", "str": "str", "string": "str"}
 
 
 @dataclass(frozen=True, slots=True)
 class SubtaskFile:
-    """A file of records; form is "" where each record says its own (instruct)."""
+    """A file of records. `form` is "" where each record names its own form (instruct)."""
 
     path: Path
     tasks: str
@@ -38,10 +38,10 @@ class SubtaskFile:
 
 
 def find_files(directory: Path) -> list[SubtaskFile]:
-    """The subtask files of the directory by name; others, such as api_descrip.json, are not ours.
+    """Finds subtask files by name. Other files, such as api_descrip.json, are ignored.
 
     Raises:
-      UserError: there are none, or two of the same subtask.
+      UserError: there are none, or there are two of the same subtask.
     """
     found: dict[tuple[str, ...], SubtaskFile] = {}
     for path in sorted(directory.glob("*.json")):
@@ -55,32 +55,32 @@ def find_files(directory: Path) -> list[SubtaskFile]:
             other = found.setdefault((tasks, form, language), file)
             if other is not file:
                 raise UserError(
-                    f"{other.path} and {path.name} are the same subtask in two versions; "
-                    f"keep one of them there"
+                    f"{other.path} and {path.name} are two versions of the same subtask; "
+                    f"keep one of them"
                 )
     if not found:
         raise UserError(
-            f"{directory} has no file of T-Eval; put its subtasks there, such as "
-            f"plan_json_v1.json and review_str_v1.json, or name another data directory"
+            f"{directory} has no file of T-Eval; put its subtask files there, such as "
+            f"plan_json_v1.json and review_str_v1.json, or use another data directory"
         )
     return list(dict.fromkeys(found.values()))
 
 
 def load_file(file: SubtaskFile, system: str) -> list[Item]:
-    """An item for each record.
+    """Makes an item of each record.
 
     Args:
-      system: how the record's own system text is asked, see Options.teval_system.
+      system: where the system text of a record goes, see BenchmarkOptions.teval_system.
 
     Raises:
-      UserError: naming the file, and the record that is malformed.
+      UserError: a record is malformed. The message names file and record.
     """
     try:
         records = json.loads(file.path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file.path}: {error}") from None
     if not isinstance(records, dict):
-        raise UserError(f"{file.path} is no JSON object of records by their keys")
+        raise UserError(f"{file.path} is not a JSON object of key -> record")
     items = []
     for key, fields in records.items():
         record = _Record(f"{file.path}: record {key!a}", fields)
@@ -99,14 +99,14 @@ def load_file(file: SubtaskFile, system: str) -> list[Item]:
 
 
 class _Record:
-    """A record's fields, and where they stand for messages of errors."""
+    """The fields of a record, and their place for error messages."""
 
     def __init__(self, where: str, fields: Any):
         self.where = where
         self.fields = fields
 
     def take(self, *path: str, kind: type | tuple[type, ...]) -> Any:
-        """The value at a path of keys; UserError unless it is there and of that type."""
+        """The value at a path of keys; raises UserError unless it exists and has this type."""
         value = self.fields
         for key in path:
             if not isinstance(value, dict) or key not in value:
@@ -115,7 +115,7 @@ class _Record:
         if not isinstance(value, kind):
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = " or ".join(each.__name__ for each in kinds)
-            raise self.error(f"{'.'.join(path)} is no {names}")
+            raise self.error(f"{'.'.join(path)} is not a {names}")
         return value
 
     def error(self, problem: str) -> UserError:
@@ -125,7 +125,7 @@ class _Record:
 def _own_form(record: _Record) -> str:
     form = record.take("meta_data", "response_format", kind=str)
     if form not in FORMS:
-        raise record.error(f"meta_data.response_format is {form!r}, neither json nor string")
+        raise record.error(f"meta_data.response_format is {form!r}, but must be json or string")
     return FORMS[form]
 
 
@@ -136,16 +136,18 @@ def _turns(record: _Record) -> list[tuple[str, str]]:
             turn.get(key) if isinstance(turn, dict) else None for key in ("role", "content")
         )
         if role not in ("system", "user", "assistant", "function") or not isinstance(content, str):
-            raise record.error(f"origin_prompt[{number}] has no known role, or no text as content")
+            raise record.error(
+                f"origin_prompt[{number}] must have a known role and a text as content"
+            )
         turns.append((role, content))
     return turns
 
 
 def _render(turns: Sequence[tuple[str, str]], system: str, record: _Record) -> tuple[Message, ...]:
-    """The turns as a chat: what is no assistant's is the user's, and neighbours are one turn.
+    """The turns as a chat. Turns of other roles become the user's; neighbours are merged.
 
-    The system text at the head is the user's too, but for `system` as_system. Later system turns
-    hold the answers of functions in the first release of the data.
+    The system text at the head is part of the user's turn, unless `system` is as_system. In the
+    first release of the data, later system turns are results of functions.
     """
     merged: list[Message] = []
     for role, content in turns:
@@ -157,12 +159,12 @@ def _render(turns: Sequence[tuple[str, str]], system: str, record: _Record) -> t
             now = Message(now.role, f"{merged.pop().content}\n{now.content}")
         merged.append(now)
     if not merged or merged[-1].role != "user":
-        raise record.error("origin_prompt does not end with a turn that the model could answer")
+        raise record.error("origin_prompt must end with a turn that the model can answer")
     return tuple(merged)
 
 
 def _gold(record: _Record, variant: Variant) -> Json:
-    """What scoring.score_answer compares with."""
+    """The gold value for scoring.score_answer."""
     if variant.tasks == "instruct":
         return _instruct_gold(record, variant.form)
     if variant.tasks == "plan":
@@ -170,7 +172,9 @@ def _gold(record: _Record, variant: Variant) -> Json:
     if variant.tasks == "review":
         answer = record.take("ground_truth", "answer", kind=str)
         if answer not in LETTERS:
-            raise record.error(f"ground_truth.answer is {answer!r}, none of {', '.join(LETTERS)}")
+            raise record.error(
+                f"ground_truth.answer is {answer!r}, but must be one of {', '.join(LETTERS)}"
+            )
         return {"answer": answer}
     return _step_gold(record, variant)
 
@@ -188,17 +192,17 @@ def _plan_gold(record: _Record, form: str) -> Json:
     plan = record.take("ground_truth", kind=(list, str))
     steps = read_plan(load_lenient(plan, "[", "]") if isinstance(plan, str) else plan)
     if not [step for step in steps if step.name != FINISH]:
-        raise record.error("ground_truth is no plan: a list of steps with id, name and args")
+        raise record.error("ground_truth must be a plan: a list of steps with id, name and args")
     gold: Json = {"steps": [{"name": step.name, "args": step.args} for step in steps]}
     if form == "str":
         gold["apis"] = record.take("meta", "API_list", kind=list)
         if not all(isinstance(name, str) and name for name in gold["apis"]):
-            raise record.error("meta.API_list holds something else than names")
+            raise record.error("meta.API_list must be a list of names")
     return gold
 
 
 def _step_gold(record: _Record, variant: Variant) -> Json:
-    """Of thought, name and args those that the subtasks ask for."""
+    """Those of thought, name and args that the subtasks need."""
     truth = record.take("ground_truth", kind=(dict, str))
     if isinstance(truth, str):
         record = _Record(record.where, {"ground_truth": load_lenient(truth, "{", "}")})

@@ -1,4 +1,4 @@
-"""What an answer is worth in each of T-Eval's subtasks, by the rules of its second version."""
+"""Scores an answer in each subtask of T-Eval, by the rules of its second version."""
 
 import re
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from moi_jax.evaluation.teval.parsing import as_text, between, clean, load_lenie
 from moi_jax.evaluation.teval.plan import FINISH, Step, compare_plans
 
 Json = dict[str, Any]
-# Values by "subtask/metric", whether the text was understood, and what it says.
+# Values by "subtask/metric", whether the text could be parsed, and what was parsed.
 Reading = tuple[dict[str, float], bool, Any]
 
-# The metrics of each subtask that its part of the score is the mean of.
-COUNTED = {
+# The metrics of each subtask. The score of a subtask is their mean.
+SUBTASK_METRICS = {
     "instruct": ("format", "args"),
     "plan": ("f1",),
     "reason": ("thought",),
@@ -22,17 +22,17 @@ COUNTED = {
     "understand": ("args",),
     "review": ("answer",),
 }
-BY_EMBEDDING = ("plan", "reason")
+NEED_EMBEDDER = ("plan", "reason")
 LETTERS = ("A", "B", "C", "D", "E")
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Of what kind a record is.
+    """The kind of a record.
 
     Attributes:
-      tasks: the subtasks that one answer is scored by, joined by "_".
-      form: json or str, how the answer is asked.
+      tasks: the subtasks that score one answer, joined by "_".
+      form: the form of the answer, json or str (plain text).
       language: "" (English) or "zh".
     """
 
@@ -42,7 +42,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Such as "plan_json" and "reason_retrieve_understand_json_zh"."""
+        """For example "plan_json" or "reason_retrieve_understand_json_zh"."""
         return "_".join(part for part in (self.tasks, self.form, self.language) if part)
 
     @property
@@ -50,7 +50,7 @@ class Variant:
         return tuple(self.tasks.split("_"))
 
     def metric(self, subtask: str, metric: str) -> str:
-        """Such as "plan_json/f1"."""
+        """The full name of a metric, for example "plan_json/f1"."""
         return f"{Variant(subtask, self.form, self.language).name}/{metric}"
 
     @staticmethod
@@ -66,8 +66,8 @@ def score_answer(
     """The score of one text.
 
     Args:
-      gold: of the record, see records.py.
-      similarity: without one, metrics that need embeddings are left out.
+      gold: the gold value of the record, see records.py.
+      similarity: None leaves out the metrics that need embeddings.
       compat: see compare_plans.
     """
     text = clean(text)
@@ -91,7 +91,7 @@ def _instruct(form: str, text: str, gold: Json) -> Reading:
     if answer is None:
         return {"instruct/format": 0, "instruct/args": 0}, False, None
     action, args = answer
-    # As upstream has it, an argument that is missing is an empty one.
+    # As upstream, a missing argument counts as an empty one.
     right = sum(args.get(key, "") == value for key, value in gold["args"].items())
     share = ((action == gold["action"]) + right) / (len(gold["args"]) + 1)
     found = {"action": as_text(action), "args": as_text(args)}
@@ -99,7 +99,7 @@ def _instruct(form: str, text: str, gold: Json) -> Reading:
 
 
 def _keyed(text: str, template: dict[str, str]) -> tuple[Any, Json] | None:
-    """Action and arguments of a JSON object by the template's names of its keys."""
+    """Action and arguments of a JSON object whose keys are named by the template."""
     loaded = load_lenient(text)
     if not isinstance(loaded, dict) or not set(template.values()) <= loaded.keys():
         return None
@@ -107,9 +107,9 @@ def _keyed(text: str, template: dict[str, str]) -> tuple[Any, Json] | None:
 
 
 def _marked(text: str, template: dict[str, str]) -> tuple[str, Json] | None:
-    """Action and arguments from between the template's marks."""
+    """Action and arguments between the marks of the template."""
     marks = (
-        template["thought_start"].lstrip(),  # the answer has no space around it any more
+        template["thought_start"].lstrip(),  # `clean` has stripped the answer
         template["thought_end"] + template["action_start"],
         template["action_end"] + template["args_start"],
         template["args_end"].rstrip(),
@@ -139,7 +139,7 @@ def _plan(form: str, text: str, gold: Json, similarity: Similarity | None, compa
 
 
 def read_plan(loaded: Any) -> list[Step]:
-    """The steps in the order of their ids; none at all where one lacks id, name or args."""
+    """The steps in the order of their ids; [] where a step lacks id, name or args."""
     if not isinstance(loaded, list):
         return []
     try:
@@ -150,7 +150,7 @@ def read_plan(loaded: Any) -> list[Step]:
 
 
 def steps_in_words(text: str, apis: list[str]) -> list[Step]:
-    """A step for each sentence that names an API, the first one it names; args are its words."""
+    """A step for each sentence that names an API: the first API, with the sentence as args."""
     steps = []
     for sentence in text.replace(". ", "\n").split("\n"):
         named = [(sentence.find(name), n) for n, name in enumerate(apis) if name in sentence]
@@ -160,7 +160,7 @@ def steps_in_words(text: str, apis: list[str]) -> list[Step]:
 
 
 def _step(variant: Variant, text: str, gold: Json, similarity: Similarity | None) -> Reading:
-    """Thought, name and args of one call, whichever of them the subtasks ask for."""
+    """Scores those of thought, name and args of one call that the subtasks need."""
     if variant.form == "json":
         loaded = load_lenient(text, "{", "}")
         parsed = isinstance(loaded, dict)
@@ -171,7 +171,7 @@ def _step(variant: Variant, text: str, gold: Json, similarity: Similarity | None
     thought, name = (as_text(answer.get(key, "")) for key in ("thought", "name"))
     values: dict[str, float] = {}
     if "thought" in gold and similarity is not None:
-        # Nothing is like no other thought, whatever an embedder makes of an empty text.
+        # An empty thought scores 0, whatever the embedding of an empty text is.
         values["reason/thought"] = similarity([thought], [gold["thought"]])[0, 0] if thought else 0
     if "name" in gold:
         same = name == gold["name"] if variant.form == "json" else _names(name, gold["name"])
@@ -182,12 +182,12 @@ def _step(variant: Variant, text: str, gold: Json, similarity: Similarity | None
 
 
 def _names(text: str, gold: str) -> bool:
-    """Whether the text holds the name, and no other API's name."""
+    """Whether the text has this name and no name of another API."""
     return gold in text and set(re.findall(rf"\w+\.\w+|{FINISH}", text)) <= {gold}
 
 
 def _args_share(answer: Any, gold: Any) -> float:
-    """The share of the gold arguments that are equal as texts."""
+    """The share of the gold arguments whose texts are equal."""
     if isinstance(gold, str):
         return float(_unquoted(as_text(answer)) == _unquoted(gold))
     answer = _dict_or_empty(answer)

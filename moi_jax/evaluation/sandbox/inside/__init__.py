@@ -1,1 +1,1 @@
-"""What runs within the sandbox's own process. Standard library only, and light to import."""
+"""The part that runs inside the sandbox. It imports only the standard library."""

@@ -1,4 +1,4 @@
-"""What a process gives up for good: resources, capabilities, and system calls."""
+"""Restricts a process permanently: resources, capabilities and system calls."""
 
 import ctypes
 import os
@@ -10,9 +10,10 @@ PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
 
-# Refused with EPERM: memory that no limit counts, other processes' memory, new namespaces (with
-# their own unlimited tmpfs), sockets (those to a virtual machine's host know no namespace), and
-# calls that have no use here but to attack the kernel. The numbers on x86_64 and aarch64.
+# System calls that are refused with EPERM: memory that no limit counts, memory of other processes,
+# new namespaces (with an unlimited tmpfs), sockets (a namespace does not block those to the host of
+# a virtual machine), and calls that are only useful to attack the kernel. Numbers on x86_64 and
+# aarch64.
 REFUSED = {
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
@@ -60,12 +61,13 @@ def call(name: str, *args: object) -> int:
 
 
 def confine(limits: Mapping[str, int], strict: bool) -> None:
-    """Binds this process and all it starts.
+    """Restricts this process and every process that it starts.
 
     Args:
       limits: see backends.Limits.
-      strict: whether every limit must hold. Otherwise what the system lacks is left out, the
-        number of processes (elsewhere it counts all of the user's) and the system calls too.
+      strict: whether every limit must hold. Otherwise limits that the system lacks are left out,
+        and so are the limits on processes (outside a namespace all of the user's processes count)
+        and on system calls.
 
     Raises:
       OSError: a limit could not be set.
@@ -83,12 +85,12 @@ def confine(limits: Mapping[str, int], strict: bool) -> None:
         per_process["RLIMIT_MSGQUEUE"] = 0
     for name, limit in per_process.items():
         _limit(name, limit, limit, strict)
-    # SIGXCPU, which a program may ignore, and a second later SIGKILL, which it may not.
+    # First SIGXCPU, which a program may ignore; a second later SIGKILL, which it cannot ignore.
     _limit("RLIMIT_CPU", limits["cpu"], limits["cpu"] + 1, strict)
     if hasattr(libc, "prctl"):
         call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        # Those of root would let a program read the runner's memory, where the nonce is.
+        # With root's capabilities a program could read the nonce in the runner's memory.
         _drop_capabilities()
     if strict:
         _filter_system_calls()
@@ -105,10 +107,10 @@ def _drop_capabilities() -> None:
 
 
 def _filter_system_calls() -> None:
-    """A seccomp filter. It is read top down; a jump counts the instructions it passes over."""
+    """Installs a seccomp filter. It runs from the top; a jump skips that many instructions."""
     machine = os.uname().machine
     if machine not in MACHINES:
-        raise OSError(f"system calls of {machine} are not known")
+        raise OSError(f"the system calls of {machine} are not known")
     architecture, column = MACHINES[machine]
     program = [
         (_LOAD, 0, 0, 4),  # the architecture
@@ -116,12 +118,12 @@ def _filter_system_calls() -> None:
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, 0),  # the number
     ]
-    if machine == "x86_64":  # the x32 calls have numbers of their own
+    if machine == "x86_64":  # x32 calls have other numbers
         program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]
     for numbers in REFUSED.values():
         program += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _EPERM)]
     program += [
-        # Its flags are in memory, where a filter cannot look; libraries then fall back to clone.
+        # A filter cannot read its flags, which are in memory; libraries fall back to clone.
         (_EQUAL, 0, 1, CLONE3),
         (_RETURN, 0, 0, _ENOSYS),
         (_EQUAL, 0, 3, CLONE[column]),

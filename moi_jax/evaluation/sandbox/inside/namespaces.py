@@ -1,4 +1,4 @@
-"""A world of its own by Linux namespaces: processes, files, network, users, names."""
+"""Isolates a process by Linux namespaces: processes, files, network, users and host name."""
 
 import os
 import signal
@@ -12,30 +12,31 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
-# The C library has no function for it before glibc 2.36.
+# System call number and constants; glibc has a function for it only from 2.36 on.
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 
 NOBODY = 65534
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-DIRECTORY = "/box"  # the program's
-FILES = 4096  # in it: each takes memory, be it empty
+DIRECTORY = "/box"  # the directory of the program
+FILES = 4096  # largest number of files in it: even an empty file needs memory
 
 
 def enter(read_only: Sequence[str], limits: Mapping[str, int]) -> None:
-    """Goes on as the first process of new namespaces: as nobody, in an empty directory.
+    """Continues as the first process of new namespaces: as user nobody, in an empty directory.
 
-    The caller's own process stays behind until this one ends. When the evaluation is killed it is
-    too, with it this one, and with a namespace's first process the kernel kills all others.
+    The calling process waits until this one ends. If the evaluation is killed, the calling process
+    is killed too, and then this one. When the first process of a namespace ends, the kernel kills
+    all others in it.
 
     Args:
-      read_only: what of the machine's files is seen, at its own paths, and nothing else.
+      read_only: the files of the machine that are visible, at their own paths.
       limits: see backends.Limits.
 
     Raises:
       OSError: the kernel refuses.
     """
     _unshare()
-    # Opened while this is still the user: nobody may not look below root's directories.
+    # Opened as the current user, because nobody cannot read below root's directories.
     sources: dict[str, int | str] = {}
     for path in (*read_only, *DEVICES):
         link = os.path.islink(path)
@@ -62,15 +63,15 @@ def enter(read_only: Sequence[str], limits: Mapping[str, int]) -> None:
 
 
 def _unshare() -> None:
-    """Into new namespaces, where nobody is the user outside, or nobody there too for root."""
+    """Enters new namespaces. Nobody inside is the user outside; for root it is nobody outside."""
     user, group = os.geteuid(), os.getegid()
     if user == 0:
-        # The kernel's limit on processes does not bind root, by whatever name.
+        # The kernel's limit on processes does not apply to root, even under another name.
         user = group = NOBODY
         os.setgroups([])
     pid = os.getpid()
     unshared, done = os.pipe()
-    # It is for a process outside to say who is who within.
+    # Only a process outside the namespace can write its user map.
     mapper = os.fork()
     if mapper == 0:
         try:
@@ -98,7 +99,7 @@ def _unshare() -> None:
 
 
 def _build_root(sources: Mapping[str, int | str], limits: Mapping[str, int]) -> None:
-    """A root of the sources (open paths, or what links point to) and DIRECTORY; no /proc either."""
+    """Builds a root with the sources (open paths, or targets of links) and DIRECTORY, no /proc."""
     base = "/tmp"
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     _mount_tmpfs(base, f"size=1m,nr_inodes={FILES},mode=755")
@@ -121,7 +122,7 @@ def _build_root(sources: Mapping[str, int | str], limits: Mapping[str, int]) -> 
 
 
 def mount_directory(path: str, limits: Mapping[str, int]) -> None:
-    """The one place that can be written: in memory, and it holds so much and no more."""
+    """Mounts the only writable directory: in memory, with limits on bytes and files."""
     _mount_tmpfs(path, f"size={limits['disk']},nr_inodes={FILES},mode=700")
 
 

@@ -1,4 +1,4 @@
-"""The program's side: it runs the code, then answers the runner's calls until it is killed."""
+"""The program's process: runs the code, then answers the runner's calls until it is killed."""
 
 import os
 import sys
@@ -6,16 +6,16 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from moi_jax.evaluation.sandbox.inside import wire
+from moi_jax.evaluation.sandbox.inside import rpc
 
 LONGEST_ERROR = 500
 
 
 def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[str]) -> None:
-    """Runs the code, replies with its objects of these names, then with what each request asks.
+    """Runs the code and replies with its objects of these names. Then answers each request.
 
-    The process is the program's from the code's first line on; nothing here is hidden from
-    it, and nothing it can do to this loop makes a wrong answer equal a right one.
+    From its first line on, the code controls this process: it can see and change everything here.
+    But nothing that it does to this loop can make a wrong result equal the expected one.
 
     Args:
       requests, replies: file descriptors.
@@ -28,14 +28,14 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
 
     def reply(work: Any) -> None:
         try:
-            frame = wire.pack((None, work()), handle_of)
+            frame = rpc.pack((None, work()), handle_of)
         except BaseException as error:
             kind = "syntax error" if isinstance(error, _NoProgram) else "error"
-            frame = wire.pack((kind, describe(error)), handle_of)
-        wire.send(replies, frame)
+            frame = rpc.pack((kind, describe(error)), handle_of)
+        rpc.send(replies, frame)
 
     def start() -> dict[str, Any]:
-        # Not "__main__": a main guard usually holds a demonstration.
+        # Not "__main__": the code below a main guard is usually a demonstration.
         module = types.ModuleType("program")
         sys.modules["program"] = module
         try:
@@ -48,7 +48,7 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
 
     reply(start)
     while True:
-        what, target, *rest = wire.unpack(wire.receive(requests), objects.__getitem__)
+        what, target, *rest = rpc.unpack(rpc.receive(requests), objects.__getitem__)
         reply(lambda what=what, target=target, rest=rest: _do(what, target, *rest))
 
 
@@ -73,7 +73,7 @@ def _do(what: str, target: Any, *rest: Any) -> Any:
 
 
 def describe(error: BaseException) -> str:
-    """The last line of a traceback, short and printable."""
+    """The error as the last line of a traceback, short and printable."""
     if isinstance(error, _NoProgram):
         return str(error)
     said = str(error).strip().split("\n")[-1]
@@ -82,7 +82,7 @@ def describe(error: BaseException) -> str:
 
 
 def leave_standard_streams() -> None:
-    """Standard input is empty, and what is printed goes nowhere."""
+    """Makes standard input empty and discards standard output and error."""
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

@@ -1,9 +1,9 @@
-"""The runner: it tests a program that runs in another process, and alone says what came of it.
+"""The runner: tests a program that runs in another process, and reports the verdict.
 
-The tests, what they expect and the nonce are read after the program's process has split off, and
-none of them is ever sent there. Each name that the tests take from the program is a `Remote`: a
-call sends the arguments, and the result comes back as plain data, compared here. So there is
-nothing in the program's process that could pass a test but a function that answers it.
+The runner reads the tests, the expected values and the nonce after it has forked the program's
+process, and never sends them there. Each name that the tests use from the program is a `Remote`: a
+call sends the arguments, and the result comes back as plain data and is compared here. So the
+program can pass a test only with a function that returns the right result.
 """
 
 import json
@@ -12,12 +12,12 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from moi_jax.evaluation.sandbox.inside import confine, namespaces, program, wire
+from moi_jax.evaluation.sandbox.inside import confine, namespaces, program, rpc
 
 
 def main(backend: str) -> None:
-    """Reads set-up, program and tests from standard input; writes "ready" and a verdict."""
-    setup = json.loads(wire.receive(0))
+    """Reads set-up, program and tests from standard input; writes "ready" and the verdict."""
+    setup = json.loads(rpc.receive(0))
     if backend == "namespaces":
         namespaces.enter(setup["read_only"], setup["limits"])
     elif backend == "bubblewrap":
@@ -25,15 +25,15 @@ def main(backend: str) -> None:
         os.chdir(namespaces.DIRECTORY)
     confine.confine(setup["limits"], strict=backend != "weak")
     os.write(1, b"ready\n")
-    verdict = run(json.loads(wire.receive(0)))
+    verdict = run(json.loads(rpc.receive(0)))
     os.write(1, json.dumps(verdict).encode())
 
 
 def run(asked: dict[str, Any]) -> dict[str, str]:
-    """Starts the program, then reads the tests and runs them one after another.
+    """Starts the program, then reads the tests and runs them in order.
 
     Returns:
-      {"passed": nonce} or {"failure": kind, "error": its last line}.
+      {"passed": nonce} or {"failure": kind, "error": last line of the error}.
     """
     requests_out, requests_in = os.pipe()
     replies_out, replies_in = os.pipe()
@@ -48,10 +48,10 @@ def run(asked: dict[str, Any]) -> dict[str, str]:
             os._exit(1)
     os.close(requests_out)
     os.close(replies_in)
-    tests = json.loads(wire.receive(0))
+    tests = json.loads(rpc.receive(0))
     try:
         _test(_Link(requests_in, replies_out), asked["names"], tests["trusted"], tests["tests"])
-    except wire.Closed:
+    except rpc.Closed:
         return _end_of(child)
     except ProgramError as error:
         return {"failure": error.kind, "error": str(error)}
@@ -71,36 +71,38 @@ class ProgramError(Exception):
 
 
 class _Link:
-    """Asks the program's process."""
+    """Sends requests to the program's process."""
 
     def __init__(self, requests: int, replies: int):
         self._requests, self._replies = requests, replies
 
     def ask(self, *request: Any) -> Any:
-        wire.send(self._requests, wire.pack(request, _handle_of))
+        rpc.send(self._requests, rpc.pack(request, _handle_of))
         return self.reply()
 
     def reply(self) -> Any:
-        frame = wire.receive(self._replies)
-        kind, value = wire.unpack(frame, lambda handle: wire.Remote(self.ask, handle))
+        frame = rpc.receive(self._replies)
+        kind, value = rpc.unpack(frame, lambda handle: rpc.Remote(self.ask, handle))
         if kind is None:
             return value
-        # The program may have written this frame itself.
+        # The program may have forged this frame.
         kind = "syntax error" if kind == "syntax error" else "error"
         raise ProgramError(kind, value if type(value) is str else "no reason given")
 
 
 def _handle_of(obj: Any) -> int:
-    if type(obj) is not wire.Remote:
-        raise TypeError(f"a test gives the program a {type(obj).__name__}, which is no plain value")
+    if type(obj) is not rpc.Remote:
+        raise TypeError(
+            f"a test passes a {type(obj).__name__} to the program, which is not a plain value"
+        )
     return object.__getattribute__(obj, "_handle")
 
 
 def _test(link: _Link, names: Sequence[str], trusted: str, tests: Sequence[str]) -> None:
-    """Runs the tests in a namespace of what the program and the trusted code define.
+    """Runs the tests in a namespace with the definitions of the program and the trusted code.
 
-    The program gives the names that are asked of it and no other, such as a built-in function's;
-    and one that the trusted code defines is not the program's.
+    The program can define only the names that are expected from it, and not, for example, that of
+    a built-in function. A name that the trusted code defines replaces that of the program.
     """
     given = link.reply()
     namespace = {"__name__": "tests", **{name: given[name] for name in names if name in given}}
@@ -110,7 +112,7 @@ def _test(link: _Link, names: Sequence[str], trusted: str, tests: Sequence[str])
 
 
 def _with_line(error: Exception, tests: Sequence[str]) -> str:
-    """The error, and the line of the tests where it was raised."""
+    """The error with the line of the tests that raised it."""
     text, trace = program.describe(error), error.__traceback__
     while trace:
         file = trace.tb_frame.f_code.co_filename
@@ -122,7 +124,7 @@ def _with_line(error: Exception, tests: Sequence[str]) -> str:
 
 
 def _end_of(child: int) -> dict[str, str]:
-    """How the program ended before its tests did."""
+    """The verdict of a program that ended before its tests."""
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
         error = f"the program ended with status {os.WEXITSTATUS(status)} before its tests"
@@ -130,4 +132,4 @@ def _end_of(child: int) -> dict[str, str]:
     number = os.WTERMSIG(status)
     if number == signal.SIGXCPU:
         return {"failure": "timeout", "error": "out of processor time"}
-    return {"failure": "killed", "error": f"the program was ended: {signal.strsignal(number)}"}
+    return {"failure": "killed", "error": f"the program was killed: {signal.strsignal(number)}"}

@@ -1,4 +1,4 @@
-"""The system prompts that the conversations of each domain are asked under."""
+"""The system prompts of the matrix: which prompts the conversations of each domain get."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,10 @@ from moi_jax.text.tokenizer import Tokenizer
 
 OWN, DEFAULT, PARAPHRASE, UNRELATED, NONE = "own", "default", "paraphrase", "unrelated", "none"
 
-# domain -> column -> prompt, None for no system block.
-Crossed = dict[str, dict[str, str | None]]
+# domain -> column -> prompt; None means no system block.
+PromptTable = dict[str, dict[str, str | None]]
 
-# Of the prompts in the shipped configs.
+# Paraphrases of the prompts in the shipped configs.
 PARAPHRASES = {
     "You are a helpful assistant.": "You are an assistant who helps.",
     "You are a programmer.": "You are a software developer.",
@@ -22,8 +22,8 @@ PARAPHRASES = {
     ),
 }
 
-# Of several lengths: the one whose tokens are nearest in number to a prompt's stands beside it.
-STRANGERS = (
+# Prompts of several lengths. The one that is nearest to a prompt in number of tokens is used.
+UNRELATED_PROMPTS = (
     "You are a gardener.",
     "You are a baker of fine bread.",
     "You are a gardener who looks after old roses.",
@@ -35,38 +35,39 @@ STRANGERS = (
 )
 
 
-def columns(crossed: Crossed) -> list[str]:
-    """The columns that some domain has, in order."""
-    ordered = [OWN, DEFAULT, *map(other_column, crossed), PARAPHRASE, UNRELATED, NONE]
-    there = {column for prompts in crossed.values() for column in prompts}
+def columns(table: PromptTable) -> list[str]:
+    """The columns that at least one domain has, in order."""
+    ordered = [OWN, DEFAULT, *map(other_column, table), PARAPHRASE, UNRELATED, NONE]
+    there = {column for prompts in table.values() for column in prompts}
     return [column for column in ordered if column in there]
 
 
 def other_column(domain: str) -> str:
-    """The column of a domain's prompt under the other domains."""
+    """The name of the column in which the other domains get this domain's prompt."""
     return f"as {domain}"
 
 
-def crossed_prompts(
+def make_prompt_table(
     domains: Mapping[str, str | None],
     default: str | None,
     tokenizer: Tokenizer,
     paraphrases: Mapping[str, str],
-) -> Crossed:
-    """The prompt of each column for each domain; a column that has none there is left out.
+) -> PromptTable:
+    """The prompts of each domain by column. A domain can lack columns.
 
-    A domain whose prompt is the default one is no column of the others: they have DEFAULT.
+    A domain whose own prompt is the default one adds no column to the other domains, because
+    they have the column DEFAULT.
 
     Args:
-      domains: the domains' own prompts, None for no system block.
-      paraphrases: by domain, before those known here.
+      domains: domain -> its own prompt, None for no system block.
+      paraphrases: domain -> paraphrase; it replaces one from PARAPHRASES.
 
     Raises:
-      UserError: a paraphrase is of no domain, equal to the prompt, or holds a control token.
+      UserError: a paraphrase names no domain, equals the prompt, or has a control token.
     """
     for name, text in paraphrases.items():
         _check_paraphrase(name, text, domains)
-    crossed: Crossed = {}
+    table: PromptTable = {}
     for name, own in domains.items():
         others = {
             other_column(other): prompt
@@ -79,12 +80,12 @@ def crossed_prompts(
             if paraphrase is not None:
                 prompts[PARAPHRASE] = paraphrase
             prompts[UNRELATED] = _unrelated(own, tokenizer)
-        crossed[name] = {**prompts, NONE: None}
-    return crossed
+        table[name] = {**prompts, NONE: None}
+    return table
 
 
-def single_prompts(item: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str | None]:
-    """The prompts that one benchmark is crossed with, each once: the default one comes first.
+def distinct_prompts(item: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str | None]:
+    """The prompts that a benchmark runs under, each once, the default prompt first.
 
     Args:
       item: the prompts item of the checkpoint, see text/prompts.py.
@@ -100,15 +101,15 @@ def single_prompts(item: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, s
 
 
 def token_count(prompt: str | None, tokenizer: Tokenizer) -> int:
-    """The tokens of a prompt's text alone, without the block around it."""
+    """The number of tokens of a prompt's text, without the system block around it."""
     return 0 if prompt is None else len(tokenizer.encode(tokenizer.template.text(prompt)))
 
 
 def _unrelated(own: str, tokenizer: Tokenizer) -> str:
-    """The stranger whose number of tokens is nearest; the first of equals."""
+    """The unrelated prompt nearest in number of tokens; the first where several are equal."""
     length = token_count(own, tokenizer)
-    strangers = [text for text in STRANGERS if text != own]
-    return min(strangers, key=lambda text: abs(token_count(text, tokenizer) - length))
+    candidates = [text for text in UNRELATED_PROMPTS if text != own]
+    return min(candidates, key=lambda text: abs(token_count(text, tokenizer) - length))
 
 
 def _check_paraphrase(name: str, text: str, domains: Mapping[str, str | None]) -> None:
@@ -117,6 +118,8 @@ def _check_paraphrase(name: str, text: str, domains: Mapping[str, str | None]) -
             f"--paraphrase names the domain {name!r}, which is not among {', '.join(domains)}"
         )
     if text == domains[name]:
-        raise UserError(f"--paraphrase of {name} is its prompt itself; word it otherwise")
+        raise UserError(f"--paraphrase of {name} equals its prompt; use other words")
     if control := CONTROL_TOKEN.search(text):
-        raise UserError(f"--paraphrase of {name} holds the control token {control.group()}")
+        raise UserError(
+            f"--paraphrase of {name} has the control token {control.group()}; remove it"
+        )

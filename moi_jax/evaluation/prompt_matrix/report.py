@@ -1,4 +1,4 @@
-"""The prompt matrix for people: tables on the console, a heat-map, one line an item and prompt."""
+"""Shows the prompt matrix: tables in the log, a heat map, and a JSON line per item and prompt."""
 
 import json
 import logging
@@ -17,15 +17,15 @@ from rich.table import Table
 from moi_jax.common.errors import UserError
 from moi_jax.common.log import Table as LogTable
 from moi_jax.data.preview.picture import INK, PADDING, QUIET, STYLE
-from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
-from moi_jax.evaluation.prompts.matrix import HeldOutItem, ItemSums
+from moi_jax.evaluation.prompt_matrix.matrix import HeldOutItem, ItemSums
+from moi_jax.evaluation.prompt_matrix.prompts import DEFAULT, OWN
 
 log = logging.getLogger(__name__)
 
 
 Json = dict[str, Any]
 
-# Differences below this are drawn pale even where there are no greater ones.
+# The colour scale covers at least this difference, so that small ones stay pale.
 LEAST_SCALE = 0.05
 
 
@@ -35,7 +35,7 @@ def item_lines(
     domains: Sequence[str],
     columns: Sequence[str],
 ) -> Iterator[str]:
-    """A JSON line for each model, item and column: what all the other figures are sums of."""
+    """A JSON line for each model, item and column. All other figures follow from these lines."""
     for model, sums in models.items():
         for number, item in enumerate(items):
             for column, name in enumerate(columns):
@@ -54,13 +54,13 @@ def item_lines(
 
 
 def print_matrix(results: Json) -> None:
-    """Prints losses, accuracies and perplexities of each model, and the gaps of all.
+    """Logs losses, accuracies and perplexities of each model, and the gaps of all models.
 
     Args:
-      results: what held_out.json holds.
+      results: the content of held_out.json.
     """
     for model, domains in results["models"].items():
-        log.info(f"Held-out, {model}: loss in nats a token, accuracy, perplexity")
+        log.info(f"Held-out, {model}: loss in nats per token, accuracy, perplexity")
         table = _table()
         table.add_column("prompt")
         for name in domains:
@@ -112,7 +112,7 @@ def interval_text(interval: Sequence[float] | None) -> str:
 
 
 def draw_matrix(models: Mapping[str, Json], columns: Sequence[str], path: Path) -> None:
-    """Draws a panel a model: losses as numbers, differences to the own prompt as colours.
+    """Draws a panel for each model: losses as numbers, differences to the own prompt as colours.
 
     Args:
       models: title -> {domain: {"cells": {column: {loss, difference, ...}}}}.
@@ -126,7 +126,7 @@ def draw_matrix(models: Mapping[str, Json], columns: Sequence[str], path: Path) 
         for domain in domains.values()
         for cell in domain["cells"].values()
     ]
-    # One scale for all panels, so that their colours compare.
+    # One scale for all panels, so that their colours can be compared.
     scale = max([abs(cell["difference"]) for cell in cells] + [LEAST_SCALE])
     rows = max(len(domains) for domains in models.values())
     size = (1.4 + len(models) * (0.9 + 0.5 * len(columns)), 1.9 + 0.34 * rows)
@@ -137,9 +137,9 @@ def draw_matrix(models: Mapping[str, Json], columns: Sequence[str], path: Path) 
             image = _draw_panel(axes, domains, columns, scale)
             axes.set_title(title, loc="left", fontsize=9)
         bar = figure.colorbar(image, ax=panels, shrink=0.9, pad=0.01)
-        bar.set_label("loss minus that under\nthe own prompt, nats a token", fontsize=8)
+        bar.set_label("loss minus loss under\nthe own prompt, nats per token", fontsize=8)
         try:
-            # Without a version the same figures are the same file.
+            # Without the software version, the same figures give the same file.
             figure.savefig(path, dpi=130, metadata={"Software": None})
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None

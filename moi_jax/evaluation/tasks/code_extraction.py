@@ -1,11 +1,11 @@
-"""From an answer to code: the fenced block, else the definitions, else the text as it stands."""
+"""Extracts code from an answer: a fenced block, else definitions, else the whole text."""
 
 import re
 from collections.abc import Sequence
 
-# A block that was cut off at the answer's length has no end.
+# A block without an end was cut at the length of the answer.
 FENCE = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-# What may stand at the margin between definitions, and is no prose.
+# Lines of code, and not of prose, that may start at the margin between definitions.
 AT_MARGIN = re.compile(r"(?:(?:async )?def |class |from \w|import \w|[@#)\]}]|\w+ *=[^=])")
 DEFINITION = re.compile(r"^(?:async )?(?:def|class) ", re.MULTILINE)
 
@@ -14,8 +14,8 @@ def extract(answer: str, names: Sequence[str]) -> str:
     """The code of an answer.
 
     Args:
-      names: what the code should define: of several blocks the first that defines one of them
-        is taken, else the first.
+      names: names that the code should define. Of several blocks, the first that defines one of
+        them is taken, else the first block.
     """
     answer = answer.replace("\r\n", "\n")
     blocks = [_without_indent(code, indent) for indent, code in FENCE.findall(answer)]
@@ -27,7 +27,7 @@ def extract(answer: str, names: Sequence[str]) -> str:
 
 
 def defines(code: str, names: Sequence[str]) -> bool:
-    """Whether code defines one of the names at its margin."""
+    """Whether the code defines one of the names at its margin."""
     either = "|".join(map(re.escape, names))
     return bool(
         re.search(rf"^(?:(?:async )?(?:def|class) +(?:{either})\b|(?:{either}) *=)", code, re.M)
@@ -35,10 +35,10 @@ def defines(code: str, names: Sequence[str]) -> bool:
 
 
 def complete(prompt: str, code: str) -> str:
-    """The prompt, which ends in an open definition, and then `code` as its body.
+    """The prompt, which ends in an open definition, followed by `code` as its body.
 
-    A body may have lost its indentation, or, when an answer was stripped, that of its first line.
-    What follows at the margin is no part of it.
+    The body may lack its indentation, or only that of its first line if the answer was stripped.
+    Code at the margin after the body is dropped.
     """
     first, *rest = code.strip("\n").split("\n")
     if not first[:1].isspace():
@@ -65,7 +65,7 @@ def _without_indent(code: str, indent: str) -> str:
 
 
 def _definitions(text: str) -> str:
-    """From the first line of code to the first line of prose after a definition."""
+    """The lines from the first line of code to the first line of prose after a definition."""
     kept: list[str] = []
     defined = False
     for line in text.split("\n"):

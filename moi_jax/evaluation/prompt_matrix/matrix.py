@@ -10,9 +10,9 @@ from moi_jax.common.errors import UserError
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.selection import Selection
 from moi_jax.data.loader import Batch, Placed, assemble
-from moi_jax.evaluation.answering import evenly_spaced
 from moi_jax.evaluation.held_out import batches_by_width
-from moi_jax.evaluation.prompts.crossing import Crossed, columns
+from moi_jax.evaluation.prompt_matrix.prompts import PromptTable, columns
+from moi_jax.evaluation.protocol import evenly_spaced
 from moi_jax.evaluation.row_sums import RowSums
 from moi_jax.text.rendering import Instruction, system_text, with_system_prompt
 from moi_jax.text.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from moi_jax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class HeldOutItem:
-    """A held-out conversation. `id` is the hash of its content, the same in any run."""
+    """A held-out conversation. `id` is a hash of its content, so it is the same in every run."""
 
     id: str
     domain: int
@@ -29,19 +29,19 @@ class HeldOutItem:
 
 @dataclass(frozen=True)
 class ItemSums:
-    """Sums over the labels of each item under each column's prompt, [items, columns] each.
+    """Sums over the labels of each item under the prompt of each column, [items, columns] each.
 
-    A column that an item's domain has no prompt for is nan in `nll`, and 0 in the others.
+    Where an item's domain has no prompt in a column, `nll` is nan and the others are 0.
     """
 
     nll: np.ndarray  # float64, in nats
-    loss_tokens: np.ndarray  # int64, of an item the same in all columns
+    loss_tokens: np.ndarray  # int64, equal in all columns of an item
     correct: np.ndarray  # int64
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """An item under a prompt, and the columns that this is what the model sees in."""
+class _PromptedItem:
+    """An item under a prompt, and the columns that this prompt fills."""
 
     item: int
     prompt: str | None
@@ -49,15 +49,15 @@ class _Asked:
 
 
 class PromptMatrix:
-    """The held-out conversations, each of them once under every prompt, alone in its row.
+    """The held-out conversations, each alone in its row, once under every prompt.
 
-    What is counted of a conversation are the labels of its turns, never those of the system
-    block (which loss.targets qwen_official has): the same tokens under every prompt. One that is
-    too long for a row under any of its prompts is left out under all.
+    The labels of the turns count, and never those of the system block (which loss.targets
+    qwen_official has). So the same tokens count under every prompt. A conversation that does not
+    fit a row under one of its prompts is left out under all of them.
 
     Attributes:
-      items: by domain, then in the order of the cache.
-      too_long: how many were left out, by domain.
+      items: sorted by domain, then in the order of the cache.
+      too_long: domain -> number of conversations left out.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PromptMatrix:
         data: config.Data,
         targets: str,
         tokenizer: Tokenizer,
-        crossed: Crossed,
+        table: PromptTable,
         rows: int,
         row_multiple: int,
         limit: int | None = None,
@@ -75,47 +75,49 @@ class PromptMatrix:
         """
         Args:
           targets: loss.targets.
-          crossed: the prompts of each domain.
-          rows: rows of a batch at full width; shorter rows come in larger batches.
-          row_multiple: rows of a batch divide by this (the batch shards of the mesh).
-          limit: that many conversations of each domain, evenly spaced; None is all.
+          table: the prompts of each domain.
+          rows: rows of a batch at full width; a batch of shorter rows has more of them.
+          row_multiple: the number of rows is a multiple of this (the batch shards of the mesh).
+          limit: use this many conversations of each domain, evenly spaced; None is all.
         """
         self.domains = [cache.name for cache in caches]
-        self.columns = columns(crossed)
+        self.columns = columns(table)
         self._data, self._targets, self._tokenizer = data, targets, tokenizer
         self.items: list[HeldOutItem] = []
         self.too_long: dict[str, int] = {}
-        self._asked: list[_Asked] = []
+        self._prompted: list[_PromptedItem] = []
         lengths: list[int] = []
         for domain, (cache, selection) in enumerate(zip(caches, selections, strict=True)):
-            prompts = crossed[cache.name]
+            prompts = table[cache.name]
             records = np.array(evenly_spaced(selection.held_out.tolist(), limit), np.int64)
             self.too_long[cache.name] = 0
             for record, instruction in zip(records, cache.read(records), strict=True):
                 item = HeldOutItem(f"{cache.hashes[record, 0]:016x}", domain, instruction)
-                asked = self._ask(len(self.items), instruction, prompts)
-                needed = [len(self._under(instruction, a.prompt).tokens) for a in asked]
+                prompted = self._distinct(len(self.items), instruction, prompts)
+                needed = [len(self._under(instruction, a.prompt).tokens) for a in prompted]
                 if max(needed) > data.sequence_length:
                     self.too_long[cache.name] += 1
                     continue
                 self.items.append(item)
-                self._asked += asked
+                self._prompted += prompted
                 lengths += needed
         self._batches = batches_by_width(lengths, rows, row_multiple, data.sequence_length)
 
     @property
     def rows(self) -> int:
-        """How many rows the model is asked for."""
-        return len(self._asked)
+        """The number of rows that the model computes."""
+        return len(self._prompted)
 
     def measure(
-        self, sums: Callable[[Batch], RowSums], advance: Callable[[int], None] = lambda rows: None
+        self,
+        sums: Callable[[Batch], RowSums],
+        on_progress: Callable[[int], None] = lambda rows: None,
     ) -> ItemSums:
-        """Asks the model for every row.
+        """Computes the sums of every row.
 
         Args:
-          sums: the model's, of a numpy batch.
-          advance: told the rows done.
+          sums: returns the model's sums for a numpy batch.
+          on_progress: called with the number of rows that are done.
 
         Raises:
           UserError: a loss is not finite.
@@ -124,25 +126,25 @@ class PromptMatrix:
         nll = np.full(shape, np.nan)
         loss_tokens, correct = np.zeros((2, *shape), np.int64)
         for width, members, rows in self._batches:
-            asked = [self._asked[member] for member in members]
-            result = sums(self._batch(asked, width, rows))
-            for row, one in enumerate(asked):
+            prompted = [self._prompted[member] for member in members]
+            result = sums(self._batch(prompted, width, rows))
+            for row, one in enumerate(prompted):
                 if not np.isfinite(result.nll[row]):
                     raise self._not_finite(one, result.nll[row])
                 nll[one.item, one.columns] = result.nll[row]
                 loss_tokens[one.item, one.columns] = result.loss_tokens[row]
                 correct[one.item, one.columns] = result.correct[row]
-            advance(len(asked))
+            on_progress(len(prompted))
         return ItemSums(nll, loss_tokens, correct)
 
-    def _ask(
+    def _distinct(
         self, item: int, instruction: Instruction, prompts: dict[str, str | None]
-    ) -> list[_Asked]:
-        """The prompts of an item, those that come to the same text as one."""
-        by_text: dict[str | None, _Asked] = {}
+    ) -> list[_PromptedItem]:
+        """The item under each of its prompts. Prompts that give the same text are merged."""
+        by_text: dict[str | None, _PromptedItem] = {}
         for name, prompt in prompts.items():
             text = system_text(prompt, instruction.row_system, self._data.row_system)
-            one = by_text.setdefault(text, _Asked(item, prompt, []))
+            one = by_text.setdefault(text, _PromptedItem(item, prompt, []))
             one.columns.append(self.columns.index(name))
         return list(by_text.values())
 
@@ -152,19 +154,19 @@ class PromptMatrix:
         of_turns = other.spans[:, 0] > other.system_length
         return replace(other, spans=other.spans[of_turns])
 
-    def _batch(self, asked: Sequence[_Asked], width: int, rows: int) -> Batch:
+    def _batch(self, prompted: Sequence[_PromptedItem], width: int, rows: int) -> Batch:
         filled: list[list[list[Placed]]] = []
-        for one in asked:
+        for one in prompted:
             item = self.items[one.item]
             filled.append([[Placed(self._under(item.instruction, one.prompt), item.domain, 1.0)]])
         filled += [[]] * (rows - len(filled))
         pad = self._tokenizer.template.pad
         return assemble(filled, width, pad, "instruction", self._targets)
 
-    def _not_finite(self, one: _Asked, loss: float) -> UserError:
+    def _not_finite(self, one: _PromptedItem, loss: float) -> UserError:
         item = self.items[one.item]
         return UserError(
             f"the loss of the held-out conversation {item.id} of domain "
-            f"{self.domains[item.domain]} is {loss} under the prompt {one.prompt!r}; are these "
-            f"weights sound, and does it happen in float32?"
+            f"{self.domains[item.domain]} is {loss} under the prompt {one.prompt!r}; check "
+            f"the weights, and try --dtype float32"
         )

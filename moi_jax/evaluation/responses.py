@@ -1,73 +1,72 @@
-"""From the items of a task to the model's answers, each kept on disk as soon as it is there."""
+"""The model's responses to the items of a task. Each one is written to disk at once."""
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Answer, Item, Task
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Response, Task
 from moi_jax.sampling.answer_log import AnswerLog, Place
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.requests import Request
 from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
-T = TypeVar("T")
 
 
-def answer_items(
+def collect_responses(
     task: Task,
     items: Sequence[Item],
     model: ChatModel,
-    options: Options,
+    options: BenchmarkOptions,
     log: AnswerLog,
-    advance: Callable[[int], None],
-) -> list[tuple[Item, Answer]]:
-    """Every item's answer: those the log has, and the model's for the others.
+    on_progress: Callable[[int], None],
+) -> list[tuple[Item, Response]]:
+    """The response to every item: from the log where it has one, else from the model.
 
     Args:
-      advance: told the number of answers (turns, samples, choices) that came.
+      on_progress: called with the number of new answers (turns, samples or choices).
     """
-    asked = [item for item in items if not item.choices]
-    chosen = [item for item in items if item.choices]
-    if chosen:
-        _score_choices(chosen, model, log, advance)
-    for turn in range(max((1 + len(item.follow_ups) for item in asked), default=0)):
-        _ask(task, [item for item in asked if turn <= len(item.follow_ups)], turn, model, options,
-             log, advance)  # fmt: skip
-    return [(item, _answer(item, options, log)) for item in items]
+    generated = [item for item in items if not item.choices]
+    scored = [item for item in items if item.choices]
+    if scored:
+        _score_choices(scored, model, log, on_progress)
+    for turn in range(max((1 + len(item.follow_ups) for item in generated), default=0)):
+        in_turn = [item for item in generated if turn <= len(item.follow_ups)]
+        _generate(task, in_turn, turn, model, options, log, on_progress)
+    return [(item, _response(item, options, log)) for item in items]
 
 
-def places(item: Item, options: Options) -> list[Place]:
-    """Where an item's texts or likelihoods stand in the log."""
+def log_places(item: Item, options: BenchmarkOptions) -> list[Place]:
+    """The places of an item's texts or likelihoods in the log."""
     count = len(item.choices) or (options.samples if not item.follow_ups else 0)
     return [(item.id, n) for n in range(count or 1 + len(item.follow_ups))]
 
 
-def _answer(item: Item, options: Options, log: AnswerLog) -> Answer:
-    records = [log.found[place] for place in places(item, options)]
+def _response(item: Item, options: BenchmarkOptions, log: AnswerLog) -> Response:
+    records = [log.found[place] for place in log_places(item, options)]
     finishes = tuple(record["finish"] for record in records)
     if item.choices:
-        return Answer((), finishes, tuple(record["log_likelihood"] for record in records))
-    return Answer(tuple(record["text"] for record in records), finishes)
+        return Response((), finishes, tuple(record["log_likelihood"] for record in records))
+    return Response(tuple(record["text"] for record in records), finishes)
 
 
-def _ask(
+def _generate(
     task: Task,
     items: Sequence[Item],
     turn: int,
     model: ChatModel,
-    options: Options,
+    options: BenchmarkOptions,
     log: AnswerLog,
-    advance: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> None:
-    """One turn of all the items, in one go: the sampler keeps its slots filled."""
+    """Generates one turn of all items in one call, so that the sampler keeps its slots full."""
     requests, waiting = [], []
     for item in items:
         prompt = model.prompt(_so_far(item, turn, log), system_block=item.system_block)
-        for place in [(item.id, turn)] if item.follow_ups else places(item, options):
+        for place in [(item.id, turn)] if item.follow_ups else log_places(item, options):
             if log.has(place, prompt):
-                advance(1)
+                on_progress(1)
             else:
                 waiting.append(place)
                 requests.append(_request(task, item, place, prompt, options))
@@ -78,11 +77,11 @@ def _ask(
             text=completion.text,
             finish=completion.finish,
         )
-        advance(1)
+        on_progress(1)
 
 
 def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
-    """The conversation up to the user's message of a turn."""
+    """The conversation up to and with the user's message of this turn."""
     messages = list(item.messages)
     for number, question in enumerate(item.follow_ups[:turn]):
         messages += [
@@ -93,7 +92,7 @@ def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
 
 
 def _request(
-    task: Task, item: Item, place: Place, prompt: Sequence[int], options: Options
+    task: Task, item: Item, place: Place, prompt: Sequence[int], options: BenchmarkOptions
 ) -> Request:
     temperature = options.temperature
     if temperature is None:
@@ -103,14 +102,14 @@ def _request(
         max_new_tokens=options.max_new_tokens or task.max_new_tokens,
         temperature=temperature,
         top_p=options.top_p,
-        # Of the place alone: an answer is the same whatever else is asked in the run.
+        # Made from the place alone, so that an answer does not depend on the rest of the run.
         seed=zlib.crc32(f"{options.seed}/{task.name}/{place[0]}/{place[1]}".encode()),
         stop_strings=task.stop_strings,
     )
 
 
 def _score_choices(
-    items: Sequence[Item], model: ChatModel, log: AnswerLog, advance: Callable[[int], None]
+    items: Sequence[Item], model: ChatModel, log: AnswerLog, on_progress: Callable[[int], None]
 ) -> None:
     pairs, waiting = [], []
     for item in items:
@@ -118,7 +117,7 @@ def _score_choices(
         for n, choice in enumerate(item.choices):
             place, pair = (item.id, n), (prompt, model.tokenizer.encode(choice))
             if log.has(place, [*prompt, *pair[1]]):
-                advance(1)
+                on_progress(1)
             else:
                 waiting.append(place)
                 pairs.append(pair)
@@ -129,11 +128,4 @@ def _score_choices(
             log_likelihood=likelihood.log_likelihood,
             finish=likelihood.finish,
         )
-        advance(1)
-
-
-def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
-    """`limit` of the items, spread over all of them; all where there are no more."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[n * len(items) // limit] for n in range(limit)]
+        on_progress(1)

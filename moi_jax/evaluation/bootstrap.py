@@ -1,9 +1,9 @@
-"""Scores of items and what chance there is in them: bootstrap intervals, alone and paired."""
+"""Scores over items with bootstrap intervals, for one model and for paired differences."""
 
 import numpy as np
 
-DRAWS = 2000
-# Draws whose counts are held at once.
+RESAMPLES = 2000
+# Resamples whose counts are in memory at the same time.
 _CHUNK = 250
 
 
@@ -12,10 +12,10 @@ def score(values: np.ndarray, weights: np.ndarray) -> float:
 
     Args:
       values: float64[items, metrics]; nan where a metric was not measured.
-      weights: float64[metrics]. A metric of weight 0 plays no part.
+      weights: float64[metrics]. A metric of weight 0 is ignored.
 
     Returns:
-      nan where no item has one of the metrics.
+      nan where some metric with a weight was measured on no item.
     """
     measured, weights = values[:, weights != 0], weights[weights != 0]
     counts = np.ones((1, len(values)))
@@ -23,23 +23,23 @@ def score(values: np.ndarray, weights: np.ndarray) -> float:
 
 
 def interval(
-    values: np.ndarray, weights: np.ndarray, draws: int = DRAWS, seed: int = 0
+    values: np.ndarray, weights: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of `score`, over items.
 
-    An item's metrics stay together: turns of one conversation are no independent witnesses.
-    Draws in which a metric has no item at all are left out.
+    The metrics of an item stay together, because the turns of one conversation are not
+    independent. Resamples in which a metric has no item are left out.
     """
     if not len(values):
         return float("nan"), float("nan")
-    # Items of equal values are drawn as one, by how many they are: right or wrong is all that most
-    # benchmarks know of an item.
+    # Items with equal values are counted together and drawn by one multinomial. Most benchmarks
+    # have only two different items, right and wrong.
     distinct, counts = _distinct(values[:, weights != 0])
     weights = weights[weights != 0]
     random = np.random.default_rng(seed)
     found = []
-    for first in range(0, draws, _CHUNK):
-        size = min(_CHUNK, draws - first)
+    for first in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - first)
         drawn = random.multinomial(len(values), counts / len(values), size)
         found.append(_means(drawn, distinct) @ weights)
     known = np.concatenate(found)
@@ -51,20 +51,21 @@ def interval(
 
 
 def difference(
-    a: np.ndarray, b: np.ndarray, weights: np.ndarray, draws: int = DRAWS, seed: int = 0
+    a: np.ndarray, b: np.ndarray, weights: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
-    """score(b) - score(a), and its 95 % bootstrap interval with the same items drawn for both.
+    """score(b) - score(a), and its 95 % bootstrap interval. Both use the same resampled items.
 
     Args:
-      a, b: float64[items, metrics], row by row the same items. Only what both have counts.
+      a, b: float64[items, metrics] with the same items in the same order. A value counts only
+        where both have it.
     """
     both = ~(np.isnan(a) | np.isnan(b))
     gaps = np.where(both, b - a, np.nan)
-    return score(gaps, weights), *interval(gaps, weights, draws, seed)
+    return score(gaps, weights), *interval(gaps, weights, resamples, seed)
 
 
 def _means(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[draws, metrics]: the metrics' means where item i comes counts[draw, i] times."""
+    """[resamples, metrics]: the metrics' means where item i occurs counts[resample, i] times."""
     known = ~np.isnan(values)
     sums = counts @ np.where(known, values, 0.0)
     with np.errstate(invalid="ignore"):
@@ -72,7 +73,7 @@ def _means(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different rows, and how often each comes; nan equals nan."""
+    """The distinct rows, and how often each occurs; nan equals nan."""
     known = ~np.isnan(values)
     rows = np.concatenate([np.where(known, values, 0.0), known], axis=1)
     unique, counts = np.unique(rows, axis=0, return_counts=True)

@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from moi_jax.evaluation.statistics import difference, interval, score
+from moi_jax.evaluation.bootstrap import difference, interval, score
 
 NAN = math.nan
 WEIGHTS = np.array([0.25, 0.75, 0.0])
@@ -53,7 +53,7 @@ def test_score_of_a_metric_that_no_item_has_is_nan():
 def test_interval_is_that_of_resampled_items():
     values = made_up(30, 2)
     expected = plain_interval(values.tolist(), [0.25, 0.75, 0])
-    assert interval(values, WEIGHTS, draws=20000) == pytest.approx(expected, abs=0.05)
+    assert interval(values, WEIGHTS, resamples=20000) == pytest.approx(expected, abs=0.05)
 
 
 def test_interval_of_right_and_wrong_is_the_binomial_one():

@@ -1,12 +1,12 @@
-"""From the sums of each conversation to losses, accuracies, and differences between prompts."""
+"""Losses, accuracies and differences between prompts, from the sums of each conversation."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from moi_jax.evaluation.prompts.crossing import DEFAULT, OWN
-from moi_jax.evaluation.prompts.matrix import ItemSums
+from moi_jax.evaluation.prompt_matrix.matrix import ItemSums
+from moi_jax.evaluation.prompt_matrix.prompts import DEFAULT, OWN
 
 Json = dict[str, Any]
 
@@ -20,16 +20,15 @@ INTERVAL = (
 def summarize(
     sums: ItemSums, domain_of: np.ndarray, domains: Sequence[str], columns: Sequence[str]
 ) -> Json:
-    """What a model made of each domain: {domain: {"cells": {column: cell}, "gap": gap}}.
+    """The figures of one model: {domain: {"cells": {column: cell}, "gap": gap}}.
 
-    A cell is {loss, accuracy, perplexity, difference, interval}: token means over the domain's
-    labels, `difference` the loss minus that under the own prompt. The gap stands beside what it
-    means little without, {own_loss, own_interval, gap, interval}: gap_d = loss_d(default) -
-    loss_d(own). A domain without items has no cells, and None for its gap. Intervals are None
-    where there is one item.
+    A cell is {loss, accuracy, perplexity, difference, interval}. These are token means over the
+    domain's labels; `difference` is the loss minus the loss under the own prompt. The gap is
+    {own_loss, own_interval, gap, interval} with gap_d = loss_d(default) - loss_d(own). A domain
+    without items has no cells, and its gap is None. Intervals are None where there is one item.
 
     Args:
-      domain_of: int[items], place of the item's domain in `domains`.
+      domain_of: int[items], the index of the item's domain in `domains`.
     """
     return {
         name: _summarize_domain(_of(sums, domain_of == domain), columns)
@@ -73,9 +72,9 @@ def _summarize_domain(sums: ItemSums, columns: Sequence[str]) -> Json:
 def resampled_means(values: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Token means in bootstrap samples of conversations, float64[RESAMPLES, columns].
 
-    A sample is as many conversations as there are, drawn with replacement; its mean is the sum
-    of their values over the sum of their tokens. Paired: a sample has the same conversations in
-    every column, so that differences of columns are those of a sample.
+    A sample has n conversations, drawn with replacement. Its mean is the sum of their values
+    divided by the sum of their tokens. The samples are paired: a sample has the same
+    conversations in every column, so columns can be subtracted.
 
     Args:
       values: float64[n, columns], sums over the tokens of each conversation.
@@ -88,12 +87,12 @@ def resampled_means(values: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         times = np.bincount(drawn, minlength=len(tokens))
         sample[:] = times @ values / (times @ tokens)
     if len(tokens) < 2:
-        means[:] = np.nan  # one conversation tells nothing of others
+        means[:] = np.nan  # one conversation says nothing about others
     return means
 
 
 def interval(samples: np.ndarray) -> list[list[float] | None]:
-    """The 95 % interval of each column of float64[samples, columns]; None where it has nan."""
+    """The 95 % interval of each column of float64[samples, columns]; None for a column with nan."""
     low, high = np.percentile(samples, (2.5, 97.5), axis=0).tolist()
     return [
         [a, b] if np.isfinite(a) and np.isfinite(b) else None

@@ -1,7 +1,7 @@
-"""Values between the runner and the program: plain data by value, everything else by handle.
+"""Remote calls between the runner and the program: plain data by value, the rest by handle.
 
-Whatever the program sends reaches the runner as values of built-in types or as a `Remote`, so no
-method that the program wrote ever runs in the runner: not its `__eq__`, not its `__bool__`.
+The runner receives only values of built-in types and `Remote` objects. So no method of the program
+ever runs in the runner, not even its `__eq__` or `__bool__`.
 """
 
 import io
@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-LARGEST = 1 << 26  # bytes of a frame
+LARGEST = 1 << 26  # bytes of a frame at most
 
 BUILT_IN: tuple[Any, ...] = (
     bool,
@@ -25,8 +25,8 @@ BUILT_IN: tuple[Any, ...] = (
     set,
     frozenset,
 )
-# What else is a value: instances of these pass, and the runner makes them anew by these names. All
-# are written in C. To one in Python, such as Fraction, a forged pickle gives any attributes.
+# Other types that are passed by value. The runner makes their instances by these names. All of them
+# are written in C: a forged pickle could set any attribute of a type in Python, such as Fraction.
 VALUE_TYPES = {
     ("builtins", "bytearray"),
     ("builtins", "range"),
@@ -46,11 +46,11 @@ def _name(kind: type) -> tuple[str, str]:
 
 
 class Closed(Exception):
-    """The other side is gone."""
+    """The other process has ended."""
 
 
 def send(fd: int, frame: bytes) -> None:
-    """Writes a frame: its length in four bytes, then itself."""
+    """Writes a frame: its length in four bytes, then its content."""
     whole = memoryview(len(frame).to_bytes(4, "big") + frame)
     try:
         while whole:
@@ -60,7 +60,7 @@ def send(fd: int, frame: bytes) -> None:
 
 
 def receive(fd: int) -> bytes:
-    """Reads one frame and not a byte more: what follows stays in the pipe."""
+    """Reads exactly one frame; the bytes after it stay in the pipe."""
     length = int.from_bytes(_exactly(fd, 4), "big")
     if length > LARGEST:
         raise ValueError(f"a value of {length:,} bytes is too large to compare")
@@ -79,9 +79,9 @@ def _exactly(fd: int, count: int) -> bytes:
 
 
 class Remote:
-    """An object of the program, in the runner: it can be called, iterated, read and written.
+    """A handle of an object of the program. It can be called and iterated.
 
-    Its attributes and results come over the wire; it equals nothing but itself.
+    Calls and attributes are requests to the program. A `Remote` equals only itself.
     """
 
     __slots__ = ("_ask", "_handle")
@@ -97,7 +97,7 @@ class Remote:
         return iter(self._ask("list", self))
 
     def __getattr__(self, name: str) -> Any:
-        # Copying and pickling look for such methods; they are not the program's to give.
+        # Copying and pickling look for these methods; the program must not define them.
         if name.startswith("__"):
             raise AttributeError(name)
         return self._ask("get", self, name)
@@ -119,7 +119,7 @@ class _Packer(pickle.Pickler):
         return self._handle_of(obj)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Instances of a subclass of a built-in type, such as named tuples, as that type."""
+        """Sends an instance of a subclass of a built-in type, e.g. a named tuple, as that type."""
         if type(obj) in BUILT_IN:
             return NotImplemented
         for base in BUILT_IN:
@@ -143,12 +143,12 @@ class _Unpacker(pickle.Unpickler):
 
 
 def pack(value: Any, handle_of: Callable[[Any], int]) -> bytes:
-    """A value as bytes; what is no plain value is asked of `handle_of`."""
+    """A value as bytes. `handle_of` gives the handle of an object that is not a plain value."""
     file = io.BytesIO()
     _Packer(file, handle_of).dump(value)
     return file.getvalue()
 
 
 def unpack(frame: bytes, object_of: Callable[[int], Any]) -> Any:
-    """The value of `pack`, with handles given to `object_of`."""
+    """The value that `pack` wrote. `object_of` gives the object of a handle."""
     return _Unpacker(frame, object_of).load()

@@ -1,4 +1,4 @@
-"""The rows of benchmark files, each with its place; what is wrong with one is told by its place."""
+"""Reads the rows of benchmark files. Each row comes with its place, for error messages."""
 
 import csv
 import io
@@ -14,9 +14,9 @@ from moi_jax.text.conversations import BadRow
 
 
 def missing(task: Task, path: Path) -> UserError:
-    """What is said where a file or directory of a task is not there, or holds nothing."""
+    """The error for a file or directory of a task that is missing or empty."""
     return UserError(
-        f"{task.name}: nothing in {path}; put below the data directory {task.options.data}: "
+        f"{task.name}: nothing in {path}; put into the data directory {task.options.data}: "
         f"{task.files}"
     )
 
@@ -25,10 +25,11 @@ def json_rows(path: Path, **fields: type) -> Iterator[tuple[str, Json]]:
     """(place, row) of JSON Lines, a JSON array or one JSON object, also gzipped.
 
     Args:
-      fields: what every row must have, by name; a text must not be blank.
+      fields: name -> type of the fields that every row must have; a text must not be blank.
 
     Raises:
-      UserError: a row is not JSON, or lacks a field or has another type there, or half a character.
+      UserError: a row is not JSON, lacks a field, has a field of another type, or has half of a
+        character in a text.
     """
     for line, _, raw in SourceFile(path.name, path).rows():
         where = f"{path}, line {line}"
@@ -45,22 +46,22 @@ def json_rows(path: Path, **fields: type) -> Iterator[tuple[str, Json]]:
 
 
 def check_texts(where: str, value: Any) -> None:
-    """Raises UserError where a text in a JSON value holds half of a character, such as "\\ud83d".
+    """Raises UserError where a text in a JSON value has half of a character, such as "\\ud83d".
 
-    JSON's escapes can say so, but no file and no model can be given it.
+    JSON can write it as an escape, but it cannot be written to a file or given to a model.
     """
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        raise malformed(where, f"a text holds {half}, half of a character") from None
+        raise malformed(where, f"a text has {half}, half of a character") from None
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(place, cells) of the rows that are not blank; a cell's lines end in "\\n" alone.
+    """(place, cells) of the rows that are not blank. Line breaks in cells become "\\n".
 
     Raises:
-      UserError: the file is not UTF-8, or its quotes do not close.
+      UserError: the file is not UTF-8, or a quote is not closed.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -78,5 +79,5 @@ def csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def malformed(where: str, what: str) -> UserError:
-    """What is said of a row that cannot be used: mended or removed, never skipped in silence."""
-    return UserError(f"{where}: {what}; mend the row or fetch the file anew")
+    """The error for a row that cannot be used. Such rows are never skipped silently."""
+    return UserError(f"{where}: {what}; correct the row or download the file again")

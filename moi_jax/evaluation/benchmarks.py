@@ -1,7 +1,8 @@
-"""Runs benchmarks on one model: answers, scores, samples and results in one directory.
+"""Runs benchmarks on one model and writes everything into one directory.
 
-DIR/results.json, DIR/samples/TASK.jsonl    what people read, written whole
-DIR/answers/TASK.jsonl                      the model's texts as they come: a killed run goes on
+DIR/results.json, DIR/samples/TASK.jsonl    results and samples, for people; written at once
+DIR/answers/TASK.jsonl                      the model's texts, written as they arrive, so that an
+                                            evaluation that was killed continues
 """
 
 import json
@@ -16,9 +17,9 @@ from typing import Any
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
 from moi_jax.common.whole_files import write_whole
-from moi_jax.evaluation.answering import answer_items, evenly_spaced, places
-from moi_jax.evaluation.options import Options
-from moi_jax.evaluation.protocol import Item, Task
+from moi_jax.evaluation.options import BenchmarkOptions
+from moi_jax.evaluation.protocol import Item, Task, evenly_spaced
+from moi_jax.evaluation.responses import collect_responses, log_places
 from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
 from moi_jax.sampling.answer_log import AnswerLog, json_line
 from moi_jax.sampling.chat_model import ChatModel
@@ -33,55 +34,60 @@ def run_task(
     task: Task,
     items: Sequence[Item],
     model: ChatModel,
-    options: Options,
+    options: BenchmarkOptions,
     log: AnswerLog,
     after_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Scored], int]:
-    """Answers and scores of the items, and the number left out as too long (options.too_long).
+    """Responses and scores of the items, and the number of items left out as too long.
 
     Args:
-      after_each: called after every answer and score; what it raises ends the task.
+      options: too_long="skip" leaves out items that do not fit the context.
+      after_each: called after every answer and every score; an exception from it ends the task.
     """
 
-    def counted(advance: Callable[[int], None], count: int) -> None:
-        advance(count)
+    def report(on_progress: Callable[[int], None], count: int) -> None:
+        on_progress(count)
         after_each()
 
-    total = sum(len(places(item, options)) for item in items)
-    with count_bar(f"{task.name}: answers", total) as advance:
-        answered = answer_items(task, items, model, options, log, partial(counted, advance))
-    kept = answered
+    total = sum(len(log_places(item, options)) for item in items)
+    with count_bar(f"{task.name}: answers", total) as on_progress:
+        responses = collect_responses(
+            task, items, model, options, log, partial(report, on_progress)
+        )
+    kept = responses
     if options.too_long == "skip":
-        kept = [(item, answer) for item, answer in answered if "too_long" not in answer.finishes]
+        kept = [
+            (item, response) for item, response in responses if "too_long" not in response.finishes
+        ]
     scored: list[Scored] = []
-    with count_bar(f"{task.name}: scores", len(kept)) as advance:
-        for (item, answer), score in zip(kept, task.score(kept), strict=True):
-            scored.append((item, answer, score))
-            counted(advance, 1)
-    return scored, len(answered) - len(kept)
+    with count_bar(f"{task.name}: scores", len(kept)) as on_progress:
+        for (item, response), score in zip(kept, task.score(kept), strict=True):
+            scored.append((item, response, score))
+            report(on_progress, 1)
+    return scored, len(responses) - len(kept)
 
 
 def run_benchmarks(
     tasks: Sequence[tuple[Task, Sequence[Item]]],
     model: ChatModel,
     made_by: Json,
-    options: Options,
+    options: BenchmarkOptions,
 ) -> Json:
     """Runs the tasks one after another and writes results and samples into options.out.
 
     Args:
       tasks: each with all of its items.
-      made_by: what stands for the model in the results: checkpoint, prompts, template.
+      made_by: what identifies the model in the results: checkpoint, system prompt, template.
 
     Returns:
-      What results.json holds: also the tasks of earlier calls on the same model.
+      The content of results.json, with the tasks of earlier calls on the same model.
 
     Raises:
-      UserError: options.out holds results of another model or of other settings.
+      UserError: options.out holds results of another model, or answers of other settings.
     """
     results = results_so_far(options.out, made_by)
     with ExitStack() as opened:
-        # All of them before the first: what cannot go on is told before hours of work.
+        # All logs are opened before the first task, so that a mistake shows before hours of work.
         logs = []
         for task, _ in tasks:
             path = options.out / "answers" / f"{task.name}.jsonl"
@@ -90,7 +96,7 @@ def run_benchmarks(
         for (task, items), log in zip(tasks, logs, strict=True):
             asked = evenly_spaced(items, options.limit)
             scored, skipped = run_task(task, asked, model, options, log)
-            summary = summarize(task, scored, skipped, whole=options.limit is None)
+            summary = summarize(task, scored, skipped, all_items=options.limit is None)
             summary["settings"] = {
                 **_settings(task, model, options),
                 "limit": options.limit,
@@ -106,10 +112,10 @@ def run_benchmarks(
 
 
 def results_so_far(out: Path, made_by: Json) -> Json:
-    """What results.json in `out` holds; nothing yet where it is not there.
+    """The content of results.json in `out`; without tasks where there is no such file.
 
     Raises:
-      UserError: it is damaged, or of another model or system prompt.
+      UserError: the file is damaged, or it is of another model or system prompt.
     """
     path = out / "results.json"
     if not path.exists():
@@ -130,11 +136,11 @@ def _tell(name: str, summary: Json, before: Json | None) -> None:
         log.info(f"  {note}")
     if before and before["settings"] != summary["settings"]:
         differs = _difference(before["settings"], summary["settings"])
-        log.info(f"  it takes the place of an earlier result: {describe(before)} ({differs})")
+        log.info(f"  this replaces an earlier result: {describe(before)} ({differs})")
 
 
-def _settings(task: Task, model: ChatModel, options: Options) -> Json:
-    """What, beside the model and the prompts, decides the answers of a task."""
+def _settings(task: Task, model: ChatModel, options: BenchmarkOptions) -> Json:
+    """The settings, apart from the model and the items, that determine the answers."""
     return {
         "system_prompt": model.system_prompt,
         "samples": options.samples,
@@ -153,7 +159,7 @@ def _difference(before: Json, now: Json) -> str:
 
 def _samples(scored: Sequence[Scored]) -> str:
     lines = []
-    for item, answer, score in scored:
+    for item, response, score in scored:
         line = {
             "id": item.id,
             "group": item.group,
@@ -161,9 +167,9 @@ def _samples(scored: Sequence[Scored]) -> str:
                 {"role": message.role, "content": message.content} for message in item.messages
             ],
             "follow_ups": list(item.follow_ups),
-            "answers": list(answer.texts),
-            "finishes": list(answer.finishes),
-            "log_likelihoods": list(answer.log_likelihoods),
+            "answers": list(response.texts),
+            "finishes": list(response.finishes),
+            "log_likelihoods": list(response.log_likelihoods),
             "gold": item.gold,
             **asdict(score),
         }

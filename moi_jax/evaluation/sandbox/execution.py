@@ -1,4 +1,4 @@
-"""One program judged: a runner started behind a backend, and what it says."""
+"""Executes one program with its tests: starts a runner in a backend and reads its verdict."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from moi_jax.evaluation.sandbox.inside.namespaces import DIRECTORY, NOBODY
 
 @dataclass(frozen=True)
 class Program:
-    """Code to be judged.
+    """Code and its tests.
 
     Attributes:
-      code: not trusted; it runs in a process of its own.
-      names: what the tests take from it.
-      tests: statements that pass by raising nothing, run one after another by the runner.
-      trusted: runs first, before the code and, in their own process, before the tests; what it
-        defines the tests do not take from the code.
+      code: untrusted code; it runs in a process of its own.
+      names: the names that the tests use from the code.
+      tests: statements that the runner executes in order. They pass if none raises an exception.
+      trusted: code that runs before `code`, and again before the tests in their own process. The
+        tests use its definitions and not those of `code` with the same name.
     """
 
     code: str
@@ -36,12 +36,12 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program did.
+    """The result of a program.
 
     Attributes:
-      failure: None is a pass. "no code", "syntax error", "wrong" (a test's assertion failed),
-        "error" (an exception), "timeout", "killed" (its process ended before the tests did).
-      error: the last line of what went wrong.
+      failure: None for a pass, else "no code", "syntax error", "wrong" (an assertion of a test
+        failed), "error" (an exception), "timeout" or "killed" (the process ended before the tests).
+      error: the last line of the error.
     """
 
     failure: str | None
@@ -52,8 +52,8 @@ class Verdict:
         return self.failure is None
 
 
-def judge(backend: Backend, limits: Limits, program: Program) -> Verdict:
-    """Runs a program and its tests; when this returns, all that it started is killed.
+def execute(backend: Backend, limits: Limits, program: Program) -> Verdict:
+    """Runs a program and its tests. When it returns, all their processes are killed.
 
     Raises:
       UserError: the sandbox itself does not start.
@@ -75,7 +75,7 @@ def judge(backend: Backend, limits: Limits, program: Program) -> Verdict:
             env=backends.environment(scratch if backend == "weak" else DIRECTORY),
             cwd=scratch if backend == "weak" else "/",
             start_new_session=True,
-            # Root's processes would not be counted.
+            # The limit on processes does not apply to root.
             user=NOBODY if as_nobody else None,
             group=NOBODY if as_nobody else None,
             extra_groups=() if as_nobody else None,
@@ -93,7 +93,7 @@ def judge(backend: Backend, limits: Limits, program: Program) -> Verdict:
     if ready != b"ready":
         raise UserError(f"the sandbox ({backend}) does not start here: {reason or 'killed'}")
     if not line:
-        return Verdict("killed", f"the runner of the tests was ended: {reason}".rstrip(": "))
+        return Verdict("killed", f"the runner of the tests was killed: {reason}".rstrip(": "))
     return _verdict(json.loads(line), nonce)
 
 

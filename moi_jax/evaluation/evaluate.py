@@ -1,0 +1,181 @@
+"""One evaluation of one checkpoint: held-out losses, benchmarks, lm-eval tasks, and a report."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moi_jax.checkpoints.items import find_step, parameters_fingerprint
+from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
+from moi_jax.common.errors import UserError
+from moi_jax.common.whole_files import check_writable
+from moi_jax.evaluation.benchmarks import results_so_far, run_benchmarks
+from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions
+from moi_jax.evaluation.prompt_matrix.benchmarks import run_under_prompts
+from moi_jax.evaluation.prompt_matrix.measure import measure_held_out
+from moi_jax.evaluation.protocol import Item, Task
+from moi_jax.evaluation.reports.report import write_report
+from moi_jax.evaluation.results import read_results
+from moi_jax.evaluation.tasks import open_task, task_names
+from moi_jax.sampling.chat_model import ChatModel, make_chat_model
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation measured. All of it is in the files of `directory` too.
+
+    Attributes:
+      results: what results.json holds after this evaluation; None where no benchmark ran.
+      held_out: what held_out.json holds; None where the held-out losses were not asked for.
+      lm_eval: the results of lm-evaluation-harness; None where none of its tasks ran.
+      report: the path of report.html; None where the directory has no results.json.
+    """
+
+    directory: Path
+    results: Json | None = None
+    held_out: Json | None = None
+    lm_eval: Json | None = None
+    report: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The tasks of a request, their data read."""
+
+    tasks: list[tuple[Task, list[Item]]]
+    prompt_tasks: list[tuple[Task, list[Item]]]
+    lm_eval_tasks: list[Any]
+
+
+def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> EvaluationResult:
+    """Runs everything that the request asks for, and writes it into the directory of results.
+
+        options = BenchmarkOptions(data=Path("data/benchmarks"), out=Path("out"), limit=50)
+        request = EvaluationRequest(Path("runs/quickstart"), options, tasks=("gsm8k",))
+        evaluate(request, jax.devices()).results["tasks"]["gsm8k"]["score"]
+
+    An evaluation that was killed continues when it is asked for again.
+
+    Args:
+      devices: the devices that the mesh is made of.
+
+    Raises:
+      UserError: the checkpoint, the data, the options or the machine do not allow it. Everything
+        that was finished before is kept.
+    """
+    _check(request)
+    out = request.benchmarks.out
+    # Everything that can be refused is refused before the checkpoint is read.
+    for directory in request.compare:
+        read_results(directory / "results.json")
+    opened = _open_tasks(request)
+    options = request.model
+    checkpoint = open_checkpoint(
+        request.checkpoint,
+        devices=devices,
+        dtype=options.dtype,
+        mesh=options.mesh,
+        chat_template=options.chat_template,
+    )
+    results = held_out = lm_eval = report = None
+    with jax.set_mesh(checkpoint.mesh):
+        model, made_by = _chat_model(checkpoint, options)
+        check_writable(out)
+        if opened.tasks:
+            results_so_far(out, made_by)
+        if HELD_OUT in request.tasks:
+            held_out = measure_held_out(checkpoint, request.held_out, out)
+        if opened.tasks or opened.lm_eval_tasks:
+            log.info(f"{checkpoint.step} in {checkpoint.dtype}; {model.sampler.describe()}")
+        if opened.tasks:
+            results = run_benchmarks(opened.tasks, model, made_by, request.benchmarks)
+        if opened.lm_eval_tasks:
+            from moi_jax.evaluation.harness.run import run_lm_eval
+
+            lm_eval = run_lm_eval(opened.lm_eval_tasks, model, made_by, request.benchmarks)
+        if opened.prompt_tasks:
+            run_under_prompts(
+                opened.prompt_tasks, model, checkpoint.prompts, made_by, request.benchmarks
+            )
+    if (out / "results.json").exists():
+        report = write_report([out, *request.compare], out / "report.html")
+        log.info(f"report {report}")
+    return EvaluationResult(out, results, held_out, lm_eval, report)
+
+
+def default_directory(checkpoint: Path) -> Path:
+    """Where the results of a checkpoint go unless another directory is named.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    return Path("runs/evaluation") / checkpoint_name(find_step(checkpoint))
+
+
+def checkpoint_name(step: Path) -> str:
+    """A short name of a step directory: "RUN-STEP" within a run, else its own name."""
+    step = step.expanduser().resolve()
+    if step.parent.name == "checkpoints":
+        return f"{step.parent.parent.name}-{step.name}"
+    return step.name
+
+
+def _check(request: EvaluationRequest) -> None:
+    """Raises UserError where options do not go together."""
+    options = request.benchmarks
+    if options.samples > 1 and not options.temperature:
+        raise UserError("--samples above 1 needs a --temperature: greedy answers are all the same")
+    if not request.tasks and not request.lm_eval_tasks:
+        raise UserError("neither --tasks nor --lm-eval names a task, so there is nothing to do")
+    prompt_given = request.model.system_prompt is not None or not request.model.system_block
+    if request.tasks == (HELD_OUT,) and not request.lm_eval_tasks and prompt_given:
+        raise UserError("held_out has system prompts of its own; --system is for other tasks")
+
+
+def _open_tasks(request: EvaluationRequest) -> _Opened:
+    options = request.benchmarks
+    names = [name for name in task_names(request.tasks) if name != HELD_OUT]
+    tasks = [open_task(name, options) for name in names]
+    prompt_tasks = [open_task(name, options) for name in task_names(request.prompt_tasks)]
+    lm_eval_tasks: list[Any] = []
+    if request.lm_eval_tasks:
+        # lm-evaluation-harness is an optional dependency.
+        from moi_jax.evaluation.harness.run import open_tasks
+
+        lm_eval_tasks = open_tasks(request.lm_eval_tasks, request.lm_eval_include)
+    return _Opened(tasks, prompt_tasks, lm_eval_tasks)
+
+
+def _chat_model(checkpoint: OpenCheckpoint, options: ModelOptions) -> tuple[ChatModel, Json]:
+    """The model under its system prompt, and what identifies it in the results."""
+    system_prompt = options.system_prompt
+    if system_prompt is None:
+        system_prompt = checkpoint.prompts["default_system_prompt"]
+    if not options.system_block:
+        system_prompt = None
+    make_chat = make_chat_model(
+        checkpoint.bind,
+        checkpoint.config,
+        checkpoint.tokenizer,
+        system_prompt,
+        slots=options.slots,
+        context=options.context,
+        mesh=checkpoint.mesh,
+    )
+    template = checkpoint.tokenizer.template
+    made_by = {
+        "name": checkpoint_name(checkpoint.step),
+        "parameters": parameters_fingerprint(checkpoint.step),
+        "chat_template": template.name,
+        "template_hash": template.fingerprint(),
+        "system_prompt": system_prompt,
+        "dtype": checkpoint.dtype,
+    }
+    return make_chat(checkpoint.parameters), made_by

@@ -1,1 +1,0 @@
-"""The held-out prompt matrix: every held-out conversation under its domain's crossed prompts."""
