@@ -42,6 +42,11 @@ class OpenCheckpoint:
     mesh: Mesh
     dtype: str
 
+    @property
+    def system_prompt(self) -> str | None:
+        """The default system prompt that is saved in the checkpoint."""
+        return self.prompts["default_system_prompt"]
+
 
 def open_checkpoint(
     path: Path,

@@ -2,12 +2,23 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 
+from moi_jax.checkpoints.opener import OpenCheckpoint
 from moi_jax.common.errors import UserError
+from moi_jax.sampling.generate import (
+    complete,
+    default_context,
+    describe_cut,
+    make_request,
+    open_sampler,
+)
+from moi_jax.sampling.requests import GenerationConfig
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import Tokenizer
 
+DEFAULT_CONTEXT = 8192  # tokens of a chat; fewer where the model's own length is shorter
 HELP = """\
 /system TEXT   another system prompt, for what was said too; without TEXT: shows it
 /no-system     no system prompt at all
@@ -69,6 +80,36 @@ class Chat:
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         return render_prompt(messages, self._tokenizer, self.system)
+
+
+def start_chat(
+    checkpoint: OpenCheckpoint,
+    config: GenerationConfig,
+    *,
+    system: str | None,
+    context: int | None = None,
+) -> None:
+    """Chats with a checkpoint on the terminal, until the user leaves.
+
+    Args:
+      config: of every answer; the n-th question has the seed config.seed + n.
+      system: the system prompt; None for no system block.
+      context: tokens that the history and the next answer may have together.
+    """
+    context = context or default_context(checkpoint, DEFAULT_CONTEXT)
+    sampler = open_sampler(checkpoint, context=context)
+    numbers = count()
+
+    def answer(prompt: list[int], show: Callable[[str], None]) -> str | None:
+        request = make_request(prompt, config, next(numbers))
+        return describe_cut(complete(checkpoint, sampler, request, show))
+
+    room = min(config.max_new_tokens, context // 2)
+    chat_on_terminal(Chat(checkpoint.tokenizer, system, context, room), answer, _note)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def chat_on_terminal(

@@ -9,7 +9,7 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind
 from moi_jax.models.parameters import Tree
 from moi_jax.sampling.likelihood import LikelihoodScorer
-from moi_jax.sampling.sampler import Sampler
+from moi_jax.sampling.sampler import Sampler, make_sampler
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import Tokenizer
@@ -53,25 +53,3 @@ def make_chat_model(
     sampler = make_sampler(bind, config, tokenizer, slots=slots, context=context, mesh=mesh)
     scorer = LikelihoodScorer(bind, config, context=context, mesh=mesh)
     return lambda parameters: ChatModel(sampler, scorer, parameters, tokenizer, system_prompt)
-
-
-def make_sampler(
-    bind: Bind,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    *,
-    slots: int = 16,
-    context: int | None = None,
-    mesh: Mesh | None = None,
-) -> Sampler:
-    """A sampler that stops where the tokenizer's chat template does."""
-    return Sampler(
-        bind,
-        config,
-        stop_ids=tokenizer.template.stops,
-        vocab_size=tokenizer.vocab_size,
-        decode=tokenizer.decode,
-        slots=slots,
-        context=context,
-        mesh=mesh,
-    )

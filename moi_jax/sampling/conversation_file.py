@@ -1,18 +1,27 @@
 """A file of conversations, each answered: a JSON object a line, and again with the answer."""
 
+import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moi_jax.checkpoints.items import parameters_fingerprint
+from moi_jax.checkpoints.opener import OpenCheckpoint
 from moi_jax.common.errors import UserError, cannot_write
+from moi_jax.common.progress import count_bar
 from moi_jax.common.whole_files import write_whole
 from moi_jax.data.sources.formats import FORMATS, to_chat
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.data.sources.turns import text_of
 from moi_jax.sampling.answer_log import AnswerLog, json_line
-from moi_jax.sampling.requests import Completion
+from moi_jax.sampling.generate import default_context, make_request, not_finite, open_sampler
+from moi_jax.sampling.requests import Completion, GenerationConfig
 from moi_jax.text.conversations import BadRow, Message
+from moi_jax.text.rendering import render_prompt
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
@@ -124,3 +133,63 @@ class AnsweredFile:
     def _answered(self) -> Iterator[tuple[Row, Json]]:
         for number, row in enumerate(self._rows):
             yield row, self._log.found[str(number), 0]
+
+
+def answer_file(
+    checkpoint: OpenCheckpoint,
+    rows: Sequence[Row],
+    out: Path,
+    config: GenerationConfig,
+    *,
+    system: str | None,
+    slots: int = 16,
+    context: int | None = None,
+) -> None:
+    """Answers the rows of a file and writes them to `out`; continues what a killed call began.
+
+    Args:
+      rows: of `read_conversations`.
+      out: a file that does not exist yet, see `check_absent`.
+      config: of every answer; row n has the seed config.seed + n.
+      system: the system prompt of rows that bring none; None for no system block.
+      slots: how many rows are answered at a time.
+      context: tokens of the longest prompt and its answer; None means what they need.
+
+    Raises:
+      UserError: `out` cannot be written, an answer file with other settings was begun there, or
+        the model gave logits that are not finite (`out` is written, and says in which rows).
+    """
+    prompts = [render_prompt(row.messages, checkpoint.tokenizer, system) for row in rows]
+    settings = {**dataclasses.asdict(config), "stop_strings": list(config.stop_strings)}
+    made_by = {
+        "parameters": parameters_fingerprint(checkpoint.step),
+        "dtype": checkpoint.dtype,
+        "context": context,
+        **settings,
+    }
+    answers = AnsweredFile(out, rows, prompts, made_by)
+    waiting = answers.waiting()
+    if len(waiting) < len(rows):
+        log.info(f"{len(rows) - len(waiting)} of {len(rows)} rows were answered before")
+    if waiting:
+        needed = max(map(len, prompts)) + config.max_new_tokens
+        sampler = open_sampler(
+            checkpoint,
+            slots=min(slots, len(waiting)),
+            context=context or default_context(checkpoint, needed),
+        )
+        requests = [make_request(prompts[n], config, n) for n in waiting]
+        try:
+            with count_bar("answers", len(waiting)) as progress:
+                for index, completion in sampler.run(checkpoint.parameters, requests):
+                    answers.add(waiting[index], completion)
+                    progress(1)
+        except KeyboardInterrupt:
+            log.info(f"{answers.partial} keeps the answers so far; the same command continues it")
+            raise
+    counts = answers.finish()
+    ended = ", ".join(f"{finish} {number}" for finish, number in sorted(counts.items()))
+    log.info(f"{out}: {len(rows)} answers ({ended})")
+    if bad := counts.get("not_finite"):
+        error = not_finite(checkpoint)
+        raise UserError(f"{bad} of {len(rows)} rows have no complete answer: {error}")

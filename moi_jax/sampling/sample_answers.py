@@ -8,8 +8,8 @@ from moi_jax import config
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind
 from moi_jax.models.parameters import Tree
-from moi_jax.sampling.chat_model import make_sampler
 from moi_jax.sampling.requests import Request
+from moi_jax.sampling.sampler import make_sampler
 from moi_jax.text.conversations import Message
 from moi_jax.text.prompts import resolve_prompt
 from moi_jax.text.rendering import render_prompt
@@ -40,7 +40,7 @@ def make_sample_answers(
                 }
             )
             prompts.append(render_prompt([Message("user", question.prompt)], tokenizer, prompt))
-    requests = [Request(prompt, max_new_tokens) for prompt in prompts]
+    requests = [Request(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
     sampler = make_sampler(
         bind,
         model,

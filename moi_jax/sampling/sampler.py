@@ -34,6 +34,7 @@ from moi_jax.sampling.slots import (
     empty_slots,
     fill,
 )
+from moi_jax.text.tokenizer import Tokenizer
 
 # The same where someone reads the text as it comes.
 STEPS_READ = 4
@@ -222,3 +223,25 @@ class Sampler:
                         f"{self._layers_bytes() / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} "
                         f"GiB free. Lower slots, context or max_new_tokens"
                     )
+
+
+def make_sampler(
+    bind: Bind,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    slots: int = 16,
+    context: int | None = None,
+    mesh: Mesh | None = None,
+) -> Sampler:
+    """A sampler that stops where the tokenizer's chat template does."""
+    return Sampler(
+        bind,
+        config,
+        stop_ids=tokenizer.template.stops,
+        vocab_size=tokenizer.vocab_size,
+        decode=tokenizer.decode,
+        slots=slots,
+        context=context,
+        mesh=mesh,
+    )

@@ -482,14 +482,17 @@ def test_a_chat_on_a_terminal_streams_and_goes_on_after_an_answer_was_stopped(ma
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt-ids", "1,512"], "--prompt-ids 512: the model has the ids 0 to 511"),
-        (["Hi", "--context", "50"], r"the prompt has 59 tokens and the context 50.*--context"),
+        (["--prompt-ids", "1,512"], "token id 512; the model knows 0 to 511"),
+        (
+            ["Hi", "--context", "50"],
+            r"the prompt has 59 tokens and the context 50.*raise the context",
+        ),
         ([], "there is no prompt"),
         (["--conversations", "x"], "--conversations and --out go together"),
         (["Hi", "--out", "x"], "--conversations and --out go together"),
-        (["Hi", "--prompt-ids", "1"], "are asked one at a time"),
-        (["--prompt-ids", "1", "--no-system"], "--prompt-ids are the whole prompt"),
-        (["--prompt-ids", "1", "--stop", "x"], "--stop ends a text and --prompt-ids prints ids"),
+        (["Hi", "--prompt-ids", "1"], "give only one of PROMPT, --prompt-ids and --conversations"),
+        (["--prompt-ids", "1", "--no-system"], "--prompt-ids is the whole prompt"),
+        (["--prompt-ids", "1", "--stop", "x"], "--stop cuts a text and --prompt-ids prints ids"),
         (["Hi", "--chat-template", "llama3"], r"no special token <\|begin_of_text\|>"),
         (["Hi", "--mesh", "tensor=3,data=3"], "does not fit 8 cpu devices"),
         (["Hi", "--mesh", "context=2"], "'context=2' is no mesh.*fsdp=2,tensor=4"),
@@ -591,7 +594,7 @@ def test_logits_that_are_not_finite_are_told(made, run, tmp_path, asked):
     with pytest.raises(UserError, match=r"logits of .*nan in float32 are not finite"):
         run("Hi", checkpoint=path)
     arguments, out = asked
-    with pytest.raises(UserError, match="3 of 4 rows have no whole answer: the logits"):
+    with pytest.raises(UserError, match="3 of 4 rows have no complete answer: the logits"):
         run(*arguments, checkpoint=path)
     assert [row["finish"] for row in read_rows(out)] == ["not_finite"] * 3 + ["too_long"]
 
