@@ -23,11 +23,11 @@ from tokenizers import Tokenizer as Backend
 
 import moi_jax
 from moi_jax import generate
+from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.errors import UserError
-from moi_jax.convert import import_checkpoint
 from moi_jax.models.parameters import declare
 from moi_jax.sampling.chat import Chat, chat_on_terminal
 from moi_jax.sampling.conversation_file import read_conversations

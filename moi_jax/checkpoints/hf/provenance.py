@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moi_jax.checkpoints.hf.published import read_bytes
+from moi_jax.checkpoints.hf.safetensors_reader import read_bytes
 
 # LICENSE, LICENSE.txt, NOTICE.md, USE_POLICY.md, "Tongyi Qianwen LICENSE AGREEMENT", ...
 _CARRIED = re.compile(r"licen[cs]e|notice|copying|use_policy", re.IGNORECASE)

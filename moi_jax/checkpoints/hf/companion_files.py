@@ -12,7 +12,7 @@ from moi_jax.text.tokenizer import TiktokenTokenizer, Tokenizer
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def published_files(
+def companion_files(
     items: ModelItems, as_family: str | None, dtype: str, step: Path
 ) -> dict[str, str]:
     """Name -> text of all but the weights and the card, of a model read from `step`."""

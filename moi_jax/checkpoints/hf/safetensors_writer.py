@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moi_jax.checkpoints.hf.published import DTYPES
+from moi_jax.checkpoints.hf.safetensors_reader import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -38,7 +38,7 @@ def write_tensors(
     dtype: np.typing.DTypeLike,
     tensors: Iterable[tuple[str, np.ndarray]],
     limit: int,
-    wrote: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> None:
     """Writes the shards, and their index where they are several.
 
@@ -47,7 +47,7 @@ def write_tensors(
       dtype: float32, float16 or bfloat16; tensors are cast to it.
       tensors: each tensor of `shapes` once, in any order.
       limit: bytes of a shard.
-      wrote: called with the bytes of each tensor written.
+      progress: called with the bytes of each tensor written.
     """
     dtype = np.dtype(dtype)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
@@ -67,7 +67,7 @@ def write_tensors(
         with path.open("r+b") as shard:
             shard.seek(offset)
             shard.write(_bytes(tensor.astype(dtype, copy=False)))
-        wrote(sizes[name])
+        progress(sizes[name])
     assert not waiting, sorted(waiting)
     if len(shards) > 1:
         index = {
