@@ -41,7 +41,7 @@ def _generate(args: argparse.Namespace) -> None:
     from moi_jax.checkpoints.opener import open_checkpoint
     from moi_jax.common.log import show_logs
     from moi_jax.sampling.chat import start_chat
-    from moi_jax.sampling.conversation_file import answer_file, check_absent, read_conversations
+    from moi_jax.sampling.completion_file import check_absent, complete_file, read_conversations
     from moi_jax.sampling.generate import describe_cut, generate
     from moi_jax.sampling.requests import GenerationConfig
     from moi_jax.text.conversations import Message
@@ -69,7 +69,7 @@ def _generate(args: argparse.Namespace) -> None:
     )
     system = chosen_system(args, checkpoint.system_prompt)
     if rows:
-        answer_file(
+        complete_file(
             checkpoint, rows, args.out, config,
             system=system, slots=args.slots, context=args.context,
         )  # fmt: skip

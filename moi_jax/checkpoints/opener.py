@@ -80,14 +80,14 @@ def open_checkpoint(
         raise UserError(f"{step}: {error}") from None
     platform = devices[0].platform
     dtype = resolve_dtype(dtype, platform)
-    attention = choose_attention("auto", platform, placed_on)
+    bind, parameters = _read_model(step, items.model, dtype, platform, placed_on)
     return OpenCheckpoint(
         step=step,
         config=items.model,
-        parameters=read_parameters(step, items.model, dtype, placed_on),
+        parameters=parameters,
         tokenizer=tokenizer,
         prompts=items.prompts,
-        bind=make_model(items.model, Compute(dtype, attention=attention)),
+        bind=bind,
         mesh=placed_on,
         dtype=dtype,
     )
@@ -110,11 +110,19 @@ def load(
     Raises:
       UserError: `path` holds no checkpoint, or one whose template is rendered otherwise now.
     """
-    items = read_items(Path(path))
+    step = find_step(Path(path))
+    items = read_items(step)
     if chat_template is None and items.prompts["chat_template"] is not None:
         chat_template = saved_template(items.prompts, path, "chat_template")
-    parameters = read_parameters(Path(path), items.model, dtype, mesh)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    compute = Compute(dtype, attention=choose_attention("auto", platform, mesh))
-    model = make_model(items.model, compute)(parameters)
-    return model, Tokenizer.from_files(items.tokenizer, chat_template)
+    bind, parameters = _read_model(step, items.model, dtype, platform, mesh)
+    return bind(parameters), Tokenizer.from_files(items.tokenizer, chat_template)
+
+
+def _read_model(
+    step: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, platform: str, mesh: Mesh | None
+) -> tuple[Bind, Tree]:
+    """A function parameters -> model for the platform, and the parameters on the mesh."""
+    attention = choose_attention("auto", platform, mesh)
+    bind = make_model(config, Compute(dtype, attention=attention))
+    return bind, read_parameters(step, config, dtype, mesh)

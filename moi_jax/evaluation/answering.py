@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Answer, Item, Task
-from moi_jax.sampling.answer_log import AnswerLog, Place
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.requests import Request
+from moi_jax.sampling.response_log import ResponseKey, ResponseLog
 from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
@@ -20,7 +20,7 @@ def answer_items(
     items: Sequence[Item],
     model: ChatModel,
     options: Options,
-    log: AnswerLog,
+    log: ResponseLog,
     advance: Callable[[int], None],
 ) -> list[tuple[Item, Answer]]:
     """Every item's answer: those the log has, and the model's for the others.
@@ -38,13 +38,13 @@ def answer_items(
     return [(item, _answer(item, options, log)) for item in items]
 
 
-def places(item: Item, options: Options) -> list[Place]:
+def places(item: Item, options: Options) -> list[ResponseKey]:
     """Where an item's texts or likelihoods stand in the log."""
     count = len(item.choices) or (options.samples if not item.follow_ups else 0)
     return [(item.id, n) for n in range(count or 1 + len(item.follow_ups))]
 
 
-def _answer(item: Item, options: Options, log: AnswerLog) -> Answer:
+def _answer(item: Item, options: Options, log: ResponseLog) -> Answer:
     records = [log.found[place] for place in places(item, options)]
     finishes = tuple(record["finish"] for record in records)
     if item.choices:
@@ -58,7 +58,7 @@ def _ask(
     turn: int,
     model: ChatModel,
     options: Options,
-    log: AnswerLog,
+    log: ResponseLog,
     advance: Callable[[int], None],
 ) -> None:
     """One turn of all the items, in one go: the sampler keeps its slots filled."""
@@ -81,7 +81,7 @@ def _ask(
         advance(1)
 
 
-def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
+def _so_far(item: Item, turn: int, log: ResponseLog) -> list[Message]:
     """The conversation up to the user's message of a turn."""
     messages = list(item.messages)
     for number, question in enumerate(item.follow_ups[:turn]):
@@ -93,7 +93,7 @@ def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
 
 
 def _request(
-    task: Task, item: Item, place: Place, prompt: Sequence[int], options: Options
+    task: Task, item: Item, place: ResponseKey, prompt: Sequence[int], options: Options
 ) -> Request:
     temperature = options.temperature
     if temperature is None:
@@ -110,7 +110,7 @@ def _request(
 
 
 def _score_choices(
-    items: Sequence[Item], model: ChatModel, log: AnswerLog, advance: Callable[[int], None]
+    items: Sequence[Item], model: ChatModel, log: ResponseLog, advance: Callable[[int], None]
 ) -> None:
     pairs, waiting = [], []
     for item in items:

@@ -20,8 +20,8 @@ from moi_jax.evaluation.answering import answer_items, evenly_spaced, places
 from moi_jax.evaluation.options import Options
 from moi_jax.evaluation.protocol import Item, Task
 from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
-from moi_jax.sampling.answer_log import AnswerLog, json_line
 from moi_jax.sampling.chat_model import ChatModel
+from moi_jax.sampling.response_log import ResponseLog, json_line
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def run_task(
     items: Sequence[Item],
     model: ChatModel,
     options: Options,
-    log: AnswerLog,
+    log: ResponseLog,
     after_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Scored], int]:
     """Answers and scores of the items, and the number left out as too long (options.too_long).
@@ -86,7 +86,7 @@ def run_benchmarks(
         for task, _ in tasks:
             path = options.out / "answers" / f"{task.name}.jsonl"
             made = {**made_by, **_settings(task, model, options)}
-            logs.append(opened.enter_context(closing(AnswerLog(path, made))))
+            logs.append(opened.enter_context(closing(ResponseLog(path, made))))
         for (task, items), log in zip(tasks, logs, strict=True):
             asked = evenly_spaced(items, options.limit)
             scored, skipped = run_task(task, asked, model, options, log)

@@ -21,9 +21,9 @@ from moi_jax.evaluation.tasks import open_task
 from moi_jax.models.decoder import Bind
 from moi_jax.models.parameters import Tree
 from moi_jax.parallel.placing import batch_shards
-from moi_jax.sampling.answer_log import AnswerLog
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
-from moi_jax.sampling.sample_answers import make_sample_answers
+from moi_jax.sampling.response_log import ResponseLog
+from moi_jax.sampling.sample_completions import make_sample_completions
 
 # Those whose score needs the whole benchmark, or a judge.
 NO_SLICE = {"mt_bench", "teval"}
@@ -67,7 +67,7 @@ def make_evaluations(
     row_sums = make_row_sums(bind, mesh)
     samples = None
     if train.sample_prompts:
-        samples = make_sample_answers(
+        samples = make_sample_completions(
             train.sample_prompts,
             train.sample_max_new_tokens,
             config.data,
@@ -132,7 +132,7 @@ def make_benchmark(
         try:
             for task, items in asked:
                 after_each()
-                log = AnswerLog(None, {})
+                log = ResponseLog(None, {})
                 scored, skipped = run_task(task, items, model, options, log, after_each)
                 summary = summarize(task, scored, skipped, whole=False)
                 scores[f"eval/{task.name}/score"] = summary["score"]

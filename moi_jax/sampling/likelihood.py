@@ -16,7 +16,7 @@ from moi_jax.models.decoder import Bind
 from moi_jax.models.loss import token_scores
 from moi_jax.models.parameters import Tree
 from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated, round_up
-from moi_jax.sampling.rows import PREFILL_TOKENS
+from moi_jax.sampling.prefill import PREFILL_TOKENS
 
 # (context ids, continuation ids), neither of them empty.
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -30,7 +30,7 @@ from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.errors import UserError
 from moi_jax.models.parameters import declare
 from moi_jax.sampling.chat import Chat, chat_on_terminal
-from moi_jax.sampling.conversation_file import read_conversations
+from moi_jax.sampling.completion_file import read_conversations
 from moi_jax.sampling.sampler import Sampler
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
@@ -261,7 +261,9 @@ def test_a_file_goes_on_with_the_same_parameters_wherever_they_are(
     with pytest.raises(AssertionError):
         run(*arguments, checkpoint=moved)
     remade(made, path, 1)
-    with pytest.raises(UserError, match=r"out.jsonl.partial holds answers made otherwise \(param"):
+    with pytest.raises(
+        UserError, match=r"out.jsonl.partial holds answers made with other settings \(param"
+    ):
         run(*arguments, checkpoint=path)
     assert not out.exists()
 

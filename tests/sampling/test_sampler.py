@@ -22,10 +22,10 @@ from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import init_parameters, map_parameters, parameter_shardings
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.mesh import make_mesh
-from moi_jax.sampling.answer import Answer
-from moi_jax.sampling.choosing import Draws, choose
 from moi_jax.sampling.requests import Completion, Request
 from moi_jax.sampling.sampler import Sampler
+from moi_jax.sampling.text_stream import TextStream
+from moi_jax.sampling.token_sampling import SamplingParams, sample_tokens
 
 # Wide random weights: the likeliest token leads by far more than rounding moves a logit.
 MODEL = dataclasses.replace(
@@ -217,9 +217,11 @@ def test_draws_depend_on_seed_and_index_alone(parameters):
 
 def drawn(logits, temperature, top_k, top_p, count=4000):
     """How often each id is chosen over so many seeds, as shares."""
-    draws = Draws(*(jnp.full(count, x) for x in (temperature, top_k, top_p)), jnp.arange(count))
+    params = SamplingParams(
+        *(jnp.full(count, x) for x in (temperature, top_k, top_p)), jnp.arange(count)
+    )
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    ids = jax.jit(choose)(rows, draws, jnp.zeros(count, jnp.int32))
+    ids = jax.jit(sample_tokens)(rows, params, jnp.zeros(count, jnp.int32))
     return np.bincount(ids, minlength=len(logits)) / count
 
 
@@ -430,7 +432,7 @@ def bytes_as_text(ids):
 def test_what_is_shown_is_the_text_and_no_stop_string(text, stops, pieces):
     """Tokens are bytes, so characters come in parts; they arrive in groups of any size."""
     shown = []
-    answer = Answer(Request([0], stop_strings=tuple(stops)), bytes_as_text, shown.append)
+    answer = TextStream(Request([0], stop_strings=tuple(stops)), bytes_as_text, shown.append)
     rest, stopped = list(text.encode()), False
     while rest and not stopped:
         count = pieces.pop() if pieces else 2
@@ -440,7 +442,7 @@ def test_what_is_shown_is_the_text_and_no_stop_string(text, stops, pieces):
     found = [text.find(stop) + len(stop) for stop in stops if stop and stop in text]
     assert stopped == bool(found)
     expected = text[: min(found)] if found else text
-    completion = answer.finished("stop" if stopped else "length")
+    completion = answer.complete("stop" if stopped else "length")
     assert bytes(completion.tokens) == expected.encode()
     if found:
         expected = expected[: min(expected.find(s) for s in stops if s and s in expected)]
@@ -450,7 +452,7 @@ def test_what_is_shown_is_the_text_and_no_stop_string(text, stops, pieces):
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end():
     shown = []
-    answer = Answer(Request([0]), bytes_as_text, shown.append)
+    answer = TextStream(Request([0]), bytes_as_text, shown.append)
     assert not answer.add([*b"ab", 0xE2, 0x82])
     assert shown == ["ab"]
-    assert answer.finished("length").text == "ab\ufffd" == "".join(shown)
+    assert answer.complete("length").text == "ab\ufffd" == "".join(shown)

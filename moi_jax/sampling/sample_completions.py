@@ -1,4 +1,4 @@
-"""Sample answers of a run: each prompt under its domain's own and under the default prompt."""
+"""Sample completions of a run: each question with its domain's system prompt and the default."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import Tokenizer
 
 
-def make_sample_answers(
+def make_sample_completions(
     samples: tuple[config.SamplePrompt, ...],
     max_new_tokens: int,
     data: config.Data,
@@ -25,7 +25,7 @@ def make_sample_answers(
     model: ModelConfig,
     mesh: Mesh,
 ) -> Callable[[Tree], list[dict[str, str]]]:
-    """A function from parameters to the answers, one object each as samples.jsonl holds them."""
+    """A function parameters -> completions, one object each, as samples.jsonl holds them."""
     domains = {domain.name: domain for domain in data.domains}
     asked, prompts = [], []
     for question in samples:

@@ -1,4 +1,4 @@
-"""A file of conversations, each answered: a JSON object a line, and again with the answer."""
+"""A file of conversations and their completions: JSON Lines in, JSON Lines out."""
 
 import dataclasses
 import logging
@@ -15,9 +15,9 @@ from moi_jax.common.whole_files import write_whole
 from moi_jax.data.sources.formats import FORMATS, to_chat
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.data.sources.turns import text_of
-from moi_jax.sampling.answer_log import AnswerLog, json_line
 from moi_jax.sampling.generate import default_context, make_request, not_finite, open_sampler
 from moi_jax.sampling.requests import Completion, GenerationConfig
+from moi_jax.sampling.response_log import ResponseLog, json_line
 from moi_jax.text.conversations import BadRow, Message
 from moi_jax.text.rendering import render_prompt
 
@@ -27,18 +27,18 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A row as it stands in the file, and the messages the model goes on from."""
+class ConversationRow:
+    """A row as it stands in the file, and the messages that the model answers."""
 
     content: Json
     messages: tuple[Message, ...]
 
 
-def read_conversations(path: Path) -> list[Row]:
-    """The rows of a file in the format `messages`, each ended by a user's message.
+def read_conversations(path: Path) -> list[ConversationRow]:
+    """The rows of a file in the format `messages`, each with a user's message last.
 
     Raises:
-      UserError: there is no such file, it has no row, or one is malformed (says which).
+      UserError: there is no such file, it has no rows, or a row is malformed.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; name one with a JSON object a line")
@@ -52,18 +52,18 @@ def read_conversations(path: Path) -> list[Row]:
         if not messages or messages[-1].role != "user" or not isinstance(content["messages"], list):
             raise UserError(
                 f'{path}:{raw.line}: the row is not {{"messages": [...]}} with a user\'s message '
-                f"last, which is what a model answers"
+                f"last; only such a row can be answered"
             )
-        rows.append(Row(content, messages))
+        rows.append(ConversationRow(content, messages))
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
 
 
 def _with_empty_system(messages: tuple[Message, ...], content: Json) -> tuple[Message, ...]:
-    """The messages under the row's own system prompt, be it blank.
+    """The messages with the row's own system prompt, even if it is blank.
 
-    In training a blank one is none and is dropped; here it would give way to the default prompt.
+    Training drops a blank one; here the default prompt would take its place.
     """
     if messages and messages[0].role == "system":
         return messages
@@ -76,44 +76,50 @@ def _with_empty_system(messages: tuple[Message, ...], content: Json) -> tuple[Me
 
 
 def check_absent(path: Path) -> None:
+    """Raises UserError if the file exists already."""
     if path.exists():
         raise UserError(f"{path} exists; name a new file, nothing is overwritten")
 
 
-class AnsweredFile:
-    """The rows with their answers: written whole, and kept beside until then.
+class CompletionFile:
+    """The rows with their answers, written when all are there.
 
-    What a killed command had answered stands in PATH.partial; the same command goes on from it.
+    Until then PATH.partial holds the answers so far; after a kill, the same command continues.
     """
 
     def __init__(
-        self, path: Path, rows: Sequence[Row], prompts: Sequence[list[int]], made_by: Json
+        self,
+        path: Path,
+        rows: Sequence[ConversationRow],
+        prompts: Sequence[list[int]],
+        made_by: Json,
     ):
         """
         Args:
-          path: not there, see `check_absent`.
-          prompts: of the rows.
-          made_by: what must be the same when it goes on.
+          path: must not exist, see `check_absent`.
+          prompts: token ids of each row's prompt.
+          made_by: the settings, which must be the same when a file is continued.
 
         Raises:
-          UserError: `path` cannot be written, or its partial file was made otherwise.
+          UserError: `path` cannot be written, or its partial file has other settings.
         """
         self._path, self._rows, self._prompts = path, rows, prompts
         self.partial = path.with_name(f"{path.name}.partial")
-        self._log = AnswerLog(self.partial, made_by)
+        self._log = ResponseLog(self.partial, made_by)
 
     def waiting(self) -> list[int]:
-        """The rows without an answer."""
+        """Numbers of the rows that have no answer yet."""
         return [
             n for n, prompt in enumerate(self._prompts) if not self._log.has((str(n), 0), prompt)
         ]
 
     def add(self, row: int, completion: Completion) -> None:
+        """Saves the answer of a row."""
         answer = {"text": completion.text, "finish": completion.finish}
         self._log.add((str(row), 0), self._prompts[row], **answer)
 
     def finish(self) -> dict[str, int]:
-        """Writes the file, all rows answered; returns how often answers ended in which way."""
+        """Writes the file once all rows are answered; returns how often each `finish` occurred."""
         self._log.close()
         counts: dict[str, int] = {}
         lines = []
@@ -130,14 +136,14 @@ class AnsweredFile:
             raise cannot_write(self._path, error) from None
         return counts
 
-    def _answered(self) -> Iterator[tuple[Row, Json]]:
+    def _answered(self) -> Iterator[tuple[ConversationRow, Json]]:
         for number, row in enumerate(self._rows):
             yield row, self._log.found[str(number), 0]
 
 
-def answer_file(
+def complete_file(
     checkpoint: OpenCheckpoint,
-    rows: Sequence[Row],
+    rows: Sequence[ConversationRow],
     out: Path,
     config: GenerationConfig,
     *,
@@ -167,7 +173,7 @@ def answer_file(
         "context": context,
         **settings,
     }
-    answers = AnsweredFile(out, rows, prompts, made_by)
+    answers = CompletionFile(out, rows, prompts, made_by)
     waiting = answers.waiting()
     if len(waiting) < len(rows):
         log.info(f"{len(rows) - len(waiting)} of {len(rows)} rows were answered before")
