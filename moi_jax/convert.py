@@ -1,4 +1,4 @@
-"""python -m moi_jax.convert import|export|verify: published weights in and out, and the proof."""
+"""python -m moi_jax.convert import|export|verify: import, export and check published weights."""
 
 import argparse
 import ctypes
@@ -22,29 +22,32 @@ def main() -> int:
     importer = commands.add_parser(
         "import",
         help="published weights -> checkpoint",
-        description="Reads config.json, *.safetensors and the tokenizer of a directory, or a .gguf "
-        "file, and writes a checkpoint. Licence files come along.",
+        description="Reads a directory with config.json, *.safetensors and a tokenizer, or a .gguf "
+        "file, and writes a checkpoint. Licence files are copied too.",
     )
     importer.add_argument("source", type=Path, metavar="SRC", help="directory or .gguf file")
-    importer.add_argument("--out", type=Path, required=True, metavar="CKPT", help="written whole")
+    importer.add_argument("--out", type=Path, required=True, metavar="CKPT", help="must not exist")
     importer.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="where tokenizer files are, if not in SRC"
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="directory of the tokenizer files, if they are not in SRC",
     )
     importer.add_argument(
-        "--dtype", choices=DTYPES, help="of the stored parameters (default: as published)"
+        "--dtype", choices=DTYPES, help="dtype of the stored parameters (default: as published)"
     )
     importer.set_defaults(run=_import)
 
     exporter = commands.add_parser(
         "export",
         help="checkpoint -> published layout",
-        description="Writes safetensors, config.json, tokenizer, chat template and model card of a "
-        "checkpoint or a run (its newest step; the parameters only).",
+        description="Writes the parameters of a checkpoint, or of the newest step of a run, as "
+        "safetensors with config.json, tokenizer, chat template and model card.",
     )
     exporter.add_argument("checkpoint", type=Path, metavar="CKPT")
-    exporter.add_argument("--out", type=Path, required=True, metavar="DIR", help="written whole")
+    exporter.add_argument("--out", type=Path, required=True, metavar="DIR", help="must not exist")
     exporter.add_argument(
-        "--dtype", choices=DTYPES, help="of the published tensors (default: as stored)"
+        "--dtype", choices=DTYPES, help="dtype of the published tensors (default: as stored)"
     )
     exporter.add_argument(
         "--max-shard-size", type=parse_size, default=5 * 10**9, metavar="SIZE", help="default: 5GB"
@@ -53,12 +56,14 @@ def main() -> int:
         "--as",
         dest="as_family",
         choices=["qwen2"],
-        help="Qwen v1 by the names of Qwen2, for tools without Qwen v1",
+        help="write Qwen v1 with the names of Qwen2, for tools that do not know Qwen v1",
     )
     exporter.add_argument(
-        "--push", metavar="REPO", help="then upload DIR as a new private repository; needs HF_TOKEN"
+        "--push", metavar="REPO", help="upload DIR as a new private repository; needs HF_TOKEN"
     )
-    exporter.add_argument("--public", action="store_true", help="with --push: for all to see")
+    exporter.add_argument(
+        "--public", action="store_true", help="with --push: make the repository public"
+    )
     exporter.set_defaults(run=_export)
 
     verifier = commands.add_parser(
@@ -69,9 +74,11 @@ def main() -> int:
     )
     verifier.add_argument("checkpoint", type=Path, metavar="CKPT")
     verifier.add_argument("--against", type=Path, required=True, metavar="DIR")
-    verifier.add_argument("--json", action="store_true", help="the report as one JSON object")
+    verifier.add_argument("--json", action="store_true", help="print the report as one JSON object")
     verifier.add_argument(
-        "--tensors-only", action="store_true", help="no logits: whole models do not fit here"
+        "--tensors-only",
+        action="store_true",
+        help="do not compare logits, which needs the whole model in memory",
     )
     verifier.set_defaults(run=_verify)
 
@@ -87,10 +94,10 @@ def main() -> int:
 
 
 def _return_freed_memory() -> None:
-    """Has glibc give every buffer over 1 MB back to the system when it is freed.
+    """Makes glibc return every buffer over 1 MB to the system when it is freed.
 
-    By itself it soon keeps those of up to 32 MB, and the chunks of one conversion after another
-    then leave holes of gigabytes. Elsewhere than on Linux with glibc nothing happens.
+    By default it soon keeps buffers of up to 32 MB, and the chunks of a conversion then leave
+    gigabytes of holes. Does nothing on systems without glibc.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)

@@ -1,4 +1,4 @@
-"""A checkpoint as a benchmark meets it: conversations in, texts and likelihoods out."""
+"""A model as benchmarks use it: conversations in, texts and likelihoods out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from moi_jax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ChatModel:
-    """Parameters with what makes them answer.
+    """Parameters with everything that is needed to generate and to score.
 
     Attributes:
-      system_prompt: of every conversation that brings none of its own; None for no system block.
+      system_prompt: of every conversation without one of its own; None for no system block.
     """
 
     sampler: Sampler
@@ -30,7 +30,7 @@ class ChatModel:
     system_prompt: str | None
 
     def prompt(self, messages: Sequence[Message], *, system_block: bool = True) -> list[int]:
-        """The ids that a model answers, under the conversation's own system prompt or ours."""
+        """The token ids of the prompt, with the conversation's own system prompt or ours."""
         return render_prompt(messages, self.tokenizer, self.system_prompt if system_block else None)
 
 
@@ -44,7 +44,7 @@ def make_chat_model(
     context: int | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[Tree], ChatModel]:
-    """A function parameters -> `ChatModel`: compiled programs are shared by all that it makes.
+    """A function parameters -> `ChatModel`; all models that it makes share compiled programs.
 
     Args:
       bind: parameters -> model.

@@ -260,8 +260,8 @@ def with_another_width(step):
     ("damage", "message"),
     [
         (lambda step: shutil.rmtree(step / "parameters"), "is no checkpoint"),
-        (without_files_of_the_store, "is damaged or not whole"),
-        (lambda step: (step / "model" / "metadata").write_text("{"), "is damaged or not whole"),
+        (without_files_of_the_store, "is damaged or incomplete"),
+        (lambda step: (step / "model" / "metadata").write_text("{"), "is damaged or incomplete"),
         (with_another_width, "layers.down has shape"),
     ],
 )
@@ -361,7 +361,7 @@ def test_a_repository_that_exists_is_left_alone_and_the_export_is_kept(
     imported, tmp_path, hub, monkeypatch
 ):
     monkeypatch.setattr(hub, "taken", True)
-    with pytest.raises(UserError, match="is written, but was not uploaded as me/model: 409"):
+    with pytest.raises(UserError, match="is written but was not uploaded as me/model: 409"):
         push(imported, tmp_path, monkeypatch)
     assert (tmp_path / "out" / "config.json").exists()
 

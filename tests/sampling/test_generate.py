@@ -405,7 +405,7 @@ def test_a_full_context_forgets_the_oldest_exchanges_and_no_more(monkeypatch, fr
     spy.type("1", "2", "3")
     assert spy.prompts[1] == spy.prompt("1", "a", "2")
     assert spy.prompts[2] == (everything if free == 10 else spy.prompt("2", "a", "3"))
-    told = "(the context is full; exchanges forgotten, oldest first: 1)"
+    told = "(the context is full; oldest exchanges dropped: 1)"
     assert (told in spy.notes) == (free < 10)
 
 

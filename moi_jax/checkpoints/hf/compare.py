@@ -13,7 +13,7 @@ from moi_jax.text.tokenizer import Tokenizer
 Report = dict[str, Any]
 
 PROMPT_TOKENS = 500
-# The packed batch: where the segments of each row begin, as shares of it.
+# Where the segments of each row of the packed batch begin, as shares of the row.
 PACKED = ((0, 3 / 8), (0, 1 / 6, 3 / 4))
 TEXT = """\
 Please read the notes below and answer each of the questions in turn.
@@ -33,17 +33,17 @@ its result to a reader who has never seen JSON. Name two things which it does no
 
 
 def prompt_ids(tokenizer: Tokenizer, longest: int) -> np.ndarray:
-    """int32[S]: PROMPT_TOKENS of the fixed text (begun again where it is too short), or fewer.
+    """int32[S]: PROMPT_TOKENS ids of the fixed text, which is repeated if it is too short.
 
     Args:
-      longest: no more tokens than that.
+      longest: the most ids to return.
     """
     ids = tokenizer.encode(TEXT)
     return np.resize(np.array(ids, np.int32), min(PROMPT_TOKENS, longest))
 
 
 def batches(ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, segment_ids), both int32[B, S]: the prompt by itself, then the packed batch."""
+    """Yields (tokens, segment_ids), both int32[B, S]: the prompt alone, then the packed batch."""
     yield ids[None], np.ones((1, len(ids)), np.int32)
     length = len(ids) // 2
     rows = np.resize(ids, (len(PACKED), length))
@@ -63,6 +63,7 @@ def compare_configs(ours: ModelConfig, theirs: ModelConfig) -> Report:
 
 
 def total_bytes(files: TensorFiles) -> int:
+    """Bytes of all tensors, for a progress bar."""
     return sum(
         int(np.prod(header.shape)) * header.dtype.itemsize for header in files.headers.values()
     )
@@ -74,13 +75,13 @@ def compare_tensors(
     ignored: Collection[str],
     progress: Callable[[int], None],
 ) -> Report:
-    """Accounts for every tensor of both.
+    """Compares every tensor of both sides, bit by bit.
 
     Args:
-      ignored: names of published tensors that say nothing the others do not.
+      ignored: names of published tensors that only repeat others.
 
-    Values are equal bit by bit. Where ours have another dtype, theirs are cast to it first, and
-    such a match is counted as `cast` too.
+    If our tensor has another dtype, theirs is cast to it first; such a match is counted as
+    `cast` too.
 
     Returns:
       matched and cast (counts), missing (names that only the published files have), unexpected
@@ -113,7 +114,7 @@ def compare_tensors(
 
 
 def _different(ours: np.ndarray, theirs: np.ndarray) -> Report | None:
-    """None where all bits are equal."""
+    """How many values differ, and by how much; None if all bits are equal."""
     bits = np.dtype(f"u{ours.dtype.itemsize}")
     unequal = np.ascontiguousarray(ours).view(bits) != np.ascontiguousarray(theirs).view(bits)
     count = int(np.count_nonzero(unequal))
@@ -126,15 +127,15 @@ def _different(ours: np.ndarray, theirs: np.ndarray) -> Report | None:
 def compare_logits(
     ours: list[np.ndarray], ids: np.ndarray, directory: Path, dtype: np.dtype
 ) -> Report:
-    """Logits of both batches against transformers' model of `directory`, all in float32.
+    """Compares logits of both batches with transformers' model of `directory`, all in float32.
 
     Args:
       ours: float32 logits [B, S, V] of each of `batches(ids)`.
-      dtype: our stored dtype, which the published weights are rounded to first.
+      dtype: our stored dtype; the published weights are rounded to it first.
 
     Returns:
-      max_abs and mean_kl over all, the same of `prompt` and `packed`, `largest` (absolute logit),
-      and `top5`: the likeliest next tokens of the prompt.
+      max_abs and mean_kl over all, and of `prompt` and `packed` alone; `largest` (absolute logit);
+      `top5` (the likeliest next tokens of the prompt).
     """
     reference = _reference(directory, dtype)
     theirs = []

@@ -1,4 +1,4 @@
-"""Published checkpoints as they are read: a directory of safetensors shards, or a .gguf file."""
+"""Reading published checkpoints: a directory of safetensors shards, or a .gguf file."""
 
 import json
 import math
@@ -17,13 +17,13 @@ from moi_jax.models.parameters import Tree, map_parameters
 
 
 class PublishedCheckpoint(ABC):
-    """A published checkpoint whose tensors are exactly those of its architecture.
+    """A published checkpoint that holds exactly the tensors of its architecture.
 
     Attributes:
       config: the architecture.
       dtypes: name -> dtype of every tensor.
-      token_ids: bos_token_id and its like, as the configuration has them.
-      tokenizer_files: where it carries a tokenizer itself (GGUF), its files; else none.
+      token_ids: bos_token_id and the like, as config.json has them.
+      tokenizer_files: name -> text, if the weight file itself holds a tokenizer (GGUF).
     """
 
     config: ModelConfig
@@ -33,17 +33,17 @@ class PublishedCheckpoint(ABC):
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in its published layout."""
+        """One tensor in its published layout."""
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         shapes = published_shapes(self.config)
         return sum(math.prod(shape) * self.dtypes[n].itemsize for n, shape in shapes.items())
 
     @property
     def common_dtype(self) -> np.dtype:
-        """That of all tensors; float32, which holds any of them, where they are mixed."""
+        """The dtype of all tensors; float32, which holds any of them, if they are mixed."""
         found = set(self.dtypes.values())
         return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
@@ -79,7 +79,7 @@ class SafetensorsCheckpoint(PublishedCheckpoint):
         if of is not None and not np.array_equal(self.read(name), self.read(of)):
             raise UserError(
                 f"{self._files.headers[name].path}: {name} is not {of}, though config.json ties "
-                f"them; which of the two is the model's is not known"
+                f"them; correct tie_word_embeddings or remove one of the two"
             )
 
 
@@ -110,10 +110,10 @@ class GgufPublished(PublishedCheckpoint):
 
 
 def open_published(source: Path) -> PublishedCheckpoint:
-    """A published checkpoint, checked by its headers; no weights are read yet.
+    """Opens a published checkpoint and checks its headers; weights are not read yet.
 
     Raises:
-      UserError: naming the file, when one is missing or damaged, or when the tensors are not
+      UserError: a file is missing or damaged (the message names it), or the tensors are not
         exactly those of the architecture in config.json.
     """
     if source.suffix == ".gguf" and source.is_file():
@@ -121,7 +121,7 @@ def open_published(source: Path) -> PublishedCheckpoint:
     if source.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise UserError(f"{source}: pickled weights can run code and are not read; use safetensors")
     if not source.is_dir():
-        raise UserError(f"{source} is no directory and no .gguf file; name a published checkpoint")
+        raise UserError(f"{source} is no directory and no .gguf file; give a published checkpoint")
     return SafetensorsCheckpoint(source)
 
 

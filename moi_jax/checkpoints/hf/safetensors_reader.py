@@ -10,7 +10,7 @@ import safetensors
 
 from moi_jax.common.errors import UserError
 
-# The names in the headers of safetensors; weights in any other are quantised.
+# Dtypes by their names in safetensors headers; weights with any other are quantised.
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -32,13 +32,14 @@ class TensorFiles:
     """
 
     def __init__(self, directory: Path):
-        """Raises UserError, naming the file, when one is missing or damaged."""
+        """Raises UserError if a file is missing or damaged; the message names it."""
         self.headers = _headers(directory)
 
     def read(self, name: str) -> np.ndarray:
+        """One tensor; raises UserError if its file cannot be read."""
         path = self.headers[name].path
         try:
-            # Opened for each tensor: the pages of a mapped file count as ours until it is closed.
+            # Opened for each tensor: pages of a mapped file count as our memory until it closes.
             with safetensors.safe_open(path, framework="numpy") as shard:
                 return shard.get_tensor(name)
         except (safetensors.SafetensorError, OSError) as error:
@@ -46,17 +47,17 @@ class TensorFiles:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Raises UserError, naming the file, when it cannot be read."""
+    """The content of a file; raises UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name a directory with {path.name}") from None
+        raise UserError(f"{path} does not exist; give a directory with {path.name}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _headers(directory: Path) -> dict[str, Header]:
-    """Every tensor of a directory, each file opened once to see that it is whole."""
+    """The headers of all tensors in a directory; opens each file to check that it is complete."""
     index_path = directory / "model.safetensors.index.json"
     indexed = _weight_map(index_path) if index_path.is_file() else None
     if indexed is None:
@@ -82,7 +83,7 @@ def _headers(directory: Path) -> dict[str, Header]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, as an index says."""
+    """Tensor name -> file name, from an index file."""
     try:
         weight_map: Any = json.loads(read_bytes(path))["weight_map"]
         pairs = {str(name): str(file) for name, file in weight_map.items()}

@@ -24,8 +24,8 @@ from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.common.progress import byte_bar
 from moi_jax.models.config import ModelConfig, in_family, read_hf_config
 
-# Of the logits' own size: float32 in another order of summation stays below it in models of any
-# depth we tried, and a mistaken detail of the architecture does not.
+# Relative to the largest logit. float32 sums in another order stay below it at every depth we
+# tried; a wrong detail of the architecture does not.
 LOGITS_BAR = 2e-5
 KL_BAR = 1e-7
 
@@ -78,20 +78,20 @@ def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = Fa
 
 
 def _why_no_reference(config: ModelConfig) -> str | None:
-    """Why there are no other logits to compare with; None where there are."""
+    """Why transformers can give no logits to compare with; None if it can."""
     for library in ("torch", "transformers"):
         if importlib.util.find_spec(library) is None:
             return f"{library} is not installed (pip install 'moi_jax[parity]')"
     if config.family == "qwen_v1":
         return (
-            "transformers has no Qwen v1; export with --as qwen2 and verify against that, which is "
-            "equal up to the model's seq_length"
+            "transformers has no Qwen v1; export with --as qwen2 and verify against the result, "
+            "which is equal up to the model's seq_length"
         )
     return None
 
 
 def verdict(report: Report) -> str:
-    """equal or different, by the tensors, the configuration and what logits there are."""
+    """equal or different, judged by the tensors, the configuration, and the logits if compared."""
     tensors, logits = report["tensors"], report["logits"]
     unequal = [report["config"], *(tensors[k] for k in ("missing", "unexpected", "mismatched"))]
     if logits["max_abs"] is not None:
@@ -101,7 +101,7 @@ def verdict(report: Report) -> str:
 
 
 def describe(report: Report) -> str:
-    """The report as lines for people."""
+    """The report as text for people."""
     tensors, logits = report["tensors"], report["logits"]
     lines = [f"{report['checkpoint']} against {report['against']}"]
     for field, values in report["config"].items():
