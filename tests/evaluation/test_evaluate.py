@@ -200,7 +200,7 @@ def test_a_full_disk_is_told_and_the_answers_before_are_kept(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot write .*echo.jsonl.*The answers before are"):
+        with pytest.raises(UserError, match=r"cannot write .*echo.jsonl.*The earlier answers are"):
             log.add(("1", 0), [1], text="x" * 100, finish="stop")  # torn by the limit
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

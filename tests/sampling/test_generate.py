@@ -31,6 +31,8 @@ from moi_jax.common.errors import UserError
 from moi_jax.models.parameters import declare
 from moi_jax.sampling.chat import Chat, chat_on_terminal
 from moi_jax.sampling.completion_file import read_conversations
+from moi_jax.sampling.generate import generate as generate_function
+from moi_jax.sampling.requests import GenerationConfig
 from moi_jax.sampling.sampler import Sampler
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
@@ -141,6 +143,17 @@ def test_of_sampling_among_the_single_likeliest_greedy_is_left(run, oracle):
     hot, greedy = ("--no-system", "--temperature", 2), oracle("Hi", system=None) + "\n"
     assert run("Hi", *SHORT, *hot, "--top-k", 1) == greedy
     assert run("Hi", *SHORT, *hot, "--top-p", 1e-6) == greedy
+
+
+def test_generate_is_a_library_function_that_prints_nothing(made, oracle, capsys):
+    checkpoint = open_checkpoint(made, devices=jax.devices()[:1])
+    messages = [Message("user", "Hi")]
+    prompt = render_prompt(messages, checkpoint.tokenizer, checkpoint.system_prompt)
+    shown: list[str] = []
+    config = GenerationConfig(max_new_tokens=COUNT)
+    completion = generate_function(checkpoint, prompt, config, on_text=shown.append)
+    assert completion.text == "".join(shown) == oracle("Hi")
+    assert capsys.readouterr().out == ""
 
 
 def test_every_command_of_the_page_runs(run, tmp_path, monkeypatch):
