@@ -21,9 +21,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from moi_jax.checkpoints.hf.published import TensorFiles
+from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles
+from moi_jax.checkpoints.hf.safetensors_writer import write_tensors
 from moi_jax.checkpoints.hf.weights import published_shapes
-from moi_jax.checkpoints.hf.writer import write_tensors
 from moi_jax.models.config import ModelConfig, to_hf_config
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moi_jax.checkpoints.hf.published import read_published
+from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.models import rotary
 from moi_jax.models.decoder import make_model

@@ -22,9 +22,9 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.common.errors import run_command
-from moi_jax.convert import export_checkpoint
 from moi_jax.evaluation.harness.adapter import CheckpointLM
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, evenly_spaced

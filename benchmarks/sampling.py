@@ -88,7 +88,7 @@ def torch_answers(model: Any, prompts: list[list[int]], new_tokens: int) -> list
 def our_answers(
     sampler: Sampler, parameters: Tree, prompts: list[list[int]], new_tokens: int
 ) -> list[list[int]]:
-    requests = [Request(prompt, new_tokens) for prompt in prompts]
+    requests = [Request(prompt, max_new_tokens=new_tokens) for prompt in prompts]
     return [list(answer.tokens) for _, answer in sorted(sampler.run(parameters, requests))]
 
 

@@ -93,7 +93,7 @@ def main() -> int:
             decode=tokenizer.decode,
         )
         parameters = read_parameters(out, items.model, "float32", None)
-        requests = [Request(prompt, NEW_TOKENS) for prompt in prompts]
+        requests = [Request(prompt, max_new_tokens=NEW_TOKENS) for prompt in prompts]
         for index, answer in sorted(sampler.run(parameters, requests)):
             print(f"\nuser: {QUESTIONS[index]}\nassistant: {answer.text}")
         tokens = np.array([prompts[0]], np.int32)

@@ -2,23 +2,14 @@
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moi_jax.common.errors import UserError, run_command
 from moi_jax.config.load import load_config
 
-if TYPE_CHECKING:
-    from moi_jax.data.dataset import Dataset
-    from moi_jax.data.planning.run import RunPlan
-
-log = logging.getLogger(__name__)
-
-
 ROWS = 2  # shown when neither --rows nor --row is given
-# Options that go with one way to look alone.
+# Options that go with another one only.
 ONLY_WITH = {"json": "stats", "histogram": "stats", "seed": "audit"}
 
 
@@ -30,31 +21,40 @@ def main() -> int:
     from moi_jax.common.log import show_logs
     from moi_jax.data.dataset import open_dataset
     from moi_jax.data.preview.picture import check_picture
+    from moi_jax.data.preview.preview import audit_rows, save_picture, show_rows, show_statistics
 
     for picture in (args.png, args.histogram):
         if picture:
             check_picture(picture)
-    # Any text may stand in the data, whatever the terminal's encoding can show.
+    # The data may hold any character, and the terminal's encoding may not.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     show_logs(stderr=True)  # standard output is for what was asked for
     experiment = open_experiment(config)
     dataset = open_dataset(experiment.config, experiment.tokenizer)
-    run = dataset.plan()
+    first = args.row or 0
     if args.stats:
         show_logs(stderr=bool(args.json))
-        _show_statistics(dataset, run, args)
+        statistics = show_statistics(dataset, args.histogram)
+        if args.json:
+            print(json.dumps(statistics, indent=2))
     elif args.audit:
-        return _audit(dataset, run, args.audit, args.seed or 0)
+        count, difference = audit_rows(dataset, args.audit, args.seed or 0)
+        length = dataset.config.data.sequence_length
+        print(f"audit: {difference or f'{count} rows of {length} tokens equal'}")
+        return 1 if difference else 0
+    elif args.png:
+        save_picture(dataset, first, args.png)
+        print(f"row {first} drawn in {args.png}")
     else:
-        _show_rows(dataset, run, args)
+        show_rows(dataset, first, args.rows or (ROWS if args.row is None else 1))
     return 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m moi_jax.preview",
-        description="Shows rows as they are trained on, by default their text in the terminal; "
-        "what carries loss is green, or between brackets where there is no colour.",
+        description="Shows rows as the model is trained on them, by default as text in the "
+        "terminal. Text that carries loss is green, or in brackets where there is no colour.",
         epilog="Exit status: 0 done, 2 your mistake (one line says which), 1 a fault of ours, "
         "such as a difference that --audit finds.",
     )
@@ -62,7 +62,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
     )
-    parser.add_argument("--rows", type=_positive, metavar="N", help=f"how many rows ({ROWS})")
+    parser.add_argument(
+        "--rows", type=_positive, metavar="N", help=f"how many rows (default: {ROWS})"
+    )
     parser.add_argument(
         "--row", type=_count, metavar="R", help="the first row to show, by its number in the run"
     )
@@ -71,37 +73,40 @@ def _arguments() -> argparse.Namespace:
         "--png",
         type=Path,
         metavar="FILE",
-        help="draw row R (0) and its attention mask; a FILE.svg becomes SVG",
+        help="draw row R (default: 0) and its attention mask, as PNG, or as SVG for a FILE.svg",
     )
     ways.add_argument(
         "--stats",
         action="store_true",
-        help="sources, drops, lengths and the mixture of the first epoch, asked and planned",
+        help="sources, drops, lengths, and the mixture of the first epoch, as asked and as planned",
     )
     ways.add_argument(
         "--audit",
         type=_positive,
         metavar="N",
-        help="derive N random rows anew from the raw files, slowly, and compare every token",
+        help="derive N random rows again from the raw files, slowly, and compare every token",
     )
     parser.add_argument(
         "--json",
         action="store_true",
         default=None,
-        help="with --stats: the figures alone on standard output",
+        help="with --stats: only the figures on standard output, as JSON",
     )
     parser.add_argument(
-        "--histogram", type=Path, metavar="FILE", help="with --stats: draw the lengths"
+        "--histogram",
+        type=Path,
+        metavar="FILE",
+        help="with --stats: draw the lengths",
     )
-    parser.add_argument("--seed", type=_count, help="with --audit: chooses the rows (0)")
+    parser.add_argument("--seed", type=_count, help="with --audit: chooses the rows (default: 0)")
     args = parser.parse_intermixed_args()
     for option, way in ONLY_WITH.items():
         if getattr(args, option) is not None and not getattr(args, way):
-            raise UserError(f"--{option} goes with --{way}; add it or leave --{option} out")
+            raise UserError(f"--{option} needs --{way}; add it or leave out --{option}")
     if args.rows and (args.png or args.stats or args.audit):
-        raise UserError("--rows is for rows in the terminal; leave it out")
+        raise UserError("--rows shows rows in the terminal; leave it out")
     if args.row is not None and (args.stats or args.audit):
-        raise UserError("--row is for rows in the terminal and --png; leave it out")
+        raise UserError("--row chooses a row for the terminal or --png; leave it out")
     return args
 
 
@@ -115,59 +120,6 @@ def _count(text: str) -> int:
     if (number := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text} is below 0")
     return number
-
-
-def _show_rows(dataset: "Dataset", run: "RunPlan", args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from moi_jax.data.preview.picture import draw_row
-    from moi_jax.data.preview.row import print_legend, print_row, view_row
-
-    source, first = dataset.row_source(run), args.row or 0
-    if first >= run.total_rows:
-        raise UserError(f"--row {first} is past the run's last row, {run.total_rows - 1}")
-    if args.png:
-        draw_row(view_row(source, first), args.png)
-        print(f"row {first} drawn in {args.png}")
-        return
-    console = Console()
-    print_legend(console)
-    rows = args.rows or (ROWS if args.row is None else 1)
-    for row in range(first, min(first + rows, run.total_rows)):
-        print()
-        print_row(view_row(source, row), dataset.tokenizer, console)
-
-
-def _show_statistics(dataset: "Dataset", run: "RunPlan", args: argparse.Namespace) -> None:
-    from moi_jax.data.preview.picture import draw_lengths
-    from moi_jax.data.preview.statistics import length_statistics, print_accounts, print_lengths
-
-    mixture = dataset.show_mixture(run)
-    lengths = length_statistics(dataset.corpus)
-    print_lengths(lengths)
-    print_accounts(mixture)
-    if args.histogram:
-        draw_lengths(dataset.corpus, dataset.config.data.sequence_length, args.histogram)
-        log.info(f"lengths drawn in {args.histogram}")
-    if args.json:
-        print(json.dumps({**mixture, "lengths": lengths}, indent=2))
-
-
-def _audit(dataset: "Dataset", run: "RunPlan", count: int, seed: int) -> int:
-    import random
-
-    from moi_jax.data.preview.audit import audit
-
-    rows = sorted(random.Random(seed).sample(range(run.total_rows), min(count, run.total_rows)))
-    train = [selection.train for selection in dataset.selections]
-    records = [len(cache.lengths) for cache in dataset.caches]
-    difference = audit(dataset.row_source(run), train, records, dataset.tokenizer, rows)
-    if difference:
-        print(f"audit: {difference}")
-        return 1
-    length = dataset.config.data.sequence_length
-    print(f"audit: {len(rows)} rows of {length} tokens equal")
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from support.runs import ENVIRONMENT, ROOT, small_config
+
 PACKAGE = Path(__file__).parent.parent / "moi_jax"
 COMMANDS = {"train", "prepare", "convert", "preview", "evaluate", "generate"}
 
@@ -27,6 +29,26 @@ def test_help_is_there_and_imports_no_jax(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["prepare"], ["preview", "--stats"], ["preview", "--row", "0"]]
+)
+def test_prepare_and_preview_start_no_backend_of_jax(arguments, tmp_path):
+    """So that data can be prepared and looked at on machines without the accelerator of a run."""
+    command, *options = arguments
+    code = (
+        "import sys, runpy\n"
+        f"try: runpy.run_module('moi_jax.{command}', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as e: assert not e.code\n"
+        "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
+    )
+    config = str(small_config(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config", config, *options],
+        capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_link_in_the_docs_leads_somewhere():

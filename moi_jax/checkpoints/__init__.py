@@ -1,1 +1,1 @@
-"""Checkpoints: our format, opening one, and (hf/) published files in and out."""
+"""Checkpoints: our format, the opener, and (in hf/) import and export of published files."""

@@ -1,4 +1,4 @@
-"""From a config to the model and the tokenizer it names: what is known before any data is read."""
+"""The model and the tokenizer that a config names: what is known before any data is read."""
 
 import dataclasses
 from pathlib import Path
@@ -18,12 +18,12 @@ from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config, and what it says of model, tokenizer and prompts.
+    """A config with the model, tokenizer and prompts that it names.
 
     Attributes:
-      config: with everything filled in that a checkpoint decides. What the platform decides
-        (dtype `auto`) is open until `on_platform`.
-      provenance: of the weights in model.init_from.
+      config: with all values that a checkpoint decides. `on_platform` fills in what the platform
+        decides (dtype `auto`).
+      provenance: where the weights in model.init_from came from; empty without any.
     """
 
     config: Config
@@ -33,39 +33,41 @@ class Experiment:
 
     @property
     def items(self) -> ModelItems:
-        """What every checkpoint of the experiment carries beside its parameters."""
+        """What every checkpoint of the experiment holds beside its parameters."""
         data = self.config.data
         prompts = prompts_item(data.default_system_prompt, self.tokenizer.template.name, data)
         return ModelItems(self.model, self.tokenizer.files, prompts, self.provenance)
 
     def on_platform(self, platform: str) -> "Experiment":
-        """The experiment with the choices that depend on the devices: cpu, gpu or tpu.
+        """The experiment with the choices that depend on the platform: cpu, gpu or tpu.
 
         Raises:
-          UserError: float64 is asked for and jax has it switched off.
+          UserError: the config asks for float64, which is switched off in jax.
         """
         section = self.config.model
         dtype = resolve_dtype(section.compute_dtype, platform)
         dtypes = (section.param_dtype, dtype, self.config.optimizer.moment_dtype)
         if "float64" in dtypes and not jax.config.read("jax_enable_x64"):
-            raise UserError("float64 is set but off in jax; set the environment's JAX_ENABLE_X64=1")
+            raise UserError(
+                "float64 is switched off in jax; set the environment variable JAX_ENABLE_X64=1"
+            )
         section = section.model_copy(update={"compute_dtype": dtype})
         return dataclasses.replace(self, config=self.config.model_copy(update={"model": section}))
 
 
 def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
-    """Reads what the config names: a preset, or the checkpoint the run begins from.
+    """Reads what the config names: a preset, or the checkpoint that the run begins from.
 
-    No device is asked, so that data can be prepared, and a plan made, where there is none.
+    It starts no jax backend, so data can be prepared on machines without an accelerator.
 
     Args:
-      run_dir: of a run that may go on: its own newest checkpoint then stands in for
-        model.init_from, which need not be there any more.
+      run_dir: the directory of a run that may continue. Its newest checkpoint then replaces
+        model.init_from, which need not exist any more.
 
     Raises:
       UserError: preset and checkpoint disagree, there is no tokenizer, its ids do not fit the
-        embedding, the checkpoint was made with another chat template than this version's, or
-        rows are longer than the model was made for.
+        embedding, the checkpoint was made with another version of its chat template, or rows are
+        longer than the model was made for.
     """
     items = None
     if base := config.model.init_from:
@@ -79,7 +81,7 @@ def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
         if config.model.preset and preset(config.model.preset) != model:
             raise UserError(
                 f"model.preset {config.model.preset} is not the architecture of "
-                f"{config.model.init_from}; leave preset out and it is the checkpoint's"
+                f"{config.model.init_from}; leave out preset to use the checkpoint's"
             )
     asked = config.tokenizer.chat_template
     template: str | None = None if asked == "from_checkpoint" else asked
@@ -106,13 +108,13 @@ def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding only "
-            f"{model.vocab_size} rows; choose the tokenizer or the preset that belongs to the other"
+            f"{model.vocab_size} rows; choose a tokenizer and a preset that belong together"
         )
     length = config.data.sequence_length
     if length > model.seq_length and not config.model.allow_longer:
-        reason = "it was trained on no position beyond"
+        reason = "the model was not trained on positions beyond it"
         if model.dynamic_ntk or model.logn_attention:
-            reason = "training has dynamic NTK and log-n attention off, inference turns them on"
+            reason = "beyond it, inference uses dynamic NTK and log-n attention, training does not"
         raise UserError(
             f"data.sequence_length {length} is over the model's seq_length {model.seq_length}: "
             f"{reason}. Shorten the rows or set model.allow_longer: true"

@@ -1,8 +1,9 @@
-"""The items of a checkpoint, one orbax step that holds all a model needs: finding and reading them.
+"""The items of a checkpoint: finding a step and reading all but its parameters.
 
-Items of a step: `parameters`, `model` (architecture), `tokenizer` (its files), `prompts`
-(default and domain prompts, chat template), `provenance` (of the published weights it began from);
-from training also `optimizer`, `position` (data position, seed) and `config`.
+A checkpoint is one orbax step that holds all a model needs. Its items are `parameters`, `model`
+(architecture), `tokenizer` (its files), `prompts` (default and domain prompts, chat template) and
+`provenance` (of the published weights it began from). A training step also has `optimizer`,
+`position` (data position, seed) and `config`.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
 
-# Its own lines on every save would bury the run's.
+# orbax logs several lines at every save, which would bury the run's own.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 Json = dict[str, Any]
@@ -30,7 +31,10 @@ FORMAT = 2
 class ModelItems:
     """What makes parameters usable: architecture, tokenizer files, prompts and template.
 
-    `provenance` is empty where the parameters began at random, see provenance.py.
+    Attributes:
+      tokenizer: file name -> text.
+      prompts: see `moi_jax.text.prompts`.
+      provenance: see `hf/provenance.py`; empty if the parameters began at random.
     """
 
     model: ModelConfig
@@ -51,7 +55,7 @@ def find_step(path: Path) -> Path:
     """The directory of one step: `path` itself, or the newest step of a run.
 
     Raises:
-      UserError: nothing there is a checkpoint.
+      UserError: there is no checkpoint.
     """
     path = path.expanduser()
     if (path / "parameters").is_dir():
@@ -60,13 +64,13 @@ def find_step(path: Path) -> Path:
         if step := newest_step(folder):
             return step
     raise UserError(
-        f"{path} is no checkpoint (no 'parameters' inside); name one written by training or by "
-        f"python -m moi_jax.convert import"
+        f"{path} is no checkpoint (no 'parameters' inside); give one that was written by training "
+        f"or by python -m moi_jax.convert import"
     )
 
 
 def newest_step(folder: Path) -> Path | None:
-    """The newest whole step among the checkpoints in a folder."""
+    """The newest complete step among the checkpoints in a folder; None if there is none."""
     steps = [
         int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()
     ]
@@ -74,10 +78,13 @@ def newest_step(folder: Path) -> Path | None:
 
 
 def read_items(path: Path) -> ModelItems:
-    """Architecture, tokenizer files and prompts of a checkpoint.
+    """Architecture, tokenizer files, prompts and provenance of a checkpoint.
+
+    Args:
+      path: a step, or a run (its newest step).
 
     Raises:
-      UserError: it is none, a damaged one, or was written in another format.
+      UserError: there is no checkpoint, it is damaged, or written in another format.
     """
     names = ["model", "tokenizer", "prompts"]
     step = find_step(path)
@@ -98,7 +105,7 @@ def read_items(path: Path) -> ModelItems:
 
 
 def read_json_item(step: Path, name: str) -> Json:
-    """Raises UserError when the item is missing or damaged."""
+    """One JSON item of a step; raises UserError when it is missing or damaged."""
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
@@ -108,7 +115,7 @@ def read_json_item(step: Path, name: str) -> Json:
 
 
 def parameters_fingerprint(step: Path) -> str:
-    """Of a checkpoint's parameters, by their files' names (which are random) and sizes."""
+    """Identifies a step's parameters by the names (which are random) and sizes of their files."""
     folder = step / "parameters"
     files = sorted(
         (str(file.relative_to(folder)), file.stat().st_size)
@@ -119,5 +126,6 @@ def parameters_fingerprint(step: Path) -> str:
 
 
 def damaged(step: Path, error: Exception) -> UserError:
+    """The error of a step that cannot be read."""
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"{step} is damaged or not whole ({reason}); use another checkpoint")
+    return UserError(f"{step} is damaged or incomplete ({reason}); use another checkpoint")

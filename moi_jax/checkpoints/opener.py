@@ -1,4 +1,4 @@
-"""A checkpoint opened to be asked: parameters on a mesh, tokenizer, template and prompts."""
+"""Opening a checkpoint for inference: parameters on a mesh, model, tokenizer and prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +23,13 @@ from moi_jax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A model that answers.
+    """A model that is ready to generate.
 
     Attributes:
-      step: the directory it was read from.
+      step: the directory that was read.
       tokenizer: with the chat template that the checkpoint was made with, or the one asked for.
       prompts: the checkpoint's prompts item, see text/prompts.py.
+      bind: parameters -> model.
       dtype: of the parameters and the computation.
     """
 
@@ -40,6 +41,11 @@ class OpenCheckpoint:
     bind: Bind
     mesh: Mesh
     dtype: str
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The default system prompt that is saved in the checkpoint."""
+        return self.prompts["default_system_prompt"]
 
 
 def open_checkpoint(
@@ -53,18 +59,18 @@ def open_checkpoint(
     """Reads a step directory, or the newest step of a run.
 
     Args:
-      devices: what the mesh is made of.
+      devices: the devices of the mesh.
       dtype: auto is float32 on a CPU and bfloat16 elsewhere.
-      mesh: devices along the axes, such as "fsdp=2,tensor=4"; an axis not named has 1. None
-        splits the model over all devices there are (tensor).
+      mesh: devices along the axes, such as "fsdp=2,tensor=4"; an axis that is not named has 1.
+        None splits the model over all devices (tensor).
       chat_template: its name; None for the one that the checkpoint was made with.
 
     Raises:
-      UserError: there is no checkpoint or a damaged one, it has no tokenizer, its chat template
-        is none of ours or was rendered otherwise, or the mesh does not fit the devices.
+      UserError: there is no checkpoint, it is damaged, it has no tokenizer, its chat template is
+        unknown or has changed since, or the mesh does not fit the devices.
     """
     axes = parse_mesh(mesh) if mesh else config_lib.Mesh(data=1, fsdp=1, tensor=-1)
-    placed_on = make_mesh(axes, devices)  # before what takes long
+    placed_on = make_mesh(axes, devices)  # refused before the parameters are read
     step = find_step(path)
     items = read_items(step)
     template = chat_template or saved_template(items.prompts, step, "--chat-template")
@@ -74,14 +80,14 @@ def open_checkpoint(
         raise UserError(f"{step}: {error}") from None
     platform = devices[0].platform
     dtype = resolve_dtype(dtype, platform)
-    attention = choose_attention("auto", platform, placed_on)
+    bind, parameters = _read_model(step, items.model, dtype, platform, placed_on)
     return OpenCheckpoint(
         step=step,
         config=items.model,
-        parameters=read_parameters(step, items.model, dtype, placed_on),
+        parameters=parameters,
         tokenizer=tokenizer,
         prompts=items.prompts,
-        bind=make_model(items.model, Compute(dtype, attention=attention)),
+        bind=bind,
         mesh=placed_on,
         dtype=dtype,
     )
@@ -93,22 +99,33 @@ def load(
     mesh: Mesh | None = None,
     chat_template: str | None = None,
 ) -> tuple[Decoder, Tokenizer]:
-    """A model in inference mode and its tokenizer, from any checkpoint of ours.
+    """A model in inference mode and its tokenizer, from a checkpoint of moi_jax.
+
+        model, tokenizer = moi_jax.load("runs/quickstart")
+        logits = model(np.array([tokenizer.encode("Hello")]))  # float32 [1, S, V]
 
     Args:
       path: a step directory, or a run (its newest step).
       dtype: of the parameters and the computation.
       mesh: where the parameters are laid out; None is one device.
-      chat_template: its name; None for the one the checkpoint was made with, if any.
+      chat_template: its name; None for the one that the checkpoint was made with, if any.
 
     Raises:
-      UserError: `path` holds no checkpoint, or one whose template is rendered otherwise now.
+      UserError: `path` holds no checkpoint, or its chat template has changed since.
     """
-    items = read_items(Path(path))
+    step = find_step(Path(path))
+    items = read_items(step)
     if chat_template is None and items.prompts["chat_template"] is not None:
         chat_template = saved_template(items.prompts, path, "chat_template")
-    parameters = read_parameters(Path(path), items.model, dtype, mesh)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    compute = Compute(dtype, attention=choose_attention("auto", platform, mesh))
-    model = make_model(items.model, compute)(parameters)
-    return model, Tokenizer.from_files(items.tokenizer, chat_template)
+    bind, parameters = _read_model(step, items.model, dtype, platform, mesh)
+    return bind(parameters), Tokenizer.from_files(items.tokenizer, chat_template)
+
+
+def _read_model(
+    step: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, platform: str, mesh: Mesh | None
+) -> tuple[Bind, Tree]:
+    """A function parameters -> model for the platform, and the parameters on the mesh."""
+    attention = choose_attention("auto", platform, mesh)
+    bind = make_model(config, Compute(dtype, attention=attention))
+    return bind, read_parameters(step, config, dtype, mesh)

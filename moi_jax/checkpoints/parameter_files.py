@@ -1,8 +1,8 @@
-"""Parameters on disk, a block at a time: what is larger than the memory is written and read here.
+"""Parameters on disk, written and read one at a time, so that a model may exceed the memory.
 
-The files are orbax's own (an OCDBT store of zarr arrays), so that whole trees are restored by
-orbax as ever. Large parameters are stored in chunks of single layers, at most CHUNK_BYTES each:
-one layer, or one shard of a mesh, can be read without the others.
+The files are those of orbax (an OCDBT store of zarr arrays), so orbax can restore whole trees.
+Large parameters are stored in chunks of single layers of at most CHUNK_BYTES: one layer, or one
+shard of a mesh, can be read without the others.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import Parameter, map_parameters, parameter_specs
 
 CHUNK_BYTES = 16 << 20
-# Written at a time: enough chunks to keep the cores busy.
+# Bytes written at a time: enough chunks to keep the cores busy.
 BLOCK_BYTES = 128 << 20
-# Of a file of the store, which is put together in memory.
+# Size of a file of the store, which is assembled in memory.
 FILE_BYTES = 64 << 20
 
 Stream = Iterable[tuple[str, np.ndarray]]  # of (dotted path, parameter)
 
 
 def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype: np.dtype) -> None:
-    """Writes the item `parameters` of a step into `directory`, which it makes.
+    """Writes the item `parameters` of a step into the new directory `directory`.
 
     Args:
       stream: each parameter of `config` once, in any order, in `dtype`.
@@ -43,8 +43,8 @@ def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype:
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     tree = map_parameters(config, lambda _, p: Expected(p.shape, dtype))
     directory.mkdir()
-    # By the handler itself: a checkpointer makes the directory in a thread of its own, and an
-    # error here would leave the threads of its other items waiting for minutes.
+    # The handler is used directly: a checkpointer makes the directory in its own thread, and after
+    # an error here the threads of its other items would wait for minutes.
     place = epath.Path(directory.absolute())
     args = ocp.args.PyTreeSave(
         tree, save_args=save_args(config, dtype), ocdbt_target_data_file_size=FILE_BYTES
@@ -55,7 +55,7 @@ def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Stands for a parameter in the tree that orbax saves; its values come by the stream."""
+    """Stands for a parameter in the tree that orbax saves; its values come from the stream."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -66,7 +66,7 @@ class Expected:
 
 
 class StreamHandler(ocp.type_handlers.NumpyHandler):
-    """Writes a tree of `Expected` from its stream; the arrays of a checkpoint read as numpy's."""
+    """Writes a tree of `Expected` from a stream of arrays; the files restore as numpy arrays."""
 
     def __init__(self, stream: Stream):
         super().__init__()
@@ -91,15 +91,15 @@ class StreamHandler(ocp.type_handlers.NumpyHandler):
                 chunk_rows = stored.spec().to_json()["metadata"]["chunks"][0]
                 for block in _blocks(array, chunk_rows):
                     await stored[block].write(array[block])
-            except ValueError as error:  # as which tensorstore reports a full disk, too
+            except ValueError as error:  # tensorstore reports a full disk this way, too
                 raise OSError(str(error)) from None
-            del array  # else it would stay until the next one is made
+            del array  # otherwise it would live until the next one is made
         assert not waiting, sorted(waiting)
         return []
 
 
 def _blocks(array: np.ndarray, chunk_rows: int) -> Iterator[slice]:
-    """Ranges of the first axis that hold whole chunks, about BLOCK_BYTES each."""
+    """Ranges of the first axis that hold whole chunks, of about BLOCK_BYTES each."""
     chunks = BLOCK_BYTES // (array[:1].nbytes * chunk_rows)
     rows = chunk_rows * max(1, chunks)
     for start in range(0, len(array), rows):
@@ -107,7 +107,7 @@ def _blocks(array: np.ndarray, chunk_rows: int) -> Iterator[slice]:
 
 
 def save_args(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Tree:
-    """The tree of how orbax is to cut each parameter into chunks."""
+    """For each parameter, how orbax cuts it into chunks."""
 
     def make(path: str, parameter: Parameter) -> ocp.SaveArgs:
         large = math.prod(parameter.shape) * np.dtype(dtype).itemsize > CHUNK_BYTES
@@ -118,7 +118,7 @@ def save_args(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Tree:
 
 
 class StoredParameters:
-    """The parameters of a step on disk, read when asked for."""
+    """The parameters of a step on disk; each is read when it is needed."""
 
     def __init__(self, step: Path, config: ModelConfig):
         """Raises KeyError, OSError or ValueError when the files are missing or damaged."""
@@ -132,7 +132,7 @@ class StoredParameters:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of all the parameters."""
+        """The common dtype of all parameters."""
         return np.result_type(*(stored.dtype.numpy_dtype for stored in self.arrays.values()))
 
     def get(self, path: str, layer: int | None = None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The parameters of a checkpoint: written alone, read onto a mesh, or read one at a time."""
+"""The parameters of a checkpoint: written alone, read onto a mesh, or read one by one."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from moi_jax.models.parameters import abstract_parameters, parameter_shardings, 
 
 
 def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -> None:
-    """Writes a checkpoint without training state, holding one parameter at a time.
+    """Writes a checkpoint without training state, with one parameter in memory at a time.
 
     Args:
-      path: must not exist; it is there only when whole, else a folder beside it.
+      path: must not exist. A failed call leaves a part of it: write into a `new_directory`.
       stream: (dotted path, array of `dtype`) of every parameter of the model, in any order.
 
     Raises:
@@ -32,7 +32,7 @@ def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -
 
 
 def stored_parameters(step: Path, config: ModelConfig) -> StoredParameters:
-    """The parameters of a step, to be read one at a time.
+    """The parameters of a step, for reading one at a time.
 
     Raises:
       UserError: files are missing or damaged, or the stored shapes are not those of `config`.
@@ -51,7 +51,7 @@ def read_parameters(
     """Parameters of a checkpoint, cast to `dtype`, laid out on `mesh` (None: one device).
 
     Raises:
-      UserError: the stored shapes are not those of `config`.
+      UserError: files are missing or damaged, or the stored shapes are not those of `config`.
     """
     step = find_step(path).absolute()
     abstract = abstract_parameters(config, dtype)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved in the background, and never without the newest."""
+"""The checkpoints of a run: saved in the background; the newest and the best are kept."""
 
 import math
 from pathlib import Path
@@ -15,14 +15,14 @@ from moi_jax.models.decoder import Tree
 
 
 class RunCheckpoints:
-    """The checkpoints of a run, saved in the background, the newest never lost."""
+    """Saves and restores the steps of a run; retention never deletes the newest one."""
 
     def __init__(self, directory: Path, config: config_lib.Checkpoint, items: ModelItems):
 
         def score(metrics: Json) -> float:
-            """The greatest is kept, and a loss is best when least.
+            """Orbax keeps the highest score, and the lowest loss is the best.
 
-            A checkpoint saved under another best_metric competes no more.
+            A checkpoint that was saved under another best_metric has the lowest score.
             """
             return -metrics.get(config.best_metric, math.inf)
 
@@ -41,8 +41,8 @@ class RunCheckpoints:
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                # The policies decide what is kept. Without this the manager would not write the
-                # metrics down, and a run that goes on would know the best of none.
+                # The policies decide what is kept. Without best_fn the manager would not save the
+                # metrics, and a continued run would not know its best checkpoints.
                 best_fn=score,
                 cleanup_tmp_directories=True,
             ),
@@ -57,10 +57,13 @@ class RunCheckpoints:
         config: Json,
         evaluation: dict[str, float],
     ) -> None:
-        """Starts saving; returns once the device values are copied.
+        """Starts saving; returns when the values are copied from the device.
 
-        `optimizer` is a pytree of all else that a step changes, the step itself included.
-        `evaluation` is that of this very step: only such checkpoints compete for keep_best.
+        Args:
+          optimizer: a pytree of everything else that a step changes, with the step itself.
+          position: the data position and the seed.
+          evaluation: the metrics of this very step; without the best_metric among them, the
+            checkpoint does not compete for keep_best.
         """
         score = evaluation.get(self._best_metric, math.nan)
         scores = {self._best_metric: score} if math.isfinite(score) else None
@@ -76,11 +79,11 @@ class RunCheckpoints:
         self._manager.save(step, args=items, metrics=scores, force=True)
 
     def latest(self) -> int | None:
-        """The newest whole step, or None."""
+        """The newest complete step, or None."""
         return self._manager.latest_step()
 
     def restore(self, step: int, parameters: Tree, optimizer: Any) -> tuple[Tree, Any]:
-        """Parameters and optimizer of a step, on the mesh and in the dtypes of these two trees.
+        """Parameters and optimizer of a step, with the shardings and dtypes of these two trees.
 
         Raises:
           UserError: files of the step are missing or damaged.
@@ -96,7 +99,7 @@ class RunCheckpoints:
         return restored["parameters"], restored["optimizer"]
 
     def read_json(self, step: int, item: str) -> Json:
-        """Raises UserError when the item is missing or damaged."""
+        """One JSON item of a step; raises UserError when it is missing or damaged."""
         args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
         try:
             return self._manager.restore(step, args=args)[item]
@@ -104,6 +107,6 @@ class RunCheckpoints:
             raise damaged(self.directory / str(step), error) from None
 
     def close(self) -> None:
-        """Waits until the last save is whole on disk."""
+        """Waits until the last save is complete on disk."""
         self._manager.wait_until_finished()
         self._manager.close()

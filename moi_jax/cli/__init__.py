@@ -1,1 +1,1 @@
-"""What the commands share: their arguments."""
+"""What the commands share: arguments and stop signals."""

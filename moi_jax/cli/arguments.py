@@ -1,4 +1,4 @@
-"""Arguments that several commands take: numbers, texts, and which model is asked how."""
+"""Arguments that several commands take: numbers, texts, and the options of a checkpoint."""
 
 import argparse
 import math
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from moi_jax.text.templates import TEMPLATES
 
-LARGEST = 2**31 - 1  # what an int32 holds
+LARGEST = 2**31 - 1  # the largest int32
 DTYPES = ("auto", "float32", "bfloat16")
 
 
 def _number(
     convert: Callable[[str], float], valid: Callable[[float], bool], what: str
 ) -> Callable[[str], float]:
-    """A type of argparse for the numbers that are valid."""
+    """An argparse type for valid numbers; `what` names them in the message."""
 
     def parse(text: str) -> float:
         try:
@@ -35,7 +35,7 @@ PROBABILITY = _number(float, lambda n: 0 < n <= 1, "probability above 0")
 
 
 def text(given: str) -> str:
-    """A text of the command line: Python hides bytes that are no UTF-8 in surrogates."""
+    """An argparse type for texts: Python hides bytes that are no UTF-8 in surrogates."""
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -44,33 +44,37 @@ def text(given: str) -> str:
 
 
 def add_model(group: "argparse._ArgumentGroup") -> None:
-    """What `open_checkpoint` is told, and the system prompt."""
+    """Adds the options of `open_checkpoint` and the system prompt."""
     system = group.add_mutually_exclusive_group()
     system.add_argument(
         "--system",
         type=text,
         metavar="TEXT",
-        help="system prompt of chats that bring none (default: the one saved in the checkpoint)",
+        help="system prompt of conversations without one (default: the one in the checkpoint)",
     )
-    system.add_argument("--no-system", action="store_true", help="no system block for them")
+    system.add_argument(
+        "--no-system", action="store_true", help="no system block for these conversations"
+    )
     group.add_argument(
-        "--chat-template", choices=TEMPLATES, help="default: the one the checkpoint was made with"
+        "--chat-template",
+        choices=TEMPLATES,
+        help="default: the template that the checkpoint was made with",
     )
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of parameters and cache (default: float32 on a CPU, bfloat16 elsewhere)",
+        help="dtype of parameters and cache (default: float32 on a CPU, bfloat16 elsewhere)",
     )
     group.add_argument(
         "--mesh",
         metavar="AXES",
-        help="devices along the axes, such as fsdp=2,tensor=4 (default: tensor, all devices)",
+        help="devices along the mesh axes, such as fsdp=2,tensor=4 (default: tensor=-1, all)",
     )
 
 
 def chosen_system(args: argparse.Namespace, saved: str | None) -> str | None:
-    """The one that `add_model`'s arguments choose; None for no system block."""
+    """The system prompt that the options of `add_model` choose; None for no system block."""
     if args.no_system:
         return None
     return saved if args.system is None else args.system

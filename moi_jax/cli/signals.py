@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: it saves what it can, then leaves."""
+"""Signals that ask a command to stop: it saves its state and ends."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ from types import FrameType
 class StopSignals:
     """Notes a SIGTERM or SIGINT while `watching`; the run then saves and ends.
 
-    A second signal, or `grace_seconds` going by, ends the process as it is: a scheduler that
-    kills then finds the last whole checkpoint.
+    A second signal, or the end of `grace_seconds`, ends the process at once; the last complete
+    checkpoint stays.
     """
 
     def __init__(self, grace_seconds: int):
@@ -21,7 +21,7 @@ class StopSignals:
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[], bool]]:
-        """Yields a function that tells whether a signal came."""
+        """Yields a function that says whether a signal came."""
         before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield lambda: self.received is not None
@@ -40,5 +40,5 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """128 + the signal's number, as shells count it, so that schedulers start the run again."""
+        """128 + the signal's number, as shells count; schedulers then start the run again."""
         return 128 + self.received if self.received else 0

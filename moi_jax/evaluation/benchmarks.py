@@ -21,8 +21,8 @@ from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Task, evenly_spaced
 from moi_jax.evaluation.responses import collect_responses, log_places
 from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
-from moi_jax.sampling.answer_log import AnswerLog, json_line
 from moi_jax.sampling.chat_model import ChatModel
+from moi_jax.sampling.response_log import ResponseLog, json_line
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def run_task(
     items: Sequence[Item],
     model: ChatModel,
     options: BenchmarkOptions,
-    log: AnswerLog,
+    log: ResponseLog,
     after_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Scored], int]:
     """Responses and scores of the items, and the number of items left out as too long.
@@ -92,7 +92,7 @@ def run_benchmarks(
         for task, _ in tasks:
             path = options.out / "answers" / f"{task.name}.jsonl"
             made = {**made_by, **_settings(task, model, options)}
-            logs.append(opened.enter_context(closing(AnswerLog(path, made))))
+            logs.append(opened.enter_context(closing(ResponseLog(path, made))))
         for (task, items), log in zip(tasks, logs, strict=True):
             asked = evenly_spaced(items, options.limit)
             scored, skipped = run_task(task, asked, model, options, log)

@@ -6,9 +6,9 @@ from typing import Any
 
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Response, Task
-from moi_jax.sampling.answer_log import AnswerLog, Place
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.requests import Request
+from moi_jax.sampling.response_log import ResponseKey, ResponseLog
 from moi_jax.text.conversations import Message
 
 Json = dict[str, Any]
@@ -19,7 +19,7 @@ def collect_responses(
     items: Sequence[Item],
     model: ChatModel,
     options: BenchmarkOptions,
-    log: AnswerLog,
+    log: ResponseLog,
     on_progress: Callable[[int], None],
 ) -> list[tuple[Item, Response]]:
     """The response to every item: from the log where it has one, else from the model.
@@ -37,13 +37,13 @@ def collect_responses(
     return [(item, _response(item, options, log)) for item in items]
 
 
-def log_places(item: Item, options: BenchmarkOptions) -> list[Place]:
+def log_places(item: Item, options: BenchmarkOptions) -> list[ResponseKey]:
     """The places of an item's texts or likelihoods in the log."""
     count = len(item.choices) or (options.samples if not item.follow_ups else 0)
     return [(item.id, n) for n in range(count or 1 + len(item.follow_ups))]
 
 
-def _response(item: Item, options: BenchmarkOptions, log: AnswerLog) -> Response:
+def _response(item: Item, options: BenchmarkOptions, log: ResponseLog) -> Response:
     records = [log.found[place] for place in log_places(item, options)]
     finishes = tuple(record["finish"] for record in records)
     if item.choices:
@@ -57,7 +57,7 @@ def _generate(
     turn: int,
     model: ChatModel,
     options: BenchmarkOptions,
-    log: AnswerLog,
+    log: ResponseLog,
     on_progress: Callable[[int], None],
 ) -> None:
     """Generates one turn of all items in one call, so that the sampler keeps its slots full."""
@@ -80,7 +80,7 @@ def _generate(
         on_progress(1)
 
 
-def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
+def _so_far(item: Item, turn: int, log: ResponseLog) -> list[Message]:
     """The conversation up to and with the user's message of this turn."""
     messages = list(item.messages)
     for number, question in enumerate(item.follow_ups[:turn]):
@@ -92,7 +92,7 @@ def _so_far(item: Item, turn: int, log: AnswerLog) -> list[Message]:
 
 
 def _request(
-    task: Task, item: Item, place: Place, prompt: Sequence[int], options: BenchmarkOptions
+    task: Task, item: Item, place: ResponseKey, prompt: Sequence[int], options: BenchmarkOptions
 ) -> Request:
     temperature = options.temperature
     if temperature is None:
@@ -109,7 +109,7 @@ def _request(
 
 
 def _score_choices(
-    items: Sequence[Item], model: ChatModel, log: AnswerLog, on_progress: Callable[[int], None]
+    items: Sequence[Item], model: ChatModel, log: ResponseLog, on_progress: Callable[[int], None]
 ) -> None:
     pairs, waiting = [], []
     for item in items:

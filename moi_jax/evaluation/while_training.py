@@ -20,9 +20,9 @@ from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.parallel.placing import batch_shards
-from moi_jax.sampling.answer_log import AnswerLog
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
-from moi_jax.sampling.sample_answers import make_sample_answers
+from moi_jax.sampling.response_log import ResponseLog
+from moi_jax.sampling.sample_completions import make_sample_completions
 
 # Benchmarks whose score needs all items, or a judge.
 NEEDS_ALL_ITEMS = {"mt_bench", "teval"}
@@ -66,7 +66,7 @@ def make_evaluations(
     row_sums = make_row_sums(bind, mesh)
     samples = None
     if train.sample_prompts:
-        samples = make_sample_answers(
+        samples = make_sample_completions(
             train.sample_prompts,
             train.sample_max_new_tokens,
             config.data,
@@ -133,7 +133,7 @@ def make_benchmark(
         try:
             for task, items in asked:
                 after_each()
-                log = AnswerLog(None, {})
+                log = ResponseLog(None, {})
                 scored, skipped = run_task(task, items, model, options, log, after_each)
                 summary = summarize(task, scored, skipped, all_items=False)
                 scores[f"eval/{task.name}/score"] = summary["score"]

@@ -1,1 +1,1 @@
-"""The sampling room: text out of a model."""
+"""Text from a model: batched generation, likelihoods, files of conversations, and a chat."""

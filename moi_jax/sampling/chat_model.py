@@ -1,4 +1,4 @@
-"""A checkpoint as a benchmark meets it: conversations in, texts and likelihoods out."""
+"""A model as benchmarks use it: conversations in, texts and likelihoods out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.sampling.likelihood import LikelihoodScorer
-from moi_jax.sampling.sampler import Sampler
+from moi_jax.sampling.sampler import Sampler, make_sampler
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import Tokenizer
@@ -16,10 +16,10 @@ from moi_jax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ChatModel:
-    """Parameters with what makes them answer.
+    """Parameters with everything that is needed to generate and to score.
 
     Attributes:
-      system_prompt: of every conversation that brings none of its own; None for no system block.
+      system_prompt: of every conversation without one of its own; None for no system block.
     """
 
     sampler: Sampler
@@ -29,7 +29,7 @@ class ChatModel:
     system_prompt: str | None
 
     def prompt(self, messages: Sequence[Message], *, system_block: bool = True) -> list[int]:
-        """The ids that a model answers, under the conversation's own system prompt or ours."""
+        """The token ids of the prompt, with the conversation's own system prompt or ours."""
         return render_prompt(messages, self.tokenizer, self.system_prompt if system_block else None)
 
 
@@ -43,7 +43,7 @@ def make_chat_model(
     context: int | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[Tree], ChatModel]:
-    """A function parameters -> `ChatModel`: compiled programs are shared by all that it makes.
+    """A function parameters -> `ChatModel`; all models that it makes share compiled programs.
 
     Args:
       bind: parameters -> model.
@@ -52,25 +52,3 @@ def make_chat_model(
     sampler = make_sampler(bind, config, tokenizer, slots=slots, context=context, mesh=mesh)
     scorer = LikelihoodScorer(bind, config, context=context, mesh=mesh)
     return lambda parameters: ChatModel(sampler, scorer, parameters, tokenizer, system_prompt)
-
-
-def make_sampler(
-    bind: Bind,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    *,
-    slots: int = 16,
-    context: int | None = None,
-    mesh: Mesh | None = None,
-) -> Sampler:
-    """A sampler that stops where the tokenizer's chat template does."""
-    return Sampler(
-        bind,
-        config,
-        stop_ids=tokenizer.template.stops,
-        vocab_size=tokenizer.vocab_size,
-        decode=tokenizer.decode,
-        slots=slots,
-        context=context,
-        mesh=mesh,
-    )

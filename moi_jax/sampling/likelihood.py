@@ -1,4 +1,4 @@
-"""Log-likelihoods of given continuations, and whether a greedy model would have written them."""
+"""Log-likelihoods of given continuations, and whether greedy decoding would generate them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,15 +15,15 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import token_scores
 from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated, round_up
-from moi_jax.sampling.rows import PREFILL_TOKENS
+from moi_jax.sampling.prefill import PREFILL_TOKENS
 
-# (context ids, continuation ids), neither of them empty.
+# (context ids, continuation ids); neither is empty.
 Pair = tuple[Sequence[int], Sequence[int]]
 Ids = tuple[int, ...]
 
-# Rows are padded to a power of two, at least this; each is a compilation.
+# Rows are padded to this times a power of two; each width is a compilation.
 _SHORTEST_ROW = 32
-# Of the tokens it reads, a row scores so many at its end, or else all: the vocabulary is wide.
+# A row scores only its last so many tokens, or else all: the vocabulary is wide.
 _SHORT = 16
 
 
@@ -32,10 +32,10 @@ class Likelihood:
     """How likely a continuation is.
 
     Attributes:
-      log_likelihood: of all its tokens, in nats; NaN where it was not scored.
+      log_likelihood: of all its tokens, in nats; NaN if it was not scored.
       greedy: whether each of its tokens is the likeliest one.
-      finish: whether it was scored; too_long: it does not fit the context; not_finite: the model
-        gave logits that are not finite.
+      finish: scored; too_long (it does not fit the context); not_finite (the model gave logits
+        that are NaN or infinite).
     """
 
     log_likelihood: float
@@ -44,7 +44,7 @@ class Likelihood:
 
 
 class LikelihoodScorer:
-    """Scores pairs of context and continuation, pairs of like length together."""
+    """Scores pairs of context and continuation, in batches of similar length."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class LikelihoodScorer:
         """
         Args:
           bind: parameters -> model.
-          rows: in a batch; fewer where they are long, and divided by the mesh's batch shards.
-          context: tokens that the model reads at most; None is the model's seq_length.
-          mesh: where the parameters lie; None is one device.
+          rows: of a batch, rounded up to the mesh's batch shards; fewer where rows are long.
+          context: the most tokens the model reads; None means the model's seq_length.
+          mesh: where the parameters are laid out; None is one device.
         """
         self.context = config.seq_length if context is None else context
         self._mesh = mesh
@@ -77,8 +77,8 @@ class LikelihoodScorer:
             last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
             log_probs = jax.nn.log_softmax(model.logits(last)[:, 0])
             likeliest = jnp.argmax(log_probs, axis=-1)
-            # The `before` places up to the last one. Where a row has fewer, the first columns
-            # hold nothing of use, and no continuation asks for them.
+            # The `before` places up to the last one. If a row has fewer, the first columns are
+            # meaningless, and no continuation uses them.
             places = jnp.maximum(lengths[:, None] - 1 - before + jnp.arange(before), 0)
             states = jnp.take_along_axis(hidden, places[..., None], axis=1)
             targets = jnp.take_along_axis(tokens, places + 1, axis=1)
@@ -87,17 +87,17 @@ class LikelihoodScorer:
         self._score_rows = jax.jit(
             score,
             static_argnums=3,
-            # Every host reads the results.
+            # Replicated, so that every host can read the results.
             out_shardings=None if mesh is None else replicated(mesh),
         )
 
     def run(self, parameters: Tree, pairs: Sequence[Pair]) -> Iterator[tuple[int, Likelihood]]:
         """Yields (index of the pair, its likelihood), batch by batch, the longest first.
 
-        The model reads context and continuation but for the last token in one pass, as it was
-        trained: Qwen v1's NTK factor, beyond its seq_length, is that of this length, where a
-        sampler keeps its prompt's. Pairs of which it reads the same, such as the choices of one
-        question by their letters, share a row.
+        The model reads context and continuation, without the last token, in one pass, as in
+        training. Beyond Qwen v1's seq_length the NTK factor is therefore that of this length; a
+        sampler keeps the factor of its prompt. Pairs for which the model reads the same tokens,
+        such as the lettered choices of one question, share a row.
         """
         indices: dict[Ids, list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
@@ -111,12 +111,12 @@ class LikelihoodScorer:
             before = max(len(pairs[index][1]) for index in sharing) - 1
             shapes.setdefault(self._shape(len(read), before), []).append(read)
         for (width, before), rows in sorted(shapes.items(), reverse=True):
-            # The scores of attention are width x width: long rows come in smaller batches.
+            # The scores of attention are width x width, so long rows come in smaller batches.
             count = min(self._rows, max(PREFILL_TOKENS // width, 1) * batch_shards(self._mesh))
             for first in range(0, len(rows), count):
                 batch = rows[first : first + count]
                 scores = self._score(parameters, batch, count, width, before)
-                for read, *of_row in zip(batch, *scores, strict=False):  # filled up with rows
+                for read, *of_row in zip(batch, *scores, strict=False):  # padding rows are left out
                     for index in indices[read]:
                         yield index, _likelihood(pairs[index][1], *of_row)
 
@@ -128,14 +128,14 @@ class LikelihoodScorer:
     def _score(
         self, parameters: Tree, batch: Sequence[Ids], count: int, width: int, before: int
     ) -> tuple[np.ndarray, ...]:
-        """Runs the model over a batch of rows, filled up to `count`.
+        """Runs the model over a batch of rows, padded to `count` rows.
 
         Returns:
-          log_probs [B, V] of the token after each row, and the likeliest one, int[B]; of the row's
-          own last `before` tokens nll [B, before], and whether they are the likeliest, bool.
+          log_probs [B, V] of the token after each row; the likeliest one, int[B]; nll [B, before]
+          of the row's own last `before` tokens; whether each of them is the likeliest, bool.
         """
         tokens = np.zeros((count, width), np.int32)
-        lengths = np.ones(count, np.int32)  # of rows without a pair, too
+        lengths = np.ones(count, np.int32)  # padding rows have one token
         for row, read in enumerate(batch):
             tokens[row, : len(read)] = read
             lengths[row] = len(read)
@@ -152,7 +152,7 @@ def _likelihood(
     nll: np.ndarray,
     hits: np.ndarray,
 ) -> Likelihood:
-    """What a row, see `LikelihoodScorer._score`, says of a continuation that ends one after it."""
+    """The likelihood of a continuation that ends one token after a row of `_score`."""
     *rest, last = continuation
     own = slice(len(nll) - len(rest), None)
     log_likelihood = float(log_probs[last]) - float(nll[own].sum(dtype=np.float64))

@@ -1,28 +1,27 @@
-"""What is asked of a sampler, and what it gives back."""
+"""The input and the output of a sampler: requests and completions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# Why an answer ended: a stop token or string; its length or the context's end; the prompt alone
-# fills the context (there are no tokens then); the model gave logits that are not finite.
+# Why a completion ended. stop: a stop token or string. length: max_new_tokens or the context's end.
+# too_long: the prompt alone fills the context, so there are no tokens. not_finite: the model gave
+# logits that are NaN or infinite.
 Finish = Literal["stop", "length", "too_long", "not_finite"]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt to go on from.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """How a completion is generated.
 
     Attributes:
-      prompt: its ids.
-      temperature: 0 is greedy; top_k, top_p and seed play no part then.
-      top_k: the choice is among so many of the likeliest ids; 0 is all.
-      top_p: and among the fewest likeliest ids whose probabilities reach this sum.
-      seed: of this request's own random stream: its draws do not depend on what is beside it.
-      stop_strings: texts that end an answer; they are not part of it.
+      temperature: 0 is greedy decoding, which ignores top_k, top_p and seed.
+      top_k: sample from this many of the likeliest ids; 0 means all of them.
+      top_p: sample from the fewest likeliest ids whose probabilities reach this sum.
+      seed: of the request's own random stream, which does not depend on other requests.
+      stop_strings: texts that end a completion; they are not part of it.
     """
 
-    prompt: Sequence[int]
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_k: int = 0
@@ -32,8 +31,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Request(GenerationConfig):
+    """One prompt, int token ids, to be completed."""
+
+    prompt: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to a request: ids without the stop token, and their text up to a stop string."""
+    """The completion of a request: ids without the stop token, text up to a stop string."""
 
     tokens: tuple[int, ...]
     text: str

@@ -1,4 +1,4 @@
-"""Answers to many requests: a slot for each under way, refilled as soon as one is done."""
+"""Completions of many requests: each runs in a slot, which is refilled as soon as one is done."""
 
 import math
 from collections import deque
@@ -21,33 +21,34 @@ from moi_jax.models.decoding import LayerViews, view_layers
 from moi_jax.models.kv_cache import AXES, Cache, cache_shape, empty_cache, resize
 from moi_jax.models.parameters import abstract_parameters, parameter_specs
 from moi_jax.parallel.placing import batch_shards, bucket, named_sharding, round_up
-from moi_jax.sampling.answer import Answer
+from moi_jax.sampling.prefill import RunningRequest, prefill_batches
 from moi_jax.sampling.requests import Completion, Finish, Request
-from moi_jax.sampling.rows import Row, prompt_batches
 from moi_jax.sampling.slots import (
     FINISHES,
-    NOTHING,
+    MAX_STEPS,
+    NO_TOKEN,
     RUNNING,
-    STEPS,
     Slots,
     Vocabulary,
-    advance,
     empty_slots,
-    fill,
+    generate_tokens,
+    prefill,
 )
+from moi_jax.sampling.text_stream import TextStream
+from moi_jax.text.tokenizer import Tokenizer
 
-# The same where someone reads the text as it comes.
-STEPS_READ = 4
-# The cache has this length times a power of two, or that of the context.
+# The same as MAX_STEPS, where the text is read while it is generated.
+STREAMING_STEPS = 4
+# The cache has this length times a power of two, or the length of the context.
 SHORTEST_CACHE = 128
 
 
 class Sampler:
-    """Batched generation with a KV cache.
+    """Batched generation with a KV cache (continuous batching).
 
     Attributes:
-      slots: answers under way at once.
-      context: tokens that prompt and answer may have together.
+      slots: how many requests run at a time.
+      context: tokens that a prompt and its completion may have together.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class Sampler:
         """
         Args:
           bind: parameters -> model.
-          stop_ids: each ends an answer, and is not part of it.
-          vocab_size: ids the tokenizer has; embedding rows beyond are never generated.
+          stop_ids: ids that end a completion; they are not part of it.
+          vocab_size: the tokenizer's; embedding rows beyond it are never generated.
           decode: ids -> text.
           slots: rounded up to a multiple of the mesh's batch shards.
-          context: None is the model's seq_length.
-          mesh: the one that the parameters lie on; None is one device.
+          context: None means the model's seq_length.
+          mesh: where the parameters are laid out; None is one device.
         """
         self._config, self._decode, self._mesh = config, decode, mesh
         self._shards = batch_shards(mesh)
@@ -88,28 +89,28 @@ class Sampler:
         self._view_layers = jax.jit(lambda parameters: view_layers(config, parameters, self._dtype))
         self._new = jax.jit(new, static_argnums=(0, 1, 2))
         self._resize = jax.jit(resize, static_argnums=1)
-        self._fill = jax.jit(
-            lambda parameters, *given: fill(bind(parameters), vocabulary, *given),
+        self._prefill = jax.jit(
+            lambda parameters, *given: prefill(bind(parameters), vocabulary, *given),
             donate_argnums=(1, 2),
         )
 
-        def go_on(parameters: Tree, views: LayerViews, *given: Any) -> Any:
+        def generate(parameters: Tree, views: LayerViews, *given: Any) -> Any:
             model, layers = views.bind(bind, parameters)
-            return advance(model, layers, vocabulary, *given)
+            return generate_tokens(model, layers, vocabulary, *given)
 
-        self._advance = jax.jit(go_on, donate_argnums=(2, 3))
+        self._generate = jax.jit(generate, donate_argnums=(2, 3))
 
     @property
     def cache_bytes(self) -> int:
-        """Of the cache on each device, every slot taken and to the end of the context.
+        """Bytes of the largest cache on each device: all slots taken, up to the end of the context.
 
-        A run takes what its own requests need at the time; while the cache grows the shorter one
-        is there too.
+        A run takes only what its requests need at the time. While the cache grows, the shorter
+        one takes memory too.
         """
         return self._bytes(self.slots, self.context)
 
     def describe(self) -> str:
-        """What the cache takes, to be told before anything is allocated."""
+        """The memory of the cache in words, for a message before anything is allocated."""
         devices = 1 if self._mesh is None else self._mesh.size
         size = filesize.decimal(self.cache_bytes)
         each = f" on each of {devices} devices" if devices > 1 else ""
@@ -124,94 +125,95 @@ class Sampler:
         requests: Sequence[Request],
         on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """The answers, each with the index of its request, in the order they are finished.
+        """Yields (index of the request, its completion) in the order in which they finish.
 
-        Besides the cache a run holds the layers' parameters once more, in the compute dtype.
+        Besides the cache, a run holds the layers' parameters a second time, in the compute dtype.
 
         Args:
-          parameters: of the model, as `bind` takes them.
-          on_text: told a request's index and new text of its answer, once that text is certain:
-            no part of a stop string or of an unfinished character.
+          parameters: the model's, as `bind` takes them.
+          on_text: called with a request's index and new text as soon as no later token can change
+            that text.
 
         Raises:
           UserError: a prompt is empty, or the cache does not fit the device.
         """
-        waiting: deque[Row] = deque()
+        waiting: deque[RunningRequest] = deque()
         for index, request in enumerate(requests):
             length = len(request.prompt)
             if not length:
-                raise UserError(f"request {index} has an empty prompt; it needs a token at least")
+                raise UserError(f"request {index} has an empty prompt; it needs at least one token")
             if length >= self.context:
                 yield index, Completion((), "", "too_long")
             elif request.max_new_tokens < 1:
                 yield index, Completion((), "", "length")
             else:
                 limit = min(length + request.max_new_tokens, self.context)
-                told = partial(on_text, index) if on_text else None
-                waiting.append(Row(index, request, limit, Answer(request, self._decode, told)))
+                show = partial(on_text, index) if on_text else None
+                stream = TextStream(request, self._decode, show)
+                waiting.append(RunningRequest(index, request, limit, stream))
         if not waiting:
             return
-        longest = self._ring(max(row.limit for row in waiting))
+        longest = self._cache_length(max(one.limit for one in waiting))
         count = bucket(len(waiting), self._shards, self.slots)
-        greedy = all(row.request.temperature <= 0 for row in waiting)
+        greedy = all(one.request.temperature <= 0 for one in waiting)
         self._check_memory(count, longest)
         with self._on_mesh():
             views = self._view_layers(parameters)
             cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
 
-        steps = STEPS_READ if on_text else STEPS
-        rows: dict[int, Row] = {}  # by their slots
-        while waiting or rows:
-            free = (slot for slot in range(count) if slot not in rows)
+        steps = STREAMING_STEPS if on_text else MAX_STEPS
+        running: dict[int, RunningRequest] = {}  # by their slots
+        while waiting or running:
+            free = (slot for slot in range(count) if slot not in running)
             fresh = {slot: waiting.popleft() for slot in islice(free, len(waiting))}
-            rows |= fresh
-            reach = max(min(row.length + steps, row.limit) for row in rows.values())
-            patience = count // 16 + 1 if waiting else count
+            running |= fresh
+            reach = max(min(one.length + steps, one.limit) for one in running.values())
+            max_finished = count // 16 + 1 if waiting else count
             with self._on_mesh():
-                if cache.length != self._ring(reach):
-                    cache = self._resize(cache, self._ring(reach))
-                for prompts in prompt_batches(fresh, self._shards, count, greedy, self.context):
-                    cache, slots = self._fill(parameters, cache, slots, *prompts)
-                live = np.isin(np.arange(count), list(rows))
-                cache, slots, written = self._advance(
-                    parameters, views, cache, slots, live, np.int32(steps), np.int32(patience)
+                if cache.length != self._cache_length(reach):
+                    cache = self._resize(cache, self._cache_length(reach))
+                for prompts in prefill_batches(fresh, self._shards, count, greedy, self.context):
+                    cache, slots = self._prefill(parameters, cache, slots, *prompts)
+                live = np.isin(np.arange(count), list(running))
+                cache, slots, written = self._generate(
+                    parameters, views, cache, slots, live, np.int32(steps), np.int32(max_finished)
                 )
                 written, finish = jax.device_get((written, slots.finish))
-            for slot, row in list(rows.items()):
+            for slot, one in list(running.items()):
                 tokens = written[0 if slot in fresh else 1 :, slot]
-                stopped = row.answer.add(tokens[tokens != NOTHING].tolist())
+                stopped = one.stream.add(tokens[tokens != NO_TOKEN].tolist())
                 if stopped or finish[slot] != RUNNING:
-                    del rows[slot]
+                    del running[slot]
                     reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
-                    yield row.index, row.answer.finished(reason)
+                    yield one.index, one.stream.complete(reason)
 
-    def _ring(self, tokens: int) -> int:
-        """The length of a cache that holds so many; a few lengths, so few shapes to compile."""
+    def _cache_length(self, tokens: int) -> int:
+        """The length of a cache for so many tokens: one of a few, so few shapes are compiled."""
         return bucket(tokens, SHORTEST_CACHE, self.context)
 
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
 
     def _bytes(self, rows: int, length: int) -> int:
-        """Of a cache of so many rows of this length, on each device."""
+        """Bytes of a cache of so many rows of this length, on each device."""
         layer = self._elements(cache_shape(self._config, rows, length), AXES)
         return 2 * self._config.num_layers * layer * self._dtype.itemsize
 
     def _layers_bytes(self) -> int:
-        """Of the layers' parameters in the compute dtype, on each device."""
+        """Bytes of the layers' parameters in the compute dtype, on each device."""
         specs = parameter_specs(self._config)
         layers = [p for path, p in specs.items() if path.startswith("layers.")]
         return sum(self._elements(p.shape, p.axes) for p in layers) * self._dtype.itemsize
 
     def _elements(self, shape: tuple[int, ...], names: Sequence[str | None]) -> int:
-        """Of an array with these logical axes, on each device."""
+        """Elements on each device of an array with these logical axes."""
         if self._mesh is None:
             return math.prod(shape)
         return math.prod(named_sharding(names, shape, self._mesh).shard_shape(shape))
 
     def _check_memory(self, rows: int, length: int) -> None:
-        """Raises UserError when cache and layers evidently have no room on a device."""
-        # While a cache grows the one of half its length is there too.
+        """Raises UserError when cache and layers do not fit the free memory of a device."""
+        # While a cache grows, the one of half its length is still there.
         cache = self._bytes(rows, length) + self._bytes(rows, length // 2)
         needed = cache + self._layers_bytes()
         devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
@@ -226,3 +228,25 @@ class Sampler:
                         f"{self._layers_bytes() / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} "
                         f"GiB free. Lower slots, context or max_new_tokens"
                     )
+
+
+def make_sampler(
+    bind: Bind,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    slots: int = 16,
+    context: int | None = None,
+    mesh: Mesh | None = None,
+) -> Sampler:
+    """A sampler that stops where the tokenizer's chat template ends a turn."""
+    return Sampler(
+        bind,
+        config,
+        stop_ids=tokenizer.template.stops,
+        vocab_size=tokenizer.vocab_size,
+        decode=tokenizer.decode,
+        slots=slots,
+        context=context,
+        mesh=mesh,
+    )

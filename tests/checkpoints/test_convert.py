@@ -13,13 +13,13 @@ import pytest
 from safetensors.numpy import save_file
 
 import moi_jax
-from moi_jax.checkpoints.hf.published import read_published
+from moi_jax.checkpoints.hf.importer import import_checkpoint
+from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.checkpoints.hf.weights import published_shapes
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.parameter_files import save_parameters
 from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.common.errors import UserError
-from moi_jax.convert import import_checkpoint
 from moi_jax.models.config import ModelConfig, to_hf_config
 
 from support.published import (
@@ -296,7 +296,7 @@ def test_a_target_that_cannot_be_written_is_one_line(published, tmp_path):
 
 def test_a_file_that_fails_while_it_is_read_leaves_nothing(published, tmp_path, monkeypatch):
     """As when a disk goes away: the headers were fine."""
-    from moi_jax.checkpoints.hf.published import TensorFiles
+    from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles
 
     def read(self, name):
         if "h.2" in name:
@@ -312,7 +312,7 @@ def test_a_file_that_fails_while_it_is_read_leaves_nothing(published, tmp_path, 
 
 SLOW = """
 import time
-from moi_jax.checkpoints.hf.published import TensorFiles
+from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles
 read = TensorFiles.read
 def slow(self, name):
     print(name, flush=True)
@@ -342,7 +342,7 @@ def test_an_interrupted_import_leaves_nothing(published, tmp_path, sent):
 def test_a_tied_head_may_come_as_a_copy_but_not_as_another(tmp_path):
     import dataclasses
 
-    from moi_jax.checkpoints.hf.published import open_published
+    from moi_jax.checkpoints.hf.reader import open_published
     from moi_jax.models.config import in_family
     from moi_jax.models.presets import preset
 

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moi_jax.checkpoints.hf.published import open_published
-from moi_jax.checkpoints.hf.writer import plan_shards
+from moi_jax.checkpoints.hf.exporter import export_checkpoint
+from moi_jax.checkpoints.hf.importer import import_checkpoint
+from moi_jax.checkpoints.hf.reader import open_published
+from moi_jax.checkpoints.hf.safetensors_writer import plan_shards
 from moi_jax.checkpoints.items import find_step
 from moi_jax.common.errors import UserError
-from moi_jax.convert import export_checkpoint, import_checkpoint, parse_size
+from moi_jax.convert import parse_size
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
@@ -188,7 +190,7 @@ def test_qwen_v1_as_qwen2_is_the_same_model_up_to_its_length(imported, golden, t
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     done = convert("export", imported / "B-ckpt", "--out", tmp_path / "out", "--as", "qwen2")
-    assert "as qwen2: exact up to 64 tokens" in done.stdout
+    assert "as qwen2: exact up to 64 tokens" in done.stderr
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, local_files_only=True
     )
@@ -260,8 +262,8 @@ def with_another_width(step):
     ("damage", "message"),
     [
         (lambda step: shutil.rmtree(step / "parameters"), "is no checkpoint"),
-        (without_files_of_the_store, "is damaged or not whole"),
-        (lambda step: (step / "model" / "metadata").write_text("{"), "is damaged or not whole"),
+        (without_files_of_the_store, "is damaged or incomplete"),
+        (lambda step: (step / "model" / "metadata").write_text("{"), "is damaged or incomplete"),
         (with_another_width, "layers.down has shape"),
     ],
 )
@@ -361,7 +363,7 @@ def test_a_repository_that_exists_is_left_alone_and_the_export_is_kept(
     imported, tmp_path, hub, monkeypatch
 ):
     monkeypatch.setattr(hub, "taken", True)
-    with pytest.raises(UserError, match="is written, but was not uploaded as me/model: 409"):
+    with pytest.raises(UserError, match="is written but was not uploaded as me/model: 409"):
         push(imported, tmp_path, monkeypatch)
     assert (tmp_path / "out" / "config.json").exists()
 

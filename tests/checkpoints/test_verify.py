@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moi_jax.checkpoints.hf import verify as parity
-from moi_jax.convert import export_checkpoint, import_checkpoint, verify_checkpoint
+from moi_jax.checkpoints.hf import compare, verify
+from moi_jax.checkpoints.hf.exporter import export_checkpoint
+from moi_jax.checkpoints.hf.importer import import_checkpoint
+from moi_jax.checkpoints.hf.verify import verify_checkpoint
 
 from support.published import add_tokenizer, convert, same_bits
 
@@ -106,7 +108,7 @@ def test_logits_agree_with_transformers_alone_and_packed(made, oracle):
     assert len(logits["top5"]) == 5
     assert logits["top5_order_equal"]
     assert report["verdict"] == "equal"
-    lines = parity.describe(report)
+    lines = verify.describe(report)
     assert "logits, packed (64 tokens): max abs difference" in lines
 
 
@@ -147,7 +149,7 @@ def test_what_transformers_saved_goes_in_and_out_and_is_verified(tmp_path, oracl
 
 def test_logits_that_disagree_are_a_difference(made, oracle, monkeypatch):
     """Tensors that match prove no architecture: here packed segments see each other."""
-    original = parity.batches
+    original = compare.batches
 
     def as_one_segment(ids):
         for tokens, segment_ids in original(ids):
@@ -158,12 +160,12 @@ def test_logits_that_disagree_are_a_difference(made, oracle, monkeypatch):
 
     model, _ = moi_jax.load(made / "ckpt")
     ours = [np.asarray(model(t, segment_ids=s)) for t, s in as_one_segment(ids)]
-    logits = parity.compare_logits(ours, ids, made / "qwen2", np.dtype(np.float32))
+    logits = compare.compare_logits(ours, ids, made / "qwen2", np.dtype(np.float32))
     assert logits["prompt"]["max_abs"] < 2e-5
     assert logits["packed"]["max_abs"] > 0.01
-    assert logits["mean_kl"] > parity.KL_BAR
+    assert logits["mean_kl"] > verify.KL_BAR
     tensors = {"missing": [], "unexpected": [], "mismatched": []}
-    assert parity.verdict({"config": {}, "tensors": tensors, "logits": logits}) == "different"
+    assert verify.verdict({"config": {}, "tensors": tensors, "logits": logits}) == "different"
 
 
 def test_tensors_only_says_so(made):
@@ -175,11 +177,11 @@ def test_tensors_only_says_so(made):
 def test_divergence_is_that_of_the_definition():
     p, q = np.log([[0.5, 0.25, 0.25]]), np.log([[0.25, 0.25, 0.5]])
     expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
-    np.testing.assert_allclose(parity._divergence(p + 3, q - 1), [expected])
+    np.testing.assert_allclose(compare._divergence(p + 3, q - 1), [expected])
 
 
 def test_the_packed_batch_holds_segments_of_many_lengths():
-    (prompt, of_one), (rows, segments) = parity.batches(np.arange(500, dtype=np.int32))
+    (prompt, of_one), (rows, segments) = compare.batches(np.arange(500, dtype=np.int32))
     assert prompt.shape == of_one.shape == (1, 500)
     assert rows.shape == segments.shape == (2, 250)
     lengths = [np.unique(row, return_counts=True)[1].tolist() for row in segments]

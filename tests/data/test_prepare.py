@@ -444,7 +444,10 @@ def test_the_command_shards_and_reports(root: Path) -> None:
     [
         (["--shard", "0/4"], "argument --shard: invalid"),
         (["--shard", "5/4"], "argument --shard: invalid"),
-        (["--shard", "1/2", "--report", "r.json"], "--report belongs to the prepare without"),
+        (
+            ["--shard", "1/2", "--report", "r.json"],
+            "a --shard does not know the mixture, which --report",
+        ),
         (["--report", "nowhere/r.json"], "there is no such directory"),
         (["--workers", "0"], "workers"),
     ],

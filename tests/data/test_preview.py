@@ -468,12 +468,12 @@ def test_the_audit_of_the_command_ends_with_its_verdict(ragged, monkeypatch, cap
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--row", "1"], "error: --row 1 is past the run's last row, 0"),
+        (["--row", "1"], "error: there is no row 1: the run has the rows 0 to 0"),
         (["--png", "row.gif"], "error: row.gif: the name of a picture ends in .png or .svg"),
-        (["--json"], "error: --json goes with --stats; add it or leave --json out"),
-        (["--seed", "0"], "error: --seed goes with --audit; add it or leave --seed out"),
-        (["--stats", "--rows", "1"], "error: --rows is for rows in the terminal; leave it out"),
-        (["--audit", "1", "--row", "0"], "error: --row is for rows in the terminal and --png; "),
+        (["--json"], "error: --json needs --stats; add it or leave out --json"),
+        (["--seed", "0"], "error: --seed needs --audit; add it or leave out --seed"),
+        (["--stats", "--rows", "1"], "error: --rows shows rows in the terminal; leave it out"),
+        (["--audit", "1", "--row", "0"], "error: --row chooses a row for the terminal or --png; "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

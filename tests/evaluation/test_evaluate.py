@@ -21,7 +21,6 @@ from moi_jax.evaluation.while_training import make_benchmark
 from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import preset
-from moi_jax.sampling.answer_log import AnswerLog
 from moi_jax.sampling.chat_model import make_chat_model
 from moi_jax.text.conversations import Message
 from moi_jax.text.tokenizer import load_tokenizer
@@ -130,7 +129,7 @@ def test_what_is_asked_is_what_task_item_and_options_say(chat, options, monkeypa
         chosen = BenchmarkOptions(data=options.data, out=options.out, **choices)
         with pytest.raises(KeyError):  # nothing is answered
             collect_responses(
-                Echo(chosen), items, chat, chosen, AnswerLog(None, {}), lambda count: None
+                Echo(chosen), items, chat, chosen, ResponseLog(None, {}), lambda count: None
             )
         return asked
 
@@ -159,7 +158,9 @@ def test_an_item_that_changed_is_asked_again(chat, options):
 def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
     run(chat, options)
     hot = BenchmarkOptions(data=options.data, out=options.out, temperature=0.7)
-    with pytest.raises(UserError, match=r"echo.jsonl holds answers made otherwise.*temperature"):
+    with pytest.raises(
+        UserError, match=r"echo.jsonl holds answers made with other settings.*temperature"
+    ):
         run(chat, hot)
     with pytest.raises(UserError, match=r"results of another model.*parameters '0123', now '4567'"):
         run(chat, options, made_by={**MADE_BY, "parameters": "4567"})
@@ -180,8 +181,8 @@ def test_a_result_that_takes_the_place_of_another_is_told(chat, options, log_tex
 def test_a_damaged_log_is_named(tmp_path, damage):
     path = tmp_path / "echo.jsonl"
     path.write_text(damage)
-    with pytest.raises(UserError, match=r"echo.jsonl is damaged .*; delete it to begin anew"):
-        AnswerLog(path, {"a": 1})
+    with pytest.raises(UserError, match=r"echo.jsonl is damaged .*; delete it to start again"):
+        ResponseLog(path, {"a": 1})
 
 
 @pytest.mark.parametrize("tasks", ["[]", '{"gsm8k": {"score": 1}}', '{"gsm8k": null}'])
@@ -194,24 +195,24 @@ def test_damaged_results_are_named(tmp_path, tasks):
 
 def test_a_full_disk_is_told_and_the_answers_before_are_kept(tmp_path):
     path = tmp_path / "echo.jsonl"
-    log = AnswerLog(path, {})
+    log = ResponseLog(path, {})
     log.add(("0", 0), [1], text="kept", finish="stop")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot write .*echo.jsonl.*The answers before are"):
+        with pytest.raises(UserError, match=r"cannot write .*echo.jsonl.*The earlier answers are"):
             log.add(("1", 0), [1], text="x" * 100, finish="stop")  # torn by the limit
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     log.close()
-    assert list(AnswerLog(path, {}).found) == [("0", 0)]
+    assert list(ResponseLog(path, {}).found) == [("0", 0)]
 
 
 def test_half_a_surrogate_pair_is_kept(tmp_path):
-    log = AnswerLog(tmp_path / "echo.jsonl", {})
+    log = ResponseLog(tmp_path / "echo.jsonl", {})
     log.add(("0", 0), [1], text="\ud83d é", finish="stop")
     log.close()
-    assert AnswerLog(tmp_path / "echo.jsonl", {}).found["0", 0]["text"] == "\ud83d é"
+    assert ResponseLog(tmp_path / "echo.jsonl", {}).found["0", 0]["text"] == "\ud83d é"
 
 
 def test_training_asks_a_few_items_and_is_not_kept_waiting(chat, tmp_path, monkeypatch):
@@ -254,7 +255,7 @@ def test_an_id_that_comes_twice_is_refused(tmp_path):
 
 def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
     item = Item("0", (Message("user", "Say 0."),), 0, follow_ups=("Again.", "And again."))
-    log = AnswerLog(None, {})
+    log = ResponseLog(None, {})
     ((_, response),) = collect_responses(
         Echo(options), [item], chat, options, log, lambda count: None
     )
@@ -262,7 +263,7 @@ def test_a_follow_up_is_asked_after_the_answer_before_it(chat, options):
     for text, question in zip(response.texts, ("Again.", "And again.", ""), strict=True):
         one = Item("x", tuple(turns), 0)
         ((_, alone),) = collect_responses(
-            Echo(options), [one], chat, options, AnswerLog(None, {}), lambda count: None
+            Echo(options), [one], chat, options, ResponseLog(None, {}), lambda count: None
         )
         assert alone.texts == (text,)
         turns += [Message("assistant", text), Message("user", question)]
@@ -273,7 +274,7 @@ def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
     items = Echo(options).load()[:1]
 
     def texts(asked):
-        log = AnswerLog(None, {})
+        log = ResponseLog(None, {})
         answered = collect_responses(Echo(options), asked, chat, options, log, lambda count: None)
         return answered[0][1].texts
 
@@ -284,7 +285,7 @@ def test_samples_of_an_item_differ_and_are_the_same_again(chat, options):
 
 def test_choices_are_weighed_and_nothing_is_written(chat, options):
     item = Item("0", (Message("user", "A or B?"),), "B", choices=("A", "B", "AA"))
-    log = AnswerLog(None, {})
+    log = ResponseLog(None, {})
     ((_, response),) = collect_responses(
         Echo(options), [item], chat, options, log, lambda count: None
     )

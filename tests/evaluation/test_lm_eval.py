@@ -12,9 +12,10 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from moi_jax.checkpoints.hf.exporter import export_checkpoint
+from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.common.errors import UserError
-from moi_jax.convert import export_checkpoint, import_checkpoint
 from moi_jax.evaluation.harness import run as lm_eval_run
 from moi_jax.evaluation.harness.adapter import CheckpointLM
 from moi_jax.evaluation.options import BenchmarkOptions

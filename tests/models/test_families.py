@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moi_jax.checkpoints.hf.published import read_published
+from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.checkpoints.hf.weights import (
     export_tensors,
     import_parameters,

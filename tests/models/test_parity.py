@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moi_jax.checkpoints.hf.published import read_published
+from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.models import rotary
 from moi_jax.models.decoder import make_model
 from moi_jax.models.loss import token_nll

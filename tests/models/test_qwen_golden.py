@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moi_jax.checkpoints.hf.published import read_published
+from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.checkpoints.hf.weights import import_parameters, published_shapes
 from moi_jax.models import rotary
 from moi_jax.models.compute import Compute

@@ -23,14 +23,16 @@ from tokenizers import Tokenizer as Backend
 
 import moi_jax
 from moi_jax import generate
+from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.errors import UserError
-from moi_jax.convert import import_checkpoint
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.sampling.chat import Chat, chat_on_terminal
-from moi_jax.sampling.conversation_file import read_conversations
+from moi_jax.sampling.completion_file import read_conversations
+from moi_jax.sampling.generate import generate as generate_function
+from moi_jax.sampling.requests import GenerationConfig
 from moi_jax.sampling.sampler import Sampler
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
@@ -141,6 +143,17 @@ def test_of_sampling_among_the_single_likeliest_greedy_is_left(run, oracle):
     hot, greedy = ("--no-system", "--temperature", 2), oracle("Hi", system=None) + "\n"
     assert run("Hi", *SHORT, *hot, "--top-k", 1) == greedy
     assert run("Hi", *SHORT, *hot, "--top-p", 1e-6) == greedy
+
+
+def test_generate_is_a_library_function_that_prints_nothing(made, oracle, capsys):
+    checkpoint = open_checkpoint(made, devices=jax.devices()[:1])
+    messages = [Message("user", "Hi")]
+    prompt = render_prompt(messages, checkpoint.tokenizer, checkpoint.system_prompt)
+    shown: list[str] = []
+    config = GenerationConfig(max_new_tokens=COUNT)
+    completion = generate_function(checkpoint, prompt, config, on_text=shown.append)
+    assert completion.text == "".join(shown) == oracle("Hi")
+    assert capsys.readouterr().out == ""
 
 
 def test_every_command_of_the_page_runs(run, tmp_path, monkeypatch):
@@ -261,7 +274,9 @@ def test_a_file_goes_on_with_the_same_parameters_wherever_they_are(
     with pytest.raises(AssertionError):
         run(*arguments, checkpoint=moved)
     remade(made, path, 1)
-    with pytest.raises(UserError, match=r"out.jsonl.partial holds answers made otherwise \(param"):
+    with pytest.raises(
+        UserError, match=r"out.jsonl.partial holds answers made with other settings \(param"
+    ):
         run(*arguments, checkpoint=path)
     assert not out.exists()
 
@@ -403,7 +418,7 @@ def test_a_full_context_forgets_the_oldest_exchanges_and_no_more(monkeypatch, fr
     spy.type("1", "2", "3")
     assert spy.prompts[1] == spy.prompt("1", "a", "2")
     assert spy.prompts[2] == (everything if free == 10 else spy.prompt("2", "a", "3"))
-    told = "(the context is full; exchanges forgotten, oldest first: 1)"
+    told = "(the context is full; oldest exchanges dropped: 1)"
     assert (told in spy.notes) == (free < 10)
 
 
@@ -482,14 +497,17 @@ def test_a_chat_on_a_terminal_streams_and_goes_on_after_an_answer_was_stopped(ma
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt-ids", "1,512"], "--prompt-ids 512: the model has the ids 0 to 511"),
-        (["Hi", "--context", "50"], r"the prompt has 59 tokens and the context 50.*--context"),
+        (["--prompt-ids", "1,512"], "token id 512; the model knows 0 to 511"),
+        (
+            ["Hi", "--context", "50"],
+            r"the prompt has 59 tokens and the context 50.*raise the context",
+        ),
         ([], "there is no prompt"),
         (["--conversations", "x"], "--conversations and --out go together"),
         (["Hi", "--out", "x"], "--conversations and --out go together"),
-        (["Hi", "--prompt-ids", "1"], "are asked one at a time"),
-        (["--prompt-ids", "1", "--no-system"], "--prompt-ids are the whole prompt"),
-        (["--prompt-ids", "1", "--stop", "x"], "--stop ends a text and --prompt-ids prints ids"),
+        (["Hi", "--prompt-ids", "1"], "give only one of PROMPT, --prompt-ids and --conversations"),
+        (["--prompt-ids", "1", "--no-system"], "--prompt-ids is the whole prompt"),
+        (["--prompt-ids", "1", "--stop", "x"], "--stop cuts a text and --prompt-ids prints ids"),
         (["Hi", "--chat-template", "llama3"], r"no special token <\|begin_of_text\|>"),
         (["Hi", "--mesh", "tensor=3,data=3"], "does not fit 8 cpu devices"),
         (["Hi", "--mesh", "context=2"], "'context=2' is no mesh.*fsdp=2,tensor=4"),
@@ -592,7 +610,7 @@ def test_logits_that_are_not_finite_are_told(made, run, tmp_path, asked):
     with pytest.raises(UserError, match=r"logits of .*nan in float32 are not finite"):
         run("Hi", checkpoint=path)
     arguments, out = asked
-    with pytest.raises(UserError, match="3 of 4 rows have no whole answer: the logits"):
+    with pytest.raises(UserError, match="3 of 4 rows have no complete answer: the logits"):
         run(*arguments, checkpoint=path)
     assert [row["finish"] for row in read_rows(out)] == ["not_finite"] * 3 + ["too_long"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moi_jax import config as config_lib
-from moi_jax.checkpoints.hf.published import read_published
+from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import parameter_shardings

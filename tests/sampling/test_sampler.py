@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moi_jax import config as config_lib
-from moi_jax.checkpoints.hf.published import read_published
+from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.models import decoding, rotary
@@ -22,11 +22,10 @@ from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import map_parameters, parameter_shardings, random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.mesh import make_mesh
-from moi_jax.sampling import slots as slots_module
-from moi_jax.sampling.answer import Answer
-from moi_jax.sampling.choosing import Draws, choose
 from moi_jax.sampling.requests import Completion, Request
 from moi_jax.sampling.sampler import Sampler
+from moi_jax.sampling.text_stream import TextStream
+from moi_jax.sampling.token_sampling import SamplingParams, sample_tokens
 
 # Wide random weights: the likeliest token leads by far more than rounding moves a logit.
 MODEL = dataclasses.replace(
@@ -95,7 +94,7 @@ def test_greedy_tokens_equal_the_reference_with_its_cache(golden, fixture):
     """B's 60-token prompt grows past seq_length 64: NTK stays the prompt's, log-n switches on."""
     config, parameters = read_published(golden / fixture, None)
     cases = json.loads((golden / "generate.json").read_text())[fixture]
-    requests = [Request(case["prompt"], 16) for case in cases]
+    requests = [Request(case["prompt"], max_new_tokens=16) for case in cases]
     answers = tokens_of(sampler_of(config, context=128), parameters, requests)
     assert answers == [case["new_tokens"] for case in cases]
     if fixture == "B":  # the case tells the two ways apart
@@ -104,7 +103,9 @@ def test_greedy_tokens_equal_the_reference_with_its_cache(golden, fixture):
 
 def test_prompts_past_the_trained_length_have_their_own_ntk_factors(golden):
     config, parameters = read_published(golden / "B", None)  # seq_length 64: factors 1, 3, 1, 3
-    requests = [Request(p, 20) for p in random_prompts((30, 65, 50, 100), config.vocab_size)]
+    requests = [
+        Request(p, max_new_tokens=20) for p in random_prompts((30, 65, 50, 100), config.vocab_size)
+    ]
     sampler = sampler_of(config, context=128, slots=3)
     assert tokens_of(sampler, parameters, requests) == plain_greedy(config, parameters, requests)
 
@@ -148,7 +149,7 @@ def test_greedy_tokens_equal_transformers_generate(family):
         top = torch.stack(out.logits).topk(2).values
         margins.append((top[..., 0] - top[..., 1]).min().item())
     assert min(margins) > 1e-4  # logits differ by some 1e-6: no near-tie decides
-    requests = [Request(prompt, 64) for prompt in prompts]
+    requests = [Request(prompt, max_new_tokens=64) for prompt in prompts]
     sampler = sampler_of(config)
     assert tokens_of(sampler, parameters, requests) == expected
     assert [tokens_of(sampler, parameters, [r])[0] for r in requests] == expected
@@ -163,21 +164,26 @@ def test_refilled_slots_give_the_tokens_of_plain_recomputation(
     asked = zip((37, 1, 90, 60, 20, 3, 64, 5), (80, 40, 20, 57, 1, 33, 17, 64), strict=True)
     prompts = [(length, count) for length, count in asked]
     texts = random_prompts([length for length, _ in prompts])
-    requests = [Request(p, count) for p, (_, count) in zip(texts, prompts, strict=True)]
+    requests = [
+        Request(p, max_new_tokens=count) for p, (_, count) in zip(texts, prompts, strict=True)
+    ]
     answers = completions(sampler_of(MODEL, slots=slots), parameters, requests)
     assert [list(a.tokens) for a in answers] == plain_greedy(MODEL, parameters, requests)
     assert {answer.finish for answer in answers} == {"length"}
 
 
 def test_a_long_answer_does_not_hold_up_the_others(parameters):
-    requests = [Request([1], 100), *(Request([2, n], 9) for n in range(8))]
+    requests = [
+        Request([1], max_new_tokens=100),
+        *(Request([2, n], max_new_tokens=9) for n in range(8)),
+    ]
     order = [index for index, _ in sampler_of(MODEL, slots=2).run(parameters, requests)]
     assert order == [*range(1, 9), 0]
 
 
 def test_the_cache_and_the_rows_lie_on_the_mesh_and_the_tokens_are_the_same(parameters):
     asked = zip(random_prompts((9, 30, 2, 17, 5)), (20, 9, 33, 20, 8), strict=True)
-    requests = [Request(prompt, count) for prompt, count in asked]
+    requests = [Request(prompt, max_new_tokens=count) for prompt, count in asked]
     one = sampler_of(MODEL, slots=4)
     expected = tokens_of(one, parameters, requests)
     mesh = make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
@@ -190,7 +196,7 @@ def test_the_cache_and_the_rows_lie_on_the_mesh_and_the_tokens_are_the_same(para
 
 
 SAMPLED = [
-    Request(prompt, 24, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    Request(prompt, max_new_tokens=24, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     for prompt, temperature, top_k, top_p, seed in zip(
         [*random_prompts((5, 17, 30, 2)), [8] * 9, [8] * 9],
         (1.0, 0.7, 0.0, 1.5, 1.0, 1.0),
@@ -213,9 +219,11 @@ def test_draws_depend_on_seed_and_index_alone(parameters):
 
 def drawn(logits, temperature, top_k, top_p, count=4000):
     """How often each id is chosen over so many seeds, as shares."""
-    draws = Draws(*(jnp.full(count, x) for x in (temperature, top_k, top_p)), jnp.arange(count))
+    params = SamplingParams(
+        *(jnp.full(count, x) for x in (temperature, top_k, top_p)), jnp.arange(count)
+    )
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    ids = jax.jit(choose)(rows, draws, jnp.zeros(count, jnp.int32))
+    ids = jax.jit(sample_tokens)(rows, params, jnp.zeros(count, jnp.int32))
     return np.bincount(ids, minlength=len(logits)) / count
 
 
@@ -257,7 +265,10 @@ def test_a_stop_token_ends_an_answer_and_is_no_part_of_it(golden):
     expected, stop = case["new_tokens"], case["new_tokens"][5]
     assert stop not in expected[:5]
     sampler = sampler_of(config, stop_ids=(stop,))
-    requests = [Request(case["prompt"], 16), Request(case["prompt"], 3)]
+    requests = [
+        Request(case["prompt"], max_new_tokens=16),
+        Request(case["prompt"], max_new_tokens=3),
+    ]
     assert completions(sampler, parameters, requests) == [
         Completion(tuple(expected[:5]), as_text(expected[:5]), "stop"),
         Completion(tuple(expected[:3]), as_text(expected[:3]), "length"),
@@ -270,14 +281,17 @@ def test_rows_of_the_embedding_without_a_token_are_never_written(golden):
     config, parameters = read_published(golden / "A", None)
     case = json.loads((golden / "generate.json").read_text())["A"][0]
     assert max(case["new_tokens"]) >= 300
-    requests = [Request(case["prompt"], 16), Request(case["prompt"], 16, temperature=2.0)]
+    requests = [
+        Request(case["prompt"], max_new_tokens=16),
+        Request(case["prompt"], max_new_tokens=16, temperature=2.0),
+    ]
     for answer in tokens_of(sampler_of(config, vocab_size=300), parameters, requests):
         assert len(answer) == 16
         assert max(answer) < 300
 
 
 def test_a_stop_string_cuts_the_text_and_is_never_shown(parameters):
-    request = Request([5, 6], 40)
+    request = Request([5, 6], max_new_tokens=40)
     (whole,) = tokens_of(sampler_of(MODEL), parameters, [request])
     stop = f"{whole[8]} {whole[9]}"  # begins within a token's text, and ends within one
     assert as_text(whole).find(stop) == len(as_text(whole[:8]))
@@ -295,7 +309,9 @@ def test_a_stop_string_cuts_the_text_and_is_never_shown(parameters):
 
 
 def test_prompts_and_answers_are_held_to_the_context(parameters):
-    requests = [Request([1] * n, 50) for n in (20, 19, 21, 12)] + [Request([1], 0)]
+    requests = [Request([1] * n, max_new_tokens=50) for n in (20, 19, 21, 12)] + [
+        Request([1], max_new_tokens=0)
+    ]
     answers = completions(sampler_of(MODEL, context=20), parameters, requests)
     assert [(len(a.tokens), a.finish) for a in answers] == [
         (0, "too_long"), (1, "length"), (0, "too_long"), (8, "length"), (0, "length"),
@@ -306,12 +322,12 @@ def test_prompts_and_answers_are_held_to_the_context(parameters):
 
 def test_logits_that_are_not_finite_end_their_own_request_alone(parameters):
     """Nor do they reach the requests that come after in the same slot."""
-    good = Request([3, 4, 5], 20)
+    good = Request([3, 4, 5], max_new_tokens=20)
     (expected,) = tokens_of(sampler_of(MODEL), parameters, [good])
     assert 7 not in expected
     table = parameters["embedding"]["table"].at[7].set(jnp.nan)
     broken = {**parameters, "embedding": {"table": table}}
-    bad = Request([7, *range(10, 40)], 20)
+    bad = Request([7, *range(10, 40)], max_new_tokens=20)
     for slots in (1, 4):
         requests = [bad, good, good, bad, good]
         answers = completions(sampler_of(MODEL, slots=slots), broken, requests)
@@ -329,11 +345,11 @@ def test_a_run_like_the_one_before_compiles_nothing(parameters):
         return make_model(MODEL)(parameters)
 
     sampler = sampler_of(MODEL, bind, slots=4)
-    requests = [Request(p, 20) for p in random_prompts((5, 9, 30, 41, 3, 8))]
+    requests = [Request(p, max_new_tokens=20) for p in random_prompts((5, 9, 30, 41, 3, 8))]
     first = tokens_of(sampler, parameters, requests)
     count = len(traces)
     doubled = jax.tree.map(lambda x: 2 * x, parameters)
-    others = [Request(p, 22) for p in random_prompts((7, 12, 28, 40, 2, 1))]
+    others = [Request(p, max_new_tokens=22) for p in random_prompts((7, 12, 28, 40, 2, 1))]
     assert tokens_of(sampler, doubled, requests) != first
     assert len(tokens_of(sampler, parameters, others)[0]) == 22
     assert len(traces) == count
@@ -348,25 +364,31 @@ def test_a_chat_that_grows_compiles_for_few_lengths_of_the_cache(parameters):
 
     sampler = sampler_of(MODEL, bind, context=2048)
     for length in (70, 110, 120):  # a prompt of 128, in a ring of 128 or 256
-        tokens_of(sampler, parameters, [Request(p, 60) for p in random_prompts((length,))])
+        tokens_of(
+            sampler, parameters, [Request(p, max_new_tokens=60) for p in random_prompts((length,))]
+        )
     count = len(traces)
     for length in (75, 101, 118):
-        tokens_of(sampler, parameters, [Request(p, 70) for p in random_prompts((length,))])
+        tokens_of(
+            sampler, parameters, [Request(p, max_new_tokens=70) for p in random_prompts((length,))]
+        )
     assert len(traces) == count
 
 
 def test_a_prompt_is_never_wider_than_the_context(parameters, monkeypatch):
     widths = []
 
+    prefill = decoding.prefill
+
     def watched(model, tokens, lengths):
         widths.append(tokens.shape[1])
-        return decoding.prefill(model, tokens, lengths)
+        return prefill(model, tokens, lengths)
 
-    monkeypatch.setattr(slots_module, "prefill", watched)
+    monkeypatch.setattr(decoding, "prefill", watched)
     (answer,) = tokens_of(
         sampler_of(MODEL, context=150),
         parameters,
-        [Request(p, 9) for p in random_prompts((140,))],
+        [Request(p, max_new_tokens=9) for p in random_prompts((140,))],
     )
     assert len(answer) == 9
     assert widths == [150]
@@ -392,9 +414,9 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     sampler = sampler_of(MODEL, slots=6, context=500)
-    assert len(tokens_of(sampler, parameters, [Request([1], 40)])[0]) == 40
+    assert len(tokens_of(sampler, parameters, [Request([1], max_new_tokens=40)])[0]) == 40
     with pytest.raises(UserError, match=r"6 answers of up to 500 tokens .* device 0 has .* Lower"):
-        list(sampler.run(parameters, [Request([1], 600)] * 6))
+        list(sampler.run(parameters, [Request([1], max_new_tokens=600)] * 6))
 
 
 def bytes_as_text(ids):
@@ -412,7 +434,7 @@ def bytes_as_text(ids):
 def test_what_is_shown_is_the_text_and_no_stop_string(text, stops, pieces):
     """Tokens are bytes, so characters come in parts; they arrive in groups of any size."""
     shown = []
-    answer = Answer(Request([0], stop_strings=tuple(stops)), bytes_as_text, shown.append)
+    answer = TextStream(Request([0], stop_strings=tuple(stops)), bytes_as_text, shown.append)
     rest, stopped = list(text.encode()), False
     while rest and not stopped:
         count = pieces.pop() if pieces else 2
@@ -422,7 +444,7 @@ def test_what_is_shown_is_the_text_and_no_stop_string(text, stops, pieces):
     found = [text.find(stop) + len(stop) for stop in stops if stop and stop in text]
     assert stopped == bool(found)
     expected = text[: min(found)] if found else text
-    completion = answer.finished("stop" if stopped else "length")
+    completion = answer.complete("stop" if stopped else "length")
     assert bytes(completion.tokens) == expected.encode()
     if found:
         expected = expected[: min(expected.find(s) for s in stops if s and s in expected)]
@@ -432,7 +454,7 @@ def test_what_is_shown_is_the_text_and_no_stop_string(text, stops, pieces):
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end():
     shown = []
-    answer = Answer(Request([0]), bytes_as_text, shown.append)
+    answer = TextStream(Request([0]), bytes_as_text, shown.append)
     assert not answer.add([*b"ab", 0xE2, 0x82])
     assert shown == ["ab"]
-    assert answer.finished("length").text == "ab\ufffd" == "".join(shown)
+    assert answer.complete("length").text == "ab\ufffd" == "".join(shown)

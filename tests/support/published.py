@@ -10,9 +10,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moi_jax.checkpoints.hf.published import TensorFiles
+from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles
+from moi_jax.checkpoints.hf.safetensors_writer import write_tensors
 from moi_jax.checkpoints.hf.weights import published_shapes
-from moi_jax.checkpoints.hf.writer import write_tensors
 from moi_jax.models.config import to_hf_config
 from moi_jax.models.presets import preset
 

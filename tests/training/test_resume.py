@@ -136,11 +136,11 @@ def test_a_damaged_checkpoint_is_one_line(uninterrupted, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "10" / "optimizer")
     done = train(small_config(tmp_path), "--allow-change", "train.steps=11")
     assert done.returncode == 2, done.stderr
-    assert "is damaged or not whole" in done.stderr
+    assert "is damaged or incomplete" in done.stderr
     with pytest.raises(UserError, match="is no checkpoint"):
         moi_jax.load(tmp_path / "nothing")
     (tmp_path / "only" / "parameters").mkdir(parents=True)
-    with pytest.raises(UserError, match="is damaged or not whole"):
+    with pytest.raises(UserError, match="is damaged or incomplete"):
         moi_jax.load(tmp_path / "only")
 
 

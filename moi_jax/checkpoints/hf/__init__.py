@@ -1,1 +1,1 @@
-"""Published checkpoints: weights, tokenizers and cards in and out."""
+"""Published checkpoints: import, export and verification of weights, tokenizers and cards."""

@@ -1,4 +1,4 @@
-"""Reading a GGUF file: architecture, dequantised tensors by their published names, tokenizer."""
+"""Reading a GGUF file: architecture, tokenizer, and dequantised tensors by published names."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from moi_jax.text.byte_level import SPLITS, tokenizer_json
 
 Json = dict[str, Any]
 
-# GGUF's name: the published one; in a layer these follow blk.<i>. and model.layers.<i>.
+# GGUF's name -> the published name; in a layer they follow blk.<i>. and model.layers.<i>.
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -27,11 +27,11 @@ _LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Llama 3's scaling of RoPE, worked out for each frequency; the file has no other trace of it.
+# Llama 3's scaling of RoPE as a factor for each frequency; the file tells nothing else about it.
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-# config.json's key: what follows the architecture's name in the metadata.
+# config.json's key -> what follows the architecture's name in the metadata.
 _SIZES = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -47,39 +47,39 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 
 def open_gguf(path: Path) -> "GgufCheckpoint":
-    """Opens a GGUF file of the architectures llama and qwen2; tensors are read when asked for.
+    """Opens a GGUF file of the architectures llama and qwen2; tensors are read when needed.
 
     Raises:
-      UserError: the package gguf is missing, the file is none, damaged or cut short, or it holds
-        an architecture or a setting we do not build.
+      UserError: the package gguf is missing; the file is missing, damaged or cut short; or it has
+        an architecture or a setting that is not supported.
     """
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise UserError(
-            f"{path} needs the package gguf; pip install 'moi_jax[gguf]' brings it"
-        ) from None
+        raise UserError(f"{path} needs the package gguf: pip install 'moi_jax[gguf]'") from None
     if not path.is_file():
-        raise UserError(f"{path} does not exist; name a .gguf file")
+        raise UserError(f"{path} does not exist; give a .gguf file")
     try:
         reader = GGUFReader(path)
         metadata = {key: _value(field) for key, field in reader.fields.items()}
-    # What the reader raises where a file is no GGUF or ends too early.
+    # The reader raises these where a file is no GGUF or ends too early.
     except (IndexError, KeyError, OSError, UnicodeDecodeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no GGUF file, damaged or cut short ({reason})") from None
+        raise UserError(
+            f"{path} is no GGUF file, or it is damaged or cut short ({reason})"
+        ) from None
     return GgufCheckpoint(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def _value(field: Any) -> Any:
-    """The value of a metadata field; a float32 as the decimal it was written from."""
+    """The value of a metadata field; a float32 as the shortest decimal that gives it."""
     value = field.contents()
     single = field.types and field.types[-1].name == "FLOAT32" and isinstance(value, float)
     return float(str(np.float32(value))) if single else value
 
 
 class GgufCheckpoint:
-    """A GGUF file as a published checkpoint of the same model would be.
+    """A GGUF file, read as if it were a published checkpoint of the same model.
 
     Attributes:
       config_json: the values of config.json.
@@ -106,10 +106,10 @@ class GgufCheckpoint:
         self.config_json = self._config()
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of a published name, float32 in the published layout.
+        """The tensor with a published name, float32 in the published layout.
 
         Raises:
-          UserError: it is quantised in a way that the package gguf cannot undo.
+          UserError: the package gguf cannot dequantise it.
         """
         from gguf import dequantize
 
@@ -137,7 +137,7 @@ class GgufCheckpoint:
         """tokenizer.json, and tokenizer_config.json with the chat template.
 
         Raises:
-          UserError: the metadata hold no byte-level BPE, or one whose split is not known.
+          UserError: the file has no byte-level BPE tokenizer, or one with an unknown split.
         """
         kind, split = (self._metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
         if kind != "gpt2" or split not in SPLITS:
@@ -151,7 +151,7 @@ class GgufCheckpoint:
         tokens = self._tokens("tokens")
         types = self._metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
         numbered = [(t, n, kind) for n, (t, kind) in enumerate(zip(tokens, types, strict=True))]
-        # Unused ones only fill up the rows of the embedding: they are never generated.
+        # Unused tokens only fill up the embedding; they are never generated.
         vocabulary = {token: number for token, number, kind in numbered if kind != _UNUSED}
         added = {
             token: (number, kind == _CONTROL)
@@ -167,7 +167,7 @@ class GgufCheckpoint:
     def _tokenizer_settings(self) -> Json:
         """The values of tokenizer_config.json."""
         tokens, get = self._tokens("tokens"), self._metadata.get
-        # Where the file does not say, Llama 3's begins every text with its first token.
+        # If the file does not say, Llama 3's tokenizer begins every text with bos.
         add_bos = get("tokenizer.ggml.add_bos_token", get("tokenizer.ggml.pre") == "llama-bpe")
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -221,10 +221,10 @@ class GgufCheckpoint:
         return values
 
     def _rope_scaling(self, values: Json) -> Json | None:
-        """What config.json says of the scaling of RoPE.
+        """The value of rope_scaling in config.json.
 
         Raises:
-          UserError: the file has factors that no setting known here gives.
+          UserError: the file has factors that no supported setting gives.
         """
         kind = self._setting("rope.scaling.type", "none")
         if kind != "none":
@@ -264,20 +264,20 @@ class GgufCheckpoint:
 
 
 def _half_split(values: np.ndarray, heads: int) -> np.ndarray:
-    """The rows (or the bias) of q or k, from pairs that RoPE rotates side by side to halves.
+    """Reorders the rows (or the bias) of q or k for RoPE that rotates halves, not neighbours.
 
-    llama.cpp keeps Llama's rows of each head in the order 0, N/2, 1, N/2 + 1, ...; published
-    checkpoints, and the Qwen family in GGUF too, in the order 0, 1, 2, ...
+    llama.cpp stores Llama's rows of each head in the order 0, N/2, 1, N/2 + 1, ... Published
+    checkpoints, and the Qwen family in GGUF too, have the order 0, 1, 2, ...
     """
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
 def _llama3_factors(base: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
-    """float32[N/2]: what Llama 3's scaling divides each frequency of RoPE by."""
+    """float32[N/2]: the divisors of RoPE's frequencies in Llama 3's scaling."""
     length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelengths = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
-    # 1: the frequency stays; 0: it is divided by the whole factor.
+    # 1: the frequency stays. 0: it is divided by the whole factor.
     kept = np.clip((length / wavelengths - low) / (high - low), 0, 1)
     return (1 / (kept + (1 - kept) / factor)).astype(np.float32)

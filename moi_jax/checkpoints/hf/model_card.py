@@ -1,4 +1,4 @@
-"""The model card that goes out with weights: base, licence, prompts, data, held-out losses."""
+"""The model card of a checkpoint: base, licence, prompts, data, held-out losses."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import jinja2
 
 from moi_jax.checkpoints.items import ModelItems, read_json_item
 
-# What of a run's config a reader of the card asks for first; the rest is in config.yaml.
+# The sections of a run's config that the card shows; config.yaml has the rest.
 SETTINGS = ("model", "loss", "optimizer", "train")
 
 
@@ -16,8 +16,8 @@ def model_card(items: ModelItems, step: Path | None = None) -> str:
     """README.md of a checkpoint, with the front matter that the hub reads.
 
     Args:
-      step: a step of a training run, beside whose folder its mixture and metrics are; None, or a
-        step that was only converted, has no account of training.
+      step: a step in a run directory, where the mixture and the metrics are found. Without it, and
+        for a step that was only converted, the card says nothing about training.
     """
     training = _training(step) if step else None
     environment = jinja2.Environment(
@@ -37,7 +37,7 @@ def model_card(items: ModelItems, step: Path | None = None) -> str:
 
 
 def _training(step: Path) -> dict[str, Any] | None:
-    """Config, mixture and held-out losses of a training step, as far as they are there."""
+    """Config, mixture and held-out losses of a training step, as far as they exist."""
     if not (step / "config").is_dir():
         return None
     config = read_json_item(step, "config")

@@ -1,4 +1,4 @@
-"""Where published weights came from: base, licence, and the files to carry along with them."""
+"""Where published weights come from: base, licence, and the files that must go with them."""
 
 import json
 import re
@@ -8,18 +8,22 @@ from typing import Any
 
 import yaml
 
-from moi_jax.checkpoints.hf.published import read_bytes
+from moi_jax.checkpoints.hf.safetensors_reader import read_bytes
 
 # LICENSE, LICENSE.txt, NOTICE.md, USE_POLICY.md, "Tongyi Qianwen LICENSE AGREEMENT", ...
 _CARRIED = re.compile(r"licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
 
 
 def read_provenance(source: Path, token_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance item of a checkpoint that is made of `source`, a directory or a file in one.
+    """The provenance item of a checkpoint that is made from `source`.
+
+    Args:
+      source: a directory, or a file in one.
+      token_ids: bos_token_id and the like, of config.json.
 
     Returns:
-      base (name of the source), license (as its model card says it, or None), files (name ->
-      text of licence and notice files), generation_config (or None), token_ids (of config.json).
+      base (name of the source), license (from its model card, or None), files (name -> text of
+      licence and notice files), generation_config (or None), token_ids.
 
     Raises:
       UserError: one of the files cannot be read.
@@ -42,7 +46,7 @@ def read_provenance(source: Path, token_ids: Mapping[str, Any]) -> dict[str, Any
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """The settings at the head of a model card; none where it has no valid ones."""
+    """The front matter of a model card; empty if there is none or it is invalid."""
     if not path.is_file():
         return {}
     text = read_bytes(path).decode(errors="replace")

@@ -1,228 +1,97 @@
-"""Whether a checkpoint is the published model: every tensor, and logits against transformers."""
+"""Verifying that a checkpoint is the published model: the parity report and its verdict."""
 
 import importlib.util
-from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from moi_jax.checkpoints.hf.published import TensorFiles
-from moi_jax.models.config import ModelConfig
-from moi_jax.text.tokenizer import Tokenizer
+from moi_jax.checkpoints.hf.compare import (
+    PROMPT_TOKENS,
+    Report,
+    batches,
+    compare_configs,
+    compare_logits,
+    compare_tensors,
+    prompt_ids,
+    total_bytes,
+)
+from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles, read_bytes
+from moi_jax.checkpoints.hf.weights import export_tensors, redundant_tensors
+from moi_jax.checkpoints.items import find_step, read_items
+from moi_jax.checkpoints.opener import load
+from moi_jax.checkpoints.parameters import stored_parameters
+from moi_jax.common.progress import byte_bar
+from moi_jax.models.config import ModelConfig, in_family, read_hf_config
 
-Report = dict[str, Any]
-
-PROMPT_TOKENS = 500
-# The packed batch: where the segments of each row begin, as shares of it.
-PACKED = ((0, 3 / 8), (0, 1 / 6, 3 / 4))
-# Of the logits' own size: float32 in another order of summation stays below it in models of any
-# depth we tried, and a mistaken detail of the architecture does not.
+# Relative to the largest logit. float32 sums in another order stay below it at every depth we
+# tried; a wrong detail of the architecture does not.
 LOGITS_BAR = 2e-5
 KL_BAR = 1e-7
 
-TEXT = """\
-Please read the notes below and answer each of the questions in turn.
 
-1. A train leaves at 9:40 and arrives at 13:05. How long is the journey, and what is the mean \
-speed over its 287 kilometres? Show every step: 3 h 25 min = 205 min, 287 / 205 * 60 = 84 km/h.
-2. What does this function return for n = 10, and how would you make it faster?
-
-def fib(n: int) -> int:
-    return n if n < 2 else fib(n - 1) + fib(n - 2)
-
-3. Übersetze bitte: "The weather is fine today, so we shall walk by the river." 今天天气很好。
-4. Call the tool {"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}} and explain \
-its result to a reader who has never seen JSON. Name two things which it does not tell you.
-5. Write a short, friendly letter to a neighbour whose dog barks at night; do not accuse anybody.
-"""
-
-
-def prompt_ids(tokenizer: Tokenizer, longest: int) -> np.ndarray:
-    """int32[S]: PROMPT_TOKENS of the fixed text (begun again where it is too short), or fewer.
+def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = False) -> Report:
+    """Compares a checkpoint with the published weights in `directory`.
 
     Args:
-      longest: no more tokens than that.
-    """
-    ids = tokenizer.encode(TEXT)
-    return np.resize(np.array(ids, np.int32), min(PROMPT_TOKENS, longest))
-
-
-def batches(ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, segment_ids), both int32[B, S]: the prompt by itself, then the packed batch."""
-    yield ids[None], np.ones((1, len(ids)), np.int32)
-    length = len(ids) // 2
-    rows = np.resize(ids, (len(PACKED), length))
-    places = np.arange(length) / length
-    segments = [np.searchsorted(starts, places, side="right") for starts in PACKED]
-    yield rows, np.array(segments, np.int32)
-
-
-def compare_configs(ours: ModelConfig, theirs: ModelConfig) -> Report:
-    """Field -> both values, for the fields of the architecture that differ."""
-    left, right = ours.to_json(), theirs.to_json()
-    return {
-        field: {"ours": left[field], "theirs": right[field]}
-        for field in left
-        if left[field] != right[field] and field != "default_system_prompt"
-    }
-
-
-def total_bytes(files: TensorFiles) -> int:
-    return sum(
-        int(np.prod(header.shape)) * header.dtype.itemsize for header in files.headers.values()
-    )
-
-
-def compare_tensors(
-    ours: Iterable[tuple[str, np.ndarray]],
-    files: TensorFiles,
-    ignored: Collection[str],
-    advance: Callable[[int], None],
-) -> Report:
-    """Accounts for every tensor of both.
-
-    Args:
-      ignored: names of published tensors that say nothing the others do not.
-
-    Values are equal bit by bit. Where ours have another dtype, theirs are cast to it first, and
-    such a match is counted as `cast` too.
+      checkpoint: a step, or a run (its newest step).
+      tensors_only: leaves the logits out, which need a whole model in memory.
 
     Returns:
-      matched and cast (counts), missing (names that only the published files have), unexpected
-      (only ours), mismatched (name, what: shape or value, and how).
+      checkpoint and against (paths), config, tensors and logits (see the functions of compare.py),
+      not_checked (reasons), verdict ("equal" or "different").
+
+    Raises:
+      UserError: one of the two is missing or damaged, or they are of different families.
     """
-    waiting = files.headers.keys() - set(ignored)
-    report: Report = {"matched": 0, "cast": 0, "missing": [], "unexpected": [], "mismatched": []}
-    for name, tensor in ours:
-        if name not in waiting:
-            report["unexpected"].append(name)
-            continue
-        waiting.remove(name)
-        header = files.headers[name]
-        if header.shape != tensor.shape:
-            how = {"what": "shape", "ours": list(tensor.shape), "theirs": list(header.shape)}
-            report["mismatched"].append({"name": name, **how})
-            continue
-        published = files.read(name)
-        advance(published.nbytes)
-        cast = published.astype(tensor.dtype, copy=False)
-        if different := _different(tensor, cast):
-            report["mismatched"].append({"name": name, "what": "value", **different})
-            continue
-        report["matched"] += 1
-        if published.dtype != tensor.dtype:
-            report["cast"] += 1
-            report["dtypes"] = {"ours": str(tensor.dtype), "theirs": str(published.dtype)}
-    report["missing"] = sorted(waiting)
+    step = find_step(checkpoint)
+    items = read_items(step)
+    path = directory / "config.json"
+    theirs = read_hf_config(read_bytes(path), str(path))
+    ours = in_family(items.model, theirs.family)
+    stored = stored_parameters(step, items.model)
+    files, ignored = TensorFiles(directory), redundant_tensors(theirs)
+    with byte_bar("comparing", total_bytes(files)) as progress:
+        tensors = export_tensors(items.model, stored.get, theirs.family)
+        report = {
+            "checkpoint": str(step),
+            "against": str(directory),
+            "config": compare_configs(ours, theirs),
+            "tensors": compare_tensors(tensors, files, ignored, progress),
+            "logits": {"max_abs": None, "mean_kl": None},
+        }
+    reason = "--tensors-only was given" if tensors_only else _why_no_reference(theirs)
+    if reason is None:
+        # Under another family's names the models are equal up to seq_length only.
+        longest = PROMPT_TOKENS if ours == items.model else ours.seq_length
+        model, tokenizer = load(step, chat_template=items.prompts["chat_template"])
+        ids = prompt_ids(tokenizer, longest)
+        logits = [
+            np.asarray(model(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids)))
+            for tokens, segment_ids in batches(ids)
+        ]
+        del model  # two models at a time would need twice the memory
+        report["logits"] = compare_logits(logits, ids, directory, stored.dtype)
+    report["not_checked"] = [] if reason is None else [f"logits: {reason}"]
+    report["verdict"] = verdict(report)
     return report
 
 
-def _different(ours: np.ndarray, theirs: np.ndarray) -> Report | None:
-    """None where all bits are equal."""
-    bits = np.dtype(f"u{ours.dtype.itemsize}")
-    unequal = np.ascontiguousarray(ours).view(bits) != np.ascontiguousarray(theirs).view(bits)
-    count = int(np.count_nonzero(unequal))
-    if not count:
-        return None
-    gap = np.abs(ours[unequal].astype(np.float64) - theirs[unequal].astype(np.float64))
-    return {"count": count, "of": ours.size, "max_abs": float(gap.max())}
-
-
-def why_no_reference(config: ModelConfig) -> str | None:
-    """Why there are no other logits to compare with; None where there are."""
+def _why_no_reference(config: ModelConfig) -> str | None:
+    """Why transformers can give no logits to compare with; None if it can."""
     for library in ("torch", "transformers"):
         if importlib.util.find_spec(library) is None:
             return f"{library} is not installed (pip install 'moi_jax[parity]')"
     if config.family == "qwen_v1":
         return (
-            "transformers has no Qwen v1; export with --as qwen2 and verify against that, which is "
-            "equal up to the model's seq_length"
+            "transformers has no Qwen v1; export with --as qwen2 and verify against the result, "
+            "which is equal up to the model's seq_length"
         )
     return None
 
 
-def compare_logits(
-    ours: list[np.ndarray], ids: np.ndarray, directory: Path, dtype: np.dtype
-) -> Report:
-    """Logits of both batches against transformers' model of `directory`, all in float32.
-
-    Args:
-      ours: float32 logits [B, S, V] of each of `batches(ids)`.
-      dtype: our stored dtype, which the published weights are rounded to first.
-
-    Returns:
-      max_abs and mean_kl over all, the same of `prompt` and `packed`, `largest` (absolute logit),
-      and `top5`: the likeliest next tokens of the prompt.
-    """
-    reference = _reference(directory, dtype)
-    theirs = []
-    for tokens, segment_ids in batches(ids):
-        logits = [
-            np.concatenate([reference(row[of == n]) for n in np.unique(of)])
-            for row, of in zip(tokens, segment_ids, strict=True)
-        ]
-        theirs.append(np.stack(logits))
-    vocabulary = theirs[0].shape[-1]
-    pairs = [
-        (a.reshape(-1, vocabulary), b.reshape(-1, vocabulary))
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    parts = {
-        name: {
-            "tokens": len(a),
-            "max_abs": float(np.max(np.abs(a - b))),
-            "mean_kl": float(np.mean(_divergence(b, a))),
-        }
-        for name, (a, b) in zip(("prompt", "packed"), pairs, strict=True)
-    }
-    last, reference_last = pairs[0][0][-1], pairs[0][1][-1]
-    best = np.argsort(-reference_last)[:5]
-    return {
-        "max_abs": max(part["max_abs"] for part in parts.values()),
-        "mean_kl": max(part["mean_kl"] for part in parts.values()),
-        "largest": float(max(np.max(np.abs(b)) for _, b in pairs)),
-        **parts,
-        "top5": [
-            {"token": int(t), "ours": float(last[t]), "theirs": float(reference_last[t])}
-            for t in best
-        ],
-        "top5_order_equal": bool(np.array_equal(np.argsort(-last)[:5], best)),
-    }
-
-
-def _reference(directory: Path, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    """transformers' model: int32[S] -> float32 logits [S, V]."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    rounded = getattr(torch, str(dtype))
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=rounded, attn_implementation="eager", local_files_only=True
-    )
-    model = model.float().eval()
-
-    def logits(tokens: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
-
-    return logits
-
-
-def _divergence(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """KL(reference || logits) of every row [S, V], in nats, in float64."""
-    divergence = np.empty(len(reference))
-    for row, (p, q) in enumerate(zip(reference, logits, strict=True)):
-        p, q = (x.astype(np.float64) - np.max(x) for x in (p, q))
-        log_p, log_q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
-        divergence[row] = np.sum(np.exp(log_p) * (log_p - log_q))
-    return divergence
-
-
 def verdict(report: Report) -> str:
-    """equal or different, by the tensors, the configuration and what logits there are."""
+    """equal or different, judged by the tensors, the configuration, and the logits if compared."""
     tensors, logits = report["tensors"], report["logits"]
     unequal = [report["config"], *(tensors[k] for k in ("missing", "unexpected", "mismatched"))]
     if logits["max_abs"] is not None:
@@ -232,7 +101,7 @@ def verdict(report: Report) -> str:
 
 
 def describe(report: Report) -> str:
-    """The report as lines for people."""
+    """The report as text for people."""
     tensors, logits = report["tensors"], report["logits"]
     lines = [f"{report['checkpoint']} against {report['against']}"]
     for field, values in report["config"].items():

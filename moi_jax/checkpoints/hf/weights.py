@@ -1,4 +1,4 @@
-"""Published tensors into our parameters and back, by the table of the model's family."""
+"""Published tensors to our parameters and back, by the table of the model's family."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,17 +12,18 @@ from moi_jax.models.parameters import parameter_specs
 
 
 def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor a checkpoint of this architecture holds, with its published shape.
+    """Name -> published shape of every tensor that a checkpoint of this architecture holds.
 
-    In the order of the file: embedding, layer by layer, final norm, head.
+    The order is that of the file: embedding, layers, final norm, head.
     """
     return {name: _published_shape(tensor, config) for name, tensor, _ in _instances(config)}
 
 
 def redundant_tensors(config: ModelConfig) -> dict[str, str | None]:
-    """Tensors a checkpoint may hold besides: a tied head's copy, tables made from the config.
+    """Further tensors that a checkpoint may hold: a tied head's copy, tables made from the config.
 
-    Name -> the tensor that it must equal; None where there is nothing to compare.
+    Returns:
+      Name -> the tensor that it must equal, or None if there is nothing to compare with.
     """
     family = FAMILIES[config.family]
     copies: dict[str, str | None] = {
@@ -37,11 +38,12 @@ def redundant_tensors(config: ModelConfig) -> dict[str, str | None]:
 def import_parameters(
     config: ModelConfig, read: Callable[[str], np.ndarray], dtype: np.typing.DTypeLike
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Our parameters one at a time, (dotted path, array of `dtype`), layers stacked.
+    """Yields our parameters one by one: (dotted path, array of `dtype`), with layers stacked.
 
     Args:
-      read: a published tensor by its name, in any dtype. Called for one tensor at a time, once
-        for every parameter that has a part of it, so that no more than one is ever held.
+      read: gives a published tensor by its name, in any dtype. It is called for one tensor at a
+        time, so that only one is in memory; a tensor that holds parts of several parameters is
+        read for each of them.
     """
     for path in parameter_specs(config):
         yield path, _stacked(config, path, read, dtype)
@@ -52,11 +54,11 @@ def export_tensors(
     get: Callable[[str, int | None], np.ndarray],
     as_family: str | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Published tensors one at a time, (name, contiguous array), in the dtype `get` gives.
+    """Yields published tensors one by one: (name, contiguous array), in the dtype that `get` gives.
 
     Args:
-      get: our parameter by its dotted path, or one layer of a stacked one by its number.
-      as_family: another family's names, see `in_family` for where that is exact.
+      get: gives our parameter by its dotted path, or one layer of a stacked one by its number.
+      as_family: use another family's names; `in_family` says where that is exact.
 
     Raises:
       UserError: the parameters cannot be written as `as_family`.
@@ -93,13 +95,13 @@ def _stacked(
 
 
 def _place(published: np.ndarray, tensor: HFTensor, path: str, place: np.ndarray) -> None:
-    """Copies the rows of a published tensor that are `path`'s into one layer of ours."""
+    """Copies the rows of a published tensor that belong to `path` into one layer of ours."""
     rows = np.split(published, len(tensor.paths))[tensor.paths.index(path)]
     place[...] = (rows.T if tensor.inputs else rows).reshape(place.shape)
 
 
 def _published(parameter: np.ndarray, tensor: HFTensor) -> np.ndarray:
-    """Ours -> [out, in], or rows alone for what is no matrix product (biases, norms)."""
+    """Our parameter -> [out, in], or a single row for biases and norms."""
     if not tensor.inputs:
         return parameter.reshape(*_rows(tensor, parameter.shape))
     columns = math.prod(parameter.shape[: tensor.inputs])
@@ -107,7 +109,7 @@ def _published(parameter: np.ndarray, tensor: HFTensor) -> np.ndarray:
 
 
 def _rows(tensor: HFTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The embedding [V, D] is published as it is; a bias [heads, N] in one row."""
+    """The embedding [V, D] is published as it is, a bias [heads, N] as one row."""
     return shape if tensor.paths == ("embedding.table",) else (math.prod(shape),)
 
 

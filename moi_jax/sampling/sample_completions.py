@@ -1,4 +1,4 @@
-"""Sample answers of a run: each prompt under its domain's own and under the default prompt."""
+"""Sample completions of a run: each question with its domain's system prompt and the default."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,15 @@ from jax.sharding import Mesh
 from moi_jax import config
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
-from moi_jax.sampling.chat_model import make_sampler
 from moi_jax.sampling.requests import Request
+from moi_jax.sampling.sampler import make_sampler
 from moi_jax.text.conversations import Message
 from moi_jax.text.prompts import resolve_prompt
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import Tokenizer
 
 
-def make_sample_answers(
+def make_sample_completions(
     samples: tuple[config.SamplePrompt, ...],
     max_new_tokens: int,
     data: config.Data,
@@ -24,7 +24,7 @@ def make_sample_answers(
     model: ModelConfig,
     mesh: Mesh,
 ) -> Callable[[Tree], list[dict[str, str]]]:
-    """A function from parameters to the answers, one object each as samples.jsonl holds them."""
+    """A function parameters -> completions, one object each, as samples.jsonl holds them."""
     domains = {domain.name: domain for domain in data.domains}
     asked, prompts = [], []
     for question in samples:
@@ -39,7 +39,7 @@ def make_sample_answers(
                 }
             )
             prompts.append(render_prompt([Message("user", question.prompt)], tokenizer, prompt))
-    requests = [Request(prompt, max_new_tokens) for prompt in prompts]
+    requests = [Request(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
     sampler = make_sampler(
         bind,
         model,

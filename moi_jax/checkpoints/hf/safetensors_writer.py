@@ -1,6 +1,7 @@
-"""Writing safetensors shards as they are published, a tensor at a time.
+"""Writing safetensors shards in the published layout, a tensor at a time.
 
-A shard is laid out before its tensors come: the library's own writer wants all of one in memory.
+A shard's header is written before its tensors come: the library's own writer needs all tensors of
+a shard in memory.
 """
 
 import json
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moi_jax.checkpoints.hf.published import DTYPES
+from moi_jax.checkpoints.hf.safetensors_reader import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """The tensors of each shard, in order; a shard exceeds `limit` bytes only by a single tensor.
+    """The tensors of each shard, in order; only a single larger tensor exceeds `limit` bytes.
 
     Args:
       sizes: name -> bytes.
@@ -38,16 +39,16 @@ def write_tensors(
     dtype: np.typing.DTypeLike,
     tensors: Iterable[tuple[str, np.ndarray]],
     limit: int,
-    wrote: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> None:
-    """Writes the shards, and their index where they are several.
+    """Writes the shards, and an index if there are several.
 
     Args:
-      shapes: of every tensor, in the order of the files.
+      shapes: name -> shape of every tensor, in the order of the files.
       dtype: float32, float16 or bfloat16; tensors are cast to it.
       tensors: each tensor of `shapes` once, in any order.
-      limit: bytes of a shard.
-      wrote: called with the bytes of each tensor written.
+      limit: the largest size of a shard, in bytes.
+      progress: called with the number of bytes of each written tensor.
     """
     dtype = np.dtype(dtype)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
@@ -67,7 +68,7 @@ def write_tensors(
         with path.open("r+b") as shard:
             shard.seek(offset)
             shard.write(_bytes(tensor.astype(dtype, copy=False)))
-        wrote(sizes[name])
+        progress(sizes[name])
     assert not waiting, sorted(waiting)
     if len(shards) > 1:
         index = {
@@ -85,8 +86,8 @@ def _write_header(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
 ) -> dict[str, int]:
-    """Begins a shard; returns where each tensor's bytes are to stand."""
-    # transformers refuses files that do not say which library's layout they have.
+    """Writes the header of a shard; returns the offset of each tensor's bytes."""
+    # transformers refuses files that do not name the library of their layout.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
     for name in names:
@@ -97,11 +98,11 @@ def _write_header(
             "data_offsets": [starts[name], end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     return {name: 8 + len(text) + start for name, start in starts.items()}
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
-    """The bytes in row-major order, without a copy where they lie so already."""
+    """The bytes in row-major order, without a copy if they already are."""
     return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data

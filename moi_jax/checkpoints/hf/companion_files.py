@@ -1,4 +1,4 @@
-"""What goes out beside exported weights: configuration, tokenizer, chat template, licences."""
+"""The files beside exported weights: configuration, tokenizer, chat template, licences."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from moi_jax.text.tokenizer import TiktokenTokenizer, Tokenizer
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def published_files(
+def companion_files(
     items: ModelItems, as_family: str | None, dtype: str, step: Path
 ) -> dict[str, str]:
-    """Name -> text of all but the weights and the card, of a model read from `step`."""
+    """Name -> text of all files except the weights and the card, for a model read from `step`."""
     config = {
         **to_hf_config(in_family(items.model, as_family or items.model.family)),
         "torch_dtype": dtype,
@@ -31,7 +31,7 @@ def published_files(
     if as_family and "qwen.tiktoken" in files:
         files |= _fast_tokenizer(items)
         del files["qwen.tiktoken"]
-    # What was only converted keeps the template it came with; what was trained has ours.
+    # A model that was only converted keeps its own template; a trained one has ours.
     own = "chat_template.jinja" in files or '"chat_template"' in files.get(TOKENIZER_CONFIG, "")
     if items.prompts["chat_template"] and (trained or not own):
         files["chat_template.jinja"] = export_jinja(items.prompts)
@@ -39,7 +39,7 @@ def published_files(
 
 
 def _fast_tokenizer(items: ModelItems) -> dict[str, str]:
-    """A tokenizer of Qwen v1 as the readers of Qwen2 know it."""
+    """The tokenizer of Qwen v1 in the files that readers of Qwen2 expect."""
     tokenizer = Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"])
     assert isinstance(tokenizer, TiktokenTokenizer)
     settings = {
@@ -55,7 +55,7 @@ def _fast_tokenizer(items: ModelItems) -> dict[str, str]:
 
 
 def _generation(items: ModelItems, trained: bool) -> dict[str, Any]:
-    """generation_config.json: the source's; a trained model stops where it has learnt to, too."""
+    """generation_config.json: the source's; a trained model also stops where its template does."""
     source = items.provenance.get("generation_config")
     name = items.prompts["chat_template"]
     if name is None or (source is not None and not trained):
@@ -68,10 +68,10 @@ def _generation(items: ModelItems, trained: bool) -> dict[str, Any]:
 
 
 def where_exact(items: ModelItems) -> str:
-    """What the user of a Qwen v1 model by Qwen2's names has to know."""
+    """A note on where a Qwen v1 model with the names of Qwen2 is exact."""
     if not (items.model.dynamic_ntk or items.model.logn_attention):
         return "as qwen2: exact, this model has neither dynamic NTK nor log-n attention"
     return (
-        f"as qwen2: exact up to {items.model.seq_length} tokens; beyond, Qwen v1 has dynamic NTK "
-        f"and log-n attention, which Qwen2 has not"
+        f"as qwen2: exact up to {items.model.seq_length} tokens; beyond that Qwen v1 uses dynamic "
+        f"NTK and log-n attention, which Qwen2 does not have"
     )

@@ -1,0 +1,101 @@
+"""Importing a published checkpoint: its weights, tokenizer, template and licence as one of ours."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from moi_jax.checkpoints.hf.model_card import model_card
+from moi_jax.checkpoints.hf.provenance import read_provenance
+from moi_jax.checkpoints.hf.reader import PublishedCheckpoint, open_published
+from moi_jax.checkpoints.hf.weights import import_parameters
+from moi_jax.checkpoints.items import ModelItems
+from moi_jax.checkpoints.parameters import save_model
+from moi_jax.common.errors import UserError
+from moi_jax.common.progress import byte_bar
+from moi_jax.common.whole_files import check_new, new_directory, write_texts
+from moi_jax.text.jinja_templates import check_template
+from moi_jax.text.prompts import prompts_item
+from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+MOST_WARNINGS = 5
+
+log = logging.getLogger(__name__)
+
+
+def import_checkpoint(
+    source: Path, out: Path, tokenizer: Path | None = None, dtype: str | None = None
+) -> None:
+    """Writes the published checkpoint `source` as one of ours at `out`, a tensor at a time.
+
+        import_checkpoint(Path("Qwen-7B-Chat"), Path("checkpoints/qwen-7b-chat"))
+
+    Args:
+      source: a directory with config.json, safetensors and a tokenizer, or a .gguf file.
+      tokenizer: a directory with tokenizer files, if they are not in `source`.
+      dtype: of the stored parameters, float32 or bfloat16; None keeps the published one.
+
+    Raises:
+      UserError: a file is missing or damaged, or `out` exists or cannot be written. Nothing is
+        left behind.
+    """
+    check_new(out)
+    published = open_published(source)
+    model = published.config
+    if published.tokenizer_files and not tokenizer:
+        files = Tokenizer.from_files(published.tokenizer_files)
+    else:
+        files = load_tokenizer(tokenizer or source)
+    if files.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {files.vocab_size} ids, the embedding in {source} only "
+            f"{model.vocab_size} rows; is it the tokenizer of this model?"
+        )
+    wanted = np.dtype(dtype or published.common_dtype)
+    report = check_template(files.files, files)
+    default = report.default_system_prompt if report.own else model.default_system_prompt
+    if report.difference:
+        log.info(f"chat template: {report.template} is the nearest; {report.difference}")
+    prompts = prompts_item(default, report.template)
+    provenance = read_provenance(source, published.token_ids)
+    items = ModelItems(model, files.files, prompts, provenance)
+    with new_directory(out) as staging, _reading(published) as read:
+        save_model(staging, import_parameters(model, read, wanted), wanted, items)
+        (staging / "README.md").write_text(model_card(items), encoding="utf-8")
+        write_texts(staging, provenance["files"])
+    log.info(f"wrote {out}: {model.num_layers} layers, width {model.hidden_size}, {wanted}")
+
+
+@contextmanager
+def _reading(published: PublishedCheckpoint) -> Iterator[Callable[[str], np.ndarray]]:
+    """A function that reads a tensor, with a progress bar; warns of NaN and infinity at the end."""
+    seen: set[str] = set()
+    damaged: dict[str, int] = {}
+    with byte_bar("reading", published.nbytes) as progress:
+
+        def read(name: str) -> np.ndarray:
+            value = published.read(name)
+            if name not in seen:  # a tensor that holds several parameters is read for each of them
+                seen.add(name)
+                progress(value.size * published.dtypes[name].itemsize)
+                if count := _count_not_finite(value):
+                    damaged[name] = count
+            return value
+
+        yield read
+    for name, count in list(damaged.items())[:MOST_WARNINGS]:
+        log.warning(f"{name} has {count} values that are NaN or infinite")
+    if len(damaged) > MOST_WARNINGS:
+        log.warning(f"{len(damaged)} tensors in all have values that are NaN or infinite")
+
+
+def _count_not_finite(tensor: np.ndarray) -> int:
+    """How many values are NaN or infinite."""
+    flat = tensor.reshape(-1)
+    block = 1 << 22  # the flags of a large tensor would take half of its own memory
+    return sum(
+        int(np.count_nonzero(~np.isfinite(flat[start : start + block])))
+        for start in range(0, len(flat), block)
+    )

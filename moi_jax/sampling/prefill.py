@@ -1,0 +1,90 @@
+"""Running requests on the host, and their prompts as batches of a few shapes."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from moi_jax.parallel.placing import bucket
+from moi_jax.sampling.requests import Request
+from moi_jax.sampling.slots import RUNNING, Slots
+from moi_jax.sampling.text_stream import TextStream
+from moi_jax.sampling.token_sampling import SamplingParams
+
+# Tokens of the prompts in one batch: the scores of their attention are S x S.
+PREFILL_TOKENS = 4096
+SHORTEST_PROMPT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRequest:
+    """A request that has a slot, or waits for one.
+
+    Attributes:
+      limit: the most tokens that prompt and completion may have together.
+    """
+
+    index: int
+    request: Request
+    limit: int
+    stream: TextStream
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion so far."""
+        return len(self.request.prompt) + len(self.stream.tokens)
+
+
+def prefill_batches(
+    requests: Mapping[int, RunningRequest], multiple: int, slots: int, greedy: bool, context: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, Slots]]:
+    """Yields what `slots.prefill` needs to put requests into their slots.
+
+    Widths and numbers of rows are a power of two times the smallest, so few shapes are compiled.
+
+    Args:
+      requests: by their slots.
+      multiple: each batch has a multiple of this many rows.
+      slots: the number of slots; a padding row is sent to this number, which is no slot.
+      context: the longest possible prompt.
+    """
+    longest = max((len(running.request.prompt) for running in requests.values()), default=0)
+    width = bucket(longest, SHORTEST_PROMPT, context)
+    most = max(PREFILL_TOKENS // width, multiple)
+    taken = list(requests)
+    for group in (taken[n : n + most] for n in range(0, len(taken), most)):
+        count = bucket(len(group), multiple)
+        tokens = np.zeros((count, width), np.int32)
+        for line, slot in zip(tokens, group, strict=False):
+            prompt = requests[slot].request.prompt
+            line[: len(prompt)] = prompt
+        nowhere = [slots] * (count - len(group))
+        new = _slots([requests[slot] for slot in group], count, greedy)
+        yield np.array(group + nowhere, np.int32), tokens, new
+
+
+def _slots(running: Sequence[RunningRequest], count: int, greedy: bool) -> Slots:
+    """The slots of these requests, padded up to `count` with slots of a single token."""
+
+    def column(dtype: DTypeLike, values: Iterable[float], otherwise: float) -> Any:
+        return np.fromiter(chain(values, repeat(otherwise)), dtype, count)
+
+    requests = [one.request for one in running]
+    lengths = column(np.int32, (len(r.prompt) for r in requests), 1)
+    sampling = SamplingParams(
+        temperature=column(np.float32, (r.temperature for r in requests), 0),
+        top_k=column(np.int32, (r.top_k for r in requests), 0),
+        top_p=column(np.float32, (r.top_p for r in requests), 1),
+        seed=column(np.uint32, (r.seed % 2**32 for r in requests), 0),
+    )
+    return Slots(
+        token=column(np.int32, (), 0),
+        length=lengths,
+        prompt=lengths,
+        limit=column(np.int32, (one.limit for one in running), 1),
+        finish=column(np.int32, (), RUNNING),
+        sampling=None if greedy else sampling,
+    )
