@@ -22,6 +22,7 @@ from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import preset
 from moi_jax.sampling.chat_model import make_chat_model
+from moi_jax.sampling.response_log import ResponseLog
 from moi_jax.text.conversations import Message
 from moi_jax.text.tokenizer import load_tokenizer
 
