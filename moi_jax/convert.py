@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moi_jax.common.atomic_files import atomic_directory, check_new, write_texts
 from moi_jax.common.errors import UserError, run_command
-from moi_jax.common.whole_files import check_new, new_directory, write_texts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +132,7 @@ def import_checkpoint(
     from moi_jax.checkpoints.items import ModelItems
     from moi_jax.checkpoints.parameters import save_model
     from moi_jax.text.jinja_templates import check_template
-    from moi_jax.text.prompts import prompts_item
+    from moi_jax.text.prompts import prompts_metadata
     from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
     check_new(out)
@@ -152,10 +152,10 @@ def import_checkpoint(
     default = report.default_system_prompt if report.own else model.default_system_prompt
     if report.difference:
         print(f"chat template: {report.template} is the nearest; {report.difference}")
-    prompts = prompts_item(default, report.template)
+    prompts = prompts_metadata(default, report.template)
     provenance = read_provenance(source, published.token_ids)
     items = ModelItems(model, files.files, prompts, provenance)
-    with new_directory(out) as staging, _reading(published) as read:
+    with atomic_directory(out) as staging, _reading(published) as read:
         save_model(staging, import_parameters(model, read, wanted), wanted, items)
         (staging / "README.md").write_text(model_card(items), encoding="utf-8")
         write_texts(staging, provenance["files"])
@@ -199,7 +199,7 @@ def export_checkpoint(
     wanted = np.dtype(dtype or stored.dtype)
     shapes = published_shapes(model)
     total = sum(math.prod(shape) for shape in shapes.values()) * wanted.itemsize
-    with new_directory(out) as staging, byte_bar("writing", total) as wrote:
+    with atomic_directory(out) as staging, byte_bar("writing", total) as wrote:
         staging.mkdir()
         tensors = export_tensors(items.model, stored.get, as_family)
         write_tensors(staging, shapes, wanted, tensors, max_shard_size, wrote)

@@ -224,8 +224,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from moi_jax.checkpoints.items import find_step
     from moi_jax.checkpoints.opener import open_checkpoint
+    from moi_jax.common.atomic_files import check_writable
     from moi_jax.common.log import show_logs
-    from moi_jax.common.whole_files import check_writable
     from moi_jax.config.load import load_config
     from moi_jax.evaluation.prompts.measure import HeldOutOptions, measure_held_out
     from moi_jax.evaluation.results import read_results

@@ -58,7 +58,7 @@ def main() -> None:
     from moi_jax.checkpoints.experiment import open_experiment
     from moi_jax.common.log import show_logs
     from moi_jax.data.cache.prepare import prepare_shard
-    from moi_jax.data.cache.selection import domain_report
+    from moi_jax.data.cache.selection import row_counts
     from moi_jax.data.dataset import open_dataset
 
     show_logs()
@@ -69,11 +69,11 @@ def main() -> None:
     begin = time.perf_counter()
     dataset = open_dataset(experiment.config, experiment.tokenizer)
     prepared = time.perf_counter()
-    mixture = dataset.show_mixture(dataset.plan())
+    mixture = dataset.log_mixture(dataset.plan())
     if args.report:
         seconds = {"prepare": prepared - begin, "plan": time.perf_counter() - prepared}
         report = {
-            "domains": domain_report(dataset.caches, dataset.selections),
+            "domains": row_counts(dataset.caches, dataset.selections),
             "files": {cache.name: cache.manifest["files"] for cache in dataset.caches},
             "mixture": mixture,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},

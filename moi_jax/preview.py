@@ -12,7 +12,7 @@ from moi_jax.config.load import load_config
 
 if TYPE_CHECKING:
     from moi_jax.data.dataset import Dataset
-    from moi_jax.data.planning.run import RunPlan
+    from moi_jax.data.planning.training_plan import TrainingPlan
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +117,13 @@ def _count(text: str) -> int:
     return number
 
 
-def _show_rows(dataset: "Dataset", run: "RunPlan", args: argparse.Namespace) -> None:
+def _show_rows(dataset: "Dataset", run: "TrainingPlan", args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from moi_jax.data.preview.picture import draw_row
     from moi_jax.data.preview.row import print_legend, print_row, view_row
 
-    source, first = dataset.row_source(run), args.row or 0
+    source, first = dataset.batch_reader(run), args.row or 0
     if first >= run.total_rows:
         raise UserError(f"--row {first} is past the run's last row, {run.total_rows - 1}")
     if args.png:
@@ -138,14 +138,14 @@ def _show_rows(dataset: "Dataset", run: "RunPlan", args: argparse.Namespace) -> 
         print_row(view_row(source, row), dataset.tokenizer, console)
 
 
-def _show_statistics(dataset: "Dataset", run: "RunPlan", args: argparse.Namespace) -> None:
+def _show_statistics(dataset: "Dataset", run: "TrainingPlan", args: argparse.Namespace) -> None:
     from moi_jax.data.preview.picture import draw_lengths
-    from moi_jax.data.preview.statistics import length_statistics, print_accounts, print_lengths
+    from moi_jax.data.preview.statistics import length_statistics, log_accounts, log_lengths
 
-    mixture = dataset.show_mixture(run)
+    mixture = dataset.log_mixture(run)
     lengths = length_statistics(dataset.corpus)
-    print_lengths(lengths)
-    print_accounts(mixture)
+    log_lengths(lengths)
+    log_accounts(mixture)
     if args.histogram:
         draw_lengths(dataset.corpus, dataset.config.data.sequence_length, args.histogram)
         log.info(f"lengths drawn in {args.histogram}")
@@ -153,7 +153,7 @@ def _show_statistics(dataset: "Dataset", run: "RunPlan", args: argparse.Namespac
         print(json.dumps({**mixture, "lengths": lengths}, indent=2))
 
 
-def _audit(dataset: "Dataset", run: "RunPlan", count: int, seed: int) -> int:
+def _audit(dataset: "Dataset", run: "TrainingPlan", count: int, seed: int) -> int:
     import random
 
     from moi_jax.data.preview.audit import audit
@@ -161,7 +161,7 @@ def _audit(dataset: "Dataset", run: "RunPlan", count: int, seed: int) -> int:
     rows = sorted(random.Random(seed).sample(range(run.total_rows), min(count, run.total_rows)))
     train = [selection.train for selection in dataset.selections]
     records = [len(cache.lengths) for cache in dataset.caches]
-    difference = audit(dataset.row_source(run), train, records, dataset.tokenizer, rows)
+    difference = audit(dataset.batch_reader(run), train, records, dataset.tokenizer, rows)
     if difference:
         print(f"audit: {difference}")
         return 1

@@ -14,7 +14,7 @@ ROOT = "moi_jax"
 TABLE_WIDTH = 100  # columns of a table in a log that is no terminal
 
 
-class Table:
+class LogTable:
     """A rich table, or another renderable, as the message of a log record.
 
     On the console it is drawn by rich; everywhere else it is its plain text.
@@ -40,7 +40,7 @@ class ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        if isinstance(record.msg, Table):
+        if isinstance(record.msg, LogTable):
             self.console.print(record.msg.renderable)
             return
         line = self.format(record)

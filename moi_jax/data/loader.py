@@ -9,7 +9,7 @@ import numpy as np
 
 from moi_jax.config import Loss
 from moi_jax.data.planning.epoch import EpochPlan
-from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.planning.training_plan import TrainingPlan
 from moi_jax.text.rendering import Instruction, label_mask
 
 
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     loss_weights: Any  # float32
 
 
-class Placed(NamedTuple):
+class PackedInstruction(NamedTuple):
     """An instruction in a row, the id of its domain, and the weight of each of its labels."""
 
     instruction: Instruction
@@ -54,7 +54,7 @@ Mask = Literal["chunk", "row", "instruction"]
 
 
 def assemble(
-    rows: Sequence[Sequence[Sequence[Placed]]],
+    rows: Sequence[Sequence[Sequence[PackedInstruction]]],
     sequence_length: int,
     pad_id: int,
     mask: Mask,
@@ -121,19 +121,19 @@ def _batch(real: np.ndarray, pad_id: int) -> Batch:
     )
 
 
-class Reader(Protocol):
+class InstructionReader(Protocol):
     """What a domain's cache offers here."""
 
     def read(self, indices: Sequence[int]) -> list[Instruction]: ...
 
 
-class RowSource:
+class BatchReader:
     """Any rows of a run as a Batch; safe to call from several threads."""
 
     def __init__(
         self,
-        run: RunPlan,
-        caches: Sequence[Reader],
+        plan: TrainingPlan,
+        caches: Sequence[InstructionReader],
         train: Sequence[np.ndarray],
         loss: Loss,
         pad_id: int,
@@ -145,42 +145,46 @@ class RowSource:
             train[d][i] of its cache.
           pad_id: token of the padding.
         """
-        self.run, self.loss, self.pad_id = run, loss, pad_id
+        self.plan, self.loss, self.pad_id = plan, loss, pad_id
         self._caches, self._train = caches, train
 
-    def rows(self, global_rows: Sequence[int] | np.ndarray) -> Batch:
+    def read(self, global_rows: Sequence[int] | np.ndarray) -> Batch:
         """Rows of the endless sequence by their numbers, with one cache read a domain.
 
         Rows past the end of the run are empty.
         """
         planned = [self._planned(int(row)) for row in global_rows]
         numbers = [i for row in planned for group, _ in row for i in group.tolist()]
-        instructions = self._read(np.unique(np.array(numbers, np.int64)))
+        instructions = self._read_instructions(np.unique(np.array(numbers, np.int64)))
         rows = [
             [
-                [Placed(*instructions[i], w) for i, w in zip(group.tolist(), weights, strict=True)]
+                [
+                    PackedInstruction(*instructions[i], w)
+                    for i, w in zip(group.tolist(), weights, strict=True)
+                ]
                 for group, weights in row
             ]
             for row in planned
         ]
-        data = self.run.data
+        data = self.plan.data
         assert data.mask is not None  # resolved by the config
         return assemble(rows, data.sequence_length, self.pad_id, data.mask, self.loss.targets)
 
     def _planned(self, global_row: int) -> list[tuple[np.ndarray, list[float]]]:
         """The groups of a row, each as instruction numbers and the weights of their labels."""
-        if global_row >= self.run.total_rows:
+        if global_row >= self.plan.total_rows:
             return []
-        epoch, row = self.run.locate(global_row)
-        plan = self.run.epoch_plan(epoch)
+        epoch, row = self.plan.locate(global_row)
+        epoch_plan = self.plan.epoch_plan(epoch)
         normalization = self.loss.normalization
         return [
-            (group, label_weights(plan, group, normalization).tolist()) for group in plan.row(row)
+            (group, label_weights(epoch_plan, group, normalization).tolist())
+            for group in epoch_plan.row(row)
         ]
 
-    def _read(self, numbers: np.ndarray) -> dict[int, tuple[Instruction, int]]:
+    def _read_instructions(self, numbers: np.ndarray) -> dict[int, tuple[Instruction, int]]:
         """The instructions of global numbers int64[m], with their domain ids."""
-        corpus = self.run.corpus
+        corpus = self.plan.corpus
         domain_of = corpus.domain_of(numbers)
         found: dict[int, tuple[Instruction, int]] = {}
         for domain in np.unique(domain_of).tolist():
@@ -196,8 +200,8 @@ class RowSource:
 def label_weights(plan: EpochPlan, instructions: np.ndarray, normalization: str) -> np.ndarray:
     """float64[m]: the weight of each label of instructions int64[m] (docs: loss_weights).
 
-    token: 1. instruction: 1 / the instruction's labels, so each sums to 1. domain: T / (K T_d),
-    so that the K domains have equal sums over an epoch.
+    token: 1. instruction: 1 / the instruction's labels, so each sums to 1. domain: T / (n T_d),
+    so that the n domains that have labels get equal sums over an epoch.
     """
     if normalization == "token":
         return np.ones(len(instructions))
@@ -209,7 +213,7 @@ def label_weights(plan: EpochPlan, instructions: np.ndarray, normalization: str)
 
 
 def batch_dataset(
-    source: RowSource,
+    reader: BatchReader,
     start_row: int = 0,
     local_rows: np.ndarray | None = None,
     threads: int = 4,
@@ -225,10 +229,10 @@ def batch_dataset(
       threads: batches read at the same time.
       prefetch: batches held ready.
     """
-    run = source.run
-    wanted = np.arange(run.batch_rows) if local_rows is None else local_rows
+    plan = reader.plan
+    wanted = np.arange(plan.batch_rows) if local_rows is None else local_rows
     return (
-        grain.MapDataset.range(start_row, run.total_rows, run.batch_rows)
-        .map(lambda row: source.rows(row + wanted))
+        grain.MapDataset.range(start_row, plan.total_rows, plan.batch_rows)
+        .map(lambda row: reader.read(row + wanted))
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     )

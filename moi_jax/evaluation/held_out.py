@@ -9,7 +9,7 @@ import numpy as np
 from moi_jax import config
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.selection import Selection
-from moi_jax.data.loader import Batch, Placed, assemble
+from moi_jax.data.loader import Batch, PackedInstruction, assemble
 from moi_jax.evaluation.row_sums import RowSums
 from moi_jax.parallel.placing import bucket
 from moi_jax.text.prompts import resolve_prompt
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _SHORTEST_ROW = 128
 
 # The width of a batch, and its rows of groups of one instruction.
-Rows = tuple[int, list[list[list[Placed]]]]
+Rows = tuple[int, list[list[list[PackedInstruction]]]]
 MeasureRows = Callable[[Batch], RowSums]
 
 
@@ -53,12 +53,12 @@ class HeldOut:
         self.domains = [cache.name for cache in caches]
         self._data, self._targets, self._pad_id = data, targets, tokenizer.template.pad
         self._rows, self._row_multiple = rows, row_multiple
-        own: list[Placed] = []
-        default: list[Placed] = []
+        own: list[PackedInstruction] = []
+        default: list[PackedInstruction] = []
         self._same_prompt = []
         for index, (cache, selection) in enumerate(zip(caches, selections, strict=True)):
             instructions = cache.read(selection.held_out)
-            own += [Placed(instruction, index, 1.0) for instruction in instructions]
+            own += [PackedInstruction(instruction, index, 1.0) for instruction in instructions]
             prompt = resolve_prompt(data, data.domains[index])
             self._same_prompt.append(prompt == data.default_system_prompt)
             if self._same_prompt[-1]:
@@ -67,7 +67,7 @@ class HeldOut:
                 other = with_system_prompt(
                     instruction, tokenizer, data.default_system_prompt, data.row_system
                 )
-                default.append(Placed(other, index, 1.0))
+                default.append(PackedInstruction(other, index, 1.0))
         fitting = [p for p in default if len(p.instruction.tokens) <= data.sequence_length]
         if len(fitting) < len(default):
             log.info(
@@ -124,7 +124,7 @@ class HeldOut:
         for width, filled in rows:
             yield assemble(filled, width, self._pad_id, "instruction", self._targets)
 
-    def _in_rows(self, placed: list[Placed]) -> list[Rows]:
+    def _in_rows(self, placed: list[PackedInstruction]) -> list[Rows]:
         """One conversation a row, rows of like length together, the last batch filled up."""
         batches = batches_by_width(
             [len(item.instruction.tokens) for item in placed],

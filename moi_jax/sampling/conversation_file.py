@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
-from moi_jax.common.whole_files import write_whole
 from moi_jax.data.sources.formats import FORMATS, to_chat
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.data.sources.turns import text_of
@@ -115,7 +115,7 @@ class AnsweredFile:
             content = {**row.content, "messages": messages, "finish": answer["finish"]}
             lines.append(json_line(content))
         try:
-            write_whole(self._path, "".join(lines))
+            atomic_write_text(self._path, "".join(lines))
             self.partial.unlink()
         except OSError as error:
             raise cannot_write(self._path, error) from None

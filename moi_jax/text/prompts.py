@@ -1,7 +1,5 @@
 """The prompts item of a checkpoint: system prompts and template, with their fingerprints."""
 
-import hashlib
-import json
 from typing import Any
 
 from moi_jax import config
@@ -20,7 +18,7 @@ def resolve_prompt(data: config.Data, domain: config.Domain) -> str | None:
     return domain.prompt
 
 
-def prompts_item(
+def prompts_metadata(
     default_system_prompt: str | None, template: str | None, data: config.Data | None = None
 ) -> Json:
     """Default prompt, the domains' prompts (none before training), template and its hash.
@@ -62,8 +60,3 @@ def saved_template(item: Json, where: object, option: str = "tokenizer.chat_temp
             f"{choose}"
         )
     return name
-
-
-def fingerprint(item: Any) -> str:
-    """A short name of a JSON value's content."""
-    return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache.blocks import lines_beginning
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.cache.prepare import DomainCache, prepare_shard
-from moi_jax.data.cache.selection import domain_report, select
+from moi_jax.data.cache.selection import row_counts, select
 from moi_jax.data.cache.writer import BlockWriter
 from moi_jax.data.sources.readers import SourceFile
 
@@ -177,7 +177,7 @@ def test_contaminated_rows_are_dropped_or_reported(root: Path, log_text: io.Stri
     assert reported.manifest["contaminated"] == 2
     assert texts(reported) == texts(plain)
     assert len(texts(dropped)) == 2
-    report = domain_report([reported], select([reported], config.HeldOut(), "assistant"))
+    report = row_counts([reported], select([reported], config.HeldOut(), "assistant"))
     assert report["a"]["contaminated"] == 2
     (root.parent / "benchmarks" / "README.md").write_text("no question")
     data = section(root, "a", decontaminate={**found, "on_hit": "report"})

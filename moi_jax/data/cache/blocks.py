@@ -23,7 +23,7 @@ from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
 from moi_jax.data.sources.readers import SourceFile
-from moi_jax.data.sources.rows import Row, convert
+from moi_jax.data.sources.rows import SourceRow, convert
 from moi_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Block:
     end: int
     key: str
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         whole = not self.file.splittable
         raw = self.file.rows() if whole else self.file.rows(self.start, self.end)
         return (convert(row, self.format) for row in raw)
@@ -105,18 +105,18 @@ def lines_beginning(path: Path, start: int, end: int) -> int:
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkItem:
     """Blocks that one process does one after another: one, or all of a source with max_rows.
 
     Attributes:
       domain, prompt: of the rows.
-      room: the most rows that all the blocks keep; those after are not read.
+      max_rows: the most rows that all the blocks keep; those after are not read.
     """
 
     domain: str
     prompt: str | None
     blocks: tuple[Block, ...]
-    room: int | None
+    max_rows: int | None
 
     @property
     def size(self) -> int:
@@ -125,14 +125,14 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedBlock:
     """A block on disk: its folder, and what was counted when it was written."""
 
     directory: Path
     counts: dict[str, Any]
 
     @classmethod
-    def open(cls, directory: Path) -> Finished | None:
+    def open(cls, directory: Path) -> FinishedBlock | None:
         """None where the folder is not there, or was cut short by a full disk or a copy."""
         try:
             counts = json.loads((directory / COUNTS).read_text(encoding="utf-8"))
@@ -153,8 +153,8 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class BlockMaker:
-    """Does tasks, in this process or, pickled, in another.
+class BlockBuilder:
+    """Does items, in this process or, pickled, in another.
 
     Attributes:
       folder: holds a folder for each block.
@@ -167,60 +167,63 @@ class BlockMaker:
     benchmarks: Benchmarks | None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def do(self, task: Task) -> None:
-        """Writes those blocks of the task that are not there.
+    def build(self, item: WorkItem) -> None:
+        """Writes those blocks of the item that are not there.
 
         Raises:
           UserError: a row or a file is refused, or cannot be read or written.
         """
         try:
-            with domain_errors(task.domain):
-                for block, room, directory in self._walk(task):
-                    if Finished.open(directory) is None:
-                        self._write(task, block, room, directory)
+            with domain_errors(item.domain):
+                for block, max_rows, directory in self._walk(item):
+                    if FinishedBlock.open(directory) is None:
+                        self._write(item, block, max_rows, directory)
         except RuntimeError as error:  # what ArrayRecord raises, say when a disk is full
             raise UserError(
-                f"domain {task.domain}: cannot write below {self.folder}: {error}"
+                f"domain {item.domain}: cannot write below {self.folder}: {error}"
             ) from None
 
-    def finished(self, task: Task) -> list[Finished] | None:
-        """The blocks of the task that its room lets in; None where one is not there."""
+    def finished(self, item: WorkItem) -> list[FinishedBlock] | None:
+        """The blocks of the item that its max_rows let in; None where one is not there."""
         found = []
-        for _, _, directory in self._walk(task):
-            if (block := Finished.open(directory)) is None:
+        for _, _, directory in self._walk(item):
+            if (block := FinishedBlock.open(directory)) is None:
                 return None
             found.append(block)
         return found
 
-    def _walk(self, task: Task) -> Iterator[tuple[Block, int | None, Path]]:
-        """Each block, its room and its folder, which must be there when the next is asked for."""
-        room = task.room
-        for block in task.blocks:
-            if room == 0:
-                return
-            directory = self.folder / (block.key if room is None else f"{block.key}-{room}")
-            yield block, room, directory
-            if room is not None:
-                done = Finished.open(directory)
-                room -= done.counts["kept"] if done else 0
+    def _walk(self, item: WorkItem) -> Iterator[tuple[Block, int | None, Path]]:
+        """Each block, how many rows it may keep (None: all), and its folder.
 
-    def _write(self, task: Task, block: Block, room: int | None, directory: Path) -> None:
+        The folder must exist before the next block is asked for.
+        """
+        left = item.max_rows
+        for block in item.blocks:
+            if left == 0:
+                return
+            directory = self.folder / (block.key if left is None else f"{block.key}-{left}")
+            yield block, left, directory
+            if left is not None:
+                done = FinishedBlock.open(directory)
+                left -= done.counts["kept"] if done else 0
+
+    def _write(self, item: WorkItem, block: Block, max_rows: int | None, directory: Path) -> None:
         part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.{self.run}{PART}")
         part.mkdir(parents=True)
         writer = BlockWriter(
-            part, self.data, task.prompt, self.tokenizer, self.benchmarks, block.place
+            part, self.data, item.prompt, self.tokenizer, self.benchmarks, block.place
         )
-        writer.add(block.rows(), room)
+        writer.add(block.rows(), max_rows)
         writer.close(block.lines())
-        if directory.exists() and Finished.open(directory) is None:
+        if directory.exists() and FinishedBlock.open(directory) is None:
             shutil.rmtree(directory)
         move_into_place(part, directory)
 
     def save(self) -> Path:
-        """Writes the maker where `clear` removes it, for other processes to read."""
-        part = self.folder / f"maker.{self.run}{PART}"
+        """Writes the builder where `clear` removes it, for other processes to read."""
+        part = self.folder / f"builder.{self.run}{PART}"
         part.mkdir(parents=True)
-        path = part / "maker.pickle"
+        path = part / "builder.pickle"
         path.write_bytes(pickle.dumps(self))
         return path
 

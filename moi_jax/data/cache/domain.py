@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from moi_jax.common.errors import UserError
-from moi_jax.data.cache.blocks import PART, Block, Finished, move_into_place
+from moi_jax.data.cache.blocks import PART, Block, FinishedBlock, move_into_place
 from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
 from moi_jax.text import rendering
 from moi_jax.text.rendering import Instruction
@@ -106,7 +106,7 @@ def open_domain(
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         names = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
         lengths, hashes = np.load(directory / LENGTHS), np.load(directory / HASHES)
-        blocks = [Finished.open(folder / block) for block in names]
+        blocks = [FinishedBlock.open(folder / block) for block in names]
         kept = [block.counts["kept"] if block else -1 for block in blocks]
         if -1 in kept or not len(lengths) == len(hashes) == sum(kept) == manifest["kept"]:
             raise ValueError("the files of the cache differ in length")
@@ -141,7 +141,7 @@ def _rename(manifest: dict[str, Any], names: Sequence[str]) -> None:
     manifest["empty_files"] = [current[name] for name in manifest["empty_files"]]
 
 
-Found = tuple[Block, Finished | None]  # None of a block after the last that max_rows lets in
+Found = tuple[Block, FinishedBlock | None]  # None of a block after the last that max_rows lets in
 
 
 def write_domain(directory: Path, sources: Sequence[Sequence[Found]]) -> None:

@@ -25,16 +25,16 @@ from moi_jax.common.progress import progress_bars
 from moi_jax.data.cache.blocks import (
     PART,
     Block,
-    BlockMaker,
-    Finished,
-    Task,
+    BlockBuilder,
+    FinishedBlock,
+    WorkItem,
     domain_errors,
     full_blocks,
     ranges,
 )
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.cache.domain import DomainCache, open_domain, write_domain
-from moi_jax.data.cache.workers import run_tasks
+from moi_jax.data.cache.workers import run_work
 from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.sources.readers import SourceFile
@@ -58,16 +58,16 @@ def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
     Raises:
       UserError: a source matches nothing, a file stands twice, a row or a domain is unusable.
     """
-    jobs, maker = _jobs(data, tokenizer)
-    if maker.benchmarks:
-        log.info(_looked_for(maker.benchmarks))
-    opened = [job.open(maker) for job in jobs]
+    jobs, builder = _jobs(data, tokenizer)
+    if builder.benchmarks:
+        log.info(_looked_for(builder.benchmarks))
+    opened = [job.open(builder) for job in jobs]
     missing = [job for job, cache in zip(jobs, opened, strict=True) if cache is None]
-    _run([task for job in missing for task in chain(*job.tasks)], maker)
+    _run([item for job in missing for item in chain(*job.items)], builder)
     caches = []
     for job, cache in zip(jobs, opened, strict=True):
         how = "cached" if cache else "prepared"
-        cache = cache or _assemble(job, maker)
+        cache = cache or _assemble(job, builder)
         if data.on_bad_row == "error":
             _refuse_bad_rows(job, cache.manifest)
         if not len(cache.lengths):
@@ -87,11 +87,11 @@ def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: i
     Raises:
       UserError: see `prepare`.
     """
-    jobs, maker = _jobs(data, tokenizer)
-    tasks = [task for job in jobs for task in chain(*job.tasks)]
-    mine = tasks[shard - 1 :: shards]
-    _run(mine, maker)
-    log.info(f"shard {shard} of {shards}: {len(mine)} of {len(tasks)} blocks are prepared")
+    jobs, builder = _jobs(data, tokenizer)
+    items = [item for job in jobs for item in chain(*job.items)]
+    mine = items[shard - 1 :: shards]
+    _run(mine, builder)
+    log.info(f"shard {shard} of {shards}: {len(mine)} of {len(items)} blocks are prepared")
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,14 @@ class _Job:
     recipe: dict[str, Any]
     directory: Path
 
-    def open(self, maker: BlockMaker) -> DomainCache | None:
+    def open(self, builder: BlockBuilder) -> DomainCache | None:
         names = [file.name for file in chain(*self.files)]
         with domain_errors(self.domain.name):
-            return open_domain(self.domain.name, self.directory, maker.folder, names)
+            return open_domain(self.domain.name, self.directory, builder.folder, names)
 
     @functools.cached_property
-    def tasks(self) -> list[list[Task]]:
-        """The tasks of each source."""
+    def items(self) -> list[list[WorkItem]]:
+        """The items of each source."""
         by_source = []
         with domain_errors(self.domain.name):
             for source, *pairs in zip(self.domain.sources, self.files, self.digests, strict=True):
@@ -126,10 +126,10 @@ class _Job:
                     for file, digest in zip(*pairs, strict=True)
                     for block in self._blocks(file, digest, source.format)
                 )
-                room = source.max_rows
-                split = [(block,) for block in blocks] if room is None else [blocks]
+                max_rows = source.max_rows
+                split = [(block,) for block in blocks] if max_rows is None else [blocks]
                 by_source.append(
-                    [Task(self.domain.name, self.prompt, part, room) for part in split]
+                    [WorkItem(self.domain.name, self.prompt, part, max_rows) for part in split]
                 )
         return by_source
 
@@ -146,7 +146,7 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockMaker]:
+def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockBuilder]:
     if not data.domains:
         raise UserError("data.domains is empty; name at least one domain with its sources")
     expanded = [expand(data.root, domain.sources, data.cache_dir) for domain in data.domains]
@@ -154,7 +154,7 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockMak
     cache_dir, benchmarks = data.cache_dir.expanduser(), None
     if data.decontaminate.path:
         benchmarks = Benchmarks.read(data.decontaminate.path.expanduser())
-    maker = BlockMaker(cache_dir / "blocks", data, tokenizer, benchmarks)
+    builder = BlockBuilder(cache_dir / "blocks", data, tokenizer, benchmarks)
     digests, jobs = Digests(cache_dir), []
     for domain, files in zip(data.domains, expanded, strict=True):
         prompt = resolve_prompt(data, domain)
@@ -176,7 +176,7 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockMak
         ]
         jobs.append(_Job(domain, prompt, files, found, recipe, cache_dir / _hash([recipe, wanted])))
     digests.save()
-    return jobs, maker
+    return jobs, builder
 
 
 def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[SourceFile]]]) -> None:
@@ -192,19 +192,19 @@ def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[Sou
             seen[path] = domain.name
 
 
-def _run(tasks: list[Task], maker: BlockMaker) -> None:
-    """Does what is not done of the tasks, on as many processes as have a block to do."""
-    left = [task for task in tasks if maker.finished(task) is None]
+def _run(items: list[WorkItem], builder: BlockBuilder) -> None:
+    """Does what is not done of the items, on as many processes as have a block to do."""
+    left = [item for item in items if builder.finished(item) is None]
     if not left:
         return
-    _sweep(maker.folder)
-    _sweep(maker.folder.parent)
-    most = maker.data.workers or _cores()
-    useful = full_blocks(sum(task.size for task in left))
+    _sweep(builder.folder)
+    _sweep(builder.folder.parent)
+    most = builder.data.workers or _cores()
+    useful = full_blocks(sum(item.size for item in left))
     workers = max(1, min(most, useful, len(left)))
     sizes: Counter[str] = Counter()
-    for task in left:
-        sizes[task.domain] += task.size
+    for item in left:
+        sizes[item.domain] += item.size
     try:
         with (
             domain_errors(", ".join(sizes)),
@@ -212,12 +212,12 @@ def _run(tasks: list[Task], maker: BlockMaker) -> None:
         ):
             bars = {name: progress.add_task(name, total=size) for name, size in sizes.items()}
 
-            def advance(task: Task) -> None:
-                progress.advance(bars[task.domain], task.size)
+            def advance(item: WorkItem) -> None:
+                progress.advance(bars[item.domain], item.size)
 
-            run_tasks(left, maker, workers, advance)
+            run_work(left, builder, workers, advance)
     finally:
-        maker.clear()
+        builder.clear()
 
 
 def _cores() -> int:
@@ -234,22 +234,22 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _assemble(job: _Job, maker: BlockMaker) -> DomainCache:
+def _assemble(job: _Job, builder: BlockBuilder) -> DomainCache:
     """Makes the domain's cache of its blocks, which are finished."""
     with domain_errors(job.domain.name):
-        found = [[pair for task in tasks for pair in _found(task, maker)] for tasks in job.tasks]
+        found = [[pair for item in items for pair in _found(item, builder)] for items in job.items]
         write_domain(job.directory, found)
-    cache = job.open(maker)
+    cache = job.open(builder)
     if cache is None:
         raise UserError(f"{job.directory} was changed while it was in use; run again")
     return cache
 
 
-def _found(task: Task, maker: BlockMaker) -> list[tuple[Block, Finished | None]]:
-    finished = maker.finished(task)
+def _found(item: WorkItem, builder: BlockBuilder) -> list[tuple[Block, FinishedBlock | None]]:
+    finished = builder.finished(item)
     if finished is None:
-        raise UserError(f"{maker.folder} was changed while it was in use; run again")
-    return list(zip_longest(task.blocks, finished))
+        raise UserError(f"{builder.folder} was changed while it was in use; run again")
+    return list(zip_longest(item.blocks, finished))
 
 
 def _refuse_bad_rows(job: _Job, manifest: dict[str, Any]) -> None:

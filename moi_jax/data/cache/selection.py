@@ -104,7 +104,7 @@ def _mix(hashes: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def domain_report(
+def row_counts(
     caches: Sequence[DomainCache], selections: Sequence[Selection]
 ) -> dict[str, dict[str, Any]]:
     """Per domain where its rows went: read = sum of dropped + held_out + train."""

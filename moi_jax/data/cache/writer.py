@@ -15,7 +15,7 @@ from array_record.python import array_record_module
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.data.sources.rows import Row
+from moi_jax.data.sources.rows import SourceRow
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
 from moi_jax.text.rendering import Instruction
@@ -81,8 +81,8 @@ class BlockWriter:
         self.examples: dict[str, list[dict[str, Any]]] = {}
         self.notes = dict.fromkeys(NOTES, 0)
 
-    def add(self, rows: Iterable[Row], room: int | None) -> None:
-        """Adds rows until `room` are kept.
+    def add(self, rows: Iterable[SourceRow], max_rows: int | None) -> None:
+        """Adds rows until `max_rows` are kept.
 
         Raises:
           UserError: a row is refused by the config.
@@ -97,7 +97,7 @@ class BlockWriter:
                 )
             )
             for row in batch:
-                if self.kept == room:
+                if self.kept == max_rows:
                     return
                 self.read += 1
                 try:
@@ -125,7 +125,7 @@ class BlockWriter:
             raise BadRow("too_long", f"{length} tokens, at most {self.limit}")
         return instruction, conversation.first_exchanges(exchanges)
 
-    def _keep(self, row: Row, instruction: Instruction, conversation: Conversation) -> None:
+    def _keep(self, row: SourceRow, instruction: Instruction, conversation: Conversation) -> None:
         assert isinstance(row.conversation, Conversation)
         contaminated = self._contaminated(row.line, conversation)
         self.records.write(to_record(instruction))
@@ -192,7 +192,7 @@ class BlockWriter:
         (self.directory / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
     batch, size = [], 0
     for row in rows:
         batch.append(row)

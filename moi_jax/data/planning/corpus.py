@@ -19,9 +19,9 @@ class Corpus:
     """
 
     names: tuple[str, ...]  # domains in config order
-    offsets: np.ndarray  # int64[K + 1]
-    lengths: np.ndarray  # int32[N] tokens
-    loss_lengths: np.ndarray  # int32[N] tokens that carry loss
+    offsets: np.ndarray  # int64[domains + 1]
+    lengths: np.ndarray  # int32[instructions] tokens
+    loss_lengths: np.ndarray  # int32[instructions] tokens that carry loss
     source_starts: tuple[np.ndarray, ...]  # int64[sources + 1] of each domain, into the domain
 
     @classmethod
@@ -67,7 +67,7 @@ class Corpus:
 
     @cached_property
     def domain_loss_tokens(self) -> np.ndarray:
-        """int64[K]: tokens that carry loss of each domain, every instruction once."""
+        """int64[domains]: tokens that carry loss of each domain, every instruction once."""
         sums = np.append(0, np.cumsum(self.loss_lengths, dtype=np.int64))
         return np.diff(sums[self.offsets])
 

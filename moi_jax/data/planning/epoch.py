@@ -17,7 +17,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Data
 from moi_jax.data.planning import mixture, packing, swaps
 from moi_jax.data.planning.corpus import Corpus
-from moi_jax.data.planning.mixture import Stream
+from moi_jax.data.planning.mixture import RandomStream
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class EpochPlan:
     instructions: np.ndarray  # int64[M] global numbers; one number may occur several times
     group_starts: np.ndarray  # int64[G + 1] into instructions
     row_starts: np.ndarray  # int64[R + 1] into groups
-    moved: int  # instructions that stand in another group than they were drawn for
+    moved_instructions: int  # instructions that stand in another group than they were drawn for
     unplaced: np.ndarray  # int64[U] instructions of groups left out, as nothing made them fit a row
     unplaced_groups: int
-    draws: np.ndarray  # int64[K] draws of each domain that were made
+    draws: np.ndarray  # int64[domains] draws of each domain that were made
 
     @property
     def rows(self) -> int:
@@ -56,7 +56,7 @@ class EpochPlan:
 
     @cached_property
     def domain_loss_tokens(self) -> np.ndarray:
-        """T_d, int64[K]: tokens of each domain that carry loss, every occurrence counted."""
+        """T_d, int64[domains]: tokens of each domain that carry loss, every occurrence counted."""
         occurrences = np.bincount(self.instructions, minlength=len(self.corpus.lengths))
         sums = np.append(0, np.cumsum(occurrences * self.corpus.loss_lengths))
         return np.diff(sums[self.corpus.offsets])
@@ -97,7 +97,7 @@ def plan_epoch(
     Args:
       data: with the sampling of the stage.
       stage: of the curriculum; its number is in the key of every random stream.
-      first_draws: int64[K], draws of each domain before epoch 0 of the stage.
+      first_draws: int64[domains], draws of each domain before epoch 0 of the stage.
       groups: plan only the first groups of the epoch.
 
     Raises:
@@ -107,11 +107,11 @@ def plan_epoch(
     counts, lengths, limit = corpus.counts, corpus.lengths, data.sequence_length
     same_column = data.sampling == "balanced"
 
-    def rng(stream: Stream) -> np.random.Generator:
+    def rng(stream: RandomStream) -> np.random.Generator:
         return mixture.generator(seed, stream, epoch, stage)
 
     drawn = mixture.draw_groups(corpus, data, seed, epoch, stage, first_draws, groups)
-    members = swaps.mend_groups(drawn, lengths, limit, same_column, rng(Stream.REPAIR))
+    members = swaps.repair_groups(drawn, lengths, limit, same_column, rng(RandomStream.REPAIR))
     sizes = mixture.group_sizes(members, lengths)
     fits = (sizes > 0) & (sizes <= limit)
     unplaced = members[~fits]
@@ -124,12 +124,12 @@ def plan_epoch(
     row_of = packing.pack(members, sizes, limit, data.packing)
     if data.packing == "best_fit":
         members, row_of = swaps.fill_rows(
-            members, row_of, lengths, limit, same_column, rng(Stream.FILL)
+            members, row_of, lengths, limit, same_column, rng(RandomStream.FILL)
         )
     moved = int(np.count_nonzero(members != drawn))
     members = mixture.order_members(members, counts, data, seed, epoch, stage)
     rows = int(row_of.max()) + 1
-    row_of = rng(Stream.ROWS).permutation(rows)[row_of]
+    row_of = rng(RandomStream.ROWS).permutation(rows)[row_of]
     # In a row the groups keep draw order, which is random: best_fit's own order would put the
     # longest first.
     members = members[np.argsort(row_of, kind="stable")]
@@ -142,14 +142,14 @@ def plan_epoch(
         instructions=members[present],
         group_starts=np.append(0, np.cumsum(present.sum(axis=1))),
         row_starts=np.append(0, np.cumsum(np.bincount(row_of, minlength=rows))),
-        moved=moved,
+        moved_instructions=moved,
         unplaced=unplaced[unplaced >= 0],
         unplaced_groups=len(unplaced),
         draws=np.bincount(of_domain, minlength=len(counts)),
     )
 
 
-def first_rows(plan: EpochPlan, rows: int) -> EpochPlan:
+def cut_epoch(plan: EpochPlan, rows: int) -> EpochPlan:
     """The plan cut after its first rows."""
     groups = plan.row_starts[: rows + 1]
     instructions = plan.group_starts[: groups[-1] + 1]
@@ -177,4 +177,4 @@ def last_epoch(whole: EpochPlan, rows: int, arguments: tuple[Any, ...]) -> Epoch
         missing = rows - (plan.rows if plan else 0)
         groups += max(1, int(missing * groups_a_row))
         plan = plan_epoch(*arguments, groups=groups)
-    return first_rows(plan, rows)
+    return cut_epoch(plan, rows)

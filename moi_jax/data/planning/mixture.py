@@ -15,7 +15,7 @@ from moi_jax.config import Data
 from moi_jax.data.planning.corpus import Corpus
 
 
-class Stream(IntEnum):
+class RandomStream(IntEnum):
     """Every random stream of the plan, with what follows it in the key [seed, stream, ...]."""
 
     SAMPLING = 1  # domain, block, source + 1 or 0: the permutations that draws follow
@@ -27,7 +27,7 @@ class Stream(IntEnum):
     SOURCES = 7  # domain, block: the order of a domain's weighted sources
 
 
-def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
+def generator(seed: int, stream: RandomStream, *key: int) -> np.random.Generator:
     """The generator of one stream; the same key gives the same numbers on every host."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, *key])))
 
@@ -53,7 +53,7 @@ def draws(seed: int, domain: int, n: int, start: int, count: int, source: int = 
     drawn = np.empty(count, np.int64)
     for block in range(start // size, -(-(start + count) // size)):
         table = np.broadcast_to(np.arange(n), (permutations, n))
-        stream = generator(seed, Stream.SAMPLING, domain, block, source)
+        stream = generator(seed, RandomStream.SAMPLING, domain, block, source)
         order = stream.permuted(table, axis=1).ravel()
         # The part of this block that was asked for, in numbers of all draws.
         first, last = max(start, block * size), min(start + count, (block + 1) * size)
@@ -79,7 +79,7 @@ class WeightedSources:
         for block in range(start // BLOCK, -(-(start + count) // BLOCK)):
             before, after = self._taken(block * BLOCK), self._taken((block + 1) * BLOCK)
             labels = np.repeat(np.arange(len(self.shares)), after - before)
-            generator(seed, Stream.SOURCES, domain, block).shuffle(labels)
+            generator(seed, RandomStream.SOURCES, domain, block).shuffle(labels)
             whole = np.empty(BLOCK, np.int64)
             for source, n in enumerate(np.diff(self.starts).tolist()):
                 mine = labels == source
@@ -117,7 +117,7 @@ def weighted_sources(corpus: Corpus, data: Data, domain: int) -> WeightedSources
 
 
 def asked_shares(corpus: Corpus, data: Data) -> np.ndarray:
-    """float64[K], sum 1: each domain's share in data.unit, as the config asks for it."""
+    """float64[domains], sum 1: each domain's share in data.unit, as the config asks for it."""
     sizes = np.array(corpus.counts, np.float64)
     if data.sampling == "balanced":
         wanted = np.ones(len(sizes))
@@ -132,7 +132,7 @@ def asked_shares(corpus: Corpus, data: Data) -> np.ndarray:
 
 
 def epoch_counts(corpus: Corpus, data: Data) -> np.ndarray:
-    """int64[K]: draws of each domain in an epoch.
+    """int64[domains]: draws of each domain in an epoch.
 
     balanced: the size of the largest domain (epoch_end: longest) or the smallest, of each.
     proportional: every instruction once. weights, temperature: in the shares asked for, until the
@@ -182,7 +182,7 @@ def draw_groups(
     follow one another.
 
     Args:
-      first_draws: int64[K], draws of each domain before epoch 0 of this stage.
+      first_draws: int64[domains], draws of each domain before epoch 0 of this stage.
       groups: only so many, the first ones.
 
     Returns:
@@ -209,7 +209,7 @@ def draw_groups(
         return members
     assert data.chunk_size is not None  # resolved by the config
     labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
-    generator(seed, Stream.UNION, epoch, stage).shuffle(labels)
+    generator(seed, RandomStream.UNION, epoch, stage).shuffle(labels)
     if groups is not None:
         labels = labels[: groups * data.chunk_size]
     of_domain = np.bincount(labels, minlength=len(counts)).tolist()
@@ -220,7 +220,7 @@ def draw_groups(
     missing = -len(stream) % data.chunk_size
     members = np.pad(stream, (0, missing), constant_values=-1).reshape(-1, data.chunk_size)
     if data.chunk_size > 1 and (counts > corpus.counts).any():
-        _separate_copies(members, generator(seed, Stream.UNION, epoch, stage, 1))
+        _separate_copies(members, generator(seed, RandomStream.UNION, epoch, stage, 1))
     return members
 
 
@@ -251,7 +251,7 @@ SEPARATING_ROUNDS = 32
 
 
 def group_sizes(members: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens of each group: int64[G] of members int64[G, W] and lengths int32[N]."""
+    """Tokens of each group: int64[G] of members int64[G, W] and lengths int32[instructions]."""
     return with_none(lengths)[members].sum(axis=1, dtype=np.int64)
 
 
@@ -270,7 +270,9 @@ def order_members(
       counts: training instructions of each domain, in config order.
     """
     if data.order == "shuffled":
-        ranks = generator(seed, Stream.MEMBERS, epoch, stage).random(members.shape, np.float32)
+        ranks = generator(seed, RandomStream.MEMBERS, epoch, stage).random(
+            members.shape, np.float32
+        )
         ranks[members < 0] = 2.0
     else:
         domain_ranks = np.arange(len(counts), dtype=np.int16)

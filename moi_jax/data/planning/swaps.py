@@ -25,7 +25,7 @@ class Layout:
       members: int64[G, W] global instruction numbers of each group, -1 for none.
       row_of: int64[G], the row of each group.
       sizes: int64[R] tokens of each row.
-      lengths: int32[N + 1] tokens of each instruction; the last is 0, for -1.
+      lengths: int32[instructions + 1] tokens of each instruction; the last is 0, for -1.
       same_column: swap inside a column only (balanced: the members of one domain).
     """
 
@@ -119,7 +119,7 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     return len(done)
 
 
-def mend_groups(
+def repair_groups(
     members: np.ndarray,
     lengths: np.ndarray,
     sequence_length: int,
@@ -130,7 +130,7 @@ def mend_groups(
 
     Args:
       members: int64[G, W] global instruction numbers; not changed.
-      lengths: int32[N] tokens of each instruction.
+      lengths: int32[instructions] tokens of each instruction.
       same_column: swap inside a column only (balanced: the members of one domain).
 
     Returns:
@@ -186,7 +186,7 @@ def fill_rows(
     Args:
       members: int64[G, W] global instruction numbers.
       row_of: int64[G], the row of each group.
-      lengths: int32[N] tokens of each instruction.
+      lengths: int32[instructions] tokens of each instruction.
       same_column: swap inside a column only (balanced: the members of one domain).
 
     Returns:

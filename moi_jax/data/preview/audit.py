@@ -16,7 +16,7 @@ import numpy as np
 
 from moi_jax.config import Data, Domain
 from moi_jax.data.decontamination import Benchmarks
-from moi_jax.data.loader import Batch, RowSource
+from moi_jax.data.loader import Batch, BatchReader
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.sources.rows import convert, detect_format, expand
 from moi_jax.text.conversations import BadRow, Conversation, Message
@@ -50,7 +50,7 @@ class PlainDomain:
 
 
 def audit(
-    source: RowSource,
+    reader: BatchReader,
     train: Sequence[np.ndarray],
     records: Sequence[int],
     tokenizer: Tokenizer,
@@ -59,39 +59,39 @@ def audit(
     """Compares rows of the loader with rows derived from the raw files.
 
     Args:
-      source: the loader's rows; its run has the plan and the config.
+      reader: the loader's rows; its plan has the config.
       train: int64[n_d] of each domain, in config order: the records in the cache of its training
         instructions.
       records: instructions in the cache of each domain.
-      rows: numbers below source.run.total_rows.
+      rows: numbers below reader.plan.total_rows.
 
     Returns:
       The first difference in words; None when all six arrays are equal at every token.
     """
-    run, targets = source.run, source.loss.targets
+    plan, targets = reader.plan, reader.loss.targets
     of_training = [selected.tolist() for selected in train]
     planned = {}
     for row in rows:
-        epoch, row_of_epoch = run.locate(row)
-        planned[row] = epoch, [group.tolist() for group in run.epoch_plan(epoch).row(row_of_epoch)]
+        epoch, row_of_epoch = plan.locate(row)
+        planned[row] = epoch, [group.tolist() for group in plan.epoch_plan(epoch).row(row_of_epoch)]
     wanted: list[set[int]] = [set() for _ in of_training]
     for _, groups in planned.values():
         for number in (number for group in groups for number in group):
             domain, index = _find(number, of_training)
             wanted[domain].add(of_training[domain][index])
     domains = []
-    for domain, config in enumerate(run.data.domains):
-        found = read_domain(run.data, config, tokenizer, targets, wanted[domain])
+    for domain, config in enumerate(plan.data.domains):
+        found = read_domain(plan.data, config, tokenizer, targets, wanted[domain])
         if len(found.labels) != records[domain]:
             return (
                 f"domain {config.name}: {records[domain]} instructions in the cache, "
                 f"{len(found.labels)} usable rows in the sources"
             )
         domains.append(found)
-    weigh = _Weights(source, of_training, domains)
+    weigh = _Weights(reader, of_training, domains)
     for row, (epoch, groups) in planned.items():
-        laid = _lay_out(groups, of_training, domains, weigh.of_epoch(epoch), source)
-        ours = Batch(*(array[0].tolist() for array in source.rows([row])))
+        laid = _lay_out(groups, of_training, domains, weigh.of_epoch(epoch), reader)
+        ours = Batch(*(array[0].tolist() for array in reader.read([row])))
         if difference := _compare(row, ours, laid):
             return difference
     return None
@@ -256,18 +256,18 @@ def _answer(content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
 class _Weights:
     """The weight of an instruction's labels under loss.normalization, epoch by epoch."""
 
-    def __init__(self, source: RowSource, train: list[list[int]], domains: list[PlainDomain]):
-        self._source, self._train, self._domains = source, train, domains
+    def __init__(self, reader: BatchReader, train: list[list[int]], domains: list[PlainDomain]):
+        self._reader, self._train, self._domains = reader, train, domains
         self.of_epoch = lru_cache(maxsize=None)(self._of_epoch)
 
     def _of_epoch(self, epoch: int) -> Callable[[int, int], float]:
         """A function of (domain, labels of the instruction)."""
-        normalization = self._source.loss.normalization
+        normalization = self._reader.loss.normalization
         if normalization == "token":
             return lambda domain, labels: 1.0
         if normalization == "instruction":
             return lambda domain, labels: 1.0 / labels
-        sums = self._sums(self._source.run.epoch_plan(epoch))
+        sums = self._sums(self._reader.plan.epoch_plan(epoch))
         total, present = sum(sums), sum(1 for tokens in sums if tokens)
         return lambda domain, labels: total / (present * sums[domain])
 
@@ -293,10 +293,10 @@ def _lay_out(
     train: list[list[int]],
     domains: list[PlainDomain],
     weigh: Callable[[int, int], float],
-    source: RowSource,
+    reader: BatchReader,
 ) -> _Laid:
     """The six arrays of a row by their definitions, token by token."""
-    data, pad = source.run.data, source.pad_id
+    data, pad = reader.plan.data, reader.pad_id
     arrays: dict[str, list[Any]] = {name: [] for name in Batch._fields}
     places: list[str] = []
     segment = position = 0

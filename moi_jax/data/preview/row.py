@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moi_jax.config import Data
-from moi_jax.data.loader import Batch, RowSource
+from moi_jax.data.loader import Batch, BatchReader
 from moi_jax.text.tokenizer import Tokenizer
 
 
@@ -71,11 +71,10 @@ class RowView:
         return f"{'an' if name == 'instruction' else 'a'} {name}"
 
 
-def view_row(source: RowSource, number: int) -> RowView:
-    """Looks a row of the run up by its global number, below `source.run.total_rows`."""
-    run = source.run
-    epoch, row = run.locate(number)
-    plan = run.epoch_plan(epoch)
+def view_row(reader: BatchReader, number: int) -> RowView:
+    """Looks a row of the run up by its global number, below `reader.plan.total_rows`."""
+    epoch, row = reader.plan.locate(number)
+    plan = reader.plan.epoch_plan(epoch)
     corpus = plan.corpus
     groups, start = [], 0
     for group in plan.row(row):
@@ -86,8 +85,8 @@ def view_row(source: RowSource, number: int) -> RowView:
             members.append(Member(corpus.names[domain], index, start, end))
             start = end
         groups.append(members)
-    batch = Batch(*(array[0] for array in source.rows([number])))
-    return RowView(number, epoch, row, plan.rows, run.data, corpus.names, batch, groups)
+    batch = Batch(*(array[0] for array in reader.read([number])))
+    return RowView(number, epoch, row, plan.rows, reader.plan.data, corpus.names, batch, groups)
 
 
 # Where there is no colour, what carries loss stands between these.

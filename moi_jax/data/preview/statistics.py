@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.common.log import Table as LogTable
+from moi_jax.common.log import LogTable
 from moi_jax.data.planning.corpus import Corpus
-from moi_jax.data.planning.statistics import figures_table
+from moi_jax.data.planning.mixture_report import figures_table
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:
     return lines
 
 
-def print_accounts(statistics: Mapping[str, Any]) -> None:
+def log_accounts(statistics: Mapping[str, Any]) -> None:
     """Prints the accounts of the first epoch, a line a domain."""
     for name, line in accounts(statistics).items():
         log.info(f"{name}: {line}")
@@ -58,7 +58,7 @@ def length_statistics(corpus: Corpus) -> dict[str, dict[str, float]]:
     return found
 
 
-def print_lengths(lengths: Mapping[str, Mapping[str, float]]) -> None:
+def log_lengths(lengths: Mapping[str, Mapping[str, float]]) -> None:
     """Prints the table of `length_statistics`."""
     table = figures_table("Tokens of an instruction", "min", "median", "mean", "95 %", "max")
     for name, of_domain in lengths.items():

@@ -6,23 +6,23 @@ from typing import Any
 from moi_jax.data.sources.readers import decode
 from moi_jax.text.conversations import BadRow
 
-Row = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 
 
-def _object(value: Any, what: str) -> Row:
+def _object(value: Any, what: str) -> JsonObject:
     if not isinstance(value, dict):
         raise BadRow("missing_field", f"{what} is no object")
     return value
 
 
-def _objects(row: Row, key: str) -> list[Row]:
+def _objects(row: JsonObject, key: str) -> list[JsonObject]:
     value = row.get(key)
     if not isinstance(value, list):
         raise BadRow("missing_field", f"no list {key!r}")
     return [_object(entry, f"an entry of {key!r}") for entry in value]
 
 
-def toolbench(row: Row) -> Row:
+def toolbench(row: JsonObject) -> JsonObject:
     """The last, which is the longest, of the growing prefixes of a ToolBench chat.
 
     Its system text tells ToolBench's own protocol and is left out; the call of Finish becomes the
@@ -41,7 +41,7 @@ def toolbench(row: Row) -> Row:
     return {"messages": turns, "functions": functions}
 
 
-def _toolbench_turn(turn: Row) -> Row:
+def _toolbench_turn(turn: JsonObject) -> JsonObject:
     content, call = turn.get("content"), turn.get("function_call")
     if turn.get("role") == "user" and isinstance(content, str):
         return {**turn, "content": content.strip().removesuffix("Begin!").strip()}
@@ -58,7 +58,7 @@ def _toolbench_turn(turn: Row) -> Row:
     }
 
 
-def oasst(row: Row) -> Row:
+def oasst(row: JsonObject) -> JsonObject:
     """The path of a tree that takes the best-ranked reply at each message.
 
     That is the smallest rank, replies without one last, then the order in the file.
@@ -73,12 +73,12 @@ def oasst(row: Row) -> Row:
     return {"messages": turns}
 
 
-def _rank(reply: Row) -> float:
+def _rank(reply: JsonObject) -> float:
     rank = reply.get("rank")
     return rank if isinstance(rank, int | float) else float("inf")
 
 
-def self_instruct(row: Row) -> Row:
+def self_instruct(row: JsonObject) -> JsonObject:
     """A task with its first instance."""
     instances = _objects(row, "instances")
     if not instances:

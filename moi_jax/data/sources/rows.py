@@ -19,7 +19,7 @@ from moi_jax.text.conversations import BadRow, Conversation
 ROWS_TO_DETECT = 100  # readable rows looked at for the format of a file
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """A row of a file: where it stands, its size in bytes, and what became of it."""
 
     line: int
@@ -85,12 +85,12 @@ def _readable(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
             yield row.line, parse(row.raw)
 
 
-def convert(row: RawRow, format_name: str | None) -> Row:
+def convert(row: RawRow, format_name: str | None) -> SourceRow:
     """What becomes of a row; `format_name` is what `detect_format` or the config said."""
     try:
         content = parse(row.raw)
         # Without a format no row is readable: parse has raised.
         conversation, trimmed = formats.to_conversation(content, FORMATS[format_name or ""])
-        return Row(row.line, row.size, conversation, trimmed)
+        return SourceRow(row.line, row.size, conversation, trimmed)
     except BadRow as bad:
-        return Row(row.line, row.size, bad)
+        return SourceRow(row.line, row.size, bad)

@@ -259,15 +259,15 @@ def _settings(opened: "OpenCheckpoint", dataset: "Dataset", options: HeldOutOpti
 
 
 def _write(out: Path, results: Json, sums: dict[str, "ItemSums"], matrix: "PromptMatrix") -> None:
-    from moi_jax.common.whole_files import write_whole
+    from moi_jax.common.atomic_files import atomic_write_text
     from moi_jax.evaluation.prompts.matrix_report import draw_matrix, item_lines
 
     lines = item_lines(sums, matrix.items, matrix.domains, matrix.columns)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "held_out_items.jsonl", "".join(lines))
+        atomic_write_text(out / "held_out_items.jsonl", "".join(lines))
         draw_matrix(results["models"], matrix.columns, out / "held_out.png")
         # Last: where it is there, the others are.
-        write_whole(out / "held_out.json", json.dumps(results, indent=1, ensure_ascii=False))
+        atomic_write_text(out / "held_out.json", json.dumps(results, indent=1, ensure_ascii=False))
     except OSError as error:
         raise cannot_write(out, error) from None

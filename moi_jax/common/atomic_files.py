@@ -34,7 +34,7 @@ def _try_writing(directory: Path) -> None:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """Where to write what is to be `path`: beside it, and it appears there only when whole."""
     check_new(path)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -53,7 +53,7 @@ def write_texts(directory: Path, files: Mapping[str, str]) -> None:
         (directory / Path(name).name).write_text(text, encoding="utf-8")
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str) -> None:
     """Writes a file so that it is never seen half: beside it, then renamed."""
     beside = path.with_name(f"{path.name}.new")
     beside.write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ PLANS_KEPT = 3
 INSTRUCTIONS_KEPT = 1 << 20
 
 
-class RunPlan:
+class TrainingPlan:
     """The endless sequence of rows, epoch after epoch, and how many of them a run takes.
 
     Full plans are kept for few epochs; of the others only the first row is known. The next epoch
@@ -38,21 +38,21 @@ class RunPlan:
         corpus: Corpus,
         data: Data,
         train: Train,
-        first_rows: Sequence[int] = (0,),
+        epoch_first_rows: Sequence[int] = (0,),
         step: int = 0,
         row: int = 0,
     ):
         """Plans as many epochs as the length of the run needs to be known in rows.
 
         Args:
-          first_rows: first global row of each epoch as an earlier run of the same plan knew them
-            (see `first_rows`); their epochs are not planned again to count rows.
+          epoch_first_rows: first global row of each epoch that an earlier run of the same plan
+            has counted (see the method `epoch_first_rows`); these epochs are not planned again.
           step, row: batches already seen and the first row of the next, where a run goes on.
         """
         self.corpus, self.data, self.seed = corpus, data, train.seed
         self._stages = [data.of_stage(stage) for stage in range(max(1, len(data.stages)))]
         self._begins = [stage.begins for stage in data.stages] or [0]
-        self._first_rows = list(first_rows)
+        self._epoch_first_rows = list(epoch_first_rows)
         self._plans: OrderedDict[int, Future[EpochPlan]] = OrderedDict()
         self._lock = threading.RLock()
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="epoch-plan")
@@ -77,33 +77,33 @@ class RunPlan:
     def rows_before(self, epoch: int) -> int:
         """First global row of an epoch."""
         with self._lock:
-            while len(self._first_rows) <= epoch:
-                rows = self._request(len(self._first_rows) - 1).result().rows
-                self._first_rows.append(self._first_rows[-1] + rows)
-            return self._first_rows[epoch]
+            while len(self._epoch_first_rows) <= epoch:
+                rows = self._request(len(self._epoch_first_rows) - 1).result().rows
+                self._epoch_first_rows.append(self._epoch_first_rows[-1] + rows)
+            return self._epoch_first_rows[epoch]
 
     def locate(self, global_row: int) -> tuple[int, int]:
         """(epoch, row of the epoch) of a row of the endless sequence."""
         with self._lock:
-            while self._first_rows[-1] <= global_row:
-                self.rows_before(len(self._first_rows))
-            epoch = int(np.searchsorted(self._first_rows, global_row, side="right")) - 1
-            if self._first_rows[epoch + 1] < self.total_rows:
+            while self._epoch_first_rows[-1] <= global_row:
+                self.rows_before(len(self._epoch_first_rows))
+            epoch = int(np.searchsorted(self._epoch_first_rows, global_row, side="right")) - 1
+            if self._epoch_first_rows[epoch + 1] < self.total_rows:
                 self._request(epoch + 1)
-            return epoch, global_row - self._first_rows[epoch]
+            return epoch, global_row - self._epoch_first_rows[epoch]
 
-    def first_rows(self, global_row: int) -> list[int]:
+    def epoch_first_rows(self, global_row: int) -> list[int]:
         """First global row of every epoch that row lies in or after: what a checkpoint keeps."""
         epoch, _ = self.locate(global_row)
-        return self._first_rows[: epoch + 1]
+        return self._epoch_first_rows[: epoch + 1]
 
     def _request(self, epoch: int) -> Future[EpochPlan]:
         """The plan of an epoch whose first row is known, perhaps still being made."""
         with self._lock:
             if epoch not in self._plans:
-                first_row = self._first_rows[epoch]
+                first_row = self._epoch_first_rows[epoch]
                 stage = self._stage(first_row)
-                of_stage = epoch - self._first_rows.index(self._begins[stage])
+                of_stage = epoch - self._epoch_first_rows.index(self._begins[stage])
                 self._plans[epoch] = self._planner.submit(
                     self._make, stage, of_stage, self._draws_before(stage), first_row
                 )
@@ -116,10 +116,10 @@ class RunPlan:
         return int(np.searchsorted(self._begins, row, side="right")) - 1
 
     def _draws_before(self, stage: int) -> np.ndarray:
-        """int64[K]: draws of each domain in all the stages before."""
+        """int64[domains]: draws of each domain in all the stages before."""
         draws = np.zeros(len(self.corpus.counts), np.int64)
         for earlier in range(stage):
-            first, after = (self._first_rows.index(self._begins[earlier + n]) for n in (0, 1))
+            first, after = (self._epoch_first_rows.index(self._begins[earlier + n]) for n in (0, 1))
             whole = epoch_counts(self.corpus, self._stages[earlier])
             draws += (after - 1 - first) * whole + self.epoch_plan(after - 1).draws
         return draws

@@ -8,7 +8,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from moi_jax.common.log import Table as LogTable
+from moi_jax.common.log import LogTable
 from moi_jax.config import Data
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.planning.epoch import EpochPlan
@@ -29,7 +29,7 @@ def mixture_statistics(
 
     Args:
       report: by domain name, with the keys read, dropped ({reason: n}) and held_out
-        (`cache.domain_report`).
+        (`cache.row_counts`).
       data: the config section, with the sampling of the plan's stage.
       batch_rows: rows of a global batch.
     """
@@ -66,7 +66,7 @@ def mixture_statistics(
         "steps_per_epoch": -(-plan.rows // batch_rows),
         "tokens": plan.tokens,
         "loss_tokens": plan.loss_tokens,
-        "moved_share": plan.moved / len(plan.instructions),
+        "moved_share": plan.moved_instructions / len(plan.instructions),
         "unplaced_groups": plan.unplaced_groups,
         "unplaced_instructions": len(plan.unplaced),
         "domains_per_row": domains_per_row(plan),
@@ -82,7 +82,7 @@ def domains_per_row(plan: EpochPlan) -> float:
     return float(np.count_nonzero(pairs) / plan.rows)
 
 
-def print_mixture(statistics: Mapping[str, Any], max_repeats: int) -> None:
+def log_mixture_table(statistics: Mapping[str, Any], max_repeats: int) -> None:
     """Prints the mixture table, and a warning for every domain over data.max_repeats."""
     domains = statistics["domains"]
     rows = figures_table(
@@ -137,7 +137,7 @@ def _with_share(domains: Mapping[str, Mapping[str, Any]], name: str, key: str) -
 FILES_SHOWN = 20
 
 
-def print_sources(caches: Sequence[DomainCache]) -> None:
+def log_source_table(caches: Sequence[DomainCache]) -> None:
     """Prints what was found in each file, its format, and an example of every kind of drop."""
     table = Table(title="Sources", title_justify="left")
     for header in ("domain", "file", "format"):
