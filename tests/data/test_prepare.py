@@ -184,8 +184,8 @@ def test_contaminated_rows_are_dropped_or_reported(root: Path, log_text: io.Stri
     log_text.truncate(0)
     run(data)
     told = log_text.getvalue()
-    assert "copies of 2 benchmark questions are looked for; warning: no question" in told
-    assert "README.md" in told
+    assert "looking for copies of 2 benchmark questions" in told
+    assert "found no question in README.md" in told
     assert "a keeps 2 rows" in told
     assert "a/1.jsonl:2: shares 13 words in a row with test.jsonl:2" in told
     questions(root, "Another question altogether is what is asked for in this benchmark.")

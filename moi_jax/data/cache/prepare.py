@@ -60,7 +60,7 @@ def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
     """
     jobs, builder = _jobs(data, tokenizer)
     if builder.benchmarks:
-        log.info(_looked_for(builder.benchmarks))
+        _log_benchmarks(builder.benchmarks)
     opened = [job.open(builder) for job in jobs]
     missing = [job for job, cache in zip(jobs, opened, strict=True) if cache is None]
     _run([item for job in missing for item in chain(*job.items)], builder)
@@ -74,7 +74,7 @@ def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
             raise _no_usable_row(job, cache.manifest)
         log.info(f"{cache.name}: {how}, {_summary(cache)}")
         if contaminated := cache.manifest["contaminated"]:
-            log.warning(f"{_contamination(cache, contaminated)}")
+            log.warning(_contamination(cache, contaminated))
         caches.append(cache)
     return caches
 
@@ -284,10 +284,10 @@ def _summary(cache: DomainCache) -> str:
     )
 
 
-def _looked_for(benchmarks: Benchmarks) -> str:
-    skipped = ", ".join(benchmarks.skipped)
-    nothing = f"; warning: no question was found in {skipped}" if skipped else ""
-    return f"copies of {benchmarks.questions:,} benchmark questions are looked for{nothing}"
+def _log_benchmarks(benchmarks: Benchmarks) -> None:
+    log.info(f"looking for copies of {benchmarks.questions:,} benchmark questions")
+    if benchmarks.skipped:
+        log.warning(f"found no question in {', '.join(benchmarks.skipped)}")
 
 
 def _contamination(cache: DomainCache, count: int) -> str:

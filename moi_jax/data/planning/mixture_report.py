@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
 from moi_jax.common.log import LogTable
@@ -148,7 +147,7 @@ def log_source_table(caches: Sequence[DomainCache]) -> None:
         files = cache.manifest["files"]
         for file in files[:FILES_SHOWN]:
             figures = (f"{file['read']:,}", f"{file['kept']:,}")
-            table.add_row(cache.name, escape(file["name"]), file["format"] or "empty", *figures)
+            table.add_row(cache.name, file["name"], file["format"] or "empty", *figures)
         if len(files) > FILES_SHOWN:
             table.add_row(cache.name, f"and {len(files) - FILES_SHOWN} more files", "", "", "")
     log.info(LogTable(table))
