@@ -1,4 +1,9 @@
-"""The data of an experiment, opened: prepared, selected, and ready to be planned and read."""
+"""The opened data of an experiment: prepared, selected, and ready to be planned and read.
+
+dataset = open_dataset(config, tokenizer)
+plan = dataset.plan()
+batch = dataset.batch_reader(plan).read(range(plan.batch_rows))
+"""
 
 import dataclasses
 import logging
@@ -24,12 +29,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The domains of a config in the tokens of a tokenizer, by domain in config order.
+    """The tokenised domains of a config, in config order.
 
     Attributes:
-      caches: all that was read.
-      selections: what of each cache is trained on, and what is held out.
-      corpus: the lengths of what is trained on, which is all that planning knows.
+      caches: all instructions of each domain.
+      selections: which instructions of each cache are trained on, and which are held out.
+      corpus: the lengths of the training instructions, which is all that planning needs.
     """
 
     config: Config
@@ -39,20 +44,21 @@ class Dataset:
     corpus: Corpus
 
     def plan(self) -> TrainingPlan:
-        """The plan of the config's run, from its first row on."""
+        """The plan of the run that the config describes, from its first row."""
         return TrainingPlan(self.corpus, self.config.data, self.config.train)
 
     def batch_reader(self, plan: TrainingPlan) -> BatchReader:
-        """The rows of a plan of this corpus, read from the caches."""
+        """Reads the rows of a plan of this corpus from the caches."""
         train = [selection.train for selection in self.selections]
         pad = self.tokenizer.template.pad
         return BatchReader(plan, self.caches, train, self.config.loss, pad)
 
     def log_mixture(self, plan: TrainingPlan) -> dict[str, Any]:
-        """Logs sources, drops and the mixture of the first epoch (of each stage).
+        """Logs the sources, the dropped rows and the mixture of the first epoch of each stage.
 
         Returns:
-          The mixture; of a curriculum the first stage's, with all of them under "stages".
+          The mixture, see `mixture_statistics`; for a curriculum that of the first stage, with
+          those of all stages under "stages".
         """
         report, data = row_counts(self.caches, self.selections), self.config.data
         log_source_table(self.caches)
@@ -64,7 +70,7 @@ class Dataset:
             epoch = plan.epoch_plan(plan.locate(begins)[0])
             mixture = mixture_statistics(epoch, report, data.of_stage(stage), plan.batch_rows)
             if data.stages:
-                log.info(f"stage {stage}, from row {begins:,} on")
+                log.info(f"stage {stage}, from row {begins:,}")
             log_mixture_table(mixture, data.max_repeats)
             mixtures.append({"begins": begins, **mixture})
         if plan.empty_rows:
@@ -73,7 +79,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of the content of all sources and of what is held out; their paths play no part."""
+        """A fingerprint of the content of all sources and of what is held out, not of the paths."""
         data = self.config.data
         shares = [source.held_out for domain in data.domains for source in domain.sources]
         held_out = [(share or data.held_out).model_dump() for share in shares]
@@ -81,7 +87,7 @@ class Dataset:
 
 
 def open_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
-    """Brings the data into the cache where it is missing, and selects what is trained on.
+    """Prepares what the cache lacks, and selects what is trained on.
 
     Raises:
       UserError: see `prepare` and `select`.

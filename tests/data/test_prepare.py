@@ -132,7 +132,7 @@ def test_the_first_bad_row_is_named_by_its_line_in_the_file(
 ) -> None:
     write(root / "a" / "1.jsonl", *rows(10), b"", b"{oops", *rows(10), b"{later")
     strict = section(root, "a", on_bad_row="error", workers=workers)
-    with pytest.raises(UserError, match=r"a/1\.jsonl:12: invalid_json: .*; mend the row") as found:
+    with pytest.raises(UserError, match=r"a/1\.jsonl:12: invalid_json: .*; fix the row") as found:
         run(strict)
     assert "\n" not in str(found.value)
 
@@ -306,7 +306,7 @@ def test_a_script_without_a_guard_is_told_and_does_not_hang(root: Path) -> None:
     process = start(root, SCRIPT.replace('__name__ == "__main__"', "True"))
     _, errors = process.communicate(timeout=120)
     assert b"UserError: a worker process died" in errors
-    assert b"(a script of your own needs `if __name__" in errors
+    assert b"(your own script needs `if __name__" in errors
 
 
 def test_shards_prepare_all_blocks_and_a_plain_prepare_assembles(

@@ -430,7 +430,7 @@ def test_the_account_of_a_domain_is_told(tiny, monkeypatch, capsys):
     assert status == 0
     dropped = "2 dropped (no_assistant 1, duplicate 1)"
     assert f"chat: 4 read = {dropped} + 0 held out + 2 used + 0 unplaced + 0 not drawn" in out
-    assert "chat: dropped 1 no_assistant, e.g. chat.jsonl:4" in out
+    assert "chat: dropped 1 no_assistant, for example chat.jsonl:4" in out
 
 
 def test_json_is_alone_on_standard_output_and_keeps_its_contract(ragged, monkeypatch, capsys):

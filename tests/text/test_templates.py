@@ -114,14 +114,22 @@ def test_llama3_of_a_checkpoint_is_known(bos: object) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "template", "shown"),
     [
-        (CHATML, PLAIN.replace("+ '\n' }}", "}}"), r"of a chat of user, its own renders .*where"),
-        (CHATML, PLAIN.replace("m.content", "m.content | trim"), r"of a chat of system, user, as"),
+        (
+            CHATML,
+            PLAIN.replace("+ '\n' }}", "}}"),
+            r"for a chat of user, its own template renders .*where",
+        ),
+        (CHATML, PLAIN.replace("m.content", "m.content | trim"), r"for a chat of system, user, as"),
         (CHATML, PLAIN.replace("+ m.content", "+ '<think>' + m.content"), "'.*<think>.*' where"),
         (CHATML, "{{ raise_exception('no system here') }}", "no system here"),
         (CHATML, "{% for %}", "cannot be rendered"),
         (CHATML, "{{ 1 / 0 }}", "cannot be rendered: division"),
         (CHATML, "{{ messages[9].content + 1 }}", "cannot be rendered"),
-        (LLAMA3, LLAMA3_JINJA, "of a chat of user, its own renders '<|start"),  # no bos_token
+        (
+            LLAMA3,
+            LLAMA3_JINJA,
+            "for a chat of user, its own template renders '<|start",
+        ),  # no bos_token
     ],
 )
 def test_another_template_is_shown_with_its_first_difference(

@@ -1,8 +1,9 @@
-"""Blocks: the parts of files that are prepared whole, each kept under a key of its content.
+"""Blocks: the units of preparation, each kept on disk under a key of its content.
 
 A block is a range of bytes of a file that can be split, or a whole file. Its folder is written
-beside its place and moved there when it is whole, so a prepare that was cut short goes on where it
-was, and two at once do each other no harm. Domains and configs share blocks of one key.
+under a temporary name and renamed when it is complete. So an interrupted prepare continues where
+it stopped, and two prepares at once do not disturb each other. Domains and configs share blocks
+that have the same key.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from moi_jax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from moi_jax.data.decontamination import Benchmarks
 
-# The most bytes of a block; of a file of less than sixteen such ones fewer, so that the last blocks
-# keep all cores busy, but at least these.
+# The size of a block. Files of fewer than sixteen such blocks get smaller ones, but not below
+# LEAST_BYTES, so that the last blocks keep all cores busy.
 BLOCK_BYTES = 2**23
 LEAST_BYTES = 2**21
-PART = ".part"  # ends the name of a folder that is being built
+PART = ".part"  # suffix of a folder that is being built
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Block:
     """The rows of `file` that begin in the bytes [start, end).
 
     Attributes:
-      format: how rows are read; None where no row of the file can be.
-      key: sha256 hex of all that decides the content, but for the most rows to keep.
+      format: the format of the rows; None if no row of the file can be read.
+      key: sha256 hex of everything that decides the content, except the limit of rows.
     """
 
     file: SourceFile
@@ -57,18 +58,18 @@ class Block:
         return (convert(row, self.format) for row in raw)
 
     def lines(self) -> int:
-        """The lines that begin in the block, blank ones too."""
+        """The number of lines that begin in the block, including blank ones."""
         return lines_beginning(self.file.path, self.start, self.end) if self.file.splittable else 0
 
     def place(self, line: int) -> str:
-        """Where a line of the block is in the file."""
+        """The place of a line of the block in the file, as `path:line`."""
         before = lines_beginning(self.file.path, 0, self.start) if self.start else 0
         return f"{self.file.path}:{before + line}"
 
 
 @contextmanager
 def domain_errors(domain: str) -> Iterator[None]:
-    """Names what of a domain cannot be read or written."""
+    """Turns an OSError into a UserError that names the domain and the file."""
     try:
         yield
     except OSError as error:
@@ -78,12 +79,12 @@ def domain_errors(domain: str) -> Iterator[None]:
 
 
 def full_blocks(size: int) -> int:
-    """How many blocks so many bytes would make, rounded up."""
+    """The number of full blocks that `size` bytes make, rounded up."""
     return -(-size // BLOCK_BYTES)
 
 
 def ranges(file: SourceFile) -> list[tuple[int, int]]:
-    """The bytes [start, end) of the blocks of a file."""
+    """The byte range [start, end) of each block of a file."""
     size = file.size
     width = min(BLOCK_BYTES, max(LEAST_BYTES, size // 16))
     if not file.splittable or size <= width:
@@ -106,11 +107,11 @@ def lines_beginning(path: Path, start: int, end: int) -> int:
 
 @dataclass(frozen=True)
 class WorkItem:
-    """Blocks that one process does one after another: one, or all of a source with max_rows.
+    """Blocks that one process builds in order: one, or all those of a source with max_rows.
 
     Attributes:
-      domain, prompt: of the rows.
-      max_rows: the most rows that all the blocks keep; those after are not read.
+      domain, prompt: the domain of the rows, and its system prompt.
+      max_rows: how many rows the blocks keep together; the rows after these are not read.
     """
 
     domain: str
@@ -120,20 +121,20 @@ class WorkItem:
 
     @property
     def size(self) -> int:
-        """Bytes of source."""
+        """Bytes of the source files."""
         return sum(block.end - block.start for block in self.blocks)
 
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A block on disk: its folder, and what was counted when it was written."""
+    """A block on disk: its folder, and the counts that were written with it."""
 
     directory: Path
     counts: dict[str, Any]
 
     @classmethod
     def open(cls, directory: Path) -> FinishedBlock | None:
-        """None where the folder is not there, or was cut short by a full disk or a copy."""
+        """Opens a block; None if the folder is missing or incomplete."""
         try:
             counts = json.loads((directory / COUNTS).read_text(encoding="utf-8"))
             whole = all(
@@ -148,17 +149,17 @@ class FinishedBlock:
         return self.directory / RECORDS
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths and hashes, as in `DomainCache`."""
+        """The lengths and hashes of the block, see `DomainCache`."""
         return np.load(self.directory / LENGTHS), np.load(self.directory / HASHES)
 
 
 @dataclass(frozen=True)
 class BlockBuilder:
-    """Does items, in this process or, pickled, in another.
+    """Builds blocks, in this process or, after pickling, in another.
 
     Attributes:
       folder: holds a folder for each block.
-      run: ends, with `PART`, the names of the folders that are being built.
+      run: an id in the temporary names of the folders that this run builds.
     """
 
     folder: Path
@@ -168,7 +169,7 @@ class BlockBuilder:
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def build(self, item: WorkItem) -> None:
-        """Writes those blocks of the item that are not there.
+        """Writes the blocks of the item that are missing.
 
         Raises:
           UserError: a row or a file is refused, or cannot be read or written.
@@ -178,13 +179,13 @@ class BlockBuilder:
                 for block, max_rows, directory in self._walk(item):
                     if FinishedBlock.open(directory) is None:
                         self._write(item, block, max_rows, directory)
-        except RuntimeError as error:  # what ArrayRecord raises, say when a disk is full
+        except RuntimeError as error:  # from ArrayRecord, for example when the disk is full
             raise UserError(
                 f"domain {item.domain}: cannot write below {self.folder}: {error}"
             ) from None
 
     def finished(self, item: WorkItem) -> list[FinishedBlock] | None:
-        """The blocks of the item that its max_rows let in; None where one is not there."""
+        """The blocks of the item, up to its max_rows; None if one of them is missing."""
         found = []
         for _, _, directory in self._walk(item):
             if (block := FinishedBlock.open(directory)) is None:
@@ -220,7 +221,7 @@ class BlockBuilder:
         move_into_place(part, directory)
 
     def save(self) -> Path:
-        """Writes the builder where `clear` removes it, for other processes to read."""
+        """Pickles the builder to a file for other processes; `clear` removes the file."""
         part = self.folder / f"builder.{self.run}{PART}"
         part.mkdir(parents=True)
         path = part / "builder.pickle"
@@ -228,17 +229,17 @@ class BlockBuilder:
         return path
 
     def clear(self) -> None:
-        """Removes what this run left half built."""
+        """Removes the incomplete folders of this run."""
         for part in self.folder.glob(f"*.{self.run}{PART}"):
             shutil.rmtree(part, ignore_errors=True)
 
 
 def move_into_place(part: Path, directory: Path) -> None:
-    """Moves a folder that is whole to where it is looked for."""
+    """Renames a complete folder to its final name."""
     try:
         part.rename(directory)
     except OSError:
-        # Another process was first, with the same content; else the failure is a true one.
+        # If the folder exists, another process was first and wrote the same content.
         if not directory.exists():
             raise
         shutil.rmtree(part)

@@ -1,7 +1,7 @@
-"""The tokenised cache: each domain rendered once, kept under a key of all that decides it.
+"""Preparing the tokenised cache: each domain is rendered once and kept under a key of its content.
 
-A domain's folder holds what is known of its instructions; their tokens are in the folders of the
-blocks that they were prepared in.
+<cache_dir>/<key of the domain>/  lengths.npy, hashes.npy, manifest.json, blocks.json
+<cache_dir>/blocks/<key>/         the tokens of a block of the sources
 """
 
 import functools
@@ -49,14 +49,13 @@ ABANDONED_SECONDS = 24 * 3600
 
 
 def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
-    """Brings every domain into the cache, in config order; what is there already is not redone.
+    """Prepares the domains that are not in the cache, and opens all of them in config order.
 
     Args:
-      data: the config section; a domain's cache depends on it, the tokenizer and the files alone.
-      tokenizer: gives the ids.
+      data: the config section; a domain's cache depends only on it, the tokenizer and the files.
 
     Raises:
-      UserError: a source matches nothing, a file stands twice, a row or a domain is unusable.
+      UserError: a source matches no file, a file is listed twice, or a row or domain is unusable.
     """
     jobs, builder = _jobs(data, tokenizer)
     if builder.benchmarks:
@@ -80,9 +79,9 @@ def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
 
 
 def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: int) -> None:
-    """Prepares every block of a share of the blocks, of the job `shard` of 1..`shards`.
+    """Prepares a share of the blocks, as job `shard` (1 to `shards`) of a job array.
 
-    `prepare`, after all of them, assembles the domains.
+    When all jobs are done, `prepare` assembles the domains.
 
     Raises:
       UserError: see `prepare`.
@@ -96,11 +95,12 @@ def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: i
 
 @dataclass(frozen=True)
 class _Job:
-    """A domain, the files of each of its sources with their digests, and what becomes of them.
+    """The preparation of a domain.
 
     Attributes:
-      recipe: all but the files that decides the content.
-      directory: where the domain's cache belongs.
+      files, digests: by source.
+      recipe: everything that decides the content, except the files.
+      directory: where the domain's cache is written.
     """
 
     domain: config.Domain
@@ -117,7 +117,7 @@ class _Job:
 
     @functools.cached_property
     def items(self) -> list[list[WorkItem]]:
-        """The items of each source."""
+        """The work items of each source."""
         by_source = []
         with domain_errors(self.domain.name):
             for source, *pairs in zip(self.domain.sources, self.files, self.digests, strict=True):
@@ -186,14 +186,14 @@ def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[Sou
             path = file.path.resolve()
             if path in seen:
                 raise UserError(
-                    f"{file.name} stands twice, in domain {seen[path]} and in domain "
+                    f"{file.name} is listed twice, in domain {seen[path]} and in domain "
                     f"{domain.name}; leave it in one source"
                 )
             seen[path] = domain.name
 
 
 def _run(items: list[WorkItem], builder: BlockBuilder) -> None:
-    """Does what is not done of the items, on as many processes as have a block to do."""
+    """Builds the blocks that are missing, in at most one process for each full block."""
     left = [item for item in items if builder.finished(item) is None]
     if not left:
         return
@@ -221,21 +221,21 @@ def _run(items: list[WorkItem], builder: BlockBuilder) -> None:
 
 
 def _cores() -> int:
-    """The cores this process may use, which a cluster's job may have fewer of than the machine."""
+    """The cores that this process may use; a cluster's job may have fewer than the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what processes left half built that were killed more than a day ago."""
+    """Removes incomplete folders of processes that were killed more than a day ago."""
     for part in folder.glob(f"*{PART}"):
         if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(part, ignore_errors=True)
 
 
 def _assemble(job: _Job, builder: BlockBuilder) -> DomainCache:
-    """Makes the domain's cache of its blocks, which are finished."""
+    """Builds the domain's cache from its finished blocks."""
     with domain_errors(job.domain.name):
         found = [[pair for item in items for pair in _found(item, builder)] for items in job.items]
         write_domain(job.directory, found)
@@ -253,14 +253,14 @@ def _found(item: WorkItem, builder: BlockBuilder) -> list[tuple[Block, FinishedB
 
 
 def _refuse_bad_rows(job: _Job, manifest: dict[str, Any]) -> None:
-    """data.on_bad_row: error, for what was prepared under `drop`, and for empty files."""
+    """Applies data.on_bad_row: error to a cache that was prepared under `drop`."""
     paths = {file.name: file.path for file in chain(*job.files)}
     for row in manifest["examples"]:
         if row["reason"] not in BY_CONFIG:
             place = f"{paths[row['file']]}:{row['line']}"
             raise bad_row_error(place, row["reason"], row["detail"])
     for name in manifest["empty_files"]:
-        raise UserError(f"{paths[name]} is empty; leave it out or set data.on_bad_row: drop")
+        raise UserError(f"{paths[name]} is empty; remove it or set data.on_bad_row: drop")
 
 
 def _no_usable_row(job: _Job, manifest: dict[str, Any]) -> UserError:
@@ -293,6 +293,6 @@ def _log_benchmarks(benchmarks: Benchmarks) -> None:
 def _contamination(cache: DomainCache, count: int) -> str:
     (row, *_) = (row for row in cache.manifest["examples"] if row["reason"] == "contaminated")
     return (
-        f"domain {cache.name} keeps {count:,} rows that hold a benchmark's question, e.g. "
+        f"domain {cache.name} keeps {count:,} rows that hold a benchmark question, for example "
         f"{row['file']}:{row['line']}: {row['detail']}"
     )

@@ -1,4 +1,4 @@
-"""Worker processes: the items of a prepare on all cores, and how they end."""
+"""Worker processes: build the work items of a prepare on all cores, and end with their parent."""
 
 import multiprocessing
 import os
@@ -15,19 +15,19 @@ from pathlib import Path
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.blocks import BlockBuilder, WorkItem
 
-_builder: BlockBuilder  # of a worker process
+_builder: BlockBuilder  # in a worker process
 
 
 def run_work(
     items: Sequence[WorkItem], builder: BlockBuilder, workers: int, done: Callable[[WorkItem], None]
 ) -> None:
-    """Does the items in `workers` spawned processes; with one, in this process.
+    """Builds the items in `workers` spawned processes; one worker is this process itself.
 
     Args:
-      done: told of each item that is over, from any thread.
+      done: called with each item that has ended, from any thread.
 
     Raises:
-      UserError: of the first item, in their order, that raised one; or a process died.
+      UserError: that of the first item, in order, that raised one; or a process died.
     """
     if workers == 1:
         for item in items:
@@ -35,11 +35,11 @@ def run_work(
             done(item)
         return
     context = multiprocessing.get_context("spawn")
-    # Nothing is ever sent: the workers see the end of this process, or of its interest, as the
-    # end of the pipe.
+    # Nothing is sent through this pipe. Its end tells the workers that this process has died, or
+    # no longer needs them.
     reader, writer = context.Pipe(duplex=False)
-    # By a file: a worker that died before it had read all of a large message would hang this
-    # process, which writes it into a pipe whose other end it holds, too.
+    # The builder goes through a file. As a large message in a pipe it would hang this process,
+    # which holds both ends of that pipe, if a worker died before it had read all of it.
     pool = ProcessPoolExecutor(workers, context, _start, (reader, builder.save()))
     try:
         futures = [pool.submit(_build, item) for item in items]
@@ -48,12 +48,12 @@ def run_work(
         for future in futures:
             future.result()
     except BaseException as error:
-        writer.close()  # the workers leave their blocks where they are
+        writer.close()  # the workers stop at once
         if not isinstance(error, BrokenProcessPool):
             raise
         raise UserError(
             f"a worker process died, perhaps for lack of memory: set data.workers below {workers} "
-            f"(a script of your own needs `if __name__ == '__main__':`); what is prepared is kept"
+            f"(your own script needs `if __name__ == '__main__':`); finished blocks are kept"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -63,7 +63,7 @@ def run_work(
 
 def _start(reader: Connection, path: Path) -> None:
     global _builder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     threading.Thread(target=_end_with_parent, args=(reader,), daemon=True).start()
     _builder = pickle.loads(path.read_bytes())
     _builder.tokenizer.use_one_thread()

@@ -1,4 +1,4 @@
-"""Nested rows: ToolBench answers, OASST trees and seed tasks, as the plain rows they hold."""
+"""Nested rows: extracts plain rows from ToolBench answers, OASST trees and seed tasks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ JsonObject = Mapping[str, Any]
 
 def _object(value: Any, what: str) -> JsonObject:
     if not isinstance(value, dict):
-        raise BadRow("missing_field", f"{what} is no object")
+        raise BadRow("missing_field", f"{what} is not an object")
     return value
 
 
@@ -23,10 +23,10 @@ def _objects(row: JsonObject, key: str) -> list[JsonObject]:
 
 
 def toolbench(row: JsonObject) -> JsonObject:
-    """The last, which is the longest, of the growing prefixes of a ToolBench chat.
+    """The chat of a ToolBench row: the last, which is the longest, of its growing prefixes.
 
-    Its system text tells ToolBench's own protocol and is left out; the call of Finish becomes the
-    answer it hands over.
+    The system text describes ToolBench's own protocol and is left out. The call of Finish becomes
+    the answer that it passes on.
     """
     answer = _object(row.get("answer_generation"), "'answer_generation'")
     prefixes = answer.get("train_messages")
@@ -59,9 +59,9 @@ def _toolbench_turn(turn: JsonObject) -> JsonObject:
 
 
 def oasst(row: JsonObject) -> JsonObject:
-    """The path of a tree that takes the best-ranked reply at each message.
+    """The path through a tree that takes the best reply to each message.
 
-    That is the smallest rank, replies without one last, then the order in the file.
+    The best reply has the smallest rank. Replies without a rank come last; ties keep file order.
     """
     turns, node = [], _object(row.get("prompt"), "'prompt'")
     while node:
@@ -79,7 +79,7 @@ def _rank(reply: JsonObject) -> float:
 
 
 def self_instruct(row: JsonObject) -> JsonObject:
-    """A task with its first instance."""
+    """The task with its first instance."""
     instances = _objects(row, "instances")
     if not instances:
         raise BadRow("missing_field", "the task has no instance")
