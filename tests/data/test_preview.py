@@ -469,7 +469,7 @@ def test_the_audit_of_the_command_ends_with_its_verdict(ragged, monkeypatch, cap
     ("arguments", "line"),
     [
         (["--row", "1"], "error: --row 1 is past the run's last row, 0"),
-        (["--png", "row.gif"], "error: row.gif: the name of a picture ends in .png or .svg"),
+        (["--png", "row.gif"], "error: row.gif: the name of a picture must end in .png or .svg"),
         (["--json"], "error: --json goes with --stats; add it or leave --json out"),
         (["--seed", "0"], "error: --seed goes with --audit; add it or leave --seed out"),
         (["--stats", "--rows", "1"], "error: --rows is for rows in the terminal; leave it out"),

@@ -1,9 +1,9 @@
-"""The audit: rows derived anew from the raw files, plainly and slowly, against the loader's.
+"""The audit: derives rows from the raw files in a second, simple way, and compares the loader's.
 
-Only what reads files and texts is shared with the fast path: `sources` gives Conversations, the
-tokenizer ids, the plan says which instruction stands where, the selection which conversations are
-trained on. Rendering, labels, truncation and every array are written here a second time, token by
-token, after docs/method.md; speed is no aim.
+It shares with the loader only the reading of files (`sources`), the tokenizer, the plan (which
+instruction is where) and the selection (which conversations are trained on). Rendering, labels,
+truncation and all arrays are written here a second time, token by token, after docs/method.md. It
+is meant to be simple, not fast.
 """
 
 import math
@@ -22,13 +22,13 @@ from moi_jax.data.sources.rows import convert, detect_format, expand
 from moi_jax.text.conversations import BadRow, Conversation, Message
 from moi_jax.text.tokenizer import Tokenizer
 
-# Weights are quotients: these may be rounded in another order.
+# Weights are quotients, which may be rounded in a different order.
 WEIGHT_TOLERANCE = 1e-6
 
 
 @dataclass
 class PlainInstruction:
-    """A conversation as tokens, which of them are labels, and where it stands in the sources."""
+    """A conversation as tokens, which of them are labels, and its place in the sources."""
 
     place: str
     tokens: list[int]
@@ -37,12 +37,12 @@ class PlainInstruction:
 
 @dataclass
 class PlainDomain:
-    """What the sources of a domain hold.
+    """The contents of a domain's sources.
 
     Attributes:
-      labels: of every usable conversation the number of its labels, by the place it has among
-        the usable ones, which is its record in the cache.
-      wanted: the instructions asked for, by the same number.
+      labels: the number of labels of every usable conversation, in order; the index of a
+        conversation is the number of its record in the cache.
+      wanted: record number -> instruction, for those that are wanted.
     """
 
     labels: list[int] = field(default_factory=list)
@@ -62,11 +62,11 @@ def audit(
       reader: the loader's rows; its plan has the config.
       train: int64[n_d] of each domain, in config order: the records in the cache of its training
         instructions.
-      records: instructions in the cache of each domain.
+      records: the number of instructions in the cache of each domain.
       rows: numbers below reader.plan.total_rows.
 
     Returns:
-      The first difference in words; None when all six arrays are equal at every token.
+      The first difference as a message; None if all six arrays are equal at every token.
     """
     plan, targets = reader.plan, reader.loss.targets
     of_training = [selected.tolist() for selected in train]
@@ -98,7 +98,7 @@ def audit(
 
 
 def _find(number: int, train: list[list[int]]) -> tuple[int, int]:
-    """The domain of a global instruction number, and its place among the training ones there."""
+    """(domain, index among its training instructions) of a global instruction number."""
     for domain, records in enumerate(train):
         if number < len(records):
             return domain, number
@@ -109,7 +109,7 @@ def _find(number: int, train: list[list[int]]) -> tuple[int, int]:
 def read_domain(
     data: Data, domain: Domain, tokenizer: Tokenizer, targets: str, wanted: set[int]
 ) -> PlainDomain:
-    """Reads the files of a domain row by row; keeps the instructions whose number is wanted."""
+    """Reads the files of a domain row by row; keeps the instructions with a wanted number."""
     found = PlainDomain()
     render = _renderer(tokenizer, targets)
     benchmarks = None
@@ -148,7 +148,7 @@ def _usable(
     render: Render,
     benchmarks: Benchmarks | None,
 ) -> Rendered | None:
-    """What the config keeps of a row; None where it is dropped."""
+    """The row as the config keeps it; None if the row is dropped."""
     if isinstance(conversation, BadRow):
         return None
     own = conversation.system
@@ -169,7 +169,7 @@ def _usable(
 
 
 def _system(data: Data, domain: Domain, own: str | None) -> str | None:
-    """The text of the system block; None for no block."""
+    """The text of the system block; None means no block."""
     prompt = data.default_system_prompt
     if data.system_prompts == "none":
         prompt = None
@@ -184,7 +184,7 @@ def _system(data: Data, domain: Domain, own: str | None) -> str | None:
     return prompt + "\n\n" + own
 
 
-# What stands before the first turn, before a role, between role and content, and after content.
+# The text before the first turn, before a role, between role and content, and after a content.
 _LLAMA3 = ("<|begin_of_text|>",), "<|start_header_id|>", ("<|end_header_id|>", "\n\n")
 LAYOUTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]] = {
     "chatml": ((), "<|im_start|>", ("\n",), ("<|im_end|>", "\n")),
@@ -193,12 +193,12 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]
 
 
 def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
-    """Renders turns as ids, and says of each whether it is a label under loss.targets."""
+    """A function that renders turns as ids, and tells which are labels under loss.targets."""
     official = targets == "qwen_official"
     opening, begin, middle, ends = LAYOUTS[tokenizer.template.name]
     strip = str.strip if tokenizer.template.name == "llama3" else str
 
-    @cache  # roles and fixed texts come again and again
+    @cache  # roles and fixed texts are repeated often
     def fixed(*texts: str) -> list[int]:
         ids: list[int] = []
         for text in texts:
@@ -238,7 +238,7 @@ def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
 
 
 def _answer(content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
-    """The ids of an answer, and whether each begins inside an observation that a tool wrote."""
+    """The ids of an answer, and whether each begins inside an observation written by a tool."""
     ids, offsets = tokenizer.encode_with_offsets(content)
     observations = []
     if "Action Input:" in content:
@@ -272,7 +272,7 @@ class _Weights:
         return lambda domain, labels: total / (present * sums[domain])
 
     def _sums(self, plan: EpochPlan) -> list[int]:
-        """T_d: the labels of each domain in the epoch, every occurrence counted."""
+        """T_d: the number of labels of each domain in the epoch, counting every occurrence."""
         sums = [0] * len(self._train)
         for number in plan.instructions.tolist():
             domain, index = _find(number, self._train)
@@ -282,7 +282,7 @@ class _Weights:
 
 @dataclass
 class _Laid:
-    """A row as lists, and the source of the instruction at each real token."""
+    """A row as lists, and the place in the sources of each token that is not padding."""
 
     arrays: dict[str, list[Any]]
     places: list[str]
@@ -295,7 +295,7 @@ def _lay_out(
     weigh: Callable[[int, int], float],
     reader: BatchReader,
 ) -> _Laid:
-    """The six arrays of a row by their definitions, token by token."""
+    """The six arrays of a row, token by token, by their definitions."""
     data, pad = reader.plan.data, reader.pad_id
     arrays: dict[str, list[Any]] = {name: [] for name in Batch._fields}
     places: list[str] = []
@@ -338,7 +338,7 @@ def _compare(row: int, ours: Batch, laid: _Laid) -> str | None:
     for token in range(len(ours.tokens)):
         for name, theirs in laid.arrays.items():
             mine, derived = getattr(ours, name)[token], theirs[token]
-            # A zero is a zero: only quotients are allowed their rounding.
+            # Zeros must be equal exactly; only quotients may differ by rounding.
             exact = name != "loss_weights" or not (mine and derived)
             equal = (
                 mine == derived if exact else math.isclose(mine, derived, rel_tol=WEIGHT_TOLERANCE)
