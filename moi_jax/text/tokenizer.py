@@ -150,7 +150,7 @@ class JsonTokenizer(Tokenizer):
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{name} is no tokenizer: {error}") from None
+            raise UserError(f"{name} is not a tokenizer: {error}") from None
         backend.encode_special_tokens = True
         # The file may set truncation, padding, and a post-processor that trims offsets.
         backend.no_truncation()
@@ -191,11 +191,13 @@ class TiktokenTokenizer(Tokenizer):
             lines = [line.split() for line in text.splitlines() if line]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         except ValueError as error:
-            raise UserError(f"{name} is no tokenizer of base64 tokens and ranks: {error}") from None
+            raise UserError(
+                f"{name} is not a tokenizer of base64 tokens and ranks: {error}"
+            ) from None
         # tiktoken would panic in Rust.
         complete = all(bytes([byte]) in ranks for byte in range(256))
         if sorted(ranks.values()) != list(range(len(lines))) or not complete:
-            raise UserError(f"{name} is no tokenizer: a rank or one of the 256 bytes is missing")
+            raise UserError(f"{name} is not a tokenizer: a rank or one of the 256 bytes is missing")
         self._threads = os.cpu_count() or 1
         self._ranks = ranks
         self._specials = {s: len(ranks) + n for n, s in enumerate(QWEN_SPECIALS)}

@@ -231,7 +231,7 @@ def changed(name: str, text: str | None) -> dict[str, str]:
     [
         (changed("merges.txt", None), "merges.txt is missing beside vocab.json"),
         (changed("merges.txt", "a b c\n"), "merges.txt is damaged: 'a b c' is not a pair"),
-        (changed("merges.txt", "zz zz\n"), "is no tokenizer"),
+        (changed("merges.txt", "zz zz\n"), "is not a tokenizer"),
         (changed("vocab.json", "{"), "vocab.json is not valid JSON"),
         (changed("vocab.json", "[]"), "vocab.json is not a JSON object"),
         (changed("vocab.json", '{"a": "b"}'), "not an object of tokens and their ids"),
@@ -288,7 +288,7 @@ def test_missing_directory_and_files_say_what_was_looked_for(tmp_path: Path) -> 
 )
 def test_broken_file_is_refused_by_name(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=f"{name} is no tokenizer"):
+    with pytest.raises(UserError, match=f"{name} is not a tokenizer"):
         load_tokenizer(tmp_path)
 
 

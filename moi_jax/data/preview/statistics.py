@@ -31,9 +31,9 @@ def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:
         total = dropped + d["held_out"] + d["used"] + d["unplaced"] + d["not_drawn"]
         if total != d["read"]:
             raise RuntimeError(f"domain {name}: {d['read']} rows read, {total} accounted for")
-        told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
         lines[name] = (
-            f"{d['read']:,} read = {dropped:,} dropped{f' ({told})' if told else ''} "
+            f"{d['read']:,} read = {dropped:,} dropped{f' ({shown})' if shown else ''} "
             f"+ {d['held_out']:,} held out + {d['used']:,} used + {d['unplaced']:,} unplaced "
             f"+ {d['not_drawn']:,} not drawn"
         )
