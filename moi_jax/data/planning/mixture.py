@@ -224,7 +224,9 @@ def draw_groups(
     )
     missing = -len(stream) % data.chunk_size
     members = np.pad(stream, (0, missing), constant_values=-1).reshape(-1, data.chunk_size)
-    if data.chunk_size > 1 and (counts > corpus.counts).any():
+    if data.chunk_size > 1:
+        # Also with fewer draws than instructions: an epoch may end one permutation of a domain and
+        # begin the next.
         _separate_copies(members, generator(seed, RandomStream.UNION, epoch, stage, 1))
     return members
 
