@@ -138,7 +138,7 @@ def compare_packing(corpus: Corpus, data: Data, turns: int, with_grain: bool) ->
         "row": row,
         "instructions": len(lengths),
         "unplaced": len(plan.unplaced),
-        "moved_share": plan.moved / len(lengths),
+        "moved_share": plan.moved_instructions / len(lengths),
         "figures": figures,
     }
 

@@ -41,7 +41,7 @@ def main() -> None:
         planned.append(corpus.lengths[plan.instructions.reshape(-1, width)])
         drawn.append(corpus.lengths[mixture.draw_groups(corpus, data, seed, 0)])
         fills.append(plan.fill)
-        moved.append(plan.moved / len(plan.instructions))
+        moved.append(plan.moved_instructions / len(plan.instructions))
         places.append(place_correlations(plan, planned[-1]))
     print(f"{data.sequence_length} tokens a row, {SEEDS} seeds, {len(planned[0]):,} chunks each")
     print(f"fill {np.mean(fills):.2%} ({min(fills):.2%} to {max(fills):.2%})")

@@ -47,7 +47,7 @@ def measure(instructions: int, sizes: str, switches: dict[str, str]) -> dict[str
         "rows": plan.rows,
         "mean_length": round(plan.tokens / len(plan.instructions), 1),
         "fill": round(plan.fill, 5),
-        "moved_share": round(plan.moved / len(plan.instructions), 5),
+        "moved_share": round(plan.moved_instructions / len(plan.instructions), 5),
         "unplaced_groups": plan.unplaced_groups,
     }
 

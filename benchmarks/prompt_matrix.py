@@ -21,7 +21,7 @@ from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset, open_dataset
-from moi_jax.data.loader import Placed, assemble
+from moi_jax.data.loader import PackedInstruction, assemble
 from moi_jax.evaluation.options import HeldOutOptions
 from moi_jax.evaluation.prompt_matrix.gaps import interval, resampled_means, summarize
 from moi_jax.evaluation.prompt_matrix.matrix import ItemSums
@@ -119,9 +119,9 @@ def after_chat(run: Path) -> list[tuple[float, float]]:
     )
     losses = []
     for domain, items in enumerate(others, 1):
-        alone = [[[Placed(item, domain, 1.0)]] for item in items]
+        alone = [[[PackedInstruction(item, domain, 1.0)]] for item in items]
         # Weight 0: the chat is read, and no label of it counts.
-        before = [Placed(chats[n % len(chats)], 0, 0.0) for n in range(len(items))]
+        before = [PackedInstruction(chats[n % len(chats)], 0, 0.0) for n in range(len(items))]
         after = [[[chat, *row[0]]] for chat, row in zip(before, alone, strict=True)]
         losses.append(tuple(loss(rows, row_sums, opened, dataset) for rows in (alone, after)))
     return losses

@@ -12,7 +12,7 @@ from moi_jax.config import Config
 from moi_jax.models.compute import resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.presets import preset
-from moi_jax.text.prompts import prompts_item, saved_template
+from moi_jax.text.prompts import prompts_metadata, saved_template
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -35,7 +35,7 @@ class Experiment:
     def items(self) -> ModelItems:
         """What every checkpoint of the experiment holds beside its parameters."""
         data = self.config.data
-        prompts = prompts_item(data.default_system_prompt, self.tokenizer.template.name, data)
+        prompts = prompts_metadata(data.default_system_prompt, self.tokenizer.template.name, data)
         return ModelItems(self.model, self.tokenizer.files, prompts, self.provenance)
 
     def on_platform(self, platform: str) -> "Experiment":

@@ -1,1 +1,1 @@
-"""What every room may use: errors, the console, files that are written whole."""
+"""What every room may use: errors, the log, progress bars, atomic writes, fingerprints."""

@@ -1,4 +1,4 @@
-"""The user's mistakes, and how a command ends: 0 done, 2 the user's mistake, 1 a fault of ours."""
+"""Errors and exit status: 0 done, 2 a mistake of the user, 1 a fault of ours."""
 
 import os
 import select
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message is one line: what, where, and the way out."""
+    """A mistake that the user can fix; its one-line message says what is wrong and what to do."""
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
-    """What a failed write says; libraries wrap the system's reason in lines of their own."""
+    """The error for a failed write, in one line, also where a library wraps the system's reason."""
     reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
     if "No space left" in reason:
         reason = "no space left on the device"
@@ -23,15 +23,15 @@ def cannot_write(path: Path, error: Exception) -> UserError:
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's main and leaves the process with its exit status.
 
-    A `UserError` is printed as one line on standard error, exit status 2. Anything else is a
-    fault of ours: Python prints its traceback and leaves with 1. When the reader of standard
-    output has left, as `head` does, the command ends without a word, as by SIGPIPE.
+    A `UserError` is printed as one line on standard error, and the exit status is 2. Any other
+    error is a fault of ours: Python prints its traceback and exits with 1. If the reader of
+    standard output has closed it, as `head` does, the command ends silently, as after SIGPIPE.
     """
     try:
         try:
             status: int | str | None = main() or 0
-        except SystemExit as left:  # of argparse
-            status = left.code
+        except SystemExit as leaving:  # from argparse
+            status = leaving.code
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             status = 2
@@ -40,14 +40,14 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         if not (sys.stdout and _reader_has_left()):
             raise
-        # For Python's own flush at exit, of what could not be written.
+        # Python flushes standard output once more at exit, and must not fail there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     sys.exit(status)
 
 
 def _reader_has_left() -> bool:
-    """Whether it is standard output that broke, and no pipe of ours."""
+    """Whether the broken pipe is standard output, and not a pipe of our own."""
     poll = select.poll()
-    poll.register(sys.stdout, 0)  # errors are told in any case
+    poll.register(sys.stdout, 0)  # errors are reported whatever the mask says
     return bool(poll.poll(0))

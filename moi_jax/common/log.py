@@ -1,60 +1,83 @@
-"""What the rooms tell while they work: the standard `logging`, shown on the console by rich.
+"""Logging: every room logs through the standard `logging`; a command shows the log on the console.
 
-A room takes `logging.getLogger(__name__)` and says `.info(...)`. A command calls `show_logs` once;
-in a notebook, or under another program, whoever runs it decides where the lines go.
+    log = logging.getLogger(__name__)  # in a room
+    log.info("lengths drawn in lengths.png")
+    log.warning("domain code repeats an instruction 9 times an epoch")  # "warning: domain code ..."
+    log.info(LogTable(table))  # a rich table
+
+A command calls `show_logs` once. A notebook or another program adds handlers of its own instead.
 """
 
 import io
 import logging
-from typing import Any
+from typing import IO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 ROOT = "moi_jax"
-TABLE_WIDTH = 100  # columns of a table in a log that is no terminal
+# Columns of a table that is written to a file or a pipe: enough for every cell to stay on one line.
+WIDE = 1000
 
 
-class Table:
-    """A rich table, or another renderable, as the message of a log record.
+class LogTable:
+    """A rich table as the message of a log record; as a string it is plain text."""
 
-    On the console it is drawn by rich; everywhere else it is its plain text.
-    """
-
-    def __init__(self, renderable: Any):
-        self.renderable = renderable
+    def __init__(self, table: RenderableType):
+        self.table = table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=TABLE_WIDTH)
-        console.print(self.renderable)
-        return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
+        text = io.StringIO()
+        _Console(text).print(self.table)
+        return text.getvalue().rstrip("\n")
+
+
+class _Console(Console):
+    """A console that takes text literally: it reads no markup and no emoji names into it.
+
+    Without this, rich shows "chat.jsonl:100: ..." as "chat.jsonl💯 ...".
+    """
+
+    def __init__(self, file: IO[str] | None = None, stderr: bool = False):
+        super().__init__(file=file, stderr=stderr, markup=False, emoji=False, highlight=False)
+        if not self.file.isatty():
+            self.width = WIDE
+
+    def on_broken_pipe(self) -> None:
+        # rich would end the process with status 1; `run_command` knows better.
+        raise
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints each line as it is: no markup, no colours, not broken at the window's width.
+    """Prints one line for each message, without breaking it, and tables as tables.
 
-    Where the output is no terminal there are no control codes in it.
+    What is written to a file or a pipe has no control codes.
     """
 
-    def __init__(self, console: Console):
+    def __init__(self, stderr: bool = False):
         super().__init__()
-        self.console = console
+        self._console = _Console(stderr=stderr)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if isinstance(record.msg, Table):
-            self.console.print(record.msg.renderable)
+        if isinstance(record.msg, LogTable):
+            self._console.print(record.msg.table)
             return
         line = self.format(record)
         if record.levelno >= logging.WARNING:
-            line = f"warning: {line}"
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            line = f"{record.levelname.lower()}: {line}"
+        self._console.print(line, soft_wrap=True)
 
 
 def show_logs(*, stderr: bool = False, process_index: int = 0) -> None:
-    """Shows what is logged on the console: on process 0 all of it, elsewhere warnings alone."""
+    """Shows the log on the console; a second call replaces the first.
+
+    Args:
+      stderr: write to standard error instead of standard output.
+      process_index: process 0 shows every message, the others show warnings only.
+    """
     logger = logging.getLogger(ROOT)
     for handler in [h for h in logger.handlers if isinstance(h, ConsoleHandler)]:
         logger.removeHandler(handler)
-    logger.addHandler(ConsoleHandler(Console(stderr=stderr)))
+    logger.addHandler(ConsoleHandler(stderr))
     # Some libraries give the root logger a handler, which would print each line again.
     logger.propagate = False
     logger.setLevel(logging.INFO if process_index == 0 else logging.WARNING)

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal's standard error; nothing where it is no terminal."""
+"""Progress bars on standard error, where that is a terminal; elsewhere there are none."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,17 +8,17 @@ from rich.console import Console
 
 
 def byte_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A progress bar on a terminal's standard error; call what it yields with the bytes done."""
+    """A progress bar of bytes; yields a function to call with the number of bytes just done."""
     return _bar(what, total, progress.DownloadColumn(), progress.TransferSpeedColumn())
 
 
 def count_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """The same for things that are counted."""
+    """A progress bar of items; yields a function to call with the number of items just done."""
     return _bar(what, total, progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
 
 
 def progress_bars(*columns: progress.ProgressColumn) -> progress.Progress:
-    """Several bars at once, with these columns besides the usual ones."""
+    """Several bars at once; `columns` stand between the bar and the time that remains."""
     console = Console(stderr=True)
     return progress.Progress(
         progress.TextColumn("{task.description}"),
@@ -27,7 +27,8 @@ def progress_bars(*columns: progress.ProgressColumn) -> progress.Progress:
         progress.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        # Not `console.is_terminal`: FORCE_COLOR makes that true for a pipe as well.
+        disable=not console.file.isatty(),
     )
 
 

@@ -1,1 +1,1 @@
-"""Data: conversations from files, rendered, tokenised, cached, mixed, packed and loaded."""
+"""Data: reads conversations from files; renders, tokenises, caches, mixes, packs, loads them."""

@@ -1,18 +1,27 @@
-"""The data of an experiment, opened: prepared, selected, and ready to be planned and read."""
+"""The opened data of an experiment: prepared, selected, and ready to be planned and read.
+
+dataset = open_dataset(config, tokenizer)
+plan = dataset.plan()
+batch = dataset.batch_reader(plan).read(range(plan.batch_rows))
+"""
 
 import dataclasses
 import logging
 from typing import Any
 
+from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.config import Config
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.prepare import prepare
-from moi_jax.data.cache.selection import Selection, domain_report, select
-from moi_jax.data.loader import RowSource
+from moi_jax.data.cache.selection import Selection, row_counts, select
+from moi_jax.data.loader import BatchReader
 from moi_jax.data.planning.corpus import Corpus
-from moi_jax.data.planning.run import RunPlan
-from moi_jax.data.planning.statistics import mixture_statistics, print_mixture, print_sources
-from moi_jax.text.prompts import fingerprint
+from moi_jax.data.planning.mixture_report import (
+    log_mixture_table,
+    log_source_table,
+    mixture_statistics,
+)
+from moi_jax.data.planning.training_plan import TrainingPlan
 from moi_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -20,12 +29,12 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The domains of a config in the tokens of a tokenizer, by domain in config order.
+    """The tokenised domains of a config, in config order.
 
     Attributes:
-      caches: all that was read.
-      selections: what of each cache is trained on, and what is held out.
-      corpus: the lengths of what is trained on, which is all that planning knows.
+      caches: all instructions of each domain.
+      selections: which instructions of each cache are trained on, and which are held out.
+      corpus: the lengths of the training instructions, which is all that planning needs.
     """
 
     config: Config
@@ -34,24 +43,25 @@ class Dataset:
     selections: list[Selection]
     corpus: Corpus
 
-    def plan(self) -> RunPlan:
-        """The plan of the config's run, from its first row on."""
-        return RunPlan(self.corpus, self.config.data, self.config.train)
+    def plan(self) -> TrainingPlan:
+        """The plan of the run that the config describes, from its first row."""
+        return TrainingPlan(self.corpus, self.config.data, self.config.train)
 
-    def row_source(self, plan: RunPlan) -> RowSource:
-        """The rows of a plan of this corpus, read from the caches."""
+    def batch_reader(self, plan: TrainingPlan) -> BatchReader:
+        """Reads the rows of a plan of this corpus from the caches."""
         train = [selection.train for selection in self.selections]
         pad = self.tokenizer.template.pad
-        return RowSource(plan, self.caches, train, self.config.loss, pad)
+        return BatchReader(plan, self.caches, train, self.config.loss, pad)
 
-    def show_mixture(self, plan: RunPlan) -> dict[str, Any]:
-        """Logs sources, drops and the mixture of the first epoch (of each stage).
+    def log_mixture(self, plan: TrainingPlan) -> dict[str, Any]:
+        """Logs the sources, the dropped rows and the mixture of the first epoch of each stage.
 
         Returns:
-          The mixture; of a curriculum the first stage's, with all of them under "stages".
+          The mixture, see `mixture_statistics`; for a curriculum that of the first stage, with
+          those of all stages under "stages".
         """
-        report, data = domain_report(self.caches, self.selections), self.config.data
-        print_sources(self.caches)
+        report, data = row_counts(self.caches, self.selections), self.config.data
+        log_source_table(self.caches)
         mixtures = []
         for stage, begins in enumerate([stage.begins for stage in data.stages] or [0]):
             if begins >= plan.total_rows:
@@ -60,8 +70,8 @@ class Dataset:
             epoch = plan.epoch_plan(plan.locate(begins)[0])
             mixture = mixture_statistics(epoch, report, data.of_stage(stage), plan.batch_rows)
             if data.stages:
-                log.info(f"stage {stage}, from row {begins:,} on")
-            print_mixture(mixture, data.max_repeats)
+                log.info(f"stage {stage}, from row {begins:,}")
+            log_mixture_table(mixture, data.max_repeats)
             mixtures.append({"begins": begins, **mixture})
         if plan.empty_rows:
             log.info(f"{plan.empty_rows} empty rows fill up the run's last batch")
@@ -69,15 +79,15 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of the content of all sources and of what is held out; their paths play no part."""
+        """A fingerprint of the content of all sources and of what is held out, not of the paths."""
         data = self.config.data
         shares = [source.held_out for domain in data.domains for source in domain.sources]
         held_out = [(share or data.held_out).model_dump() for share in shares]
-        return fingerprint([held_out, [cache.key for cache in self.caches]])
+        return json_fingerprint([held_out, [cache.key for cache in self.caches]])
 
 
 def open_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
-    """Brings the data into the cache where it is missing, and selects what is trained on.
+    """Prepares what the cache lacks, and selects what is trained on.
 
     Raises:
       UserError: see `prepare` and `select`.

@@ -1,4 +1,8 @@
-"""Decontamination: whether a text holds a question of a benchmark, by 13 words in a row."""
+"""Decontamination: finds texts that share 13 words in a row with a benchmark question.
+
+benchmarks = Benchmarks.read(Path("benchmarks"))
+benchmarks.hit(text)  # "gsm8k/test.jsonl:12", or None
+"""
 
 import csv
 import gzip
@@ -17,18 +21,18 @@ from zlib import crc32
 from moi_jax.common.errors import UserError
 
 WORDS = 13  # in a row; Brown et al. 2020, appendix C
-SHORTEST = 8  # words of a question that is looked for whole
-# Words that so many records of a file share are its template: no evidence of any one question.
+SHORTEST = 8  # words of the shortest question that is searched for as a whole
+# Words that more records than this share are the template of the file, and identify no question.
 COMMON = 5
-TELLING = 6  # different words of three letters or more, without which a run says little
-RULE = 1  # part of the fingerprint; to be raised when the rule changes
-# Keys a question is looked for under, the first of a row wins.
+TELLING = 6  # different words of three or more letters that a run needs to identify a question
+RULE = 1  # part of the fingerprint; raise it when the rule changes
+# Keys that may hold a question; the first one that a row has wins.
 KEYS = ("question", "problem", "prompt", "text", "turns", "instruction", "query", "origin_prompt")
-MBPP_TEST = range(11, 511)  # of the task_ids of an MBPP file, whose other rows are to train on
-MMLU_CELLS = 6  # question, four choices, the letter of the answer
+MBPP_TEST = range(11, 511)  # task_ids of MBPP's test split; the other rows of the file may be used
+MMLU_CELLS = 6  # question, four choices, letter of the answer
 
 WORD = re.compile(r"[^\W_]+")
-# Bytes of ASCII: letters to lower case, digits as they are, all else a space.
+# For ASCII bytes: letters become lower case, digits stay, everything else becomes a space.
 ASCII_WORDS = bytes(ord(c.lower()) if c.isalnum() else 32 for c in map(chr, range(128))).ljust(256)
 
 
@@ -42,12 +46,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """The questions of a directory of benchmarks. Picklable: worker processes ask it.
+    """The questions of a directory of benchmarks. It can be pickled for worker processes.
 
     Attributes:
       fingerprint: sha256 hex of the rule and the questions.
-      questions: how many were read.
-      skipped: files in which no question was found.
+      questions: number of questions.
+      skipped: files that hold no question.
     """
 
     fingerprint: str
@@ -58,10 +62,10 @@ class Benchmarks:
 
     @classmethod
     def read(cls, directory: Path) -> "Benchmarks":
-        """Reads every file below `directory`: .jsonl, .json, .csv, .txt, also gzipped.
+        """Reads every .jsonl, .json, .csv and .txt file below `directory`, gzipped or not.
 
         Raises:
-          UserError: it is no directory, holds no question, or a file cannot be read.
+          UserError: the directory does not exist or holds no question, or a file cannot be read.
         """
         if not directory.is_dir():
             raise UserError(f"the benchmarks' directory {directory} does not exist")
@@ -86,20 +90,23 @@ class Benchmarks:
         return cls(digest.hexdigest(), count, tuple(skipped), long, short)
 
     def hit(self, text: str) -> str | None:
-        """Where a question stands that shares 13 words in a row with `text`, or is in it whole."""
+        """The place of a question that shares 13 words in a row with `text`, or None.
+
+        A question of 8 to 12 words is found if the text holds it whole.
+        """
         words = words_of(text)
         return self.long.find(words) or self.short.find(words)
 
 
 def words_of(text: str) -> list[bytes]:
-    """Runs of letters and digits, in lower case and NFKC; punctuation only parts them."""
+    """The runs of letters and digits, in lower case and NFKC, as UTF-8."""
     if text.isascii():
         return text.encode().translate(ASCII_WORDS).split()
     return " ".join(WORD.findall(unicodedata.normalize("NFKC", text).lower())).encode().split()
 
 
 def _windows(questions: Iterable[Question]) -> Iterator[tuple[str, list[bytes]]]:
-    """The runs that tell a question from others; all of them where none does."""
+    """The runs of 13 words that identify a question, or all its runs if none does."""
     for question in questions:
         starts = range(len(question.words) - WORDS + 1)
         runs = [question.words[start : start + WORDS] for start in starts]
@@ -108,7 +115,7 @@ def _windows(questions: Iterable[Question]) -> Iterator[tuple[str, list[bytes]]]
 
 
 def _tells(run: list[bytes]) -> bool:
-    """Whether a run is more than formula, code of a figure, or a row of numbers."""
+    """Whether a run is more than a formula, the code of a figure, or a row of numbers."""
     return len({word for word in run if len(word) > 2 and not word.isdigit()}) >= TELLING
 
 
@@ -119,11 +126,11 @@ def _short(questions: Iterable[Question]) -> Iterator[tuple[str, list[bytes]]]:
 
 
 class _Phrases:
-    """Runs of words, each at least `least` long, found in a text by looking here and there.
+    """A set of phrases of at least `least` words, and a fast search for them in a text.
 
-    Whatever holds a run of `least` words holds, at one of every `step` words, the `width` words
-    that begin there, as step + width - 1 = least. So a text's windows of `width` words are looked
-    up at every `step`-th word alone, and the runs around one that is known are compared in full.
+    A text that holds a phrase also holds, at one of every `step` words, `width` words in a row of
+    it, because step + width - 1 = least. So the search looks up `width` words at every `step`-th
+    word only, and compares whole phrases around the places where it finds something.
     """
 
     def __init__(self, least: int):
@@ -134,9 +141,9 @@ class _Phrases:
         self.where: dict[bytes, str] = {}
 
     def add(self, phrases: Iterable[tuple[str, list[bytes]]], records: int) -> None:
-        """Adds the phrases of a file of so many records, without those of its template."""
+        """Adds the phrases of a file with this number of records, except those of its template."""
         phrases = list(phrases)
-        # A phrase counts once a record.
+        # A phrase counts once for each record.
         seen = Counter(key for key, _ in {(_key(words), where) for where, words in phrases})
         for where, words in phrases:
             times = seen[key := _key(words)]
@@ -165,12 +172,12 @@ class _Phrases:
 
 
 def _key(words: list[bytes]) -> bytes:
-    """Eight bytes for a run of words: a million questions fit in memory, none collide by chance."""
+    """Eight bytes for a run of words: a million questions fit in memory without collisions."""
     return hashlib.blake2b(b" ".join(words), digest_size=8).digest()
 
 
 def _read(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """The questions of a file with their places; none for a file of another kind."""
+    """(place, question) for each question of a file; nothing for a file of another kind."""
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in (".jsonl", ".json", ".csv", ".txt"):
         return
@@ -192,7 +199,7 @@ def _read(path: Path, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _json(text: str, lines: bool) -> Iterator[tuple[Any, Any]]:
-    """Rows with their line, number or key; a file that is one row has none."""
+    """(line, number or key, row) of each row; (None, row) if the file is one row."""
     if lines:
         for line, content in enumerate(text.split("\n"), 1):
             if content.strip():
@@ -208,7 +215,7 @@ def _json(text: str, lines: bool) -> Iterator[tuple[Any, Any]]:
 
 
 def _csv(text: str) -> Iterator[tuple[int, str]]:
-    """The rows of a file of MMLU, which has no header, or of one whose header names a key."""
+    """(row number, question) of an MMLU file, which has no header, or of a file with a header."""
     rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     if rows and all(len(row) == MMLU_CELLS and row[-1] in set("ABCD") for row in rows):
         yield from ((number, row[0]) for number, row in enumerate(rows, 1))
@@ -226,7 +233,7 @@ def _question(row: Any) -> str | None:
 
 
 def _text(value: Any) -> str | None:
-    """A question as text: itself, its turns, or what the user's messages say."""
+    """A question as text: a string, a list of turns, or the user's messages of a chat."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):

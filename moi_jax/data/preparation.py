@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from moi_jax.config import Config
-from moi_jax.data.cache.selection import domain_report
+from moi_jax.data.cache.selection import row_counts
 from moi_jax.data.dataset import open_dataset
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -21,10 +21,10 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     begin = time.perf_counter()
     dataset = open_dataset(config, tokenizer)
     prepared = time.perf_counter()
-    mixture = dataset.show_mixture(dataset.plan())
+    mixture = dataset.log_mixture(dataset.plan())
     planned = time.perf_counter()
     return {
-        "domains": domain_report(dataset.caches, dataset.selections),
+        "domains": row_counts(dataset.caches, dataset.selections),
         "files": {cache.name: cache.manifest["files"] for cache in dataset.caches},
         "mixture": mixture,
         "seconds": {"prepare": round(prepared - begin, 3), "plan": round(planned - prepared, 3)},

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
-from moi_jax.common.whole_files import write_whole
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Task, evenly_spaced
 from moi_jax.evaluation.responses import collect_responses, log_places
@@ -181,6 +181,6 @@ def _write(path: Path, text: str) -> None:
     """Raises UserError where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        atomic_write_text(path, text)
     except OSError as error:
         raise cannot_write(path, error) from None

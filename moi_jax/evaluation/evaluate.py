@@ -10,8 +10,8 @@ import jax
 
 from moi_jax.checkpoints.items import find_step, parameters_fingerprint
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
+from moi_jax.common.atomic_files import check_writable
 from moi_jax.common.errors import UserError
-from moi_jax.common.whole_files import check_writable
 from moi_jax.evaluation.benchmarks import results_so_far, run_benchmarks
 from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions
 from moi_jax.evaluation.prompt_matrix.benchmarks import run_under_prompts

@@ -9,7 +9,7 @@ import numpy as np
 from moi_jax import config
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.selection import Selection
-from moi_jax.data.loader import Batch, Placed, assemble
+from moi_jax.data.loader import Batch, PackedInstruction, assemble
 from moi_jax.evaluation.row_sums import RowSums
 from moi_jax.parallel.placing import bucket
 from moi_jax.text.prompts import resolve_prompt
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _SHORTEST_ROW = 128
 
 # The width of a batch, and its rows: each a list of groups, here one group of one instruction.
-PlannedBatch = tuple[int, list[list[list[Placed]]]]
+PlannedBatch = tuple[int, list[list[list[PackedInstruction]]]]
 SumRows = Callable[[Batch], RowSums]
 
 
@@ -54,12 +54,12 @@ class HeldOut:
         self.domains = [cache.name for cache in caches]
         self._data, self._targets, self._pad_id = data, targets, tokenizer.template.pad
         self._rows, self._row_multiple = rows, row_multiple
-        own: list[Placed] = []
-        default: list[Placed] = []
+        own: list[PackedInstruction] = []
+        default: list[PackedInstruction] = []
         self._same_prompt = []
         for index, (cache, selection) in enumerate(zip(caches, selections, strict=True)):
             instructions = cache.read(selection.held_out)
-            own += [Placed(instruction, index, 1.0) for instruction in instructions]
+            own += [PackedInstruction(instruction, index, 1.0) for instruction in instructions]
             prompt = resolve_prompt(data, data.domains[index])
             self._same_prompt.append(prompt == data.default_system_prompt)
             if self._same_prompt[-1]:
@@ -68,7 +68,7 @@ class HeldOut:
                 other = with_system_prompt(
                     instruction, tokenizer, data.default_system_prompt, data.row_system
                 )
-                default.append(Placed(other, index, 1.0))
+                default.append(PackedInstruction(other, index, 1.0))
         fitting = [p for p in default if len(p.instruction.tokens) <= data.sequence_length]
         if len(fitting) < len(default):
             log.info(
@@ -125,7 +125,7 @@ class HeldOut:
         for width, filled in planned:
             yield assemble(filled, width, self._pad_id, "instruction", self._targets)
 
-    def _plan(self, placed: list[Placed]) -> list[PlannedBatch]:
+    def _plan(self, placed: list[PackedInstruction]) -> list[PlannedBatch]:
         """One conversation per row, rows of similar length together, the last batch padded."""
         batches = batches_by_width(
             [len(item.instruction.tokens) for item in placed],

@@ -9,9 +9,9 @@ from typing import Any
 
 from moi_jax.checkpoints.items import parameters_fingerprint
 from moi_jax.checkpoints.opener import OpenCheckpoint
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
-from moi_jax.common.whole_files import write_whole
 from moi_jax.data.sources.formats import FORMATS, to_chat
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.data.sources.turns import text_of
@@ -130,7 +130,7 @@ class CompletionFile:
             content = {**row.content, "messages": messages, "finish": answer["finish"]}
             lines.append(json_line(content))
         try:
-            write_whole(self._path, "".join(lines))
+            atomic_write_text(self._path, "".join(lines))
             self.partial.unlink()
         except OSError as error:
             raise cannot_write(self._path, error) from None

@@ -1,4 +1,4 @@
-"""tokenizer.json of a byte-level BPE from its parts: vocabulary, merges, split, added tokens."""
+"""Builds the tokenizer.json of a byte-level BPE: vocabulary, merges, split, added tokens."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ LLAMA3_PATTERN = rf"{_WORDS}|\p{{N}}{{1,3}}{_REST}"
 
 @dataclass(frozen=True)
 class Split:
-    """How text becomes the pieces that BPE works on, as tokenizer.json says it.
+    """How text is split into the pieces that BPE works on, in the terms of tokenizer.json.
 
     Attributes:
-      steps: pre-tokenizers, ByteLevel the last.
-      normalizer: applied first.
+      steps: the pre-tokenizers; ByteLevel is the last.
+      normalizer: applied before the split.
       whole: a piece that is in the vocabulary is one token, whatever the merges say.
     """
 
@@ -44,7 +44,7 @@ def _by_pattern(pattern: str) -> tuple[Json, ...]:
     return ({**split, "invert": False}, _byte_level(False))
 
 
-# By the names that GGUF files give them (tokenizer.ggml.pre).
+# By their names in GGUF files (tokenizer.ggml.pre).
 SPLITS = {
     "gpt-2": Split((_byte_level(True),)),
     "qwen2": Split(_by_pattern(QWEN_PATTERN), normalizer={"type": "NFC"}),
@@ -64,9 +64,9 @@ def tokenizer_json(
 
     Args:
       vocabulary: byte-level token -> id.
-      merges: in the order of their rank.
-      added: token -> (id, whether it is special) of those that are found in text as they stand.
-      bos: a special token that other readers of the file put before every text.
+      merges: in the order of their ranks.
+      added: token -> (id, whether it is special), for tokens outside the BPE.
+      bos: the special token that other readers of the file put before every text.
     """
     added_tokens = [
         {

@@ -1,4 +1,4 @@
-"""Conversations: the one typed form every source row takes, and the row that cannot take it."""
+"""Conversations: the typed form of every source row, and the error for a row that has none."""
 
 import hashlib
 import unicodedata
@@ -10,10 +10,15 @@ Role = Literal["system", "user", "assistant"]
 
 
 class BadRow(Exception):
-    """A row that is no usable conversation; `reason` is a short snake_case key to count by."""
+    """A row that is not a usable conversation.
+
+    Attributes:
+      reason: a short snake_case key; dropped rows are counted by it.
+      detail: what is wrong, for people.
+    """
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)  # both, so that it can be pickled
+        super().__init__(reason, detail)  # both, or it could not be unpickled
         self.reason = reason
         self.detail = detail
 
@@ -23,7 +28,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn; `train=False` keeps an assistant's text out of the loss."""
+    """One turn; with `train=False` an assistant's text carries no loss."""
 
     role: Role
     content: str
@@ -32,7 +37,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """An optional system message, then user and assistant in turn, an assistant last."""
+    """An optional system message, then user and assistant alternating; the last is an assistant.
+
+    Conversation((Message("user", "What is 2 + 2?"), Message("assistant", "It is 4.")))
+    """
 
     messages: tuple[Message, ...]
 
@@ -47,13 +55,13 @@ class Conversation:
         return self.messages if self.system is None else self.messages[1:]
 
     def first_exchanges(self, count: int) -> "Conversation":
-        """The conversation cut after its first `count` pairs of user and assistant."""
+        """The conversation with only its first `count` pairs of user and assistant turns."""
         system = len(self.messages) - len(self.turns)
         return Conversation(self.messages[: system + 2 * count])
 
 
 def content_hash(messages: Sequence[Message]) -> int:
-    """A 64-bit hash of the roles and the NFC-normalised, stripped contents, and nothing else."""
+    """A 64-bit hash of the roles and the NFC-normalised, stripped contents."""
     digest = hashlib.sha256()
     for message in messages:
         content = unicodedata.normalize("NFC", message.content).strip().encode()

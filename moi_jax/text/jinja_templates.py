@@ -1,4 +1,4 @@
-"""Chat templates in Jinja: a checkpoint's own, compared with ours, and ours written out."""
+"""Chat templates in Jinja: compares a checkpoint's own with ours, and writes ours out."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from moi_jax.text.tokenizer import Tokenizer
 from moi_jax.text.vocabulary_files import NAMED, read_object, token_text
 
 QUESTION = Message("user", "What is 2 + 2?")
-# The chats on which the two are compared: without and with a system turn, ended by the user (the
-# prompt of an answer) or the assistant (a training row), with text that a template may touch.
+# The chats on which templates are compared: with and without a system turn; with a user turn last
+# (an inference prompt) or an assistant turn last (a training row); with text a template may change.
 CHATS: tuple[tuple[Message, ...], ...] = (
     (QUESTION,),
     (Message("system", "Be brief."), QUESTION),
@@ -40,15 +40,15 @@ EXCERPT = 40  # characters shown on either side of a difference
 
 @dataclass(frozen=True)
 class TemplateReport:
-    """What is known of a tokenizer's chat template.
+    """How the chat template of a tokenizer compares with ours.
 
     Attributes:
-      template: the name of ours that it equals, or else is nearest to; None where the tokenizer
-        has the special tokens of none.
+      template: the name of our template that equals it, or else is closest; None if the tokenizer
+        has the special tokens of none of ours.
       own: whether the checkpoint has a template of its own.
-      default_system_prompt: what its own puts into a system block where a chat has no system
-        turn; None for no block, or where it cannot be told.
-      difference: the first one between its own and ours, in a line; None when all chats are equal.
+      default_system_prompt: the system text that its own template adds to a chat without a system
+        turn; None if it adds none, or if this cannot be told.
+      difference: the first difference from ours, in one line; None if all chats are equal.
     """
 
     template: str | None
@@ -58,7 +58,10 @@ class TemplateReport:
 
 
 def check_template(files: Mapping[str, str], tokenizer: Tokenizer) -> TemplateReport:
-    """Renders fixed chats by the chat template among a tokenizer's files, and by each of ours.
+    """Renders fixed chats with the tokenizer's own chat template and with each of ours.
+
+    Args:
+      files: name -> text of the tokenizer's files.
 
     Raises:
       UserError: the tokenizer's settings are damaged.
@@ -88,7 +91,7 @@ def _own_template(files: Mapping[str, str], settings: dict[str, Any]) -> str | N
         return files["chat_template.jinja"]
     found = settings.get("chat_template")
     try:
-        if isinstance(found, list):  # several, by name
+        if isinstance(found, list):  # several templates, each with a name
             found = {each["name"]: each["template"] for each in found}.get("default")
     except (KeyError, TypeError):
         raise UserError("the chat_template in tokenizer_config.json is damaged") from None
@@ -96,27 +99,27 @@ def _own_template(files: Mapping[str, str], settings: dict[str, Any]) -> str | N
 
 
 def _compare(source: str, settings: dict[str, Any], tokenizer: Tokenizer) -> TemplateReport:
-    """The report on one of our templates, the one that `tokenizer` is bound to."""
+    """Compares with one of our templates: the one that `tokenizer` renders with."""
     name = tokenizer.template.name
     try:
         template = _environment().from_string(source)
         theirs = [tokenizer.normalize(_render(template, settings, chat)) for chat in CHATS]
     except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split())
-        return TemplateReport(name, True, None, f"its own cannot be rendered: {reason}")
+        return TemplateReport(name, True, None, f"its own template cannot be rendered: {reason}")
     default = _default_prompt(theirs[0], tokenizer)
     for chat, text in zip(CHATS, theirs, strict=True):
         ours = _ours(chat, tokenizer, default)
         if ours != text:
             roles = ", ".join(message.role for message in chat)
             return TemplateReport(
-                name, True, default, f"of a chat of {roles}, {_where(text, ours)}"
+                name, True, default, f"for a chat of {roles}, {_where(text, ours)}"
             )
     return TemplateReport(name, True, default)
 
 
 class _Generation(Extension):
-    """{% generation %}: marks what the assistant wrote, and changes nothing in the text."""
+    """{% generation %}: marks the assistant's text; the text itself does not change."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -126,7 +129,7 @@ class _Generation(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """As transformers renders chat templates, with a fixed date."""
+    """The Jinja environment in which transformers renders chat templates, with a fixed date."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -153,7 +156,7 @@ def _render(template: jinja2.Template, settings: dict[str, Any], chat: Sequence[
 
 
 def _ours(chat: Sequence[Message], tokenizer: Tokenizer, default: str | None) -> str:
-    """The text of the tokens we render: an inference prompt, or a training row."""
+    """The text of the tokens that we render for a chat: an inference prompt or a training row."""
     if chat[-1].role == "user":
         return tokenizer.decode(render_prompt(chat, tokenizer, default))
     (row,) = render([Conversation(tuple(chat))], tokenizer, default, "keep")
@@ -161,7 +164,7 @@ def _ours(chat: Sequence[Message], tokenizer: Tokenizer, default: str | None) ->
 
 
 def _default_prompt(text: str, tokenizer: Tokenizer) -> str | None:
-    """What stands in the system block of the rendered QUESTION, if all around it is as ours."""
+    """The text in the system block of the rendered QUESTION, if all around it equals ours."""
     before, mark, after = _ours((QUESTION,), tokenizer, MARK).partition(MARK)
     if not (mark and text.startswith(before) and text.endswith(after)):
         return None
@@ -172,19 +175,25 @@ def _default_prompt(text: str, tokenizer: Tokenizer) -> str | None:
 def _where(theirs: str, ours: str) -> str:
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(theirs, ours, strict=False))))
     shown = slice(max(0, same - EXCERPT), same + EXCERPT)
-    return f"its own renders {theirs[shown]!r} where ours has {ours[shown]!r}"
+    return f"its own template renders {theirs[shown]!r} where ours renders {ours[shown]!r}"
 
 
 def export_jinja(prompts: Mapping[str, Any]) -> str:
-    """The chat template, in Jinja, of a checkpoint's prompts item: it renders what we render.
+    """A checkpoint's chat template in Jinja; it renders what we render.
 
     A chat without a system turn gets the saved default prompt.
+
+    Args:
+      prompts: of the checkpoint, see `text.prompts.prompts_metadata`.
 
     Raises:
       UserError: the checkpoint has no chat template of ours.
     """
     if prompts["chat_template"] not in TEMPLATES:
-        raise UserError(f"there is no chat template {prompts['chat_template']} to write out")
+        raise UserError(
+            f"there is no chat template {prompts['chat_template']} to export, only "
+            f"{' and '.join(TEMPLATES)}"
+        )
     template = TEMPLATES[prompts["chat_template"]]
     role = template.HEADER.index(ROLE)
     before, after = "".join(template.HEADER[:role]), "".join(template.HEADER[role + 1 :])
@@ -203,7 +212,7 @@ def export_jinja(prompts: Mapping[str, Any]) -> str:
 
 
 def _literal(text: str) -> str:
-    """A string of Jinja: it reads the escapes of JSON, but for those of surrogate pairs."""
+    """The text as a Jinja string; Jinja reads JSON's escapes, except those of surrogate pairs."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -1,7 +1,5 @@
-"""The prompts item of a checkpoint: system prompts and template, with their fingerprints."""
+"""Prompts: the system prompt of each domain, and what a checkpoint saves about prompts."""
 
-import hashlib
-import json
 from typing import Any
 
 from moi_jax import config
@@ -12,7 +10,7 @@ Json = dict[str, Any]
 
 
 def resolve_prompt(data: config.Data, domain: config.Domain) -> str | None:
-    """The system prompt of a domain under data.system_prompts; None for no system block."""
+    """The system prompt of a domain under data.system_prompts; None means no system block."""
     if data.system_prompts == "none":
         return None
     if data.system_prompts == "default" or domain.prompt is None:
@@ -20,15 +18,19 @@ def resolve_prompt(data: config.Data, domain: config.Domain) -> str | None:
     return domain.prompt
 
 
-def prompts_item(
+def prompts_metadata(
     default_system_prompt: str | None, template: str | None, data: config.Data | None = None
 ) -> Json:
-    """Default prompt, the domains' prompts (none before training), template and its hash.
+    """The prompts and the chat template of a checkpoint, as its item `prompts` saves them.
+
+        {"default_domain": "chat", "default_system_prompt": "You are kind.",
+         "domains": {"chat": "You are kind.", "code": "You are a programmer."},
+         "chat_template": "chatml", "template_hash": "5f1c..."}
 
     Args:
-      default_system_prompt: None where a chat without a system turn has no system block.
-      template: the name of the chat template; None where the tokenizer has that of none.
-      data: with its default_system_prompt resolved.
+      default_system_prompt: None if a chat without a system turn has no system block.
+      template: the name of the chat template; None if the tokenizer has the tokens of none.
+      data: the section with a resolved default_system_prompt; None before training.
     """
     domains = {} if data is None else {d.name: resolve_prompt(data, d) for d in data.domains}
     return {
@@ -41,29 +43,25 @@ def prompts_item(
 
 
 def saved_template(item: Json, where: object, option: str = "tokenizer.chat_template") -> str:
-    """The name of the chat template a checkpoint was made with.
+    """The name of the chat template that a checkpoint was made with.
 
     Args:
-      where: names the checkpoint.
-      option: what chooses another template instead.
+      item: the checkpoint's prompts, see `prompts_metadata`.
+      where: the checkpoint, for messages.
+      option: the setting that chooses another template, for messages.
 
     Raises:
-      UserError: it was made with none, or this version renders that template otherwise.
+      UserError: it was made with none, or this version renders the template differently.
     """
     name = item["chat_template"]
-    choose = f"choose by {option}: {' or '.join(TEMPLATES)}"
+    choose = f"choose one with {option}: {' or '.join(TEMPLATES)}"
     if name not in TEMPLATES:
         raise UserError(f"{where} has no chat template of ours (found {name}); {choose}")
     ours = TEMPLATES[name].fingerprint()
     if item["template_hash"] != ours:
         raise UserError(
             f"{where} was made with another rendering of the chat template {name} (hash "
-            f"{str(item['template_hash'])[:16]}, now {ours[:16]}); to render it as it is now, "
-            f"{choose}"
+            f"{str(item['template_hash'])[:16]}, now {ours[:16]}); to use the rendering of this "
+            f"version, {choose}"
         )
     return name
-
-
-def fingerprint(item: Any) -> str:
-    """A short name of a JSON value's content."""
-    return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()[:16]

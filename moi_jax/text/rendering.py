@@ -1,7 +1,13 @@
-"""Conversations as training rows with their loss spans, and inference prompts.
+r"""Rendering: conversations as tokens with their loss spans, and inference prompts.
 
-The tokenizer's chat template says what stands around content; role, fixed text and content are
-encoded separately. In ChatML, layout and labels are those of Qwen's official fine-tuning rows.
+In ChatML, the conversation (user: "2 + 2?", assistant: "4") under the prompt "Be brief." becomes
+
+    <|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n
+    <|im_start|>assistant\n4<|im_end|>\n
+
+and `4<|im_end|>` carries loss (loss.targets: assistant). The tokenizer's chat template gives the
+text around the contents. Roles, fixed text and contents are encoded separately. In ChatML, tokens
+and labels are those of Qwen's official fine-tuning code.
 """
 
 import re
@@ -17,8 +23,8 @@ from moi_jax.text.tokenizer import Tokenizer
 ASSISTANT, QWEN_OFFICIAL = 1, 2
 TARGETS = {"assistant": ASSISTANT, "qwen_official": QWEN_OFFICIAL}
 
-# In a ReAct answer, one that calls a tool, the model writes "Observation:" and the tool what
-# follows it, up to the model's next thought, call or answer.
+# In a ReAct answer, which calls tools, the model writes "Observation:" and the tool writes what
+# follows, up to the model's next thought, call or answer.
 TOOL_CALL = "Action Input:"
 OBSERVATION = re.compile(
     r"\nObservation:(.*?)(?=\nThought:|\nAction:|\nFinal Answer:|\Z)", re.DOTALL
@@ -34,9 +40,9 @@ class Instruction:
     Attributes:
       tokens: int32[n].
       system_length: tokens before the first turn: the template's opening and the system block.
-      spans: int32[m, 3], rows (start, end, targets): tokens [start, end) are labels under the
-        choices of loss.targets in the bit mask `targets`. Sorted, never overlapping.
-      row_system: the row's own system text, "" if none.
+      spans: int32[m, 3] of (start, end, targets): tokens [start, end) are labels for those values
+        of loss.targets whose bits are set in `targets`. Sorted; spans never overlap.
+      row_system: the row's own system text, "" if it has none.
     """
 
     tokens: np.ndarray
@@ -46,7 +52,7 @@ class Instruction:
 
 
 def label_mask(instruction: Instruction, targets: str) -> np.ndarray:
-    """bool[n]: True where a token is a label under loss.targets; never at token 0."""
+    """bool[n]: True if a token is a label under loss.targets; token 0 never is."""
     mask = np.zeros(len(instruction.tokens), bool)
     for start, end, bits in instruction.spans.tolist():
         if bits & TARGETS[targets]:
@@ -55,7 +61,7 @@ def label_mask(instruction: Instruction, targets: str) -> np.ndarray:
 
 
 def loss_tokens(instruction: Instruction) -> tuple[int, int]:
-    """The number of labels under `assistant` and under `qwen_official`."""
+    """The number of labels under loss.targets `assistant`, and under `qwen_official`."""
     counts = {ASSISTANT: 0, QWEN_OFFICIAL: 0}
     for start, end, bits in instruction.spans.tolist():
         for target in counts:
@@ -64,7 +70,7 @@ def loss_tokens(instruction: Instruction) -> tuple[int, int]:
 
 
 def system_text(prompt: str | None, row_system: str, mode: str) -> str | None:
-    """The text of the system block by data.row_system; None for no block."""
+    """The text of the system block under data.row_system (`mode`); None means no block."""
     if not row_system:
         return prompt
     if not prompt or mode == "keep":
@@ -73,7 +79,7 @@ def system_text(prompt: str | None, row_system: str, mode: str) -> str | None:
 
 
 def _head(template: Template, system: list[int] | None) -> tuple[list[int], list[Span]]:
-    """What stands before the first turn; the token that begins that turn is a label, too."""
+    """Tokens and spans before the first turn; the span includes the token that begins the turn."""
     if system is None:
         return list(template.opening), []
     tokens = [*template.opening, *template.headers["system"], *system, *template.footer]
@@ -83,13 +89,12 @@ def _head(template: Template, system: list[int] | None) -> tuple[list[int], list
 def render(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, prompt: str | None, row_system: str
 ) -> list[Instruction]:
-    """Renders conversations as training rows under one domain's system prompt.
+    """Renders conversations as instructions under one domain's system prompt.
 
     Args:
-      conversations: any number; one batch for the tokenizer.
-      tokenizer: gives the ids, and the template.
-      prompt: the system prompt; None for no system block but a row's own.
-      row_system: data.row_system, what becomes of a row's own system text.
+      conversations: any number; the tokenizer encodes them as one batch.
+      prompt: the system prompt; None means no system block, except for a row's own system text.
+      row_system: data.row_system, which decides about a row's own system text.
     """
     template = tokenizer.template
     systems = [system_text(prompt, c.system or "", row_system) for c in conversations]
@@ -104,7 +109,7 @@ def render(
         tokens, spans = _head(template, system_ids[system])
         system_length = len(tokens)
         for number, message in enumerate(conversation.turns):
-            # What is not trained on of an answer is not trained on around it either.
+            # The fixed text around an answer that is not trained on is not trained on either.
             labels = message.role != "assistant" or message.train
             if number and labels:
                 spans.append((len(tokens), len(tokens) + 1, QWEN_OFFICIAL))
@@ -130,7 +135,7 @@ def render(
 
 
 def _answer_spans(content: str, start: int, end: int, tokenizer: Tokenizer) -> list[Span]:
-    """Spans of an answer's tokens [start, end), the token that ends it included."""
+    """The spans of an answer at tokens [start, end), which include the token that ends the turn."""
     both = ASSISTANT | QWEN_OFFICIAL
     if TOOL_CALL not in content or "\nObservation:" not in content:
         return [(start, end, both)]
@@ -146,12 +151,13 @@ def _answer_spans(content: str, start: int, end: int, tokenizer: Tokenizer) -> l
 def with_system_prompt(
     instruction: Instruction, tokenizer: Tokenizer, prompt: str | None, row_system: str
 ) -> Instruction:
-    """The same turns under another system prompt: what `render` gives for that prompt."""
+    """The same turns under another system prompt, as `render` gives them for that prompt."""
     text = system_text(prompt, instruction.row_system, row_system)
     template = tokenizer.template
     content = None if text is None else tokenizer.encode(template.text(text))
     head, head_spans = _head(template, content)
-    # What begins the first turn belongs to the block's span: none begins or ends at the border.
+    # The span of the system block includes the token that begins the first turn, so no span
+    # begins or ends at the border.
     spans = instruction.spans[instruction.spans[:, 0] > instruction.system_length]
     spans = spans + np.array([len(head) - instruction.system_length] * 2 + [0], np.int32)
     return replace(
@@ -167,13 +173,16 @@ def with_system_prompt(
 def first_exchanges(
     instruction: Instruction, tokenizer: Tokenizer, limit: int
 ) -> tuple[Instruction, int]:
-    """Drops whole exchanges from the end until at most `limit` tokens are left.
+    """Drops exchanges (a user and an assistant turn) from the end until the rest fits `limit`.
+
+    Args:
+      limit: tokens.
 
     Returns:
-      The shorter instruction and the number of its exchanges; 0 where not even one fits.
+      The shorter instruction and the number of its exchanges; 0 if not even one fits.
     """
     tokens, system_length = instruction.tokens, instruction.system_length
-    # Text never holds this token, so it marks the turns; every second one begins an exchange.
+    # This token never comes from text, so it marks the turns; every second one begins an exchange.
     turns = system_length + np.flatnonzero(tokens[system_length:] == tokenizer.template.turn)
     ends = np.append(turns[2::2], len(tokens))
     count = int(np.searchsorted(ends, limit, side="right"))
@@ -185,9 +194,11 @@ def first_exchanges(
 def render_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, prompt: str | None
 ) -> list[int]:
-    """The inference prompt of a chat that a user's message ends: the model answers next.
+    """The tokens of a chat whose last message is the user's, up to where the model answers.
 
-    A system message at the head of `messages` takes the place of `prompt`.
+    Args:
+      messages: a system message at the front replaces `prompt`.
+      prompt: the system prompt; None means no system block.
     """
     template = tokenizer.template
     if messages[0].role == "system":

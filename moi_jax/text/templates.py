@@ -1,4 +1,4 @@
-"""Chat templates: the fixed tokens around the turns of a conversation, one small class each."""
+"""Chat templates: the fixed tokens around the turns of a conversation, one class a template."""
 
 import hashlib
 from abc import ABC
@@ -15,30 +15,30 @@ ROLE = "ROLE"  # stands for the turn's role among the pieces of a header
 
 
 class Template(ABC):
-    """What stands around content, as pieces (class) and as ids of one tokenizer (instance).
+    """The fixed text around contents: as pieces (class), and as ids of one tokenizer (instance).
 
     A conversation is `opening`, then `header` CONTENT `footer` for every turn. Each piece is
-    encoded by itself: <|special|> pieces as the special token, all others as plain text.
+    encoded separately: <|special|> pieces as special tokens, all others as plain text.
 
     Attributes:
       opening, headers (by role), footer: the ids.
       turn, end: ids of the special tokens that begin every turn and end its content.
       pad: id of the padding.
       stops: ids that end an answer.
-      controls: ids of all the special tokens named here that the tokenizer has.
+      controls: ids of all special tokens of the template that the tokenizer has.
     """
 
     name: ClassVar[str]
-    # Counts the changes of what is rendered, or of which tokens are labels.
+    # Raise it when the rendered tokens change, or which of them are labels.
     version: ClassVar[int]
     OPENING: ClassVar[tuple[str, ...]] = ()
     HEADER: ClassVar[tuple[str, ...]]
     FOOTER: ClassVar[tuple[str, ...]]
-    # The first that the tokenizer has; without any, the token that ends a turn: padding is known
-    # by its segment, never by its id.
+    # The first of these that the tokenizer has is the padding, or else the token that ends a turn:
+    # padding is recognised by its segment id, never by its token id.
     PADS: ClassVar[tuple[str, ...]]
     STOPS: ClassVar[tuple[str, ...]]
-    STRIPS: ClassVar[bool] = False  # white space around content
+    STRIPS: ClassVar[bool] = False  # whether white space around content is removed
 
     def __init__(self, tokenizer: "Tokenizer"):
         """Raises UserError: the tokenizer lacks a special token that the turns need."""
@@ -56,7 +56,7 @@ class Template(ABC):
 
     @classmethod
     def fingerprint(cls) -> str:
-        """sha256 hex that changes with what is rendered."""
+        """sha256 hex that changes when the rendered tokens change."""
         return hashlib.sha256(f"{cls.name}:{cls.version}".encode()).hexdigest()
 
     @classmethod
@@ -81,18 +81,18 @@ class Template(ABC):
 
 
 def is_special(piece: str) -> bool:
-    """Whether a piece of a template is a special token rather than plain text."""
+    """Whether a piece of a template is a special token, not plain text."""
     return piece.startswith("<|")
 
 
 def _known(pieces: Sequence[str], tokenizer: "Tokenizer") -> list[int]:
-    """The ids of those special tokens among the pieces that the tokenizer has."""
+    """The ids of the special tokens among `pieces` that the tokenizer has."""
     numbers = [tokenizer.special(piece) for piece in pieces if is_special(piece)]
     return [number for number in numbers if number is not None]
 
 
 class ChatML(Template):
-    """As Qwen's official fine-tuning rows have it, and Qwen2, SmolLM2 and many others."""
+    """ChatML, as Qwen's official fine-tuning code, Qwen2, SmolLM2 and many others use it."""
 
     name, version = "chatml", 2
     HEADER = ("<|im_start|>", ROLE, "\n")
@@ -102,7 +102,7 @@ class ChatML(Template):
 
 
 class Llama3(Template):
-    """Llama 3's: the role between two special tokens, and no white space around content."""
+    """The template of Llama 3: a role stands between two special tokens, contents are stripped."""
 
     name, version = "llama3", 1
     OPENING = ("<|begin_of_text|>",)
@@ -117,7 +117,7 @@ TEMPLATES: dict[str, type[Template]] = {kind.name: kind for kind in (ChatML, Lla
 
 
 def find_template(tokenizer: "Tokenizer") -> Template | None:
-    """The first template whose special tokens the tokenizer has; None without one."""
+    """The first template whose special tokens the tokenizer has; None if there is none."""
     for kind in TEMPLATES.values():
         try:
             return kind(tokenizer)

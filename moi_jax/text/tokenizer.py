@@ -1,4 +1,8 @@
-"""Tokenizers: text to ids and back, by tokenizer.json (tokenizers) or qwen.tiktoken (tiktoken)."""
+"""Tokenizers: text to ids and back, from tokenizer.json (tokenizers) or qwen.tiktoken (tiktoken).
+
+tokenizer = load_tokenizer(Path("checkpoint"))
+tokenizer.encode("2 + 2?")  # [17, 488, 220, 17, 30]
+"""
 
 import base64
 import copy
@@ -19,13 +23,13 @@ from moi_jax.text.byte_level import QWEN_PATTERN
 from moi_jax.text.templates import TEMPLATES, Template, find_template
 from moi_jax.text.vocabulary_files import from_ranks, from_vocabulary_files
 
-# Qwen v1's special tokens, numbered on from the last rank.
+# Qwen v1's special tokens; their ids follow the last rank.
 QWEN_SPECIALS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{n}|>" for n in range(205)),
 )
 
-# Saved and exported beside the file that decides the ids, where they are there.
+# Saved and exported together with the file that decides the ids, if they exist.
 COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,12 +42,12 @@ TEXTS_PER_TASK = 64
 
 
 class Tokenizer(ABC):
-    """Special tokens in text are plain text: they never parse.
+    """A tokenizer and its chat template; text is never parsed into special tokens.
 
     Attributes:
       files: name -> text of the files that a checkpoint saves; `from_files` reads them back.
       fingerprint: sha256 hex of the file that decides the ids.
-      vocab_size: one more than the greatest id, special tokens included.
+      vocab_size: one more than the largest id, including special tokens.
     """
 
     files: dict[str, str]
@@ -52,14 +56,14 @@ class Tokenizer(ABC):
 
     @staticmethod
     def from_files(files: Mapping[str, str], template: str | None = None) -> "Tokenizer":
-        """The tokenizer of the files, as `Tokenizer.files` holds them.
+        """The tokenizer of the files (name -> text, as in `Tokenizer.files`).
 
         Args:
-          template: the name of its chat template; None for the first one whose special tokens it
-            has. A tokenizer with those of none can do all but render conversations.
+          template: the name of its chat template; None means the first one whose special tokens it
+            has. If it has those of none, it cannot render conversations, but does all the rest.
 
         Raises:
-          UserError: the files hold no tokenizer, or one without the template's special tokens.
+          UserError: the files hold no tokenizer, or it lacks the template's special tokens.
         """
         if not files.keys() & KINDS.keys() and "vocab.json" in files:
             files = {**files, "tokenizer.json": from_vocabulary_files(files)}
@@ -94,7 +98,7 @@ class Tokenizer(ABC):
         """The chat template that conversations are rendered in.
 
         Raises:
-          UserError: the tokenizer has the special tokens of none.
+          UserError: the tokenizer has the special tokens of no template.
         """
         if self._template is None:
             raise UserError(
@@ -109,30 +113,30 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def special(self, token: str) -> int | None:
-        """The id of a special token; None where there is none of that name."""
+        """The id of a special token; None if there is none of that name."""
 
     @abstractmethod
     def normalize(self, text: str) -> str:
-        """The form of a text that offsets count in: composed (NFC), where the tokenizer does it."""
+        """The text as offsets count in it: in NFC if the tokenizer normalises to NFC."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores."""
+        """The ids of each text; uses all cores."""
 
     @abstractmethod
     def use_one_thread(self) -> None:
-        """Keeps `encode_batch` to one core: for a process beside which others encode."""
+        """Limits `encode_batch` to one core, for one of several processes that encode."""
 
     @abstractmethod
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and the half-open character range of each in the normalised text.
+        """The ids, and the half-open character range of each in the normalised text.
 
-        A character whose bytes are split among tokens lies in the range of each of them.
+        If the bytes of a character are split among tokens, it is in the range of each of them.
         """
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the ids; special tokens show as their text."""
+        """The text of the ids, including the text of special tokens."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
@@ -145,15 +149,15 @@ class JsonTokenizer(Tokenizer):
     def _open(self, name: str, text: str) -> None:
         try:
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more special
-            raise UserError(f"{name} is no tokenizer: {error}") from None
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{name} is not a tokenizer: {error}") from None
         backend.encode_special_tokens = True
-        # The file may carry a truncation, a padding, and a post-processor that trims offsets.
+        # The file may set truncation, padding, and a post-processor that trims offsets.
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None
         self._backend = backend
-        # Done here, as the offsets that the library gives count in the text before it.
+        # We normalise: the library's offsets count in the text before normalisation.
         self._nfc = isinstance(backend.normalizer, tokenizers.normalizers.NFC)
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
@@ -169,7 +173,7 @@ class JsonTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._backend.encode_batch_fast(normal)]
 
     def use_one_thread(self) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library looks at each call
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library reads it at every call
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = self._backend.encode(self.normalize(text))
@@ -187,11 +191,13 @@ class TiktokenTokenizer(Tokenizer):
             lines = [line.split() for line in text.splitlines() if line]
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         except ValueError as error:
-            raise UserError(f"{name} is no tokenizer of base64 tokens and ranks: {error}") from None
-        # tiktoken panics in Rust on these.
+            raise UserError(
+                f"{name} is not a tokenizer of base64 tokens and ranks: {error}"
+            ) from None
+        # tiktoken would panic in Rust.
         complete = all(bytes([byte]) in ranks for byte in range(256))
         if sorted(ranks.values()) != list(range(len(lines))) or not complete:
-            raise UserError(f"{name} is no tokenizer: a rank or one of the 256 bytes is missing")
+            raise UserError(f"{name} is not a tokenizer: a rank or one of the 256 bytes is missing")
         self._threads = os.cpu_count() or 1
         self._ranks = ranks
         self._specials = {s: len(ranks) + n for n, s in enumerate(QWEN_SPECIALS)}
@@ -217,7 +223,7 @@ class TiktokenTokenizer(Tokenizer):
         normal = [self.normalize(text) for text in texts]
         if len(normal) <= TEXTS_PER_TASK or self._threads == 1:
             return self._encode_task(normal)
-        # tiktoken's own batch makes a task of each text, which eats what the threads win.
+        # tiktoken's own batch makes a task of each text, which costs more than the threads gain.
         tasks = [normal[n : n + TEXTS_PER_TASK] for n in range(0, len(normal), TEXTS_PER_TASK)]
         with ThreadPoolExecutor(min(len(tasks), self._threads)) as threads:
             return [ids for task in threads.map(self._encode_task, tasks) for ids in task]
@@ -235,7 +241,7 @@ class TiktokenTokenizer(Tokenizer):
             return [], []
         ends = np.cumsum([len(token) for token in self._backend.decode_tokens_bytes(ids)])
         starts = np.concatenate([[0], ends[:-1]])
-        # The character each byte belongs to: all but UTF-8's continuation bytes begin one.
+        # The character of each byte: every byte begins one, except UTF-8's continuation bytes.
         bytes_ = np.frombuffer(text.encode(), np.uint8)
         character = np.cumsum((bytes_ & 0xC0) != 0x80) - 1
         ranges = zip(character[starts].tolist(), (character[ends - 1] + 1).tolist(), strict=True)
@@ -252,14 +258,14 @@ KINDS: dict[str, type[Tokenizer]] = {
 
 
 def load_tokenizer(directory: Path, template: str | None = None) -> Tokenizer:
-    """Reads a directory: its tokenizer.json, qwen.tiktoken, or vocab.json with merges.txt.
+    """Reads tokenizer.json, qwen.tiktoken, or vocab.json with merges.txt from a directory.
 
     Args:
-      template: as in `Tokenizer.from_files`.
+      template: see `Tokenizer.from_files`.
 
     Raises:
-      UserError: the directory or the files are missing or hold no tokenizer, or one without the
-        template's special tokens.
+      UserError: the directory or the files are missing or hold no tokenizer, or the tokenizer
+        lacks the template's special tokens.
     """
     directory = directory.expanduser()
     wanted = (*KINDS, *COMPANIONS)

@@ -1,4 +1,4 @@
-"""tokenizer.json from older files of a byte-level BPE: vocab.json and merges.txt, qwen.tiktoken."""
+"""Builds tokenizer.json from older files: vocab.json with merges.txt, or qwen.tiktoken."""
 
 import json
 from collections.abc import Mapping
@@ -8,29 +8,32 @@ from typing import Any
 from moi_jax.common.errors import UserError
 from moi_jax.text.byte_level import SPLITS, tokenizer_json
 
-# The files do not say how text is split: the class that tokenizer_config.json names does.
+# The files do not say how text is split; the class named in tokenizer_config.json does.
 SPLIT_OF_CLASS = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def from_vocabulary_files(files: Mapping[str, str]) -> str:
-    """The text of tokenizer.json for a vocab.json with merges.txt, by name.
+    """The text of the tokenizer.json that equals a vocab.json with merges.txt.
+
+    Args:
+      files: name -> text.
 
     Raises:
       UserError: a file is missing or damaged, ids have gaps, or the split is not known.
     """
     if "merges.txt" not in files:
-        raise UserError("vocab.json is there without merges.txt; copy it beside")
+        raise UserError("merges.txt is missing beside vocab.json; copy it there")
     vocabulary = read_object(files, "vocab.json")
     if not all(type(number) is int for number in vocabulary.values()):
-        raise UserError("vocab.json is no object of tokens and their ids")
+        raise UserError("vocab.json is not an object of tokens and their ids")
     settings = read_object(files, "tokenizer_config.json")
     kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
     if kind not in SPLIT_OF_CLASS:
         raise UserError(
-            f"vocab.json and merges.txt of tokenizer_class {settings.get('tokenizer_class')} in "
-            f"tokenizer_config.json cannot be read, only of {' and '.join(SPLIT_OF_CLASS)}; save "
-            f"the tokenizer as tokenizer.json"
+            f"cannot read vocab.json and merges.txt of the tokenizer_class "
+            f"{settings.get('tokenizer_class')} in tokenizer_config.json, only of "
+            f"{' and '.join(SPLIT_OF_CLASS)}; save the tokenizer as tokenizer.json"
         )
     added = _added(files, settings, vocabulary)
     numbers = {*vocabulary.values(), *(number for number, _ in added.values())}
@@ -41,7 +44,7 @@ def from_vocabulary_files(files: Mapping[str, str]) -> str:
 
 
 def from_ranks(ranks: Mapping[bytes, int], specials: Mapping[str, int]) -> str:
-    """The text of tokenizer.json for the ranks of a qwen.tiktoken, which give the same ids."""
+    """The text of the tokenizer.json that gives the same ids as the ranks of a qwen.tiktoken."""
     shown = _shown_bytes()
 
     def text(token: bytes) -> str:
@@ -56,7 +59,7 @@ def from_ranks(ranks: Mapping[bytes, int], specials: Mapping[str, int]) -> str:
 
 
 def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that BPE joins last to make the token: merges go by the rank of the result."""
+    """The two parts that BPE joins last to make the token; merges follow the result's rank."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
@@ -66,7 +69,7 @@ def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
 
 
 def _shown_bytes() -> dict[int, str]:
-    """How tokenizer.json writes each byte: printable ones as they are, others from U+0100 on."""
+    """How tokenizer.json writes each byte: printable ones unchanged, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -80,7 +83,7 @@ def _merges(text: str) -> list[tuple[str, str]]:
     for line in lines:
         left, space, right = line.rstrip("\r").partition(" ")
         if not (left and space and right) or " " in right:
-            raise UserError(f"merges.txt is damaged: {line!r} is no pair of tokens")
+            raise UserError(f"merges.txt is damaged: {line!r} is not a pair of tokens")
         merges.append((left, right))
     return merges
 
@@ -88,9 +91,9 @@ def _merges(text: str) -> list[tuple[str, str]]:
 def _added(
     files: Mapping[str, str], settings: dict[str, Any], vocabulary: Mapping[str, int]
 ) -> dict[str, tuple[int, bool]]:
-    """The tokens beside the vocabulary: their ids, and whether they are special."""
+    """The tokens outside the vocabulary: token -> (id, whether it is special)."""
     added: dict[str, tuple[int, bool]] = {}
-    # The newest of the two that list them wins; the older knows no tokens that are not special.
+    # The newer of the two lists wins; the older one holds special tokens only.
     try:
         for token, number in read_object(files, "added_tokens.json").items():
             added[token] = int(number), True
@@ -107,12 +110,12 @@ def _added(
 
 
 def token_text(token: Any) -> str | None:
-    """The text of a token in a tokenizer's settings, where it stands plain or in an object."""
+    """The text of a token in a tokenizer's settings: a string, or an object with `content`."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def read_object(files: Mapping[str, str], name: str) -> dict[str, Any]:
-    """The JSON object in the file `name`, an empty one where there is no such file.
+    """The JSON object in the file `name`; an empty one if there is no such file.
 
     Raises:
       UserError: the file holds something else.
@@ -122,5 +125,5 @@ def read_object(files: Mapping[str, str], name: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{name} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{name} is no JSON object")
+        raise UserError(f"{name} is not a JSON object")
     return values

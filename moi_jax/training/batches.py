@@ -10,7 +10,7 @@ from moi_jax.config import Config
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.data.loader import Batch, batch_dataset
-from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.planning.training_plan import TrainingPlan
 from moi_jax.parallel.placing import local_rows, place_batch
 
 
@@ -27,13 +27,13 @@ def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:
         config = load_config(config)
     experiment = open_experiment(config)
     dataset = open_dataset(experiment.config, experiment.tokenizer)
-    yield from batch_dataset(dataset.row_source(dataset.plan()), start_row)
+    yield from batch_dataset(dataset.batch_reader(dataset.plan()), start_row)
 
 
 def placed_batches(
-    dataset: Dataset, plan: RunPlan, row: int, microbatch_rows: int, mesh: Mesh
+    dataset: Dataset, plan: TrainingPlan, row: int, microbatch_rows: int, mesh: Mesh
 ) -> Iterator[Batch]:
     """The run's batches from `row` on, on the mesh as [A, M, S]. Each host reads its own rows."""
     held = local_rows(plan.batch_rows, microbatch_rows, mesh)
-    for batch in batch_dataset(dataset.row_source(plan), row, held):
+    for batch in batch_dataset(dataset.batch_reader(plan), row, held):
         yield place_batch(batch, held, microbatch_rows, mesh)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
-from moi_jax.common.whole_files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def truncate_after(path: Path, step: int) -> list[str]:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # cut short by a kill
-    write_whole(path, "".join(kept))
+    atomic_write_text(path, "".join(kept))
     return kept
 
 

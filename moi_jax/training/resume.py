@@ -8,11 +8,11 @@ from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
+from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.config import Config
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset
-from moi_jax.data.planning.run import RunPlan
-from moi_jax.text.prompts import fingerprint
+from moi_jax.data.planning.training_plan import TrainingPlan
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +86,16 @@ def resume_position(
     return position
 
 
-def resume_plan(dataset: Dataset, position: dict[str, Any], directory: Path) -> RunPlan:
+def resume_plan(dataset: Dataset, position: dict[str, Any], directory: Path) -> TrainingPlan:
     """The plan of the run from its position on.
 
     Raises:
       UserError: the epoch was planned otherwise, or the run is beyond its end.
     """
     config, step, row = dataset.config, position["step"], position["row"]
-    plan = RunPlan(dataset.corpus, config.data, config.train, position["epoch_rows"], step, row)
+    plan = TrainingPlan(
+        dataset.corpus, config.data, config.train, position["epoch_rows"], step, row
+    )
     if step:
         now = {"the epoch's plan": _plan_fingerprint(plan, row)}
         check_fingerprints(directory, {"the epoch's plan": position["plan"]}, now)
@@ -106,12 +108,12 @@ def resume_plan(dataset: Dataset, position: dict[str, Any], directory: Path) -> 
 
 
 def saved_position(
-    experiment: Experiment, dataset: Dataset, plan: RunPlan, row: int
+    experiment: Experiment, dataset: Dataset, plan: TrainingPlan, row: int
 ) -> dict[str, Any]:
     """What a checkpoint keeps of the data when `row` is the first row of the next batch."""
     return {
         "row": row,
-        "epoch_rows": plan.first_rows(max(row - 1, 0)),
+        "epoch_rows": plan.epoch_first_rows(max(row - 1, 0)),
         "plan": _plan_fingerprint(plan, row),
         "seed": experiment.config.train.seed,
         "fingerprints": fingerprints(experiment, dataset),
@@ -122,15 +124,15 @@ def fingerprints(experiment: Experiment, dataset: Dataset) -> dict[str, str]:
     """Of what must not change while a run goes on, though its path may."""
     prompts = experiment.items.prompts
     return {
-        "model": fingerprint(experiment.model.to_json()),
+        "model": json_fingerprint(experiment.model.to_json()),
         "tokenizer": experiment.tokenizer.fingerprint,
         "template": prompts["template_hash"],
-        "prompts": fingerprint([prompts["default_system_prompt"], prompts["domains"]]),
+        "prompts": json_fingerprint([prompts["default_system_prompt"], prompts["domains"]]),
         "data": dataset.fingerprint,
     }
 
 
-def _plan_fingerprint(plan: RunPlan, row: int) -> str:
+def _plan_fingerprint(plan: TrainingPlan, row: int) -> str:
     """Of the plan of the epoch that the last row before `row` lies in."""
     return plan.epoch_plan(plan.locate(max(row - 1, 0))[0]).fingerprint
 

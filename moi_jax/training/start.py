@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
-from moi_jax.common.whole_files import write_whole
 from moi_jax.data.dataset import Dataset
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.parameters import random_parameters
@@ -62,7 +62,7 @@ def start_run(
         state = TrainState.from_items(model, *checkpoints.restore(saved_step, *abstract.items()))
         log.info("going on from step %d in %s", saved_step, directory)
 
-    _write_description(directory, experiment, dataset.show_mixture(plan))
+    _write_description(directory, experiment, dataset.log_mixture(plan))
     # What was logged past the checkpoint is logged again; at the start, step 0 is too.
     logged = saved_step or -1
     truncate_after(directory / "samples.jsonl", logged)
@@ -93,8 +93,8 @@ def start_run(
 
 def _write_description(directory: Path, experiment: Experiment, mixture: dict) -> None:
     """What the run directory tells of the run before its first step."""
-    write_whole(directory / "mixture.json", json.dumps(mixture, indent=1))
-    write_whole(directory / "config.yaml", experiment.config.to_yaml())
+    atomic_write_text(directory / "mixture.json", json.dumps(mixture, indent=1))
+    atomic_write_text(directory / "config.yaml", experiment.config.to_yaml())
 
 
 def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:

@@ -248,7 +248,7 @@ DAMAGES = {
     "another width": (edit_config(intermediate_size=512), "config.json says"),
     "pickles": (only_pickles, "pickled weights can run code and are not read"),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer"),
-    "tokenizer no JSON": (write("tokenizer.json", b"{"), "tokenizer.json is no tokenizer"),
+    "tokenizer no JSON": (write("tokenizer.json", b"{"), "tokenizer.json is not a tokenizer"),
     "tokenizer of another": (many_ids, "the tokenizer has 513 ids, the embedding in"),
 }  # fmt: skip
 

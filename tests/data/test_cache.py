@@ -21,7 +21,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache import domain as domain_cache
 from moi_jax.data.cache.prepare import DomainCache
-from moi_jax.data.cache.selection import domain_report, select
+from moi_jax.data.cache.selection import row_counts, select
 from moi_jax.data.cache.writer import BlockWriter, from_record, to_record
 from moi_jax.text.conversations import Conversation, Message, content_hash
 from moi_jax.text.rendering import Instruction, loss_tokens, render
@@ -98,7 +98,7 @@ def test_every_row_is_accounted_for(root: Path) -> None:
     write(root / "b" / "1.jsonl", chat(" Hi\n", "Hello."), chat("New", "text"))
     write(root / "b" / "2.jsonl")
     caches = run(section(root, "a", "b"))
-    report = domain_report(caches, select(caches, config.HeldOut(), "assistant"))
+    report = row_counts(caches, select(caches, config.HeldOut(), "assistant"))
     assert report["a"]["dropped"] == {
         "empty_assistant": 2, "invalid_json": 1, "duplicate": 1, "no_loss_tokens": 1,
     }  # fmt: skip
@@ -119,7 +119,7 @@ def test_every_row_is_accounted_for(root: Path) -> None:
 def test_on_bad_row_error_names_file_line_and_reason_cached_or_not(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."), chat("Hi", " "))
     strict = section(root, "a", on_bad_row="error")
-    message = r"a/1\.jsonl:2: empty_assistant: .*; mend the row or set data\.on_bad_row: drop"
+    message = r"a/1\.jsonl:2: empty_assistant: .*; fix the row or set data\.on_bad_row: drop"
     with pytest.raises(UserError, match=message):
         run(strict)
     (dropped,) = run(section(root, "a"))
@@ -163,7 +163,7 @@ def test_file_in_two_domains_is_refused(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
     (root / "b").mkdir()
     (root / "b" / "1.jsonl").symlink_to(root / "a" / "1.jsonl")
-    with pytest.raises(UserError, match=r"b/1\.jsonl stands twice, in domain a and in domain b"):
+    with pytest.raises(UserError, match=r"b/1\.jsonl is listed twice, in domain a and in domain b"):
         run(section(root, "a", "b"))
 
 

@@ -211,8 +211,8 @@ def test_nested_rows_and_odd_values_of_a_dataset_become_json(tmp_path):
 
 
 REFUSED = [
-    ({"tfds": "no_such_set"}, "no set is named no_such_set; built in are .*gsm8k"),
-    ({"tfds": "gsm8k", "manual_dir": "nowhere"}, "nowhere is no directory"),
+    ({"tfds": "no_such_set"}, "there is no dataset no_such_set; use one of .*gsm8k"),
+    ({"tfds": "gsm8k", "manual_dir": "nowhere"}, "nowhere is not a directory"),
     ({"tfds": "gsm8k", "manual_dir": "copies", "split": "tests"}, "Unknown split 'tests'"),
     ({"tfds": "gsm8k", "manual_dir": "empty"}, "there is no train.jsonl or"),
     ({"tfds": "math"}, "no longer online.*into manual_dir"),
@@ -221,7 +221,7 @@ REFUSED = [
     ({"hf": "files", "split": "tests"}, 'Unknown split "tests"'),
     ({"hf": "files", "subset": "main"}, "'main' not found"),
     ({"hf": "set", "split": "tests"}, "Unknown split 'tests'"),
-    ({"hf": "./nowhere"}, "nowhere is no directory"),
+    ({"hf": "./nowhere"}, "nowhere is neither a directory"),
     ({"hf": "broken"}, "broken: .*JSON parse error"),
     ({"tfds": "gsm8k", "format": "alpacca"}, "source gsm8k: unknown format"),
 ]
@@ -254,7 +254,7 @@ def test_no_network_is_told_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("offline"))
     )
-    with pytest.raises(UserError, match="offline; mend the id or the network"):
+    with pytest.raises(UserError, match="offline; check the id and the network"):
         opened(tmp_path, hf="openai/gsm8k")
 
 

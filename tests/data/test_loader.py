@@ -13,9 +13,9 @@ from moi_jax.config.load import make_config
 from moi_jax.data import loader
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import select
-from moi_jax.data.loader import Batch, Placed, RowSource, assemble, batch_dataset
+from moi_jax.data.loader import Batch, BatchReader, PackedInstruction, assemble, batch_dataset
 from moi_jax.data.planning.corpus import Corpus
-from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.planning.training_plan import TrainingPlan
 from moi_jax.text.rendering import TARGETS, Instruction, label_mask
 from moi_jax.text.tokenizer import load_tokenizer
 
@@ -32,16 +32,18 @@ def instruction(tokens: list[int], spans: list[tuple[int, int, int]]) -> Instruc
 
 
 @st.composite
-def placed(draw: st.DrawFn) -> Placed:
+def placed(draw: st.DrawFn) -> PackedInstruction:
     length = draw(st.integers(2, 6))
     start = draw(st.integers(0, length - 1))  # a label at token 0 is ignored
     spans = [(start, draw(st.integers(start + 1, length)), draw(st.integers(1, 3)))]
     tokens = draw(st.lists(st.integers(10, 99), min_size=length, max_size=length))
     weight = draw(st.sampled_from([1.0, 0.5, 3.0]))
-    return Placed(instruction(tokens, spans), draw(st.integers(0, 3)), weight)
+    return PackedInstruction(instruction(tokens, spans), draw(st.integers(0, 3)), weight)
 
 
-def plain_row(row: list[list[Placed]], length: int, mask: str, targets: str) -> list[list]:
+def plain_row(
+    row: list[list[PackedInstruction]], length: int, mask: str, targets: str
+) -> list[list]:
     """tokens, targets, segment_ids, positions, domain_ids, loss_weights of a row, one by one."""
     columns, segment, position = [], 0, 0
     for group_number, group in enumerate(row):
@@ -71,8 +73,8 @@ def assert_equal(batch: Batch, expected: Batch) -> None:
 
 
 def test_the_arrays_are_those_of_the_docstring():
-    chat = Placed(instruction([11, 12, 13, 14], [(2, 4, 3)]), 0, 1.0)
-    code = [Placed(instruction([t, t + 1], [(1, 2, 3)]), 1, 1.0) for t in (21, 31)]
+    chat = PackedInstruction(instruction([11, 12, 13, 14], [(2, 4, 3)]), 0, 1.0)
+    code = [PackedInstruction(instruction([t, t + 1], [(1, 2, 3)]), 1, 1.0) for t in (21, 31)]
     batch = assemble([[[chat], code]], 10, PAD, "chunk", "assistant")
     for name, array in batch._asdict().items():
         shown = Batch.__doc__.split(f"        {name} ")[1].split("\n")[0].split("   ")
@@ -135,10 +137,10 @@ def small_domains(rng: np.random.Generator, counts: list[int]) -> list[list[Inst
     return domains
 
 
-def source_of(
+def reader_of(
     domains: list[list[Instruction]], data, loss: Loss, train: Train
-) -> tuple[RowSource, list[MemoryCache]]:
-    """A source whose caches hold the training instructions in reverse, after one held out."""
+) -> tuple[BatchReader, list[MemoryCache]]:
+    """A reader whose caches hold the training instructions in reverse, after one held out."""
     held = instruction([5, 5], [(1, 2, 3)])
     caches = [MemoryCache([held, *reversed(items)]) for items in domains]
     records = [np.arange(len(items), 0, -1) for items in domains]
@@ -147,12 +149,12 @@ def source_of(
         [np.array([len(i.tokens) for i in items]) for items in domains],
         [np.array([label_mask(i, loss.targets).sum() for i in items]) for items in domains],
     )
-    return RowSource(RunPlan(corpus, data, train), caches, records, loss, PAD), caches
+    return BatchReader(TrainingPlan(corpus, data, train), caches, records, loss, PAD), caches
 
 
-def plain_weight(source: RowSource, plan, number: int) -> float:
+def plain_weight(reader: BatchReader, plan, number: int) -> float:
     """The weight of each label of an instruction, by the words of docs/method.md."""
-    corpus, normalization = plan.corpus, source.loss.normalization
+    corpus, normalization = plan.corpus, reader.loss.normalization
     if normalization == "token":
         return 1.0
     if normalization == "instruction":
@@ -192,62 +194,65 @@ def test_every_combination_of_switches_gives_the_rows_of_its_plan(sampling, orde
             epoch_end=epoch_end,
         )
         loss = Loss(normalization=normalization, targets=targets)
-        source, _ = source_of(domains, data, loss, Train(epochs=1, global_batch_rows=4))
-        run, plan = source.run, source.run.epoch_plan(0)
+        reader, _ = reader_of(domains, data, loss, Train(epochs=1, global_batch_rows=4))
+        run, plan = reader.plan, reader.plan.epoch_plan(0)
         flat = [item for items in domains for item in items]
-        weights = [plain_weight(source, plan, number) for number in range(len(flat))]
+        weights = [plain_weight(reader, plan, number) for number in range(len(flat))]
         rows = [
             [
-                [Placed(flat[i], int(run.corpus.domain_of(i)), weights[i]) for i in group]
+                [
+                    PackedInstruction(flat[i], int(run.corpus.domain_of(i)), weights[i])
+                    for i in group
+                ]
                 for group in plan.row(row)
             ]
             for row in range(plan.rows)
         ]
-        batch = source.rows(range(plan.rows))
+        batch = reader.read(range(plan.rows))
         assert_equal(batch, plain_batch(rows, 64, mask, targets))
 
 
-def epoch_weights(normalization: str) -> tuple[Batch, RowSource]:
+def epoch_weights(normalization: str) -> tuple[Batch, BatchReader]:
     """All rows of an epoch, with one segment an instruction."""
     domains = small_domains(np.random.default_rng(1), [9, 5, 3])
     data, loss = data_section(3, 64, mask="instruction"), Loss(normalization=normalization)
-    source, _ = source_of(domains, data, loss, Train(epochs=1, global_batch_rows=4))
-    return source.rows(range(source.run.total_rows)), source
+    reader, _ = reader_of(domains, data, loss, Train(epochs=1, global_batch_rows=4))
+    return reader.read(range(reader.plan.total_rows)), reader
 
 
 def test_token_weights_sum_to_the_loss_tokens_of_the_epoch():
-    batch, source = epoch_weights("token")
-    assert batch.loss_weights.sum() == source.run.epoch_plan(0).loss_tokens
+    batch, reader = epoch_weights("token")
+    assert batch.loss_weights.sum() == reader.plan.epoch_plan(0).loss_tokens
 
 
 def test_instruction_weights_sum_to_one_in_every_instruction():
-    batch, source = epoch_weights("instruction")
+    batch, reader = epoch_weights("instruction")
     sums = [
         weights[ids == segment].sum()
         for weights, ids in zip(batch.loss_weights, batch.segment_ids, strict=True)
         for segment in range(1, ids.max() + 1)
     ]
-    assert len(sums) == len(source.run.epoch_plan(0).instructions)
+    assert len(sums) == len(reader.plan.epoch_plan(0).instructions)
     np.testing.assert_allclose(sums, 1, rtol=1e-6)
 
 
 def test_domain_weights_sum_to_the_same_for_every_domain_over_an_epoch():
-    batch, source = epoch_weights("domain")
+    batch, reader = epoch_weights("domain")
     sums = [batch.loss_weights[batch.domain_ids == domain].sum() for domain in range(3)]
-    np.testing.assert_allclose(sums, source.run.epoch_plan(0).loss_tokens / 3, rtol=1e-5)
+    np.testing.assert_allclose(sums, reader.plan.epoch_plan(0).loss_tokens / 3, rtol=1e-5)
 
 
-def run_source(train: Train, **loss) -> tuple[RowSource, list[MemoryCache]]:
+def run_reader(train: Train, **loss) -> tuple[BatchReader, list[MemoryCache]]:
     domains = small_domains(np.random.default_rng(2), [23, 11])
-    return source_of(domains, data_section(2, 64), Loss(**loss), train)
+    return reader_of(domains, data_section(2, 64), Loss(**loss), train)
 
 
 @pytest.mark.parametrize("start", [0, 4, 7, 20])
 def test_batches_from_any_row_are_slices_of_the_endless_sequence(start):
-    source, _ = run_source(Train(epochs=4, global_batch_rows=4))
-    total = source.run.total_rows
-    whole = source.rows(range(total))
-    batches = list(batch_dataset(source, start))
+    reader, _ = run_reader(Train(epochs=4, global_batch_rows=4))
+    total = reader.plan.total_rows
+    whole = reader.read(range(total))
+    batches = list(batch_dataset(reader, start))
     assert len(batches) == -(-(total - start) // 4)
     for number, batch in enumerate(batches):
         for array, sequence in zip(batch, whole, strict=True):
@@ -257,44 +262,44 @@ def test_batches_from_any_row_are_slices_of_the_endless_sequence(start):
 
 
 def test_only_the_last_batch_of_a_run_has_empty_rows_and_they_weigh_nothing():
-    source, _ = run_source(Train(epochs=1, global_batch_rows=5))
-    empty = source.run.empty_rows
-    assert empty == 5 - source.run.total_rows % 5
-    *full, last = list(batch_dataset(source))
+    reader, _ = run_reader(Train(epochs=1, global_batch_rows=5))
+    empty = reader.plan.empty_rows
+    assert empty == 5 - reader.plan.total_rows % 5
+    *full, last = list(batch_dataset(reader))
     assert all((batch.segment_ids[:, 0] == 1).all() for batch in full)
     assert (last.segment_ids[:-empty, 0] == 1).all()
     assert_equal(Batch(*(a[-empty:] for a in last)), plain_batch([[]] * empty, 64, "chunk", "-"))
 
 
 def test_a_run_of_steps_ends_with_a_full_batch():
-    source, _ = run_source(Train(steps=9, global_batch_rows=5))
-    batches = list(batch_dataset(source))
+    reader, _ = run_reader(Train(steps=9, global_batch_rows=5))
+    batches = list(batch_dataset(reader))
     assert len(batches) == 9
     assert all((batch.segment_ids[:, 0] == 1).all() for batch in batches)
 
 
 def test_the_rows_of_a_host_are_a_part_of_the_global_batch():
-    source, _ = run_source(Train(steps=5, global_batch_rows=6))
+    reader, _ = run_reader(Train(steps=5, global_batch_rows=6))
     local = np.array([1, 4])
     for part, whole in zip(
-        batch_dataset(source, local_rows=local), batch_dataset(source), strict=True
+        batch_dataset(reader, local_rows=local), batch_dataset(reader), strict=True
     ):
         assert_equal(part, Batch(*(array[local] for array in whole)))
 
 
 def test_a_batch_is_one_read_a_domain():
-    source, caches = run_source(Train(steps=5, global_batch_rows=6))
-    source.rows(range(6))
+    reader, caches = run_reader(Train(steps=5, global_batch_rows=6))
+    reader.read(range(6))
     assert [cache.reads for cache in caches] == [1, 1]
 
 
 def test_the_position_in_the_stream_can_be_saved_and_restored():
-    source, _ = run_source(Train(epochs=4, global_batch_rows=4))
-    iterator = iter(batch_dataset(source))
+    reader, _ = run_reader(Train(epochs=4, global_batch_rows=4))
+    iterator = iter(batch_dataset(reader))
     next(iterator)
     state = iterator.get_state()
     expected = next(iterator)
-    again = iter(batch_dataset(source))
+    again = iter(batch_dataset(reader))
     again.set_state(state)
     assert_equal(next(again), expected)
 
@@ -322,13 +327,13 @@ def test_the_shipped_samples_stream_from_their_cache(tmp_path, targets):
     caches = prepare(config.data, tokenizer)
     selections = select(caches, HeldOut(), targets)
     corpus = Corpus.of_training(caches, selections, targets)
-    run = RunPlan(corpus, config.data, config.train)
-    source = RowSource(
+    run = TrainingPlan(corpus, config.data, config.train)
+    reader = BatchReader(
         run, caches, [s.train for s in selections], config.loss, tokenizer.template.pad
     )
     plan = run.epoch_plan(0)
     tokens = weights = 0
-    for number, batch in enumerate(batch_dataset(source)):
+    for number, batch in enumerate(batch_dataset(reader)):
         tokens += np.count_nonzero(batch.segment_ids)
         weights += batch.loss_weights.sum()
         if number == 0:

@@ -221,3 +221,12 @@ def test_no_instruction_stands_twice_in_a_group(corpus, chunk_size, seed):
     for group in mixture.draw_groups(corpus, data, seed, 0).tolist():
         present = [i for i in group if i >= 0]
         assert len(set(present)) == len(present)
+
+
+def test_no_instruction_stands_twice_in_a_group_where_an_epoch_crosses_permutations():
+    # Epoch 1 has draws 5 to 9 of the nine instructions of domain 1: draw 9 may repeat one of them.
+    corpus = corpus_of([[2] * 5, [2] * 9, [2] * 5])
+    data = data_section(3, 64, sampling="weights", chunk_size=3, epoch_end="shortest")
+    for seed in range(50):
+        for group in mixture.draw_groups(corpus, data, seed, 1).tolist():
+            assert len(set(group)) == len(group)

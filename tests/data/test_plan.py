@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moi_jax.common.errors import UserError
 from moi_jax.data.planning import mixture
 from moi_jax.data.planning.epoch import EpochPlan, plan_epoch
-from moi_jax.data.planning.statistics import mixture_statistics, print_mixture
+from moi_jax.data.planning.mixture_report import log_mixture_table, mixture_statistics
 
 from support.plans import (
     LENGTH,
@@ -84,7 +84,7 @@ def test_instructions_are_drawn_placed_or_counted_as_unplaced(corpus, chosen, ep
         assert (of_domain == drawn).all()
     else:
         assert (of_domain <= drawn).all()
-    assert 0 <= plan.moved <= len(plan.instructions)
+    assert 0 <= plan.moved_instructions <= len(plan.instructions)
     assert plan.loss_tokens == corpus.loss_lengths[plan.instructions].sum()
     of_domain = corpus.domain_of(plan.instructions)
     for domain, tokens in enumerate(plan.domain_loss_tokens):
@@ -181,7 +181,7 @@ def test_the_mixture_table_shows_shares_and_warns_of_repeats(log_text):
     assert stats["fill"] == 1
     assert stats["steps_per_epoch"] == 8
     assert stats["domains"]["code"]["mean_repeats"] == 6
-    print_mixture(stats, max_repeats=5)
+    log_mixture_table(stats, max_repeats=5)
     text = log_text.getvalue()
     assert "600 (66.7%)" in text
     assert "domain code repeats an instruction 6 times" in text

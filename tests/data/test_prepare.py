@@ -21,7 +21,7 @@ from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache.blocks import lines_beginning
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.cache.prepare import DomainCache, prepare_shard
-from moi_jax.data.cache.selection import domain_report, select
+from moi_jax.data.cache.selection import row_counts, select
 from moi_jax.data.cache.writer import BlockWriter
 from moi_jax.data.sources.readers import SourceFile
 
@@ -132,7 +132,7 @@ def test_the_first_bad_row_is_named_by_its_line_in_the_file(
 ) -> None:
     write(root / "a" / "1.jsonl", *rows(10), b"", b"{oops", *rows(10), b"{later")
     strict = section(root, "a", on_bad_row="error", workers=workers)
-    with pytest.raises(UserError, match=r"a/1\.jsonl:12: invalid_json: .*; mend the row") as found:
+    with pytest.raises(UserError, match=r"a/1\.jsonl:12: invalid_json: .*; fix the row") as found:
         run(strict)
     assert "\n" not in str(found.value)
 
@@ -177,15 +177,15 @@ def test_contaminated_rows_are_dropped_or_reported(root: Path, log_text: io.Stri
     assert reported.manifest["contaminated"] == 2
     assert texts(reported) == texts(plain)
     assert len(texts(dropped)) == 2
-    report = domain_report([reported], select([reported], config.HeldOut(), "assistant"))
+    report = row_counts([reported], select([reported], config.HeldOut(), "assistant"))
     assert report["a"]["contaminated"] == 2
     (root.parent / "benchmarks" / "README.md").write_text("no question")
     data = section(root, "a", decontaminate={**found, "on_hit": "report"})
     log_text.truncate(0)
     run(data)
     told = log_text.getvalue()
-    assert "copies of 2 benchmark questions are looked for; warning: no question" in told
-    assert "README.md" in told
+    assert "looking for copies of 2 benchmark questions" in told
+    assert "found no question in README.md" in told
     assert "a keeps 2 rows" in told
     assert "a/1.jsonl:2: shares 13 words in a row with test.jsonl:2" in told
     questions(root, "Another question altogether is what is asked for in this benchmark.")
@@ -306,7 +306,7 @@ def test_a_script_without_a_guard_is_told_and_does_not_hang(root: Path) -> None:
     process = start(root, SCRIPT.replace('__name__ == "__main__"', "True"))
     _, errors = process.communicate(timeout=120)
     assert b"UserError: a worker process died" in errors
-    assert b"(a script of your own needs `if __name__" in errors
+    assert b"(your own script needs `if __name__" in errors
 
 
 def test_shards_prepare_all_blocks_and_a_plain_prepare_assembles(

@@ -102,20 +102,20 @@ def ragged(tmp_path_factory):
 
 
 def opened(config, *overrides):
-    """The inputs and the row source of a config."""
+    """The opened data of a config, and its batch reader."""
     inputs = open_data(load_config(config, overrides))
     run = inputs.plan()
-    return inputs, inputs.row_source(run)
+    return inputs, inputs.batch_reader(run)
 
 
-def audited(inputs, source, rows):
+def audited(inputs, reader, rows):
     train = [selection.train for selection in inputs.selections]
     records = [len(cache.lengths) for cache in inputs.caches]
-    return audit(source, train, records, inputs.tokenizer, rows)
+    return audit(reader, train, records, inputs.tokenizer, rows)
 
 
-def some_rows(source, count=12):
-    return random.Random(0).sample(range(source.run.total_rows), count)
+def some_rows(reader, count=12):
+    return random.Random(0).sample(range(reader.plan.total_rows), count)
 
 
 STRATEGIES = ("sequence", "packing", "balance", "moi")
@@ -126,13 +126,13 @@ NORMALIZATIONS = ("token", "instruction", "domain")
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_audit_passes_for_every_strategy_and_loss(ragged, strategy, normalization, targets):
-    inputs, source = opened(
+    inputs, reader = opened(
         ragged,
         f"data.strategy={strategy}",
         f"loss.normalization={normalization}",
         f"loss.targets={targets}",
     )
-    assert audited(inputs, source, some_rows(source)) is None
+    assert audited(inputs, reader, some_rows(reader)) is None
 
 
 @pytest.mark.parametrize(
@@ -164,12 +164,12 @@ def test_the_audit_passes_under_every_switch_of_the_data(ragged, overrides):
     (benchmarks / "test.jsonl").write_text(
         "".join(json.dumps({"question": text}) + "\n" for text in asked)
     )
-    inputs, source = opened(
+    inputs, reader = opened(
         ragged, *(text.replace("ROOT", str(ragged.parent)) for text in overrides)
     )
     contaminated = [cache.manifest["dropped"].get("contaminated", 0) for cache in inputs.caches]
     assert any(contaminated) == ("decontaminate" in overrides[0])
-    assert audited(inputs, source, some_rows(source)) is None
+    assert audited(inputs, reader, some_rows(reader)) is None
 
 
 def test_the_audit_passes_where_an_exchange_just_fits(ragged):
@@ -178,9 +178,9 @@ def test_the_audit_passes_where_an_exchange_just_fits(ragged):
     turns = [np.flatnonzero(i.tokens == inputs.tokenizer.template.turn) for i in instructions]
     # System, user, assistant, and where the next exchange begins.
     limit = next(int(begins[3]) for begins in turns if len(begins) > 3 and begins[3] > 100)
-    inputs, source = opened(ragged, f"data.max_instruction_tokens={limit}")
+    inputs, reader = opened(ragged, f"data.max_instruction_tokens={limit}")
     assert (inputs.caches[0].lengths[:, 0] == limit).any()
-    assert audited(inputs, source, some_rows(source)) is None
+    assert audited(inputs, reader, some_rows(reader)) is None
 
 
 def test_the_ragged_rows_are_of_every_kind(ragged):
@@ -197,9 +197,9 @@ def test_the_ragged_rows_are_of_every_kind(ragged):
 
 @pytest.mark.parametrize("array", loader.Batch._fields)
 def test_the_audit_finds_one_wrong_token_of_any_array(ragged, monkeypatch, array):
-    inputs, source = opened(ragged)
-    row = some_rows(source, 1)[0]
-    right = source.rows([row])
+    inputs, reader = opened(ragged)
+    row = some_rows(reader, 1)[0]
+    right = reader.read([row])
     token = int(np.flatnonzero(right.loss_weights[0])[7])
 
     def rows(numbers):
@@ -207,44 +207,44 @@ def test_the_audit_finds_one_wrong_token_of_any_array(ragged, monkeypatch, array
         wrong[0, token] += 1
         return right._replace(**{array: wrong})
 
-    monkeypatch.setattr(source, "rows", rows)
-    difference = audited(inputs, source, [row])
+    monkeypatch.setattr(reader, "read", rows)
+    difference = audited(inputs, reader, [row])
     assert difference.startswith(f"row {row}, token {token} (domain ")
     assert f"): {array} is " in difference
     assert ".jsonl:" in difference
 
 
 def test_the_audit_finds_a_label_too_many_in_the_padding(ragged, monkeypatch):
-    inputs, source = opened(ragged)
-    row = next(r for r in range(99) if not source.rows([r]).segment_ids[0, -1])
-    right = source.rows([row])
+    inputs, reader = opened(ragged)
+    row = next(r for r in range(99) if not reader.read([r]).segment_ids[0, -1])
+    right = reader.read([row])
     wrong = right.loss_weights.copy()
     wrong[0, -1] = 1
-    monkeypatch.setattr(source, "rows", lambda numbers: right._replace(loss_weights=wrong))
-    assert audited(inputs, source, [row]) == (
+    monkeypatch.setattr(reader, "read", lambda numbers: right._replace(loss_weights=wrong))
+    assert audited(inputs, reader, [row]) == (
         f"row {row}, token 639 (padding): loss_weights is 1.0 in the batch, 0.0 from the sources"
     )
 
 
 def test_the_audit_finds_weights_of_another_normalization(ragged, monkeypatch):
-    inputs, source = opened(ragged, "loss.normalization=domain")
+    inputs, reader = opened(ragged, "loss.normalization=domain")
     monkeypatch.setattr(loader, "label_weights", lambda plan, group, _: np.full(len(group), 1.001))
-    assert "loss_weights is 1.00" in audited(inputs, source, some_rows(source))
+    assert "loss_weights is 1.00" in audited(inputs, reader, some_rows(reader))
 
 
 def test_the_audit_finds_a_cache_with_other_rows(ragged, monkeypatch):
-    inputs, source = opened(ragged)
-    source._caches = [source._caches[0]] * 3
-    source._train = [train % len(inputs.caches[0].lengths) for train in source._train]
-    assert "from the sources" in audited(inputs, source, some_rows(source))
+    inputs, reader = opened(ragged)
+    reader._caches = [reader._caches[0]] * 3
+    reader._train = [train % len(inputs.caches[0].lengths) for train in reader._train]
+    assert "from the sources" in audited(inputs, reader, some_rows(reader))
 
 
 def test_the_audit_finds_rows_missing_from_the_cache(ragged):
-    inputs, source = opened(ragged)
+    inputs, reader = opened(ragged)
     train = [selection.train for selection in inputs.selections]
     records = [len(cache.lengths) for cache in inputs.caches]
     records[1] -= 1
-    difference = audit(source, train, records, inputs.tokenizer, [0])
+    difference = audit(reader, train, records, inputs.tokenizer, [0])
     assert difference == "domain chat: 79 instructions in the cache, 80 usable rows in the sources"
 
 
@@ -276,9 +276,9 @@ def tiny(tmp_path_factory):
 
 
 def printed(config, *overrides, **console) -> str:
-    inputs, source = opened(config, *overrides)
+    inputs, reader = opened(config, *overrides)
     out = Console(file=io.StringIO(), width=60, **console)
-    print_row(view_row(source, 0), inputs.tokenizer, out)
+    print_row(view_row(reader, 0), inputs.tokenizer, out)
     return out.file.getvalue()
 
 
@@ -339,8 +339,8 @@ def test_a_row_in_colour_has_labels_in_green_and_no_brackets(tiny):
 
 
 def test_a_view_has_the_borders_of_the_plan(ragged):
-    _, source = opened(ragged, "data.strategy=balance")
-    view = view_row(source, 1)
+    _, reader = opened(ragged, "data.strategy=balance")
+    view = view_row(reader, 1)
     domains = np.full(640, -1)
     for member in view.members:
         domains[member.start : member.end] = view.domains.index(member.domain)
@@ -352,8 +352,8 @@ def test_a_view_has_the_borders_of_the_plan(ragged):
 
 @pytest.mark.parametrize("mask", ["chunk", "row", "instruction"])
 def test_the_attention_of_a_picture_is_causal_inside_a_segment(ragged, mask):
-    _, source = opened(ragged, f"data.mask={mask}")
-    view = view_row(source, 0)
+    _, reader = opened(ragged, f"data.mask={mask}")
+    view = view_row(reader, 0)
     seen, batch = attention(view, 640), view.batch
     for query in range(0, 640, 7):
         for key in range(0, 640, 5):
@@ -365,12 +365,12 @@ def test_the_attention_of_a_picture_is_causal_inside_a_segment(ragged, mask):
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_the_picture_of_a_row_is_the_same_file_every_time(ragged, tmp_path, kind):
-    _, source = opened(ragged)
+    _, reader = opened(ragged)
     for name in ("one", "two"):
-        draw_row(view_row(source, 0), tmp_path / f"{name}.{kind}")
+        draw_row(view_row(reader, 0), tmp_path / f"{name}.{kind}")
     one, two = (tmp_path / f"{name}.{kind}" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
-    draw_row(view_row(source, 1), two)
+    draw_row(view_row(reader, 1), two)
     assert one.read_bytes() != two.read_bytes()
 
 
@@ -430,7 +430,7 @@ def test_the_account_of_a_domain_is_told(tiny, monkeypatch, capsys):
     assert status == 0
     dropped = "2 dropped (no_assistant 1, duplicate 1)"
     assert f"chat: 4 read = {dropped} + 0 held out + 2 used + 0 unplaced + 0 not drawn" in out
-    assert "chat: dropped 1 no_assistant, e.g. chat.jsonl:4" in out
+    assert "chat: dropped 1 no_assistant, for example chat.jsonl:4" in out
 
 
 def test_json_is_alone_on_standard_output_and_keeps_its_contract(ragged, monkeypatch, capsys):
@@ -486,13 +486,13 @@ def test_a_mistake_is_one_line_and_exit_status_2(tiny, monkeypatch, capsys, argu
 def test_a_picture_that_cannot_be_written_is_the_users_mistake(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    _, source = opened(tiny)
+    _, reader = opened(tiny)
     from moi_jax.data.preview.picture import check_picture
 
     with pytest.raises(UserError, match="cannot write"):
         check_picture(tmp_path / "file" / "row.png")
     with pytest.raises(UserError, match="cannot write"):
-        draw_row(view_row(source, 0), tmp_path / "folder.png")
+        draw_row(view_row(reader, 0), tmp_path / "folder.png")
 
 
 def test_the_pictures_of_the_docs_are_drawn(tmp_path):

@@ -13,7 +13,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Source
 from moi_jax.data.sources.formats import FORMATS, to_conversation
 from moi_jax.data.sources.readers import SourceFile
-from moi_jax.data.sources.rows import Row, convert, detect_format, expand
+from moi_jax.data.sources.rows import SourceRow, convert, detect_format, expand
 from moi_jax.text.conversations import BadRow, Conversation, Message, content_hash
 
 # A slow machine is no failure.
@@ -44,11 +44,11 @@ def file_of(path: Path, content: bytes) -> SourceFile:
     return SourceFile(path.name, path)
 
 
-def rows_of(file: SourceFile, form: str | None) -> list[Row]:
+def rows_of(file: SourceFile, form: str | None) -> list[SourceRow]:
     return [convert(row, form) for row in file.rows()]
 
 
-def read(path: Path, content: bytes) -> list[Row]:
+def read(path: Path, content: bytes) -> list[SourceRow]:
     file = file_of(path, content)
     return rows_of(file, detect_format(file))
 

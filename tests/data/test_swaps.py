@@ -18,7 +18,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def mend(members: list, lengths: list, limit: int, same_column: bool = True, seed: int = 0) -> list:
     members, lengths = np.array(members), np.array(lengths, np.int32)
-    return swaps.mend_groups(members, lengths, limit, same_column, rng(seed)).tolist()
+    return swaps.repair_groups(members, lengths, limit, same_column, rng(seed)).tolist()
 
 
 def test_a_long_instruction_is_swapped_for_a_short_one_of_its_domain():
@@ -51,7 +51,9 @@ def test_what_fits_nowhere_stays_too_long():
 
 def test_groups_that_fit_are_not_touched():
     members = np.array([[0, 2], [1, 3]])
-    assert swaps.mend_groups(members, np.array([5, 6, 7, 8], np.int32), 14, True, rng()) is members
+    assert (
+        swaps.repair_groups(members, np.array([5, 6, 7, 8], np.int32), 14, True, rng()) is members
+    )
 
 
 @given(corpora(longest=40), st.integers(0, 5))
@@ -66,7 +68,7 @@ def test_no_group_stays_long_that_a_single_swap_would_have_mended(corpus, seed):
         for partner in np.flatnonzero(sizes <= 64):
             gains = lengths[long] - lengths[partner]
             mendable |= bool(((gains >= sizes[long] - 64) & (gains <= 64 - sizes[partner])).any())
-    fixed = swaps.mend_groups(drawn, corpus.lengths, 64, True, rng(seed))
+    fixed = swaps.repair_groups(drawn, corpus.lengths, 64, True, rng(seed))
     if mendable:
         assert (mixture.group_sizes(fixed, corpus.lengths) <= 64).all()
         assert np.count_nonzero(fixed != drawn) == 2
@@ -129,7 +131,7 @@ def test_rows_of_whole_chunks_are_full(row, fill):
     assert plan.fill >= fill
     assert plan.unplaced_groups == 0
     # Few instructions leave the chunk they were drawn for.
-    assert plan.moved <= 0.1 * len(plan.instructions)
+    assert plan.moved_instructions <= 0.1 * len(plan.instructions)
 
 
 def test_partners_are_nearly_random():

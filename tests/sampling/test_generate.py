@@ -631,9 +631,9 @@ def test_a_checkpoint_that_cannot_be_asked_says_why(made, run, tmp_path):
 def test_a_checkpoint_of_another_rendering_is_opened_only_when_told_how(made, tmp_path):
     prompts = {**read_items(made).prompts, "template_hash": "0" * 64}
     stale = remade(made, tmp_path / "stale", 0, prompts=prompts)
-    with pytest.raises(UserError, match=r"another rendering .*choose by --chat-template"):
+    with pytest.raises(UserError, match=r"another rendering .*choose one with --chat-template"):
         open_checkpoint(stale, devices=jax.devices())
-    with pytest.raises(UserError, match=r"another rendering .*choose by chat_template"):
+    with pytest.raises(UserError, match=r"another rendering .*choose one with chat_template"):
         moi_jax.load(stale)
     assert (
         open_checkpoint(

@@ -20,7 +20,7 @@ from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
 from moi_jax.text.conversations import Conversation, Message
 from moi_jax.text.jinja_templates import TemplateReport, check_template, export_jinja
-from moi_jax.text.prompts import prompts_item, saved_template
+from moi_jax.text.prompts import prompts_metadata, saved_template
 from moi_jax.text.rendering import render, render_prompt
 from moi_jax.text.templates import TEMPLATES
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -114,14 +114,22 @@ def test_llama3_of_a_checkpoint_is_known(bos: object) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "template", "shown"),
     [
-        (CHATML, PLAIN.replace("+ '\n' }}", "}}"), r"of a chat of user, its own renders .*where"),
-        (CHATML, PLAIN.replace("m.content", "m.content | trim"), r"of a chat of system, user, as"),
+        (
+            CHATML,
+            PLAIN.replace("+ '\n' }}", "}}"),
+            r"for a chat of user, its own template renders .*where",
+        ),
+        (CHATML, PLAIN.replace("m.content", "m.content | trim"), r"for a chat of system, user, as"),
         (CHATML, PLAIN.replace("+ m.content", "+ '<think>' + m.content"), "'.*<think>.*' where"),
         (CHATML, "{{ raise_exception('no system here') }}", "no system here"),
         (CHATML, "{% for %}", "cannot be rendered"),
         (CHATML, "{{ 1 / 0 }}", "cannot be rendered: division"),
         (CHATML, "{{ messages[9].content + 1 }}", "cannot be rendered"),
-        (LLAMA3, LLAMA3_JINJA, "of a chat of user, its own renders '<|start"),  # no bos_token
+        (
+            LLAMA3,
+            LLAMA3_JINJA,
+            "for a chat of user, its own template renders '<|start",
+        ),  # no bos_token
     ],
 )
 def test_another_template_is_shown_with_its_first_difference(
@@ -187,7 +195,7 @@ def test_exported_jinja_renders_what_we_render(name: str, tmp_path: Path) -> Non
     @STEADY
     @given(st.none() | TEXTS, st.none() | TEXTS, st.lists(TEXTS, min_size=1, max_size=5))
     def check(default: str | None, system: str | None, contents: list[str]) -> None:
-        jinja = export_jinja(prompts_item(default, name))
+        jinja = export_jinja(prompts_metadata(default, name))
         roles = ["user", "assistant"] * 3
         messages = [] if system is None else [Message("system", system)]
         messages += [Message(r, t) for r, t in zip(roles, contents, strict=False)]  # type: ignore[arg-type]
@@ -210,10 +218,10 @@ def test_exported_jinja_renders_what_we_render(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("default", [None, "", 'You are "Q".\n\t{{ kind }} \\ 😀\u2028.'])
 def test_exported_jinja_is_known_again(default: str | None) -> None:
     for name, tokenizer in TOKENIZERS.items():
-        jinja = export_jinja(prompts_item(default, name))
+        jinja = export_jinja(prompts_metadata(default, name))
         assert checked(tokenizer, jinja) == TemplateReport(name, True, default, None)
     with pytest.raises(UserError, match="no chat template None"):
-        export_jinja(prompts_item("You are kind.", None))
+        export_jinja(prompts_metadata("You are kind.", None))
 
 
 def test_stops_and_padding_belong_to_the_template() -> None:
@@ -233,12 +241,12 @@ def test_stops_and_padding_belong_to_the_template() -> None:
 
 
 def test_another_rendering_of_the_saved_template_is_refused() -> None:
-    item = prompts_item("You are kind.", "chatml")
+    item = prompts_metadata("You are kind.", "chatml")
     assert saved_template(item, "ckpt") == "chatml"
     with pytest.raises(UserError, match=r"ckpt was made with another rendering.*chatml or llama3"):
         saved_template({**item, "template_hash": "0" * 64}, "ckpt")
     with pytest.raises(UserError, match=r"ckpt has no chat template.*chatml or llama3"):
-        saved_template(prompts_item("You are kind.", None), "ckpt")
+        saved_template(prompts_metadata("You are kind.", None), "ckpt")
     assert len({kind.fingerprint() for kind in TEMPLATES.values()}) == len(TEMPLATES)
 
 
@@ -262,7 +270,7 @@ def started(tmp_path: Path, checkpoint: Path, template: str = "from_checkpoint")
 def test_a_run_from_a_checkpoint_renders_in_its_template_unless_asked(tmp_path: Path) -> None:
     both = with_specials("<|endoftext|>", "<|im_start|>", "<|im_end|>", *LLAMA3_SPECIALS)
     tokenizer = Tokenizer.from_files({"tokenizer.json": both})
-    path = saved(tmp_path / "llama3", tokenizer, prompts_item(None, "llama3"))
+    path = saved(tmp_path / "llama3", tokenizer, prompts_metadata(None, "llama3"))
     assert started(tmp_path, path).tokenizer.template.name == "llama3"
     assert started(tmp_path, path).config.data.default_system_prompt is None
     assert started(tmp_path, path, "chatml").tokenizer.template.name == "chatml"
@@ -271,7 +279,7 @@ def test_a_run_from_a_checkpoint_renders_in_its_template_unless_asked(tmp_path: 
 def test_a_run_from_a_checkpoint_of_another_rendering_is_refused_unless_asked(
     tmp_path: Path,
 ) -> None:
-    stale = {**prompts_item("You are kind.", "chatml"), "template_hash": "0" * 64}
+    stale = {**prompts_metadata("You are kind.", "chatml"), "template_hash": "0" * 64}
     path = saved(tmp_path / "stale", CHATML, stale)
     with pytest.raises(UserError, match="another rendering of the chat template chatml"):
         started(tmp_path, path)
@@ -282,7 +290,7 @@ def test_a_run_from_a_checkpoint_of_another_rendering_is_refused_unless_asked(
 
 @pytest.mark.parametrize("targets", ["assistant", "qwen_official"])
 def test_llama3_rows_of_a_run_pass_the_audit(tmp_path: Path, targets: str) -> None:
-    path = saved(tmp_path / "llama3", LLAMA3, prompts_item(None, "llama3"))
+    path = saved(tmp_path / "llama3", LLAMA3, prompts_metadata(None, "llama3"))
     config = small_config(
         tmp_path,
         model={"preset": None, "init_from": str(path)},
@@ -291,11 +299,11 @@ def test_llama3_rows_of_a_run_pass_the_audit(tmp_path: Path, targets: str) -> No
     )
     inputs = open_data(load_config(config))
     run = inputs.plan()
-    source = inputs.row_source(run)
+    reader = inputs.batch_reader(run)
     train = [selection.train for selection in inputs.selections]
     records = [len(cache.lengths) for cache in inputs.caches]
-    assert audit(source, train, records, inputs.tokenizer, [0, 3]) is None
-    batch = source.rows([0])
+    assert audit(reader, train, records, inputs.tokenizer, [0, 3]) is None
+    batch = reader.read([0])
     text = inputs.tokenizer.decode(batch.tokens[0].tolist())
     # Chat has the default prompt, which is none; maths has its own.
     assert "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n" in text

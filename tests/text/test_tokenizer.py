@@ -229,12 +229,12 @@ def changed(name: str, text: str | None) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (changed("merges.txt", None), "vocab.json is there without merges.txt"),
-        (changed("merges.txt", "a b c\n"), "merges.txt is damaged: 'a b c' is no pair"),
-        (changed("merges.txt", "zz zz\n"), "is no tokenizer"),
+        (changed("merges.txt", None), "merges.txt is missing beside vocab.json"),
+        (changed("merges.txt", "a b c\n"), "merges.txt is damaged: 'a b c' is not a pair"),
+        (changed("merges.txt", "zz zz\n"), "is not a tokenizer"),
         (changed("vocab.json", "{"), "vocab.json is not valid JSON"),
-        (changed("vocab.json", "[]"), "vocab.json is no JSON object"),
-        (changed("vocab.json", '{"a": "b"}'), "no object of tokens and their ids"),
+        (changed("vocab.json", "[]"), "vocab.json is not a JSON object"),
+        (changed("vocab.json", '{"a": "b"}'), "not an object of tokens and their ids"),
         (changed("vocab.json", '{"a": 0, "b": 9}'), "have gaps"),
         (changed("added_tokens.json", '{"<|x|>": "one"}'), "added tokens are damaged"),
         (changed("tokenizer_config.json", None), "tokenizer_class None"),
@@ -288,7 +288,7 @@ def test_missing_directory_and_files_say_what_was_looked_for(tmp_path: Path) -> 
 )
 def test_broken_file_is_refused_by_name(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=f"{name} is no tokenizer"):
+    with pytest.raises(UserError, match=f"{name} is not a tokenizer"):
         load_tokenizer(tmp_path)
 
 

@@ -166,7 +166,7 @@ MISTAKES = [
     (["data.sequence_length=9000"], "over the model's seq_length 8192"),
     (["data.domains=[]", "data.order=config"], "data.domains is empty"),
     (["data.domains.0.sources.0.path=no*.jsonl"], "no*.jsonl"),
-    (["data.domains.1.sources.0.path=chat.jsonl"], "chat.jsonl stands twice"),
+    (["data.domains.1.sources.0.path=chat.jsonl"], "chat.jsonl is listed twice"),
     (["model.init_from=nowhere"], "nowhere is no checkpoint"),
     (["data.cache_dir=/dev/null/cache"], "/dev/null/cache"),
 ]

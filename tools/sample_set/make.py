@@ -58,12 +58,12 @@ Conversation = dict[str, list[dict[str, str]]]
 
 
 def code_pairs(rng: Random, functions: str) -> list[tuple[str, str]]:
-    """Requests for Python functions and answers whose code was run with its asserts.
+    """(request, answer) pairs for Python functions; runs the code of each answer with its asserts.
 
-    One for each function, so that no answer that is held out was trained on in other words.
+    There is one pair for each function, so no held-out answer is trained on in other words.
 
     Args:
-      rng: chooses the phrasing and two asserts a row.
+      rng: chooses the phrasing, and two asserts for each row.
       functions: blocks of ``## what it does``, the function, a blank line, its asserts.
     """
     pairs = []
@@ -81,7 +81,7 @@ def code_pairs(rng: Random, functions: str) -> list[tuple[str, str]]:
 
 
 def conversations(pairs: list[tuple[str, str]]) -> list[Conversation]:
-    """One conversation of a user and an assistant turn for each (question, answer)."""
+    """A conversation of a user and an assistant turn for each (question, answer) pair."""
     return [
         {
             "messages": [
@@ -94,7 +94,7 @@ def conversations(pairs: list[tuple[str, str]]) -> list[Conversation]:
 
 
 def training_texts(domains: dict[str, list[Conversation]]) -> Iterator[str]:
-    """Every text the tokenizer meets in training, as often as it meets it."""
+    """Every text that the tokenizer encodes in training, as often as it does."""
     for domain, rows in domains.items():
         for row in rows:
             yield from ("system", PROMPTS[domain])
@@ -103,7 +103,7 @@ def training_texts(domains: dict[str, list[Conversation]]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
-    """A byte-level BPE with Qwen2's normaliser and split; the specials take the last ids."""
+    """A byte-level BPE with Qwen2's normaliser and split; special tokens get the last ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -126,7 +126,7 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
 
 
 def write_json_lines(path: Path, rows: list[Conversation]) -> None:
-    """Writes one JSON object a line, UTF-8, unix line ends on every system."""
+    """Writes JSON Lines in UTF-8, with Unix line ends on every system."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 

@@ -270,8 +270,8 @@ def maths_pairs(rng: Random, per_template: int) -> list[tuple[str, str]]:
     """Distinct word problems, `per_template` of each template.
 
     Returns:
-      (question, answer) pairs; an answer is one step a line, each with its equation, and a last
-      line ``The answer is N.``
+      (question, answer) pairs; each line of an answer is a step with its equation, and the last
+      line is ``The answer is N.``
     """
     pairs: dict[str, str] = {}
     while len(pairs) < per_template * len(TEMPLATES):

@@ -34,7 +34,7 @@ EVENTS = ("concert", "exam", "market", "match", "wedding")
 
 
 class Tool(NamedTuple):
-    """A tool the trajectories call: what the prompt says of it, and the function behind it."""
+    """A tool: its description and parameters for the prompt, and the function that runs it."""
 
     description: str
     parameters: dict[str, str]
@@ -98,7 +98,7 @@ TOOLS = {
 
 
 class Trajectory:
-    """One solved question: the tools it called and the text of the assistant's turn."""
+    """A solved question: the tools that were called, and the text of the assistant turn."""
 
     def __init__(self, question: str) -> None:
         self.question = question
@@ -106,7 +106,7 @@ class Trajectory:
         self.text = ""
 
     def call(self, thought: str, tool: str, **arguments: str | int) -> str:
-        """Runs a tool, writes thought, action and observation, and returns the observation."""
+        """Runs a tool; writes thought, action and observation; returns the observation."""
         observation = TOOLS[tool].run(**arguments)
         self.called.append(tool)
         self.text += (
@@ -276,7 +276,7 @@ SCENARIOS = (
 
 
 def _prompt(rng: Random, trajectory: Trajectory) -> str:
-    """The user turn: the tools called and one or two others, the format, the question."""
+    """The user turn: the tools that are called, one or two others, the format, the question."""
     called = list(dict.fromkeys(trajectory.called))
     others = [name for name in TOOLS if name not in called]
     names = called + rng.sample(others, 3 - len(called) if called else 2)

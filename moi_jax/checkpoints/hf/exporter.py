@@ -12,8 +12,8 @@ from moi_jax.checkpoints.hf.safetensors_writer import write_tensors
 from moi_jax.checkpoints.hf.weights import export_tensors, published_shapes
 from moi_jax.checkpoints.items import find_step, read_items
 from moi_jax.checkpoints.parameters import stored_parameters
+from moi_jax.common.atomic_files import atomic_directory, check_new, write_texts
 from moi_jax.common.progress import byte_bar
-from moi_jax.common.whole_files import check_new, new_directory, write_texts
 from moi_jax.models.config import in_family
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
@@ -50,7 +50,7 @@ def export_checkpoint(
     wanted = np.dtype(dtype or stored.dtype)
     shapes = published_shapes(model)
     total = sum(math.prod(shape) for shape in shapes.values()) * wanted.itemsize
-    with new_directory(out) as staging, byte_bar("writing", total) as progress:
+    with atomic_directory(out) as staging, byte_bar("writing", total) as progress:
         staging.mkdir()
         tensors = export_tensors(items.model, stored.get, as_family)
         write_tensors(staging, shapes, wanted, tensors, max_shard_size, progress)

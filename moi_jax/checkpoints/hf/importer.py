@@ -13,11 +13,11 @@ from moi_jax.checkpoints.hf.reader import PublishedCheckpoint, open_published
 from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.checkpoints.items import ModelItems
 from moi_jax.checkpoints.parameters import save_model
+from moi_jax.common.atomic_files import atomic_directory, check_new, write_texts
 from moi_jax.common.errors import UserError
 from moi_jax.common.progress import byte_bar
-from moi_jax.common.whole_files import check_new, new_directory, write_texts
 from moi_jax.text.jinja_templates import check_template
-from moi_jax.text.prompts import prompts_item
+from moi_jax.text.prompts import prompts_metadata
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 MOST_WARNINGS = 5
@@ -58,10 +58,10 @@ def import_checkpoint(
     default = report.default_system_prompt if report.own else model.default_system_prompt
     if report.difference:
         log.info(f"chat template: {report.template} is the nearest; {report.difference}")
-    prompts = prompts_item(default, report.template)
+    prompts = prompts_metadata(default, report.template)
     provenance = read_provenance(source, published.token_ids)
     items = ModelItems(model, files.files, prompts, provenance)
-    with new_directory(out) as staging, _reading(published) as read:
+    with atomic_directory(out) as staging, _reading(published) as read:
         save_model(staging, import_parameters(model, read, wanted), wanted, items)
         (staging / "README.md").write_text(model_card(items), encoding="utf-8")
         write_texts(staging, provenance["files"])

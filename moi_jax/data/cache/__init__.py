@@ -1,1 +1,1 @@
-"""Conversations rendered and tokenised once, kept on disk, and what of them is trained on."""
+"""The cache: conversations are rendered and tokenised once and kept on disk."""

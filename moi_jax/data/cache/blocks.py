@@ -1,8 +1,9 @@
-"""Blocks: the parts of files that are prepared whole, each kept under a key of its content.
+"""Blocks: the units of preparation, each kept on disk under a key of its content.
 
 A block is a range of bytes of a file that can be split, or a whole file. Its folder is written
-beside its place and moved there when it is whole, so a prepare that was cut short goes on where it
-was, and two at once do each other no harm. Domains and configs share blocks of one key.
+under a temporary name and renamed when it is complete. So an interrupted prepare continues where
+it stopped, and two prepares at once do not disturb each other. Domains and configs share blocks
+that have the same key.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
 from moi_jax.data.sources.readers import SourceFile
-from moi_jax.data.sources.rows import Row, convert
+from moi_jax.data.sources.rows import SourceRow, convert
 from moi_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moi_jax.data.decontamination import Benchmarks
 
-# The most bytes of a block; of a file of less than sixteen such ones fewer, so that the last blocks
-# keep all cores busy, but at least these.
+# The size of a block. Files of fewer than sixteen such blocks get smaller ones, but not below
+# LEAST_BYTES, so that the last blocks keep all cores busy.
 BLOCK_BYTES = 2**23
 LEAST_BYTES = 2**21
-PART = ".part"  # ends the name of a folder that is being built
+PART = ".part"  # suffix of a folder that is being built
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Block:
     """The rows of `file` that begin in the bytes [start, end).
 
     Attributes:
-      format: how rows are read; None where no row of the file can be.
-      key: sha256 hex of all that decides the content, but for the most rows to keep.
+      format: the format of the rows; None if no row of the file can be read.
+      key: sha256 hex of everything that decides the content, except the limit of rows.
     """
 
     file: SourceFile
@@ -51,24 +52,24 @@ class Block:
     end: int
     key: str
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[SourceRow]:
         whole = not self.file.splittable
         raw = self.file.rows() if whole else self.file.rows(self.start, self.end)
         return (convert(row, self.format) for row in raw)
 
     def lines(self) -> int:
-        """The lines that begin in the block, blank ones too."""
+        """The number of lines that begin in the block, including blank ones."""
         return lines_beginning(self.file.path, self.start, self.end) if self.file.splittable else 0
 
     def place(self, line: int) -> str:
-        """Where a line of the block is in the file."""
+        """The place of a line of the block in the file, as `path:line`."""
         before = lines_beginning(self.file.path, 0, self.start) if self.start else 0
         return f"{self.file.path}:{before + line}"
 
 
 @contextmanager
 def domain_errors(domain: str) -> Iterator[None]:
-    """Names what of a domain cannot be read or written."""
+    """Turns an OSError into a UserError that names the domain and the file."""
     try:
         yield
     except OSError as error:
@@ -78,12 +79,12 @@ def domain_errors(domain: str) -> Iterator[None]:
 
 
 def full_blocks(size: int) -> int:
-    """How many blocks so many bytes would make, rounded up."""
+    """The number of full blocks that `size` bytes make, rounded up."""
     return -(-size // BLOCK_BYTES)
 
 
 def ranges(file: SourceFile) -> list[tuple[int, int]]:
-    """The bytes [start, end) of the blocks of a file."""
+    """The byte range [start, end) of each block of a file."""
     size = file.size
     width = min(BLOCK_BYTES, max(LEAST_BYTES, size // 16))
     if not file.splittable or size <= width:
@@ -105,35 +106,35 @@ def lines_beginning(path: Path, start: int, end: int) -> int:
 
 
 @dataclass(frozen=True)
-class Task:
-    """Blocks that one process does one after another: one, or all of a source with max_rows.
+class WorkItem:
+    """Blocks that one process builds in order: one, or all those of a source with max_rows.
 
     Attributes:
-      domain, prompt: of the rows.
-      room: the most rows that all the blocks keep; those after are not read.
+      domain, prompt: the domain of the rows, and its system prompt.
+      max_rows: how many rows the blocks keep together; the rows after these are not read.
     """
 
     domain: str
     prompt: str | None
     blocks: tuple[Block, ...]
-    room: int | None
+    max_rows: int | None
 
     @property
     def size(self) -> int:
-        """Bytes of source."""
+        """Bytes of the source files."""
         return sum(block.end - block.start for block in self.blocks)
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A block on disk: its folder, and what was counted when it was written."""
+class FinishedBlock:
+    """A block on disk: its folder, and the counts that were written with it."""
 
     directory: Path
     counts: dict[str, Any]
 
     @classmethod
-    def open(cls, directory: Path) -> Finished | None:
-        """None where the folder is not there, or was cut short by a full disk or a copy."""
+    def open(cls, directory: Path) -> FinishedBlock | None:
+        """Opens a block; None if the folder is missing or incomplete."""
         try:
             counts = json.loads((directory / COUNTS).read_text(encoding="utf-8"))
             whole = all(
@@ -148,17 +149,17 @@ class Finished:
         return self.directory / RECORDS
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths and hashes, as in `DomainCache`."""
+        """The lengths and hashes of the block, see `DomainCache`."""
         return np.load(self.directory / LENGTHS), np.load(self.directory / HASHES)
 
 
 @dataclass(frozen=True)
-class BlockMaker:
-    """Does tasks, in this process or, pickled, in another.
+class BlockBuilder:
+    """Builds blocks, in this process or, after pickling, in another.
 
     Attributes:
       folder: holds a folder for each block.
-      run: ends, with `PART`, the names of the folders that are being built.
+      run: an id in the temporary names of the folders that this run builds.
     """
 
     folder: Path
@@ -167,75 +168,78 @@ class BlockMaker:
     benchmarks: Benchmarks | None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def do(self, task: Task) -> None:
-        """Writes those blocks of the task that are not there.
+    def build(self, item: WorkItem) -> None:
+        """Writes the blocks of the item that are missing.
 
         Raises:
           UserError: a row or a file is refused, or cannot be read or written.
         """
         try:
-            with domain_errors(task.domain):
-                for block, room, directory in self._walk(task):
-                    if Finished.open(directory) is None:
-                        self._write(task, block, room, directory)
-        except RuntimeError as error:  # what ArrayRecord raises, say when a disk is full
+            with domain_errors(item.domain):
+                for block, max_rows, directory in self._walk(item):
+                    if FinishedBlock.open(directory) is None:
+                        self._write(item, block, max_rows, directory)
+        except RuntimeError as error:  # from ArrayRecord, for example when the disk is full
             raise UserError(
-                f"domain {task.domain}: cannot write below {self.folder}: {error}"
+                f"domain {item.domain}: cannot write below {self.folder}: {error}"
             ) from None
 
-    def finished(self, task: Task) -> list[Finished] | None:
-        """The blocks of the task that its room lets in; None where one is not there."""
+    def finished(self, item: WorkItem) -> list[FinishedBlock] | None:
+        """The blocks of the item, up to its max_rows; None if one of them is missing."""
         found = []
-        for _, _, directory in self._walk(task):
-            if (block := Finished.open(directory)) is None:
+        for _, _, directory in self._walk(item):
+            if (block := FinishedBlock.open(directory)) is None:
                 return None
             found.append(block)
         return found
 
-    def _walk(self, task: Task) -> Iterator[tuple[Block, int | None, Path]]:
-        """Each block, its room and its folder, which must be there when the next is asked for."""
-        room = task.room
-        for block in task.blocks:
-            if room == 0:
-                return
-            directory = self.folder / (block.key if room is None else f"{block.key}-{room}")
-            yield block, room, directory
-            if room is not None:
-                done = Finished.open(directory)
-                room -= done.counts["kept"] if done else 0
+    def _walk(self, item: WorkItem) -> Iterator[tuple[Block, int | None, Path]]:
+        """Each block, how many rows it may keep (None: all), and its folder.
 
-    def _write(self, task: Task, block: Block, room: int | None, directory: Path) -> None:
+        The folder must exist before the next block is asked for.
+        """
+        left = item.max_rows
+        for block in item.blocks:
+            if left == 0:
+                return
+            directory = self.folder / (block.key if left is None else f"{block.key}-{left}")
+            yield block, left, directory
+            if left is not None:
+                done = FinishedBlock.open(directory)
+                left -= done.counts["kept"] if done else 0
+
+    def _write(self, item: WorkItem, block: Block, max_rows: int | None, directory: Path) -> None:
         part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.{self.run}{PART}")
         part.mkdir(parents=True)
         writer = BlockWriter(
-            part, self.data, task.prompt, self.tokenizer, self.benchmarks, block.place
+            part, self.data, item.prompt, self.tokenizer, self.benchmarks, block.place
         )
-        writer.add(block.rows(), room)
+        writer.add(block.rows(), max_rows)
         writer.close(block.lines())
-        if directory.exists() and Finished.open(directory) is None:
+        if directory.exists() and FinishedBlock.open(directory) is None:
             shutil.rmtree(directory)
         move_into_place(part, directory)
 
     def save(self) -> Path:
-        """Writes the maker where `clear` removes it, for other processes to read."""
-        part = self.folder / f"maker.{self.run}{PART}"
+        """Pickles the builder to a file for other processes; `clear` removes the file."""
+        part = self.folder / f"builder.{self.run}{PART}"
         part.mkdir(parents=True)
-        path = part / "maker.pickle"
+        path = part / "builder.pickle"
         path.write_bytes(pickle.dumps(self))
         return path
 
     def clear(self) -> None:
-        """Removes what this run left half built."""
+        """Removes the incomplete folders of this run."""
         for part in self.folder.glob(f"*.{self.run}{PART}"):
             shutil.rmtree(part, ignore_errors=True)
 
 
 def move_into_place(part: Path, directory: Path) -> None:
-    """Moves a folder that is whole to where it is looked for."""
+    """Renames a complete folder to its final name."""
     try:
         part.rename(directory)
     except OSError:
-        # Another process was first, with the same content; else the failure is a true one.
+        # If the folder exists, another process was first and wrote the same content.
         if not directory.exists():
             raise
         shutil.rmtree(part)

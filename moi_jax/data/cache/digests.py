@@ -1,9 +1,9 @@
-"""Digests of source files, remembered in the cache so that a large file is hashed once.
+"""Digests of source files, remembered in the cache so that a large file is hashed only once.
 
-A file is taken for unchanged when its size, inode and times of content and of status are those of
-when it was hashed. The status time cannot be set, so only a write within the clock's grain of the
-hashing could be missed: a digest is remembered only of a file that had lain still for a while, and
-did so while it was read.
+A file counts as unchanged if its size, inode, mtime and ctime are the same as when it was hashed.
+A program cannot set the ctime, so only a write within the clock's resolution of the hashing could
+be missed. Therefore a digest is remembered only if the file had not changed for a while before it
+was read, and did not change while it was read.
 """
 
 import json
@@ -20,7 +20,7 @@ STILL_SECONDS = 2.0
 
 
 class Digests:
-    """Digests by path, kept in the file `digests.json` of the cache folder."""
+    """Digests by path, kept in the file `digests.json` of the cache directory."""
 
     def __init__(self, cache_dir: Path):
         self._path = cache_dir / "digests.json"
@@ -31,7 +31,7 @@ class Digests:
         self._new: dict[str, list] = {}
 
     def of(self, file: SourceFile) -> str:
-        """The digest of a file; it is read where it is not known."""
+        """The digest of a file; the file is read only if its digest is not known."""
         if not file.path.is_file() or file.size < REMEMBERED_BYTES:
             return file.digest()
         name, before = str(file.path.resolve()), _state(file.path)
@@ -45,9 +45,10 @@ class Digests:
         return digest
 
     def save(self) -> None:
-        """Keeps what was learnt; of two processes at once one may learn in vain.
+        """Writes the new digests to disk.
 
-        So it does where the cache may only be read.
+        They are lost, without harm, if another process writes at the same time or the cache is
+        read-only.
         """
         if not self._new:
             return

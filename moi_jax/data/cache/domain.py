@@ -1,4 +1,4 @@
-"""A domain in the cache: what is known of its instructions, and where their tokens are."""
+"""The cache of a domain: lengths and hashes of its instructions, and where their tokens are."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from moi_jax.common.errors import UserError
-from moi_jax.data.cache.blocks import PART, Block, Finished, move_into_place
+from moi_jax.data.cache.blocks import PART, Block, FinishedBlock, move_into_place
 from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
 from moi_jax.text import rendering
 from moi_jax.text.rendering import Instruction
@@ -25,20 +25,22 @@ MANIFEST, BLOCKS = "manifest.json", "blocks.json"
 
 @dataclass(frozen=True)
 class DomainCache:
-    """A domain's instructions on disk, what is known of each, and how they came about.
+    """The n instructions of a domain on disk.
 
     Attributes:
       name: the domain.
       directory: holds lengths.npy, hashes.npy, manifest.json, blocks.json.
-      key: sha256 hex of all that decides the content.
-      lengths: int32[n, 3], tokens and loss tokens under `assistant` and `qwen_official`.
-      hashes: uint64[n, 2], `content_hash` of each conversation as kept: of all its messages, and
-        of its turns without a system text of its own.
-      manifest: rows read, kept and dropped by reason, and a table of the files.
-      source_starts: int64[sources + 1]; those of source i are [source_starts[i],
+      key: sha256 hex of everything that decides the content.
+      lengths: int32[n, 3]: tokens, loss tokens under `assistant`, loss tokens under
+        `qwen_official`.
+      hashes: uint64[n, 2]: `content_hash` of all messages of the conversation as it is kept, and
+        of its turns alone.
+      manifest: rows read, rows kept, rows dropped by reason, and a table of the files.
+      source_starts: int64[sources + 1]; the instructions of source i are [source_starts[i],
         source_starts[i + 1]).
       blocks: the folders with the records.
-      block_starts: int64[blocks + 1]; those of block i are [block_starts[i], block_starts[i + 1]).
+      block_starts: int64[blocks + 1]; the instructions of block i are [block_starts[i],
+        block_starts[i + 1]).
     """
 
     name: str
@@ -52,9 +54,10 @@ class DomainCache:
     block_starts: np.ndarray
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Instruction]:
-        """The instructions at `indices`, in one read a block; for any thread, spawned processes.
+        """The instructions at `indices`; each block is read once.
 
-        A forked process may hang: the locks of ArrayRecord's reader do not survive a fork.
+        Safe in threads and in spawned processes. A forked process may hang, because the locks of
+        ArrayRecord's reader do not survive a fork.
         """
         wanted = np.asarray(indices, np.int64)
         block_of = np.searchsorted(self.block_starts, wanted, side="right") - 1
@@ -72,33 +75,33 @@ class DomainCache:
     def _read_block(self, block: Path, inside: list[int]) -> list[Instruction]:
         try:
             return [from_record(record) for record in _reader(block / RECORDS).read(inside)]
-        except RuntimeError as error:  # what ArrayRecord raises
+        except RuntimeError as error:  # from ArrayRecord
             raise UserError(
                 f"the cache of domain {self.name} is damaged ({error}); delete {block} "
-                f"and it is made anew"
+                f"and run again"
             ) from None
 
 
 @functools.lru_cache(maxsize=256)
 def _reader(path: Path) -> array_record_module.ArrayRecordReader:
-    # Kept open out of the DomainCache, which so can be pickled. The options are for random access.
+    # Not an attribute of DomainCache, which must be picklable. The options are for random access.
     options = "readahead_buffer_size:0,max_parallelism:0"
     return array_record_module.ArrayRecordReader(str(path), options)
 
 
 def loss_column(targets: str) -> int:
-    """The column of `lengths` with the loss tokens under loss.targets."""
+    """The column of `DomainCache.lengths` with the loss tokens under loss.targets."""
     return 1 + list(rendering.TARGETS).index(targets)
 
 
 def open_domain(
     name: str, directory: Path, folder: Path, files: Sequence[str]
 ) -> DomainCache | None:
-    """The domain's cache; None where it is not there or damaged, which removes it.
+    """Opens a domain's cache; None if it is missing or damaged. A damaged one is removed.
 
     Args:
-      folder: of the blocks.
-      files: the names that the files have now.
+      folder: the folder of the blocks.
+      files: the present names of the source files.
     """
     if not directory.exists():
         return None
@@ -106,17 +109,17 @@ def open_domain(
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         names = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
         lengths, hashes = np.load(directory / LENGTHS), np.load(directory / HASHES)
-        blocks = [Finished.open(folder / block) for block in names]
+        blocks = [FinishedBlock.open(folder / block) for block in names]
         kept = [block.counts["kept"] if block else -1 for block in blocks]
         if -1 in kept or not len(lengths) == len(hashes) == sum(kept) == manifest["kept"]:
             raise ValueError("the files of the cache differ in length")
         _rename(manifest, files)
         source_starts = np.cumsum([0, *manifest["sources"]], dtype=np.int64)
     except (EOFError, KeyError, OSError, ValueError):
-        # Cut short by a full disk or a copy: what is in the cache can always be made again.
+        # Incomplete, after a full disk or a broken copy. The cache can always be built again.
         shutil.rmtree(directory)
         return None
-    # A folder made anew must not be read by a reader of the old one.
+    # A folder that was built again must not be read through a reader of the old one.
     _reader.cache_clear()
     return DomainCache(
         name,
@@ -132,7 +135,7 @@ def open_domain(
 
 
 def _rename(manifest: dict[str, Any], names: Sequence[str]) -> None:
-    """Gives the files the names they have now: the same bytes may have moved since."""
+    """Gives the files their present names: files may have been renamed since they were prepared."""
     current = {file["name"]: name for file, name in zip(manifest["files"], names, strict=True)}
     for file in manifest["files"]:
         file["name"] = current[file["name"]]
@@ -141,11 +144,11 @@ def _rename(manifest: dict[str, Any], names: Sequence[str]) -> None:
     manifest["empty_files"] = [current[name] for name in manifest["empty_files"]]
 
 
-Found = tuple[Block, Finished | None]  # None of a block after the last that max_rows lets in
+Found = tuple[Block, FinishedBlock | None]  # None for a block that is not read because of max_rows
 
 
 def write_domain(directory: Path, sources: Sequence[Sequence[Found]]) -> None:
-    """Writes a domain's folder from the blocks of its sources, beside its place until it is whole.
+    """Writes a domain's folder from the blocks of its sources; it is renamed when complete.
 
     Raises:
       OSError: the folder cannot be written.
@@ -167,7 +170,7 @@ def write_domain(directory: Path, sources: Sequence[Sequence[Found]]) -> None:
 
 
 def _manifest(sources: Sequence[Sequence[Found]]) -> dict[str, Any]:
-    """What was counted in the blocks, added up, with the lines of examples as they are in files."""
+    """The sums of the blocks' counts, and examples of dropped rows with their lines in files."""
     files: dict[str, dict[str, Any]] = {}
     sums: Counter[str] = Counter()
     dropped: Counter[str] = Counter()

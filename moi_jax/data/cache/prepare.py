@@ -1,7 +1,7 @@
-"""The tokenised cache: each domain rendered once, kept under a key of all that decides it.
+"""Preparing the tokenised cache: each domain is rendered once and kept under a key of its content.
 
-A domain's folder holds what is known of its instructions; their tokens are in the folders of the
-blocks that they were prepared in.
+<cache_dir>/<key of the domain>/  lengths.npy, hashes.npy, manifest.json, blocks.json
+<cache_dir>/blocks/<key>/         the tokens of a block of the sources
 """
 
 import functools
@@ -25,16 +25,16 @@ from moi_jax.common.progress import progress_bars
 from moi_jax.data.cache.blocks import (
     PART,
     Block,
-    BlockMaker,
-    Finished,
-    Task,
+    BlockBuilder,
+    FinishedBlock,
+    WorkItem,
     domain_errors,
     full_blocks,
     ranges,
 )
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.cache.domain import DomainCache, open_domain, write_domain
-from moi_jax.data.cache.workers import run_tasks
+from moi_jax.data.cache.workers import run_work
 from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.sources.readers import SourceFile
@@ -49,58 +49,58 @@ ABANDONED_SECONDS = 24 * 3600
 
 
 def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
-    """Brings every domain into the cache, in config order; what is there already is not redone.
+    """Prepares the domains that are not in the cache, and opens all of them in config order.
 
     Args:
-      data: the config section; a domain's cache depends on it, the tokenizer and the files alone.
-      tokenizer: gives the ids.
+      data: the config section; a domain's cache depends only on it, the tokenizer and the files.
 
     Raises:
-      UserError: a source matches nothing, a file stands twice, a row or a domain is unusable.
+      UserError: a source matches no file, a file is listed twice, or a row or domain is unusable.
     """
-    jobs, maker = _jobs(data, tokenizer)
-    if maker.benchmarks:
-        log.info(_looked_for(maker.benchmarks))
-    opened = [job.open(maker) for job in jobs]
+    jobs, builder = _jobs(data, tokenizer)
+    if builder.benchmarks:
+        _log_benchmarks(builder.benchmarks)
+    opened = [job.open(builder) for job in jobs]
     missing = [job for job, cache in zip(jobs, opened, strict=True) if cache is None]
-    _run([task for job in missing for task in chain(*job.tasks)], maker)
+    _run([item for job in missing for item in chain(*job.items)], builder)
     caches = []
     for job, cache in zip(jobs, opened, strict=True):
         how = "cached" if cache else "prepared"
-        cache = cache or _assemble(job, maker)
+        cache = cache or _assemble(job, builder)
         if data.on_bad_row == "error":
             _refuse_bad_rows(job, cache.manifest)
         if not len(cache.lengths):
             raise _no_usable_row(job, cache.manifest)
         log.info(f"{cache.name}: {how}, {_summary(cache)}")
         if contaminated := cache.manifest["contaminated"]:
-            log.warning(f"{_contamination(cache, contaminated)}")
+            log.warning(_contamination(cache, contaminated))
         caches.append(cache)
     return caches
 
 
 def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: int) -> None:
-    """Prepares every block of a share of the blocks, of the job `shard` of 1..`shards`.
+    """Prepares a share of the blocks, as job `shard` (1 to `shards`) of a job array.
 
-    `prepare`, after all of them, assembles the domains.
+    When all jobs are done, `prepare` assembles the domains.
 
     Raises:
       UserError: see `prepare`.
     """
-    jobs, maker = _jobs(data, tokenizer)
-    tasks = [task for job in jobs for task in chain(*job.tasks)]
-    mine = tasks[shard - 1 :: shards]
-    _run(mine, maker)
-    log.info(f"shard {shard} of {shards}: {len(mine)} of {len(tasks)} blocks are prepared")
+    jobs, builder = _jobs(data, tokenizer)
+    items = [item for job in jobs for item in chain(*job.items)]
+    mine = items[shard - 1 :: shards]
+    _run(mine, builder)
+    log.info(f"shard {shard} of {shards}: {len(mine)} of {len(items)} blocks are prepared")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A domain, the files of each of its sources with their digests, and what becomes of them.
+    """The preparation of a domain.
 
     Attributes:
-      recipe: all but the files that decides the content.
-      directory: where the domain's cache belongs.
+      files, digests: by source.
+      recipe: everything that decides the content, except the files.
+      directory: where the domain's cache is written.
     """
 
     domain: config.Domain
@@ -110,14 +110,14 @@ class _Job:
     recipe: dict[str, Any]
     directory: Path
 
-    def open(self, maker: BlockMaker) -> DomainCache | None:
+    def open(self, builder: BlockBuilder) -> DomainCache | None:
         names = [file.name for file in chain(*self.files)]
         with domain_errors(self.domain.name):
-            return open_domain(self.domain.name, self.directory, maker.folder, names)
+            return open_domain(self.domain.name, self.directory, builder.folder, names)
 
     @functools.cached_property
-    def tasks(self) -> list[list[Task]]:
-        """The tasks of each source."""
+    def items(self) -> list[list[WorkItem]]:
+        """The work items of each source."""
         by_source = []
         with domain_errors(self.domain.name):
             for source, *pairs in zip(self.domain.sources, self.files, self.digests, strict=True):
@@ -126,10 +126,10 @@ class _Job:
                     for file, digest in zip(*pairs, strict=True)
                     for block in self._blocks(file, digest, source.format)
                 )
-                room = source.max_rows
-                split = [(block,) for block in blocks] if room is None else [blocks]
+                max_rows = source.max_rows
+                split = [(block,) for block in blocks] if max_rows is None else [blocks]
                 by_source.append(
-                    [Task(self.domain.name, self.prompt, part, room) for part in split]
+                    [WorkItem(self.domain.name, self.prompt, part, max_rows) for part in split]
                 )
         return by_source
 
@@ -146,7 +146,7 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockMaker]:
+def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockBuilder]:
     if not data.domains:
         raise UserError("data.domains is empty; name at least one domain with its sources")
     expanded = [expand(data.root, domain.sources, data.cache_dir) for domain in data.domains]
@@ -154,7 +154,7 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockMak
     cache_dir, benchmarks = data.cache_dir.expanduser(), None
     if data.decontaminate.path:
         benchmarks = Benchmarks.read(data.decontaminate.path.expanduser())
-    maker = BlockMaker(cache_dir / "blocks", data, tokenizer, benchmarks)
+    builder = BlockBuilder(cache_dir / "blocks", data, tokenizer, benchmarks)
     digests, jobs = Digests(cache_dir), []
     for domain, files in zip(data.domains, expanded, strict=True):
         prompt = resolve_prompt(data, domain)
@@ -176,7 +176,7 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockMak
         ]
         jobs.append(_Job(domain, prompt, files, found, recipe, cache_dir / _hash([recipe, wanted])))
     digests.save()
-    return jobs, maker
+    return jobs, builder
 
 
 def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[SourceFile]]]) -> None:
@@ -186,25 +186,25 @@ def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[Sou
             path = file.path.resolve()
             if path in seen:
                 raise UserError(
-                    f"{file.name} stands twice, in domain {seen[path]} and in domain "
+                    f"{file.name} is listed twice, in domain {seen[path]} and in domain "
                     f"{domain.name}; leave it in one source"
                 )
             seen[path] = domain.name
 
 
-def _run(tasks: list[Task], maker: BlockMaker) -> None:
-    """Does what is not done of the tasks, on as many processes as have a block to do."""
-    left = [task for task in tasks if maker.finished(task) is None]
+def _run(items: list[WorkItem], builder: BlockBuilder) -> None:
+    """Builds the blocks that are missing, in at most one process for each full block."""
+    left = [item for item in items if builder.finished(item) is None]
     if not left:
         return
-    _sweep(maker.folder)
-    _sweep(maker.folder.parent)
-    most = maker.data.workers or _cores()
-    useful = full_blocks(sum(task.size for task in left))
+    _sweep(builder.folder)
+    _sweep(builder.folder.parent)
+    most = builder.data.workers or _cores()
+    useful = full_blocks(sum(item.size for item in left))
     workers = max(1, min(most, useful, len(left)))
     sizes: Counter[str] = Counter()
-    for task in left:
-        sizes[task.domain] += task.size
+    for item in left:
+        sizes[item.domain] += item.size
     try:
         with (
             domain_errors(", ".join(sizes)),
@@ -212,55 +212,55 @@ def _run(tasks: list[Task], maker: BlockMaker) -> None:
         ):
             bars = {name: progress.add_task(name, total=size) for name, size in sizes.items()}
 
-            def advance(task: Task) -> None:
-                progress.advance(bars[task.domain], task.size)
+            def advance(item: WorkItem) -> None:
+                progress.advance(bars[item.domain], item.size)
 
-            run_tasks(left, maker, workers, advance)
+            run_work(left, builder, workers, advance)
     finally:
-        maker.clear()
+        builder.clear()
 
 
 def _cores() -> int:
-    """The cores this process may use, which a cluster's job may have fewer of than the machine."""
+    """The cores that this process may use; a cluster's job may have fewer than the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what processes left half built that were killed more than a day ago."""
+    """Removes incomplete folders of processes that were killed more than a day ago."""
     for part in folder.glob(f"*{PART}"):
         if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _assemble(job: _Job, maker: BlockMaker) -> DomainCache:
-    """Makes the domain's cache of its blocks, which are finished."""
+def _assemble(job: _Job, builder: BlockBuilder) -> DomainCache:
+    """Builds the domain's cache from its finished blocks."""
     with domain_errors(job.domain.name):
-        found = [[pair for task in tasks for pair in _found(task, maker)] for tasks in job.tasks]
+        found = [[pair for item in items for pair in _found(item, builder)] for items in job.items]
         write_domain(job.directory, found)
-    cache = job.open(maker)
+    cache = job.open(builder)
     if cache is None:
         raise UserError(f"{job.directory} was changed while it was in use; run again")
     return cache
 
 
-def _found(task: Task, maker: BlockMaker) -> list[tuple[Block, Finished | None]]:
-    finished = maker.finished(task)
+def _found(item: WorkItem, builder: BlockBuilder) -> list[tuple[Block, FinishedBlock | None]]:
+    finished = builder.finished(item)
     if finished is None:
-        raise UserError(f"{maker.folder} was changed while it was in use; run again")
-    return list(zip_longest(task.blocks, finished))
+        raise UserError(f"{builder.folder} was changed while it was in use; run again")
+    return list(zip_longest(item.blocks, finished))
 
 
 def _refuse_bad_rows(job: _Job, manifest: dict[str, Any]) -> None:
-    """data.on_bad_row: error, for what was prepared under `drop`, and for empty files."""
+    """Applies data.on_bad_row: error to a cache that was prepared under `drop`."""
     paths = {file.name: file.path for file in chain(*job.files)}
     for row in manifest["examples"]:
         if row["reason"] not in BY_CONFIG:
             place = f"{paths[row['file']]}:{row['line']}"
             raise bad_row_error(place, row["reason"], row["detail"])
     for name in manifest["empty_files"]:
-        raise UserError(f"{paths[name]} is empty; leave it out or set data.on_bad_row: drop")
+        raise UserError(f"{paths[name]} is empty; remove it or set data.on_bad_row: drop")
 
 
 def _no_usable_row(job: _Job, manifest: dict[str, Any]) -> UserError:
@@ -284,15 +284,15 @@ def _summary(cache: DomainCache) -> str:
     )
 
 
-def _looked_for(benchmarks: Benchmarks) -> str:
-    skipped = ", ".join(benchmarks.skipped)
-    nothing = f"; warning: no question was found in {skipped}" if skipped else ""
-    return f"copies of {benchmarks.questions:,} benchmark questions are looked for{nothing}"
+def _log_benchmarks(benchmarks: Benchmarks) -> None:
+    log.info(f"looking for copies of {benchmarks.questions:,} benchmark questions")
+    if benchmarks.skipped:
+        log.warning(f"found no question in {', '.join(benchmarks.skipped)}")
 
 
 def _contamination(cache: DomainCache, count: int) -> str:
     (row, *_) = (row for row in cache.manifest["examples"] if row["reason"] == "contaminated")
     return (
-        f"domain {cache.name} keeps {count:,} rows that hold a benchmark's question, e.g. "
+        f"domain {cache.name} keeps {count:,} rows that hold a benchmark question, for example "
         f"{row['file']}:{row['line']}: {row['detail']}"
     )

@@ -1,4 +1,4 @@
-"""Selection: what of the cached instructions is trained on, what is held out, and what is left."""
+"""Selection: which cached instructions are trained on, which are held out, which are left out."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,13 @@ from moi_jax.data.cache.domain import DomainCache, loss_column
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a domain's cache is trained on and what is held out: ascending indices, int64."""
+    """Which instructions of a domain's cache are used.
+
+    Attributes:
+      train, held_out: int64, ascending indices into the cache.
+      duplicates: instructions left out because an equal one is used.
+      no_loss_tokens: instructions left out because they have no label.
+    """
 
     train: np.ndarray
     held_out: np.ndarray
@@ -28,21 +34,21 @@ def select(
     targets: str,
     domains: Sequence[config.Domain] = (),
 ) -> list[Selection]:
-    """Leaves out instructions without labels and duplicates, and holds some out by content.
+    """Leaves out duplicates and instructions without labels, and holds some out by content.
 
-    The first of equal conversations over all domains stays. Each source gives its share. Which
-    are held out is decided by the hash of their turns alone, never by position or seed;
-    conversations with the same turns are all held out, in any domain and under any system text,
-    or none is.
+    Of equal conversations in any domain the first is used. A share of each source is held out. The
+    hash of a conversation's turns alone decides whether it is held out, never its position or the
+    seed. Conversations with the same turns are either all held out, in every domain and under every
+    system text, or all trained on.
 
     Args:
       caches: in config order.
       held_out: how many are held out: max(fraction, min rows), at most 10 % of the source.
       targets: loss.targets.
-      domains: of the caches; their sources may name a share of their own.
+      domains: the domains of the caches; their sources may set `held_out` themselves.
 
     Raises:
-      UserError: nothing is left of a domain.
+      UserError: a domain has no instruction left.
     """
     column = loss_column(targets)
     candidates = [np.flatnonzero(cache.lengths[:, column]) for cache in caches]
@@ -81,33 +87,33 @@ def select(
 
 
 def _held_out_turns(turns: np.ndarray, held_out: config.HeldOut) -> np.ndarray:
-    """The hashes of the turns that a source holds out, the smallest when mixed."""
+    """The hashes of the turns that a source holds out: those that are smallest when mixed."""
     order = np.argsort(_mix(turns))
     count = _held_out_count(len(turns), held_out)
-    # Equal turns stay together, on the training side when they would be too many.
+    # Equal turns stay together: they are trained on if holding them out would exceed the count.
     while 0 < count < len(turns) and turns[order[count]] == turns[order[count - 1]]:
         count -= 1
     return turns[order[:count]]
 
 
 def _held_out_count(rows: int, held_out: config.HeldOut) -> int:
-    # Rounded first: 0.07 * 100 is 7.000000000000001.
+    # Round first: 0.07 * 100 is 7.000000000000001.
     share = math.ceil(round(held_out.fraction * rows, 6))
     return min(max(share, held_out.min), rows // 10)
 
 
 def _mix(hashes: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele et al. 2014), so that held-out rows are no prefix of the hash order."""
+    """splitmix64 (Steele et al. 2014), so that held-out rows are not a prefix of the hash order."""
     mixed = hashes + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def domain_report(
+def row_counts(
     caches: Sequence[DomainCache], selections: Sequence[Selection]
 ) -> dict[str, dict[str, Any]]:
-    """Per domain where its rows went: read = sum of dropped + held_out + train."""
+    """What became of each domain's rows: read = sum of dropped + held_out + train."""
     return {
         cache.name: {
             "read": cache.manifest["read"],

@@ -1,4 +1,4 @@
-"""Worker processes: the tasks of a prepare on all cores, and how they end."""
+"""Worker processes: build the work items of a prepare on all cores, and end with their parent."""
 
 import multiprocessing
 import os
@@ -13,47 +13,47 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from moi_jax.common.errors import UserError
-from moi_jax.data.cache.blocks import BlockMaker, Task
+from moi_jax.data.cache.blocks import BlockBuilder, WorkItem
 
-_maker: BlockMaker  # of a worker process
+_builder: BlockBuilder  # in a worker process
 
 
-def run_tasks(
-    tasks: Sequence[Task], maker: BlockMaker, workers: int, done: Callable[[Task], None]
+def run_work(
+    items: Sequence[WorkItem], builder: BlockBuilder, workers: int, done: Callable[[WorkItem], None]
 ) -> None:
-    """Does the tasks in `workers` spawned processes; with one, in this process.
+    """Builds the items in `workers` spawned processes; one worker is this process itself.
 
     Args:
-      done: told of each task that is over, from any thread.
+      done: called with each item that has ended, from any thread.
 
     Raises:
-      UserError: of the first task, in their order, that raised one; or a process died.
+      UserError: that of the first item, in order, that raised one; or a process died.
     """
     if workers == 1:
-        for task in tasks:
-            maker.do(task)
-            done(task)
+        for item in items:
+            builder.build(item)
+            done(item)
         return
     context = multiprocessing.get_context("spawn")
-    # Nothing is ever sent: the workers see the end of this process, or of its interest, as the
-    # end of the pipe.
+    # Nothing is sent through this pipe. Its end tells the workers that this process has died, or
+    # no longer needs them.
     reader, writer = context.Pipe(duplex=False)
-    # By a file: a worker that died before it had read all of a large message would hang this
-    # process, which writes it into a pipe whose other end it holds, too.
-    pool = ProcessPoolExecutor(workers, context, _start, (reader, maker.save()))
+    # The builder goes through a file. As a large message in a pipe it would hang this process,
+    # which holds both ends of that pipe, if a worker died before it had read all of it.
+    pool = ProcessPoolExecutor(workers, context, _start, (reader, builder.save()))
     try:
-        futures = [pool.submit(_do, task) for task in tasks]
-        for task, future in zip(tasks, futures, strict=True):
-            future.add_done_callback(lambda _, task=task: done(task))  # type: ignore[misc]
+        futures = [pool.submit(_build, item) for item in items]
+        for item, future in zip(items, futures, strict=True):
+            future.add_done_callback(lambda _, item=item: done(item))  # type: ignore[misc]
         for future in futures:
             future.result()
     except BaseException as error:
-        writer.close()  # the workers leave their blocks where they are
+        writer.close()  # the workers stop at once
         if not isinstance(error, BrokenProcessPool):
             raise
         raise UserError(
             f"a worker process died, perhaps for lack of memory: set data.workers below {workers} "
-            f"(a script of your own needs `if __name__ == '__main__':`); what is prepared is kept"
+            f"(your own script needs `if __name__ == '__main__':`); finished blocks are kept"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -62,11 +62,11 @@ def run_tasks(
 
 
 def _start(reader: Connection, path: Path) -> None:
-    global _maker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's matter
+    global _builder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     threading.Thread(target=_end_with_parent, args=(reader,), daemon=True).start()
-    _maker = pickle.loads(path.read_bytes())
-    _maker.tokenizer.use_one_thread()
+    _builder = pickle.loads(path.read_bytes())
+    _builder.tokenizer.use_one_thread()
 
 
 def _end_with_parent(reader: Connection) -> None:
@@ -75,5 +75,5 @@ def _end_with_parent(reader: Connection) -> None:
     os._exit(1)
 
 
-def _do(task: Task) -> None:
-    _maker.do(task)
+def _build(item: WorkItem) -> None:
+    _builder.build(item)

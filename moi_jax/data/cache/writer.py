@@ -1,4 +1,4 @@
-"""Writing one block of the cache: rows in, records, lengths, hashes and counts out."""
+"""Writes a block of the cache: from rows to records, lengths, hashes and counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from array_record.python import array_record_module
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.data.sources.rows import Row
+from moi_jax.data.sources.rows import SourceRow
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
 from moi_jax.text.rendering import Instruction
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 RECORDS, LENGTHS, HASHES = "instructions.array_record", "lengths.npy", "hashes.npy"
 COUNTS = "counts.json"
-BATCH, BATCH_BYTES = 1_000, 2**22  # rows rendered at once, and their bytes about
-EXAMPLES = 5  # rows of each reason that the manifest tells
-# Dropped because the config asks for it, not because the row is bad.
+BATCH, BATCH_BYTES = 1_000, 2**22  # most rows rendered at once, and about how many bytes of them
+EXAMPLES = 5  # rows that the manifest shows for each reason
+# Reasons that come from the config: the row itself is not bad.
 BY_CONFIG = {"has_system", "too_long", "contaminated"}
-# Counted of the rows that are kept.
+# Counts of rows that are kept.
 NOTES = ("own_system", "trimmed_user_turn", "truncated_turns", "contaminated")
 
 
@@ -52,8 +52,8 @@ def from_record(record: bytes) -> Instruction:
 
 
 def bad_row_error(place: str, reason: str, detail: str) -> UserError:
-    """What data.on_bad_row: error says of a row."""
-    return UserError(f"{place}: {reason}: {detail}; mend the row or set data.on_bad_row: drop")
+    """The error for a bad row under data.on_bad_row: error."""
+    return UserError(f"{place}: {reason}: {detail}; fix the row or set data.on_bad_row: drop")
 
 
 class BlockWriter:
@@ -68,7 +68,7 @@ class BlockWriter:
         benchmarks: Benchmarks | None,
         place: Callable[[int], str],
     ):
-        """`place` says where a line of the block is, for the row that ends the command."""
+        """`place` gives the place of a line of the block in its file, for error messages."""
         self.directory, self.data, self.prompt = directory, data, prompt
         self.tokenizer, self.benchmarks, self.place = tokenizer, benchmarks, place
         self.limit = data.max_instruction_tokens or data.sequence_length
@@ -81,8 +81,8 @@ class BlockWriter:
         self.examples: dict[str, list[dict[str, Any]]] = {}
         self.notes = dict.fromkeys(NOTES, 0)
 
-    def add(self, rows: Iterable[Row], room: int | None) -> None:
-        """Adds rows until `room` are kept.
+    def add(self, rows: Iterable[SourceRow], max_rows: int | None) -> None:
+        """Adds rows until `max_rows` are kept.
 
         Raises:
           UserError: a row is refused by the config.
@@ -97,7 +97,7 @@ class BlockWriter:
                 )
             )
             for row in batch:
-                if self.kept == room:
+                if self.kept == max_rows:
                     return
                 self.read += 1
                 try:
@@ -110,7 +110,7 @@ class BlockWriter:
     def _fit(
         self, instruction: Instruction, conversation: Conversation
     ) -> tuple[Instruction, Conversation]:
-        """What the config keeps of the row; raises BadRow where that is nothing."""
+        """The row as the config keeps it; raises BadRow if it keeps nothing."""
         if self.data.row_system == "drop_row" and instruction.row_system:
             raise BadRow("has_system", "the row has a system turn of its own")
         length = len(instruction.tokens)
@@ -125,13 +125,13 @@ class BlockWriter:
             raise BadRow("too_long", f"{length} tokens, at most {self.limit}")
         return instruction, conversation.first_exchanges(exchanges)
 
-    def _keep(self, row: Row, instruction: Instruction, conversation: Conversation) -> None:
+    def _keep(self, row: SourceRow, instruction: Instruction, conversation: Conversation) -> None:
         assert isinstance(row.conversation, Conversation)
         contaminated = self._contaminated(row.line, conversation)
         self.records.write(to_record(instruction))
         self.lengths.extend((len(instruction.tokens), *rendering.loss_tokens(instruction)))
         turns = whole = content_hash(conversation.turns)
-        # A system text that the domain's prompt replaces is no part of what is trained on.
+        # A system text that the domain's prompt replaces is not trained on.
         if conversation.system is not None and not (
             self.data.row_system == "replace" and self.prompt
         ):
@@ -144,7 +144,7 @@ class BlockWriter:
         self.notes["contaminated"] += contaminated
 
     def _contaminated(self, line: int, conversation: Conversation) -> bool:
-        """Whether the row holds a benchmark's question and is kept; BadRow where it is not kept."""
+        """Whether the row holds a benchmark question; raises BadRow if it is dropped for that."""
         if self.benchmarks is None:
             return False
         for message in conversation.turns:
@@ -173,7 +173,7 @@ class BlockWriter:
             examples.append({"reason": bad.reason, "line": line, "detail": bad.detail})
 
     def close(self, lines: int) -> None:
-        """Writes what is not written yet. `lines` begin in the block, blank ones too."""
+        """Writes the arrays and counts; `lines` is the number of lines that begin in the block."""
         self.records.close()
         np.save(self.directory / LENGTHS, np.array(self.lengths, np.int32).reshape(-1, 3))
         np.save(self.directory / HASHES, np.array(self.hashes, np.uint64).reshape(-1, 2))
@@ -184,7 +184,7 @@ class BlockWriter:
             "dropped": self.dropped,
             **self.notes,
             "examples": sorted(chain(*self.examples.values()), key=lambda row: row["line"]),
-            # What tells a folder that was cut short.
+            # Shows whether the folder is complete.
             "bytes": {
                 name: (self.directory / name).stat().st_size for name in (RECORDS, LENGTHS, HASHES)
             },
@@ -192,7 +192,7 @@ class BlockWriter:
         (self.directory / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
     batch, size = [], 0
     for row in rows:
         batch.append(row)

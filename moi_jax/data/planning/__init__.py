@@ -1,1 +1,1 @@
-"""Which instruction stands in which group in which row, from lengths alone."""
+"""Planning: which instructions form a group and which groups share a row, from lengths alone."""

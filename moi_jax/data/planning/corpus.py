@@ -1,4 +1,4 @@
-"""The corpus: lengths of all training instructions, which is all that planning knows of them."""
+"""The corpus: lengths of all training instructions, which is all that planning needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from moi_jax.data.cache.selection import Selection
 
 @dataclass(frozen=True)
 class Corpus:
-    """Lengths of all training instructions, which is all that planning knows of them.
+    """The lengths of all training instructions.
 
-    Instructions are numbered globally and domain-major: instruction i of domain d is
+    Instructions have global numbers, domain by domain: instruction i of domain d is number
     offsets[d] + i.
     """
 
     names: tuple[str, ...]  # domains in config order
-    offsets: np.ndarray  # int64[K + 1]
-    lengths: np.ndarray  # int32[N] tokens
-    loss_lengths: np.ndarray  # int32[N] tokens that carry loss
+    offsets: np.ndarray  # int64[domains + 1]
+    lengths: np.ndarray  # int32[instructions] tokens
+    loss_lengths: np.ndarray  # int32[instructions] tokens that carry loss
     source_starts: tuple[np.ndarray, ...]  # int64[sources + 1] of each domain, into the domain
 
     @classmethod
@@ -32,7 +32,7 @@ class Corpus:
         loss_lengths: Sequence[np.ndarray],
         source_starts: Sequence[np.ndarray] | None = None,
     ) -> "Corpus":
-        """From int32[n_d] arrays of each domain; source_starts None: each domain is one source."""
+        """From int32[n_d] arrays of each domain; source_starts None: one source a domain."""
         counts = [len(domain) for domain in lengths]
         return cls(
             tuple(names),
@@ -46,7 +46,7 @@ class Corpus:
     def of_training(
         cls, caches: Sequence[DomainCache], selections: Sequence[Selection], targets: str
     ) -> "Corpus":
-        """Of the instructions selected for training, with the labels of loss.targets."""
+        """The corpus of the instructions selected for training; `targets` is loss.targets."""
         column = loss_column(targets)
         lengths = [c.lengths[s.train] for c, s in zip(caches, selections, strict=True)]
         starts: list[np.ndarray] = [
@@ -62,15 +62,15 @@ class Corpus:
 
     @property
     def counts(self) -> list[int]:
-        """Training instructions of each domain."""
+        """The number of training instructions of each domain."""
         return np.diff(self.offsets).tolist()
 
     @cached_property
     def domain_loss_tokens(self) -> np.ndarray:
-        """int64[K]: tokens that carry loss of each domain, every instruction once."""
+        """int64[domains]: loss tokens of each domain, counting each instruction once."""
         sums = np.append(0, np.cumsum(self.loss_lengths, dtype=np.int64))
         return np.diff(sums[self.offsets])
 
     def domain_of(self, instructions: np.ndarray) -> np.ndarray:
-        """int64[...] domain ids, the position of the domain in config order."""
+        """int64[...]: the domain id (position in config order) of each global number."""
         return np.searchsorted(self.offsets, instructions, side="right") - 1

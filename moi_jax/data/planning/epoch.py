@@ -1,7 +1,7 @@
-"""The plan of an epoch: which instruction stands in which group in which row.
+"""The plan of an epoch: which instructions form which group, and which groups share a row.
 
 It is a pure function of (corpus lengths, data config, seed, stage, epoch) and, in later stages of
-a curriculum, of the draws that were made before.
+a curriculum, of the number of draws in the stages before.
 """
 
 import dataclasses
@@ -17,23 +17,23 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Data
 from moi_jax.data.planning import mixture, packing, swaps
 from moi_jax.data.planning.corpus import Corpus
-from moi_jax.data.planning.mixture import Stream
+from moi_jax.data.planning.mixture import RandomStream
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One epoch: M instruction places in G groups in R rows, all in row order."""
+    """One epoch: M places of instructions in G groups in R rows, all in row order."""
 
     epoch: int
     sequence_length: int
     corpus: Corpus
-    instructions: np.ndarray  # int64[M] global numbers; one number may occur several times
+    instructions: np.ndarray  # int64[M] global numbers; a number may occur several times
     group_starts: np.ndarray  # int64[G + 1] into instructions
     row_starts: np.ndarray  # int64[R + 1] into groups
-    moved: int  # instructions that stand in another group than they were drawn for
-    unplaced: np.ndarray  # int64[U] instructions of groups left out, as nothing made them fit a row
+    moved_instructions: int  # places filled by another instruction than the one that was drawn
+    unplaced: np.ndarray  # int64[U] instructions of groups that are left out: they fit no row
     unplaced_groups: int
-    draws: np.ndarray  # int64[K] draws of each domain that were made
+    draws: np.ndarray  # int64[domains] number of draws of each domain
 
     @property
     def rows(self) -> int:
@@ -56,7 +56,7 @@ class EpochPlan:
 
     @cached_property
     def domain_loss_tokens(self) -> np.ndarray:
-        """T_d, int64[K]: tokens of each domain that carry loss, every occurrence counted."""
+        """T_d, int64[domains]: loss tokens of each domain, counting every occurrence."""
         occurrences = np.bincount(self.instructions, minlength=len(self.corpus.lengths))
         sums = np.append(0, np.cumsum(occurrences * self.corpus.loss_lengths))
         return np.diff(sums[self.corpus.offsets])
@@ -72,12 +72,12 @@ class EpochPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the whole plan: numpy does not promise equal permutations in all its releases."""
+        """A fingerprint of the plan, because numpy's permutations may differ between releases."""
         arrays = (self.instructions, self.group_starts, self.row_starts)
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
     def row_loss_tokens(self) -> np.ndarray:
-        """int64[R]: tokens of each row that carry loss."""
+        """int64[R]: the loss tokens of each row."""
         sums = np.append(0, np.cumsum(self.corpus.loss_lengths[self.instructions], dtype=np.int64))
         return np.diff(sums[self.instruction_starts])
 
@@ -92,13 +92,13 @@ def plan_epoch(
     *,
     groups: int | None = None,
 ) -> EpochPlan:
-    """Plans an epoch: draw groups, mend those longer than a row, pack them, shuffle the rows.
+    """Plans an epoch: draws groups, repairs those longer than a row, packs them, shuffles the rows.
 
     Args:
-      data: with the sampling of the stage.
+      data: the section with the sampling of the stage.
       stage: of the curriculum; its number is in the key of every random stream.
-      first_draws: int64[K], draws of each domain before epoch 0 of the stage.
-      groups: plan only the first groups of the epoch.
+      first_draws: int64[domains], draws of each domain before epoch 0 of the stage.
+      groups: plan only this number of groups, the first ones of the epoch.
 
     Raises:
       UserError: there is nothing to plan, or no group fits a row.
@@ -107,11 +107,11 @@ def plan_epoch(
     counts, lengths, limit = corpus.counts, corpus.lengths, data.sequence_length
     same_column = data.sampling == "balanced"
 
-    def rng(stream: Stream) -> np.random.Generator:
+    def rng(stream: RandomStream) -> np.random.Generator:
         return mixture.generator(seed, stream, epoch, stage)
 
     drawn = mixture.draw_groups(corpus, data, seed, epoch, stage, first_draws, groups)
-    members = swaps.mend_groups(drawn, lengths, limit, same_column, rng(Stream.REPAIR))
+    members = swaps.repair_groups(drawn, lengths, limit, same_column, rng(RandomStream.REPAIR))
     sizes = mixture.group_sizes(members, lengths)
     fits = (sizes > 0) & (sizes <= limit)
     unplaced = members[~fits]
@@ -124,14 +124,14 @@ def plan_epoch(
     row_of = packing.pack(members, sizes, limit, data.packing)
     if data.packing == "best_fit":
         members, row_of = swaps.fill_rows(
-            members, row_of, lengths, limit, same_column, rng(Stream.FILL)
+            members, row_of, lengths, limit, same_column, rng(RandomStream.FILL)
         )
     moved = int(np.count_nonzero(members != drawn))
     members = mixture.order_members(members, counts, data, seed, epoch, stage)
     rows = int(row_of.max()) + 1
-    row_of = rng(Stream.ROWS).permutation(rows)[row_of]
-    # In a row the groups keep draw order, which is random: best_fit's own order would put the
-    # longest first.
+    row_of = rng(RandomStream.ROWS).permutation(rows)[row_of]
+    # Within a row the groups keep draw order, which is random; the order of best_fit would put the
+    # longest group first.
     members = members[np.argsort(row_of, kind="stable")]
     present = members >= 0
     of_domain = corpus.domain_of(np.concatenate([members[present], unplaced[unplaced >= 0]]))
@@ -142,15 +142,15 @@ def plan_epoch(
         instructions=members[present],
         group_starts=np.append(0, np.cumsum(present.sum(axis=1))),
         row_starts=np.append(0, np.cumsum(np.bincount(row_of, minlength=rows))),
-        moved=moved,
+        moved_instructions=moved,
         unplaced=unplaced[unplaced >= 0],
         unplaced_groups=len(unplaced),
         draws=np.bincount(of_domain, minlength=len(counts)),
     )
 
 
-def first_rows(plan: EpochPlan, rows: int) -> EpochPlan:
-    """The plan cut after its first rows."""
+def cut_epoch(plan: EpochPlan, rows: int) -> EpochPlan:
+    """The plan with only its first rows."""
     groups = plan.row_starts[: rows + 1]
     instructions = plan.group_starts[: groups[-1] + 1]
     return dataclasses.replace(
@@ -162,14 +162,14 @@ def first_rows(plan: EpochPlan, rows: int) -> EpochPlan:
 
 
 def last_epoch(whole: EpochPlan, rows: int, arguments: tuple[Any, ...]) -> EpochPlan:
-    """The epoch a stage ends in: only as many of its groups are drawn as fill its `rows`.
+    """The plan of the epoch in which a stage ends: it draws only as many groups as fill `rows`.
 
-    Draws go on after it in the next stage, so an epoch is not planned whole to be cut; what is
-    cut are the groups beyond the last row, fewer than a row's.
+    The draws of the next stage follow on it, so it is not enough to cut the plan of the whole
+    epoch. Only the groups beyond the last row are cut, fewer than a row holds.
 
     Args:
-      whole: the whole epoch's plan, of more rows.
-      arguments: those of `plan_epoch`.
+      whole: the plan of the whole epoch, which has more rows.
+      arguments: the arguments of `plan_epoch`.
     """
     groups_a_row = (len(whole.group_starts) - 1 + whole.unplaced_groups) / whole.rows
     groups, plan = 0, None
@@ -177,4 +177,4 @@ def last_epoch(whole: EpochPlan, rows: int, arguments: tuple[Any, ...]) -> Epoch
         missing = rows - (plan.rows if plan else 0)
         groups += max(1, int(missing * groups_a_row))
         plan = plan_epoch(*arguments, groups=groups)
-    return first_rows(plan, rows)
+    return cut_epoch(plan, rows)

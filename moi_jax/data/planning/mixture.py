@@ -1,7 +1,10 @@
-"""Which instructions meet in a group: draws of each domain, groups of an epoch, their order.
+"""Sampling: which instructions form a group, and in which order.
 
-A group is one line of an int64[G, W] matrix of global instruction numbers (domain-major: the
-instructions of domain 0, then those of domain 1, ...); -1 fills up a last group that is shorter.
+The groups of an epoch are an int64[G, W] matrix of global instruction numbers; -1 fills up the
+last group if it is shorter. Example: balanced sampling of 3 chat instructions (numbers 0 to 2) and
+2 code instructions (numbers 3 and 4) gives
+
+    [[1, 4], [0, 3], [2, 3]]
 """
 
 from collections.abc import Sequence
@@ -15,8 +18,8 @@ from moi_jax.config import Data
 from moi_jax.data.planning.corpus import Corpus
 
 
-class Stream(IntEnum):
-    """Every random stream of the plan, with what follows it in the key [seed, stream, ...]."""
+class RandomStream(IntEnum):
+    """The random streams of the plan, each with the rest of its key [seed, stream, ...]."""
 
     SAMPLING = 1  # domain, block, source + 1 or 0: the permutations that draws follow
     UNION = 2  # epoch, stage: the order of the sampled stream over all domains
@@ -27,17 +30,17 @@ class Stream(IntEnum):
     SOURCES = 7  # domain, block: the order of a domain's weighted sources
 
 
-def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
-    """The generator of one stream; the same key gives the same numbers on every host."""
+def generator(seed: int, stream: RandomStream, *key: int) -> np.random.Generator:
+    """The generator of a stream; the same key gives the same numbers on every host."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, *key])))
 
 
-# Permutations are made in blocks of about this many draws, so that cycling a tiny set is cheap.
+# Permutations are made in blocks of about this many draws, so that repeating a tiny set is cheap.
 BLOCK = 1 << 16
 
 
 def draws(seed: int, domain: int, n: int, start: int, count: int, source: int = 0) -> np.ndarray:
-    """Draws `start` to `start + count` of a domain of n instructions, over all epochs.
+    """Draws number `start` to `start + count` from a domain of n instructions, over all epochs.
 
     Draw j is element j mod n of the domain's seeded permutation number j // n, so the counts of
     two instructions never differ by more than one.
@@ -46,16 +49,16 @@ def draws(seed: int, domain: int, n: int, start: int, count: int, source: int = 
       source: 0 for a whole domain; 1, 2, ... for one of its weighted sources.
 
     Returns:
-      int64[count], each 0 <= i < n.
+      int64[count] of numbers 0 <= i < n.
     """
     permutations = max(1, BLOCK // n)
     size = permutations * n
     drawn = np.empty(count, np.int64)
     for block in range(start // size, -(-(start + count) // size)):
         table = np.broadcast_to(np.arange(n), (permutations, n))
-        stream = generator(seed, Stream.SAMPLING, domain, block, source)
+        stream = generator(seed, RandomStream.SAMPLING, domain, block, source)
         order = stream.permuted(table, axis=1).ravel()
-        # The part of this block that was asked for, in numbers of all draws.
+        # The part of this block that is wanted, as numbers of draws.
         first, last = max(start, block * size), min(start + count, (block + 1) * size)
         drawn[first - start : last - start] = order[first - block * size : last - block * size]
     return drawn
@@ -63,23 +66,23 @@ def draws(seed: int, domain: int, n: int, start: int, count: int, source: int = 
 
 @dataclass(frozen=True)
 class WeightedSources:
-    """A domain whose draws come from its sources by weight, whatever the sources' sizes.
+    """A domain whose sources are drawn from by weight, whatever their sizes.
 
     Attributes:
-      starts: int64[sources + 1], instruction i of source s is starts[s] + i of the domain.
-      shares: float64[sources], sum 1.
+      starts: int64[sources + 1]; instruction i of source s is starts[s] + i of the domain.
+      shares: float64[sources]; their sum is 1.
     """
 
     starts: np.ndarray
     shares: np.ndarray
 
     def draws(self, seed: int, domain: int, start: int, count: int) -> np.ndarray:
-        """As `draws`; inside each source counts never differ by more than one."""
+        """Like the function `draws`; counts differ by at most one within each source."""
         drawn = np.empty(count, np.int64)
         for block in range(start // BLOCK, -(-(start + count) // BLOCK)):
             before, after = self._taken(block * BLOCK), self._taken((block + 1) * BLOCK)
             labels = np.repeat(np.arange(len(self.shares)), after - before)
-            generator(seed, Stream.SOURCES, domain, block).shuffle(labels)
+            generator(seed, RandomStream.SOURCES, domain, block).shuffle(labels)
             whole = np.empty(BLOCK, np.int64)
             for source, n in enumerate(np.diff(self.starts).tolist()):
                 mine = labels == source
@@ -91,19 +94,19 @@ class WeightedSources:
         return drawn
 
     def _taken(self, draws: int) -> np.ndarray:
-        """int64[sources]: how many of the domain's first `draws` draws are of each source."""
+        """int64[sources]: how many of the domain's first `draws` draws are from each source."""
         taken = np.floor(draws * self.shares).astype(np.int64)
         taken[np.argmax(self.shares)] += draws - taken.sum()
         return taken
 
     def size(self, epoch_end: str) -> int:
-        """Draws until the last (longest) or first (shortest) source was drawn once whole."""
+        """Draws until the last (longest) or the first (shortest) source is used up once."""
         ends = np.diff(self.starts) / self.shares
         return max(1, int(np.ceil(ends.max()) if epoch_end == "longest" else np.floor(ends.min())))
 
 
 def weighted_sources(corpus: Corpus, data: Data, domain: int) -> WeightedSources | None:
-    """The domain's sources where their weights say how to draw; None: they are one set."""
+    """The domain's sources if their weights matter; None if all weights are 1."""
     starts = corpus.source_starts[domain]
     weights = np.array([source.weight for source in data.domains[domain].sources])
     if (weights == 1.0).all():
@@ -111,13 +114,13 @@ def weighted_sources(corpus: Corpus, data: Data, domain: int) -> WeightedSources
     if (np.diff(starts) == 0).any():
         raise UserError(
             f"a weighted source of domain {data.domains[domain].name} has no training "
-            f"instruction; remove it or leave the weights of that domain out"
+            f"instruction; remove the source, or remove the weights of the domain's sources"
         )
     return WeightedSources(starts, weights / weights.sum())
 
 
 def asked_shares(corpus: Corpus, data: Data) -> np.ndarray:
-    """float64[K], sum 1: each domain's share in data.unit, as the config asks for it."""
+    """float64[domains]: the share of each domain that the config asks for, in data.unit."""
     sizes = np.array(corpus.counts, np.float64)
     if data.sampling == "balanced":
         wanted = np.ones(len(sizes))
@@ -132,24 +135,26 @@ def asked_shares(corpus: Corpus, data: Data) -> np.ndarray:
 
 
 def epoch_counts(corpus: Corpus, data: Data) -> np.ndarray:
-    """int64[K]: draws of each domain in an epoch.
+    """int64[domains]: the number of draws of each domain in an epoch.
 
-    balanced: the size of the largest domain (epoch_end: longest) or the smallest, of each.
-    proportional: every instruction once. weights, temperature: in the shares asked for, until the
-    last domain was drawn once whole (longest) or the first (shortest).
+    balanced: for every domain, the size of the largest one (epoch_end: longest) or of the smallest
+    one (shortest). proportional: every instruction once. weights, temperature: in the shares asked
+    for, until the last domain (longest) or the first one (shortest) is used up once.
 
     Raises:
       UserError: there is nothing to draw from.
     """
     if not sum(corpus.counts):
-        raise UserError("no domain has a training instruction; check data.domains and the drops")
+        raise UserError(
+            "no domain has a training instruction; check data.domains and the dropped rows"
+        )
     if data.sampling == "proportional":
         return np.array(corpus.counts, np.int64)
     if data.sampling == "balanced" and 0 in corpus.counts:
         name = data.domains[corpus.counts.index(0)].name
         raise UserError(
-            f"domain {name} has no training instruction, and sampling: balanced needs one in every "
-            f"chunk; remove the domain or add sources"
+            f"domain {name} has no training instruction, but sampling: balanced needs one in every "
+            f"chunk; remove the domain or add sources to it"
         )
     shares = asked_shares(corpus, data)
     if data.unit == "loss_tokens":
@@ -175,15 +180,15 @@ def draw_groups(
     first_draws: np.ndarray | int = 0,
     groups: int | None = None,
 ) -> np.ndarray:
-    """The groups of an epoch in draw order, before repair and before the order inside a group.
+    """Draws the groups of an epoch; they are not repaired yet, nor their members put in order.
 
-    balanced: chunk c holds draw c of each domain; columns are domains in config order. Else:
-    data.chunk_size consecutive instructions of a random stream, in which the draws of a domain
-    follow one another.
+    balanced: group c (a chunk) holds draw c of each domain; columns are domains in config order.
+    Otherwise a group is data.chunk_size consecutive instructions of a random stream over all
+    domains, in which each domain's instructions are in draw order.
 
     Args:
-      first_draws: int64[K], draws of each domain before epoch 0 of this stage.
-      groups: only so many, the first ones.
+      first_draws: int64[domains], draws of each domain before epoch 0 of this stage.
+      groups: draw only this number of groups, the first ones.
 
     Returns:
       int64[G, W] global instruction numbers, W = number of domains or data.chunk_size.
@@ -209,7 +214,7 @@ def draw_groups(
         return members
     assert data.chunk_size is not None  # resolved by the config
     labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
-    generator(seed, Stream.UNION, epoch, stage).shuffle(labels)
+    generator(seed, RandomStream.UNION, epoch, stage).shuffle(labels)
     if groups is not None:
         labels = labels[: groups * data.chunk_size]
     of_domain = np.bincount(labels, minlength=len(counts)).tolist()
@@ -219,15 +224,17 @@ def draw_groups(
     )
     missing = -len(stream) % data.chunk_size
     members = np.pad(stream, (0, missing), constant_values=-1).reshape(-1, data.chunk_size)
-    if data.chunk_size > 1 and (counts > corpus.counts).any():
-        _separate_copies(members, generator(seed, Stream.UNION, epoch, stage, 1))
+    if data.chunk_size > 1:
+        # Also with fewer draws than instructions: an epoch may end one permutation of a domain and
+        # begin the next.
+        _separate_copies(members, generator(seed, RandomStream.UNION, epoch, stage, 1))
     return members
 
 
 def _separate_copies(members: np.ndarray, rng: np.random.Generator) -> None:
-    """Swaps instructions that stand twice in their group with others, in place.
+    """Swaps instructions that occur twice in their group with those of other groups, in place.
 
-    A copy that no other group can take is left out of its group: -1.
+    A copy that no other group can take is removed from its group (-1).
     """
     width = members.shape[1]
     for attempt in range(SEPARATING_ROUNDS):
@@ -241,7 +248,7 @@ def _separate_copies(members: np.ndarray, rng: np.random.Generator) -> None:
             members[group, column] = -1
             return
         other, other_column = rng.integers(len(members), size=len(group)), rng.integers(width)
-        # One after the other: two copies may have been given the same partner.
+        # One after another: two copies may have the same partner.
         for g, c, o in zip(group.tolist(), column.tolist(), other.tolist(), strict=True):
             if members[o, other_column] >= 0:
                 members[g, c], members[o, other_column] = members[o, other_column], members[g, c]
@@ -251,26 +258,33 @@ SEPARATING_ROUNDS = 32
 
 
 def group_sizes(members: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens of each group: int64[G] of members int64[G, W] and lengths int32[N]."""
+    """int64[G]: the tokens of each group, from members int64[G, W] and lengths int32[I]."""
     return with_none(lengths)[members].sum(axis=1, dtype=np.int64)
 
 
 def with_none(values: np.ndarray) -> np.ndarray:
-    """Values of instructions with a 0 at the end, which the number -1 of a missing member finds."""
+    """Values of instructions with a 0 at the end: the index -1 of a missing member finds the 0."""
     return np.append(values, values.dtype.type(0))
 
 
 def order_members(
     members: np.ndarray, counts: Sequence[int], data: Data, seed: int, epoch: int, stage: int = 0
 ) -> np.ndarray:
-    """Puts each group's members in data.order; ties keep draw order, missing members stay last.
+    """Sorts the members of each group by data.order.
+
+    Ties keep draw order; missing members (-1) come last.
 
     Args:
       members: int64[G, W] global instruction numbers.
-      counts: training instructions of each domain, in config order.
+      counts: the number of training instructions of each domain, in config order.
+
+    Returns:
+      int64[G, W].
     """
     if data.order == "shuffled":
-        ranks = generator(seed, Stream.MEMBERS, epoch, stage).random(members.shape, np.float32)
+        ranks = generator(seed, RandomStream.MEMBERS, epoch, stage).random(
+            members.shape, np.float32
+        )
         ranks[members < 0] = 2.0
     else:
         domain_ranks = np.arange(len(counts), dtype=np.int16)

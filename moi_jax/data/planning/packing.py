@@ -1,6 +1,7 @@
-"""Which groups share a row: best fit, sequential, or one group a row.
+"""Packing: which groups share a row (best fit, sequential, or one group for each row).
 
-A group is never cut, and the same instruction never stands twice in a row.
+A group is never cut, and the same instruction never occurs twice in a row. Example: groups of 6,
+5, 4 and 3 tokens in rows of 10 tokens are packed as 6 + 4 and 5 + 3 by best_fit.
 """
 
 from array import array
@@ -15,14 +16,14 @@ def pack(
     sequence_length: int,
     packing: Literal["best_fit", "sequential", "none"],
 ) -> np.ndarray:
-    """Places every group in a row of sequence_length tokens.
+    """Assigns every group to a row of sequence_length tokens.
 
     Args:
       members: int64[G, W] global instruction numbers of each group, -1 for none.
       sizes: int64[G] tokens of each group, 1 <= size <= sequence_length, in draw order.
 
     Returns:
-      int64[G], the row of each group; rows are numbered from 0 in the order they were opened.
+      int64[G], the row of each group; rows are numbered from 0 in the order of opening.
     """
     if packing == "best_fit":
         return best_fit(members, sizes, sequence_length)
@@ -32,21 +33,21 @@ def pack(
 
 
 def repeated_members(members: np.ndarray) -> np.ndarray:
-    """bool[G, W]: members whose instruction occurs more than once among all groups."""
+    """bool[G, W]: True for members whose instruction occurs more than once in all groups."""
     present = members >= 0
     occurrences = np.bincount(members[present])
     return present & (occurrences[members] > 1)
 
 
-# Rows looked at for a group whose instructions already stand in the tightest one.
+# How many rows are tried for a group before a new row is opened, if instructions repeat.
 ROWS_TRIED = 16
 
 
 class OpenRows:
-    """Rows with tokens left, as a stack per number of free tokens.
+    """Rows with free tokens, in one stack for each number of free tokens.
 
-    `mask` has bit f set where the stack of rows with f free tokens is not empty: the tightest row
-    for a group is found by one shift and one lowest bit, not by a search.
+    Bit f of `mask` is set if the stack of rows with f free tokens is not empty. So a shift and the
+    lowest set bit give the tightest row for a group, without a search.
     """
 
     def __init__(self, sequence_length: int):
@@ -60,7 +61,7 @@ class OpenRows:
         stack.append(row)
 
     def tightest(self, size: int) -> int:
-        """The smallest number of free tokens >= size that some row has; -1 if none has."""
+        """The smallest number of free tokens >= size that a row has; -1 if no row has that many."""
         fitting = self.mask >> size
         return size + (fitting & -fitting).bit_length() - 1 if fitting else -1
 
@@ -73,9 +74,9 @@ class OpenRows:
 
 
 class Copies:
-    """Tells whether a row already holds an instruction of a group.
+    """Knows whether a row already holds an instruction of a group.
 
-    Knows only the instructions that occur more than once: usually few, often none.
+    It stores only the instructions that occur more than once: usually few, often none.
     """
 
     def __init__(self, members: np.ndarray):
@@ -83,12 +84,12 @@ class Copies:
         self.any = bool(repeated.any())
         self._ids = members[repeated].data
         self._starts = np.append(0, np.cumsum(repeated.sum(axis=1))).data
-        # A signature has the bit (number mod 61) of every instruction: where those of a group and
-        # a row share no bit, they share no instruction, and the chain need not be walked.
+        # A signature has bit (number mod 61) set for every instruction. If the signatures of a
+        # group and a row share no bit, they share no instruction, and nothing else is compared.
         bits = np.where(repeated, 1 << members % 61, 0)
         self._signatures = np.bitwise_or.reduce(bits, axis=1).data
         self._row_signatures = np.zeros(len(members), np.int64).data
-        # The groups of a row as a chain: the last one placed, and from each the one before.
+        # The groups of a row as a linked list: the last one, and for each group the one before it.
         self._last = np.full(len(members), -1).data
         self._previous = np.full(len(members), -1).data
 
@@ -113,11 +114,11 @@ class Copies:
 
 
 def best_fit(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Best-fit decreasing: the largest group first, each into the open row with the least room.
+    """Best-fit decreasing: largest group first, each into the open row with the least free tokens.
 
-    Equal sizes keep draw order; of equally tight rows the one used last is taken. A row that holds
-    one of the group's instructions already is passed over for the next tightest; after ROWS_TRIED
-    rows a new one is opened.
+    Groups of equal size keep draw order; among equally tight rows the one used last is taken. A row
+    that already holds an instruction of the group is skipped for the next tightest one; after
+    ROWS_TRIED rows a new row is opened.
     """
     order = np.argsort(-sizes, kind="stable")
     copies = Copies(members)
@@ -143,9 +144,13 @@ def best_fit(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> np
 
 
 def without_copies(open_rows: OpenRows, copies: Copies, group: int, free: int) -> tuple[int, int]:
-    """(free, index) of the first row, from `free` on, that holds none of the group's instructions.
+    """(free, index) of the tightest row that holds none of the group's instructions.
 
-    (-1, -1) if there is none among the ROWS_TRIED first ones.
+    Args:
+      free: the smallest number of free tokens to look at.
+
+    Returns:
+      (-1, -1) if there is none among the first ROWS_TRIED rows.
     """
     tried = 0
     while free >= 0:
@@ -161,14 +166,14 @@ def without_copies(open_rows: OpenRows, copies: Copies, group: int, free: int) -
 
 
 def sequential(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> np.ndarray:
-    """Next fit in draw order: a row ends before the group that is too long or repeats a member."""
+    """Next fit in draw order: a row ends before a group that is too long or repeats a member."""
     groups = len(sizes)
     ends = np.cumsum(sizes)
-    # For a row that began at each group: the first group that does not fit any more ...
+    # For a row that begins at each group: the first group that no longer fits ...
     stop = np.searchsorted(ends, ends - sizes + sequence_length, side="right")
-    # ... or that repeats an instruction of the row.
+    # ... or that repeats an instruction of the row,
     stop = np.minimum(stop, np.minimum.accumulate(next_copy(members)[::-1])[::-1])
-    # A group of few instructions may hold one twice; it stands alone.
+    # but at least the next group: with few instructions a group may hold one twice.
     stop = np.maximum(stop, np.arange(1, groups + 1))
     starts = array("q")
     group, stops = 0, stop.data
@@ -181,7 +186,7 @@ def sequential(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> 
 
 
 def next_copy(members: np.ndarray) -> np.ndarray:
-    """int64[G]: the next later group with an instruction of this group; G where there is none."""
+    """int64[G]: for each group, the next one that shares an instruction with it; G if none does."""
     groups = len(members)
     group, column = np.nonzero(repeated_members(members))
     ids = members[group, column]

@@ -1,6 +1,6 @@
-"""Same-domain swaps between groups: groups longer than a row are mended, and rows are filled.
+"""Swaps of instructions between groups: they repair groups longer than a row, and fill rows.
 
-Groups are drawn at random, and stay so but for the few instructions that change places here.
+Groups are drawn at random and stay so, except for the few instructions that are swapped here.
 """
 
 from collections import deque
@@ -10,7 +10,7 @@ import numpy as np
 
 from moi_jax.data.planning import packing
 
-# Pairs of instructions compared in a round and for one row at most, and rounds at most.
+# Limits: pairs of instructions compared in a round, pairs compared for one row, and rounds.
 ROUND_PAIRS = 1 << 22
 ROW_PAIRS = 1 << 11
 ROUNDS = 32
@@ -19,14 +19,14 @@ IDLE_ROUNDS = 3  # in a row without a swap: other partners would not help either
 
 @dataclass
 class Layout:
-    """Groups in rows, changed in place.
+    """Groups in rows; swaps change it in place.
 
     Attributes:
       members: int64[G, W] global instruction numbers of each group, -1 for none.
       row_of: int64[G], the row of each group.
-      sizes: int64[R] tokens of each row.
-      lengths: int32[N + 1] tokens of each instruction; the last is 0, for -1.
-      same_column: swap inside a column only (balanced: the members of one domain).
+      sizes: int64[R], the tokens of each row.
+      lengths: int32[instructions + 1], the tokens of each instruction; the last is 0, for -1.
+      same_column: swap only within a column (balanced: the instructions of one domain).
     """
 
     members: np.ndarray
@@ -41,14 +41,14 @@ class Layout:
 
     @property
     def pairs(self) -> int:
-        """Pairs of instructions that two rows may swap, at most."""
+        """The largest number of pairs of instructions that two rows could swap."""
         groups, width = int(np.diff(self._starts).max()), self.members.shape[1]
         return groups**2 * (width if self.same_column else width**2)
 
     def places(self, rows: np.ndarray) -> np.ndarray:
-        """int64[r, n, C]: the places in `members.ravel()` of rows' instructions, -1 for none.
+        """int64[r, n, C]: the indices in `members.ravel()` of the rows' instructions, -1 for none.
 
-        An instruction may be swapped with those of its own column of C alone.
+        An instruction may be swapped only with those of its own column of C.
         """
         width = self.members.shape[1]
         counts = self._starts[rows + 1] - self._starts[rows]
@@ -64,9 +64,9 @@ class Layout:
 
 
 def shorten(layout: Layout, limit: int, rng: np.random.Generator) -> None:
-    """Swaps instructions of rows over `limit` tokens with rows that keep within it.
+    """Shortens rows over `limit` tokens by swaps with rows that stay within it.
 
-    A row that no swap makes fit stays too long.
+    A row that no swap can make fit stays too long.
     """
     idle = 0
     for _ in range(ROUNDS):
@@ -77,14 +77,14 @@ def shorten(layout: Layout, limit: int, rng: np.random.Generator) -> None:
 
 
 def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generator) -> int:
-    """One swap for every row that is too long; returns how many were made.
+    """Makes one swap for every row that is too long; returns the number of swaps.
 
-    Each is compared with random rows of its own that have room (the fewer long rows, the more
-    partners each sees; the more room, the likelier). It takes the first swap that makes it fit;
-    where there is none, the one that shortens it most.
+    Each long row is compared with random partners: rows that have room and are compared with no
+    other long row. Rows with more room are likelier partners. The long row takes the first swap
+    that makes it fit, or else the swap that shortens it most.
     """
     roomy = np.flatnonzero(layout.sizes < limit)
-    # Partners are given out disjointly, so the swaps of a round do not disturb one another.
+    # No two long rows share a partner, so the swaps of a round are independent.
     most = min(len(roomy), max(1, ROUND_PAIRS // layout.pairs))
     long = long[:most]
     if not len(long):
@@ -94,7 +94,7 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     partners = _by_room(roomy, limit - layout.sizes[roomy], len(long) * each, rng)
     partners = partners.reshape(each, len(long)).T.ravel()
     theirs = layout.places(partners).reshape(len(long), each, -1, ours.shape[2])
-    # How much shorter the row gets, and the partner longer: [l, each, m, n, C].
+    # The tokens that a swap moves from the row to the partner: [l, each, m, n, C].
     a, b = layout.numbers(ours)[:, None, :, None], layout.numbers(theirs)[:, :, None]
     gain = layout.lengths[a] - layout.lengths[b]
     room = (limit - layout.sizes[partners]).reshape(len(long), each, 1, 1, 1)
@@ -119,23 +119,26 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     return len(done)
 
 
-def mend_groups(
+def repair_groups(
     members: np.ndarray,
     lengths: np.ndarray,
     sequence_length: int,
     same_column: bool,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Makes groups fit a row by swapping members with groups that fit and keep fitting.
+    """Makes groups fit a row by swaps with groups that fit, before and after the swap.
+
+    Example: with lengths [9, 5, 4, 1] and rows of 10 tokens, the groups [[0, 1], [2, 3]] have 14
+    and 5 tokens. They become [[2, 1], [0, 3]], with 9 and 10 tokens.
 
     Args:
       members: int64[G, W] global instruction numbers; not changed.
-      lengths: int32[N] tokens of each instruction.
-      same_column: swap inside a column only (balanced: the members of one domain).
+      lengths: int32[instructions] tokens of each instruction.
+      same_column: swap only within a column (balanced: the instructions of one domain).
 
     Returns:
-      Members of the groups now: `members` itself where all of them fit; else a copy, in which
-      those that nothing made fit are still too long.
+      int64[G, W]: `members` itself if all groups fit, otherwise a repaired copy. Groups that no
+      swap can make fit are still too long.
     """
     lengths = np.append(lengths, np.int32(0))
     sizes = lengths[members].sum(axis=1, dtype=np.int64)
@@ -150,9 +153,9 @@ def mend_groups(
 def _by_room(
     rows: np.ndarray, room: np.ndarray, count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """`count` of the rows, drawn without replacement with chances in proportion to their room.
+    """Draws `count` rows without replacement, with probabilities in proportion to their room.
 
-    By exponential keys (Efraimidis and Spirakis 2006).
+    The method is that of exponential keys (Efraimidis and Spirakis 2006).
     """
     keys = rng.standard_exponential(len(rows)) / room
     if count < len(rows):
@@ -161,11 +164,10 @@ def _by_room(
     return rows[np.argsort(keys)]
 
 
-# Share of the tokens' room that filling aims at: the fewer tokens are left free, the harder the
-# last swaps are to find.
+# The fill that is aimed at. The fewer tokens stay free, the harder it is to find the last swaps.
 AIM = 0.999
-HOSTS_TRIED = 6  # rows a group is moved to, one after another
-WORTH = 0.9  # share of the emptied rows that must be saved: hopeless tries move a lot for little
+HOSTS_TRIED = 6  # rows that a group is moved to, one after another
+WORTH = 0.9  # share of the emptied rows that a try must save, or it moves many groups for little
 
 
 def fill_rows(
@@ -176,21 +178,21 @@ def fill_rows(
     same_column: bool,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Takes rows away and finds room for their groups in the others, by swaps.
+    """Removes rows and makes room for their groups in the other rows, by swaps.
 
-    Whole groups leave gaps too small for another group. The rows with the largest gaps are
-    emptied; each of their groups moves to another row with a gap, which is then too long, and
-    swaps instructions for shorter ones of rows that still have room. Where that saves fewer
-    rows than it was worth, it is tried with half as many, or with as many as were saved.
+    Packing whole groups leaves gaps that are too small for another group. So the rows with the
+    largest gaps are emptied. Each of their groups moves to another row with a gap; that row is then
+    too long, and swaps instructions for shorter ones of rows that still have room. If this saves
+    too few rows, it is tried again with fewer.
 
     Args:
       members: int64[G, W] global instruction numbers.
       row_of: int64[G], the row of each group.
-      lengths: int32[N] tokens of each instruction.
-      same_column: swap inside a column only (balanced: the members of one domain).
+      lengths: int32[instructions] tokens of each instruction.
+      same_column: swap only within a column (balanced: the instructions of one domain).
 
     Returns:
-      members and row_of now.
+      The new members and row_of.
     """
     lengths = np.append(lengths, np.int32(0))
     tokens, rows = int(lengths[members].sum(dtype=np.int64)), int(row_of.max()) + 1
@@ -215,15 +217,15 @@ def _without_rows(
     same_column: bool,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One try of `fill_rows`: members and row_of after so many rows were emptied.
+    """One try of `fill_rows`: the members and row_of after emptying `emptied` rows.
 
-    A group whose host stays too long moves on to another one. Those that find no room stand in
-    rows of their own.
+    If its host stays too long, a group moves on to another one. Groups that find no host are
+    packed into new rows.
     """
     members = members.copy()
     by_size = np.argsort(np.bincount(row_of, weights=lengths[members].sum(axis=1)), kind="stable")
     number = np.full(len(by_size), -1)
-    number[by_size[emptied:]] = np.arange(len(by_size) - emptied)  # the emptiest host first
+    number[by_size[emptied:]] = np.arange(len(by_size) - emptied)  # hosts: the emptiest one first
     row_of, hosts = number[row_of], np.arange(len(by_size) - emptied)
     for _ in range(HOSTS_TRIED):
         guests = _host(members, row_of, lengths, hosts)
@@ -249,9 +251,10 @@ def _without_rows(
 def _host(
     members: np.ndarray, row_of: np.ndarray, lengths: np.ndarray, hosts: np.ndarray
 ) -> np.ndarray:
-    """Gives groups without a row (-1) a host of its own, in order, that holds none of its members.
+    """Assigns a host to each group without a row (-1); no two groups get the same one.
 
-    Sets row_of of those that found one, in place, and returns them.
+    A host must hold none of the group's members. Longer groups come first, and hosts are tried in
+    order. Sets row_of in place, and returns the groups that got a host.
     """
     homeless = np.flatnonzero(row_of < 0)
     homeless = homeless[np.argsort(-lengths[members[homeless]].sum(axis=1), kind="stable")]

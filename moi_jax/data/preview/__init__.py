@@ -1,1 +1,1 @@
-"""What is trained on, shown and proved."""
+"""Preview: shows what is trained on, and checks it."""

@@ -1,9 +1,9 @@
-"""The audit: rows derived anew from the raw files, plainly and slowly, against the loader's.
+"""The audit: derives rows from the raw files in a second, simple way, and compares the loader's.
 
-Only what reads files and texts is shared with the fast path: `sources` gives Conversations, the
-tokenizer ids, the plan says which instruction stands where, the selection which conversations are
-trained on. Rendering, labels, truncation and every array are written here a second time, token by
-token, after docs/method.md; speed is no aim.
+It shares with the loader only the reading of files (`sources`), the tokenizer, the plan (which
+instruction is where) and the selection (which conversations are trained on). Rendering, labels,
+truncation and all arrays are written here a second time, token by token, after docs/method.md. It
+is meant to be simple, not fast.
 """
 
 import math
@@ -16,19 +16,19 @@ import numpy as np
 
 from moi_jax.config import Data, Domain
 from moi_jax.data.decontamination import Benchmarks
-from moi_jax.data.loader import Batch, RowSource
+from moi_jax.data.loader import Batch, BatchReader
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.sources.rows import convert, detect_format, expand
 from moi_jax.text.conversations import BadRow, Conversation, Message
 from moi_jax.text.tokenizer import Tokenizer
 
-# Weights are quotients: these may be rounded in another order.
+# Weights are quotients, which may be rounded in a different order.
 WEIGHT_TOLERANCE = 1e-6
 
 
 @dataclass
 class PlainInstruction:
-    """A conversation as tokens, which of them are labels, and where it stands in the sources."""
+    """A conversation as tokens, which of them are labels, and its place in the sources."""
 
     place: str
     tokens: list[int]
@@ -37,12 +37,12 @@ class PlainInstruction:
 
 @dataclass
 class PlainDomain:
-    """What the sources of a domain hold.
+    """The contents of a domain's sources.
 
     Attributes:
-      labels: of every usable conversation the number of its labels, by the place it has among
-        the usable ones, which is its record in the cache.
-      wanted: the instructions asked for, by the same number.
+      labels: the number of labels of every usable conversation, in order; the index of a
+        conversation is the number of its record in the cache.
+      wanted: record number -> instruction, for those that are wanted.
     """
 
     labels: list[int] = field(default_factory=list)
@@ -50,7 +50,7 @@ class PlainDomain:
 
 
 def audit(
-    source: RowSource,
+    reader: BatchReader,
     train: Sequence[np.ndarray],
     records: Sequence[int],
     tokenizer: Tokenizer,
@@ -59,46 +59,46 @@ def audit(
     """Compares rows of the loader with rows derived from the raw files.
 
     Args:
-      source: the loader's rows; its run has the plan and the config.
+      reader: the loader's rows; its plan has the config.
       train: int64[n_d] of each domain, in config order: the records in the cache of its training
         instructions.
-      records: instructions in the cache of each domain.
-      rows: numbers below source.run.total_rows.
+      records: the number of instructions in the cache of each domain.
+      rows: numbers below reader.plan.total_rows.
 
     Returns:
-      The first difference in words; None when all six arrays are equal at every token.
+      The first difference as a message; None if all six arrays are equal at every token.
     """
-    run, targets = source.run, source.loss.targets
+    plan, targets = reader.plan, reader.loss.targets
     of_training = [selected.tolist() for selected in train]
     planned = {}
     for row in rows:
-        epoch, row_of_epoch = run.locate(row)
-        planned[row] = epoch, [group.tolist() for group in run.epoch_plan(epoch).row(row_of_epoch)]
+        epoch, row_of_epoch = plan.locate(row)
+        planned[row] = epoch, [group.tolist() for group in plan.epoch_plan(epoch).row(row_of_epoch)]
     wanted: list[set[int]] = [set() for _ in of_training]
     for _, groups in planned.values():
         for number in (number for group in groups for number in group):
             domain, index = _find(number, of_training)
             wanted[domain].add(of_training[domain][index])
     domains = []
-    for domain, config in enumerate(run.data.domains):
-        found = read_domain(run.data, config, tokenizer, targets, wanted[domain])
+    for domain, config in enumerate(plan.data.domains):
+        found = read_domain(plan.data, config, tokenizer, targets, wanted[domain])
         if len(found.labels) != records[domain]:
             return (
                 f"domain {config.name}: {records[domain]} instructions in the cache, "
                 f"{len(found.labels)} usable rows in the sources"
             )
         domains.append(found)
-    weigh = _Weights(source, of_training, domains)
+    weigh = _Weights(reader, of_training, domains)
     for row, (epoch, groups) in planned.items():
-        laid = _lay_out(groups, of_training, domains, weigh.of_epoch(epoch), source)
-        ours = Batch(*(array[0].tolist() for array in source.rows([row])))
+        laid = _lay_out(groups, of_training, domains, weigh.of_epoch(epoch), reader)
+        ours = Batch(*(array[0].tolist() for array in reader.read([row])))
         if difference := _compare(row, ours, laid):
             return difference
     return None
 
 
 def _find(number: int, train: list[list[int]]) -> tuple[int, int]:
-    """The domain of a global instruction number, and its place among the training ones there."""
+    """(domain, index among its training instructions) of a global instruction number."""
     for domain, records in enumerate(train):
         if number < len(records):
             return domain, number
@@ -109,7 +109,7 @@ def _find(number: int, train: list[list[int]]) -> tuple[int, int]:
 def read_domain(
     data: Data, domain: Domain, tokenizer: Tokenizer, targets: str, wanted: set[int]
 ) -> PlainDomain:
-    """Reads the files of a domain row by row; keeps the instructions whose number is wanted."""
+    """Reads the files of a domain row by row; keeps the instructions with a wanted number."""
     found = PlainDomain()
     render = _renderer(tokenizer, targets)
     benchmarks = None
@@ -148,7 +148,7 @@ def _usable(
     render: Render,
     benchmarks: Benchmarks | None,
 ) -> Rendered | None:
-    """What the config keeps of a row; None where it is dropped."""
+    """The row as the config keeps it; None if the row is dropped."""
     if isinstance(conversation, BadRow):
         return None
     own = conversation.system
@@ -169,7 +169,7 @@ def _usable(
 
 
 def _system(data: Data, domain: Domain, own: str | None) -> str | None:
-    """The text of the system block; None for no block."""
+    """The text of the system block; None means no block."""
     prompt = data.default_system_prompt
     if data.system_prompts == "none":
         prompt = None
@@ -184,7 +184,7 @@ def _system(data: Data, domain: Domain, own: str | None) -> str | None:
     return prompt + "\n\n" + own
 
 
-# What stands before the first turn, before a role, between role and content, and after content.
+# The text before the first turn, before a role, between role and content, and after a content.
 _LLAMA3 = ("<|begin_of_text|>",), "<|start_header_id|>", ("<|end_header_id|>", "\n\n")
 LAYOUTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]] = {
     "chatml": ((), "<|im_start|>", ("\n",), ("<|im_end|>", "\n")),
@@ -193,12 +193,12 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]
 
 
 def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
-    """Renders turns as ids, and says of each whether it is a label under loss.targets."""
+    """A function that renders turns as ids, and tells which are labels under loss.targets."""
     official = targets == "qwen_official"
     opening, begin, middle, ends = LAYOUTS[tokenizer.template.name]
     strip = str.strip if tokenizer.template.name == "llama3" else str
 
-    @cache  # roles and fixed texts come again and again
+    @cache  # roles and fixed texts are repeated often
     def fixed(*texts: str) -> list[int]:
         ids: list[int] = []
         for text in texts:
@@ -238,7 +238,7 @@ def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
 
 
 def _answer(content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
-    """The ids of an answer, and whether each begins inside an observation that a tool wrote."""
+    """The ids of an answer, and whether each begins inside an observation written by a tool."""
     ids, offsets = tokenizer.encode_with_offsets(content)
     observations = []
     if "Action Input:" in content:
@@ -256,23 +256,23 @@ def _answer(content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
 class _Weights:
     """The weight of an instruction's labels under loss.normalization, epoch by epoch."""
 
-    def __init__(self, source: RowSource, train: list[list[int]], domains: list[PlainDomain]):
-        self._source, self._train, self._domains = source, train, domains
+    def __init__(self, reader: BatchReader, train: list[list[int]], domains: list[PlainDomain]):
+        self._reader, self._train, self._domains = reader, train, domains
         self.of_epoch = lru_cache(maxsize=None)(self._of_epoch)
 
     def _of_epoch(self, epoch: int) -> Callable[[int, int], float]:
         """A function of (domain, labels of the instruction)."""
-        normalization = self._source.loss.normalization
+        normalization = self._reader.loss.normalization
         if normalization == "token":
             return lambda domain, labels: 1.0
         if normalization == "instruction":
             return lambda domain, labels: 1.0 / labels
-        sums = self._sums(self._source.run.epoch_plan(epoch))
+        sums = self._sums(self._reader.plan.epoch_plan(epoch))
         total, present = sum(sums), sum(1 for tokens in sums if tokens)
         return lambda domain, labels: total / (present * sums[domain])
 
     def _sums(self, plan: EpochPlan) -> list[int]:
-        """T_d: the labels of each domain in the epoch, every occurrence counted."""
+        """T_d: the number of labels of each domain in the epoch, counting every occurrence."""
         sums = [0] * len(self._train)
         for number in plan.instructions.tolist():
             domain, index = _find(number, self._train)
@@ -282,7 +282,7 @@ class _Weights:
 
 @dataclass
 class _Laid:
-    """A row as lists, and the source of the instruction at each real token."""
+    """A row as lists, and the place in the sources of each token that is not padding."""
 
     arrays: dict[str, list[Any]]
     places: list[str]
@@ -293,10 +293,10 @@ def _lay_out(
     train: list[list[int]],
     domains: list[PlainDomain],
     weigh: Callable[[int, int], float],
-    source: RowSource,
+    reader: BatchReader,
 ) -> _Laid:
-    """The six arrays of a row by their definitions, token by token."""
-    data, pad = source.run.data, source.pad_id
+    """The six arrays of a row, token by token, by their definitions."""
+    data, pad = reader.plan.data, reader.pad_id
     arrays: dict[str, list[Any]] = {name: [] for name in Batch._fields}
     places: list[str] = []
     segment = position = 0
@@ -338,7 +338,7 @@ def _compare(row: int, ours: Batch, laid: _Laid) -> str | None:
     for token in range(len(ours.tokens)):
         for name, theirs in laid.arrays.items():
             mine, derived = getattr(ours, name)[token], theirs[token]
-            # A zero is a zero: only quotients are allowed their rounding.
+            # Zeros must be equal exactly; only quotients may differ by rounding.
             exact = name != "loss_weights" or not (mine and derived)
             equal = (
                 mine == derived if exact else math.isclose(mine, derived, rel_tol=WEIGHT_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Pictures: a row's lanes beside its attention mask, and a histogram of instruction lengths."""
+"""Pictures: a row beside its attention mask, and a histogram of instruction lengths."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -17,21 +17,21 @@ from moi_jax.common.errors import UserError
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.preview.row import RowView
 
-# After Okabe and Ito, told apart by colour-blind readers too; more domains share a scale.
+# After Okabe and Ito: distinct for colour-blind readers. More domains get colours of one scale.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
 INK, QUIET, PADDING, GREYS = "#222222", "#6a6a6a", "#f0f0f0", ("#c8c8c8", "#a0a0a0")
 STYLE: dict[Any, Any] = {"svg.hashsalt": "moi_jax", "svg.fonttype": "none", "font.size": 9}
 KINDS = (".png", ".svg")
-MASK_PIXELS = 512  # along each side of the attention mask at most
+MASK_PIXELS = 512  # most pixels along each side of the attention mask
 LANE = 0.78  # height of a lane; lanes begin at whole numbers
-NUMBERED, NAMED = 0.03, 0.1  # share of the row that a block needs for its number or a word
+NUMBERED, NAMED = 0.03, 0.1  # share of the row that a block needs to show its number or a word
 BINS = 48
 
 
 def check_picture(path: Path) -> None:
-    """Makes the directory of a picture; raises UserError where none can be written."""
+    """Makes the directory of a picture; raises UserError if no picture can be written there."""
     if path.suffix not in KINDS:
-        raise UserError(f"{path}: the name of a picture ends in {' or '.join(KINDS)}")
+        raise UserError(f"{path}: the name of a picture must end in {' or '.join(KINDS)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,7 +46,7 @@ def domain_colours(domains: int) -> list[Any]:
 
 
 def draw_row(view: RowView, path: Path) -> None:
-    """Draws a row: its lanes (domain, group, segment, loss) and which token sees which.
+    """Draws a row: its lanes (domain, group, segment, loss) and its attention mask.
 
     Raises:
       UserError: `path` cannot be written.
@@ -96,7 +96,7 @@ def _draw_lanes(axes: Axes, view: RowView, colours: list[Any]) -> None:
 
 
 def _frame_lanes(axes: Axes, length: int, lanes: list[str], legend: dict[str, Any]) -> None:
-    """Axes of `length` tokens with lanes named from below, and the colour of each domain."""
+    """Sets up axes of `length` tokens: the lanes from below, and a legend of the domains."""
     axes.set(
         xlim=(0, length), ylim=(-0.15, len(lanes) - 1 + LANE), xlabel="token of the row",
         yticks=np.arange(len(lanes)) + LANE / 2, yticklabels=lanes,
@@ -112,7 +112,7 @@ def _frame_lanes(axes: Axes, length: int, lanes: list[str], legend: dict[str, An
 
 
 def _stretches(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """(value, start, end) of every longest stretch of equal values."""
+    """(value, start, end) of each run of equal values."""
     start = 0
     for value, run in groupby(values.tolist()):
         end = start + sum(1 for _ in run)
@@ -135,7 +135,7 @@ def _block(axes: Axes, lane: int, start: int, end: int, colour: Any, edge: str =
 
 
 def _draw_attention(axes: Axes, view: RowView, colours: list[Any]) -> None:
-    """Row q of the mask: the tokens that token q sees, in the colours of their domains."""
+    """Draws the mask: row q has the tokens that token q attends to, in their domains' colours."""
     length = len(view.batch.tokens)
     axes.imshow(
         attention(view, MASK_PIXELS),
@@ -152,9 +152,9 @@ def _draw_attention(axes: Axes, view: RowView, colours: list[Any]) -> None:
 
 
 def attention(view: RowView, most: int) -> np.ndarray:
-    """int[n, n]: 0 where a token does not see another, else 1 + the domain id of the seen one.
+    """int[n, n]: 1 + the domain id of the token attended to, or 0 where there is no attention.
 
-    The tokens are every k-th one, with the smallest k that leaves at most `most`.
+    It shows every k-th token, with the smallest k for which n <= `most`.
     """
     shown = np.arange(0, len(view.batch.tokens), -(-len(view.batch.tokens) // most))
     segments, domains = view.batch.segment_ids[shown], view.batch.domain_ids[shown]
@@ -163,7 +163,7 @@ def attention(view: RowView, most: int) -> np.ndarray:
 
 
 def draw_lengths(corpus: Corpus, limit: int, path: Path) -> None:
-    """Draws how long the training instructions of each domain are, one panel a domain.
+    """Draws a histogram of the lengths of training instructions, one panel for each domain.
 
     Args:
       limit: tokens of a row, shown as a line.
@@ -194,7 +194,7 @@ def draw_lengths(corpus: Corpus, limit: int, path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Without dates and versions the same row is the same file.
+    # No dates and versions, so that the same row gives the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     try:
         figure.savefig(path, dpi=110, metadata=metadata)

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from moi_jax.common.errors import UserError
 from moi_jax.data.dataset import Dataset
-from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.planning.training_plan import TrainingPlan
 from moi_jax.data.preview.audit import audit
 from moi_jax.data.preview.picture import draw_lengths, draw_row
 from moi_jax.data.preview.row import print_legend, print_row, view_row
-from moi_jax.data.preview.statistics import length_statistics, print_accounts, print_lengths
+from moi_jax.data.preview.statistics import length_statistics, log_accounts, log_lengths
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def show_rows(dataset: Dataset, first: int = 0, count: int = 1) -> None:
     """
     run = dataset.plan()
     _check_row(run, first)
-    source, console = dataset.row_source(run), Console()
+    source, console = dataset.batch_reader(run), Console()
     print_legend(console)
     for row in range(first, min(first + count, run.total_rows)):
         console.print()
@@ -45,7 +45,7 @@ def save_picture(dataset: Dataset, row: int, path: Path) -> None:
     """
     run = dataset.plan()
     _check_row(run, row)
-    draw_row(view_row(dataset.row_source(run), row), path)
+    draw_row(view_row(dataset.batch_reader(run), row), path)
 
 
 def show_statistics(dataset: Dataset, histogram: Path | None = None) -> dict[str, Any]:
@@ -57,10 +57,10 @@ def show_statistics(dataset: Dataset, histogram: Path | None = None) -> dict[str
     Returns:
       The mixture (see `mixture_statistics`), with the lengths under "lengths".
     """
-    mixture = dataset.show_mixture(dataset.plan())
+    mixture = dataset.log_mixture(dataset.plan())
     lengths = length_statistics(dataset.corpus)
-    print_lengths(lengths)
-    print_accounts(mixture)
+    log_lengths(lengths)
+    log_accounts(mixture)
     if histogram:
         draw_lengths(dataset.corpus, dataset.config.data.sequence_length, histogram)
         log.info(f"wrote the histogram of lengths to {histogram}")
@@ -78,9 +78,9 @@ def audit_rows(dataset: Dataset, count: int, seed: int = 0) -> tuple[int, str | 
     rows = sorted(random.Random(seed).sample(range(run.total_rows), count))
     train = [selection.train for selection in dataset.selections]
     records = [len(cache.lengths) for cache in dataset.caches]
-    return count, audit(dataset.row_source(run), train, records, dataset.tokenizer, rows)
+    return count, audit(dataset.batch_reader(run), train, records, dataset.tokenizer, rows)
 
 
-def _check_row(run: RunPlan, row: int) -> None:
+def _check_row(run: TrainingPlan, row: int) -> None:
     if row >= run.total_rows:
         raise UserError(f"there is no row {row}: the run has the rows 0 to {run.total_rows - 1}")

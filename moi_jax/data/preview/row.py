@@ -1,4 +1,4 @@
-"""A planned row with the borders a Batch does not tell, and how it looks in a terminal."""
+"""A planned row with the borders of its groups and instructions, and its text for a terminal."""
 
 import re
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from moi_jax.config import Data
-from moi_jax.data.loader import Batch, RowSource
+from moi_jax.data.loader import Batch, BatchReader
 from moi_jax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Member:
-    """An instruction in a row: tokens [start, end), number `index` of its domain's training set."""
+    """An instruction in a row: tokens [start, end); number `index` of its domain's training set."""
 
     domain: str
     index: int
@@ -26,10 +26,10 @@ class Member:
 
 @dataclass(frozen=True)
 class RowView:
-    """One row of a run as people look at it.
+    """A row of a run, for people to look at.
 
     Attributes:
-      number: of the endless sequence of rows; the row is number `row` of `rows` in its `epoch`.
+      number: the global number of the row; it is row `row` of `rows` in its `epoch`.
       domains: in config order, as `batch.domain_ids` counts them.
       batch: the row's arrays, each [S].
       groups: the instructions, as the plan grouped them.
@@ -50,12 +50,12 @@ class RowView:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are no padding."""
+        """The number of tokens without padding."""
         return self.members[-1].end
 
     @property
     def trained(self) -> np.ndarray:
-        """bool[S]: the tokens that carry loss; weights stand with the token before."""
+        """bool[S]: the tokens that carry loss; the weight of a target is at the token before it."""
         return np.append(False, self.batch.loss_weights[:-1] > 0)
 
     @property
@@ -66,16 +66,15 @@ class RowView:
 
     @property
     def segment_name(self) -> str:
-        """What attention stays inside, with its article."""
+        """The name of what attention stays inside, with its article."""
         name = self.group_name if self.data.mask == "chunk" else self.data.mask
         return f"{'an' if name == 'instruction' else 'a'} {name}"
 
 
-def view_row(source: RowSource, number: int) -> RowView:
-    """Looks a row of the run up by its global number, below `source.run.total_rows`."""
-    run = source.run
-    epoch, row = run.locate(number)
-    plan = run.epoch_plan(epoch)
+def view_row(reader: BatchReader, number: int) -> RowView:
+    """Reads a row by its global number, which is below `reader.plan.total_rows`."""
+    epoch, row = reader.plan.locate(number)
+    plan = reader.plan.epoch_plan(epoch)
     corpus = plan.corpus
     groups, start = [], 0
     for group in plan.row(row):
@@ -86,20 +85,20 @@ def view_row(source: RowSource, number: int) -> RowView:
             members.append(Member(corpus.names[domain], index, start, end))
             start = end
         groups.append(members)
-    batch = Batch(*(array[0] for array in source.rows([number])))
-    return RowView(number, epoch, row, plan.rows, run.data, corpus.names, batch, groups)
+    batch = Batch(*(array[0] for array in reader.read([number])))
+    return RowView(number, epoch, row, plan.rows, reader.plan.data, corpus.names, batch, groups)
 
 
-# Where there is no colour, what carries loss stands between these.
+# Without colour, text that carries loss is between these.
 OPEN, CLOSE = "⟦", "⟧"
 TRAINED, UNTRAINED = "bold green", "dim"
 TRAINED_SPECIAL, UNTRAINED_SPECIAL = "bold magenta", "dim magenta"
-# Unprintable, or able to move the cursor or turn the direction of what follows.
+# Unprintable characters, and those that move the cursor or change the direction of text.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def print_legend(console: Console) -> None:
-    """Tells how text that carries loss looks."""
+    """Prints how text that carries loss looks."""
     if _coloured(console):
         trained = Text("text that carries loss", TRAINED)
         console.print(Text.assemble(trained, ", ", ("text that does not", UNTRAINED)))
@@ -108,7 +107,7 @@ def print_legend(console: Console) -> None:
 
 
 def print_row(view: RowView, tokenizer: Tokenizer, console: Console) -> None:
-    """Prints the text of a row with borders of groups and instructions, its padding in a line."""
+    """Prints the text of a row, with the borders of groups and instructions, and its padding."""
     length = len(view.batch.tokens)
     groups = f"{len(view.groups)} {view.group_name}{'s' * (len(view.groups) > 1)}"
     title = (
@@ -138,7 +137,7 @@ def _print_border(line: str, title: Text, console: Console) -> None:
 def _title(view: RowView, member: Member) -> Text:
     inside = slice(member.start, member.end)
     weights = view.batch.loss_weights[inside]
-    # All labels of an instruction weigh the same.
+    # All labels of an instruction have the same weight.
     loss = f"{view.trained[inside].sum():,} with loss of weight {weights.max():.4g}"
     segment = view.batch.segment_ids[member.start]
     places = f"tokens {member.start} to {member.end - 1}"
@@ -152,12 +151,12 @@ def _coloured(console: Console) -> bool:
 
 
 def render_tokens(view: RowView, member: Member, tokenizer: Tokenizer, coloured: bool) -> Text:
-    """The text of an instruction, what carries loss in another style or between brackets."""
+    """The text of an instruction; text that carries loss has another style, or brackets."""
     text = Text()
     for trained, runs in groupby(_runs(view, member, tokenizer), key=lambda run: run[0]):
         if trained and not coloured:
             piece = "".join(content for _, _, content in runs)
-            # A bracket that closes behind a line's end would stand at the head of the next line.
+            # The bracket closes before the line's end, or it would be on the next line.
             lines = piece.rstrip("\n")
             rest = piece[len(lines) :]
             text.append(f"{OPEN}{lines}{'↵' * len(rest)}{CLOSE}{rest}")
@@ -171,9 +170,9 @@ def render_tokens(view: RowView, member: Member, tokenizer: Tokenizer, coloured:
 
 
 def _runs(view: RowView, member: Member, tokenizer: Tokenizer) -> Iterator[tuple[bool, bool, str]]:
-    """Stretches of tokens that agree in (carries loss, is a special token), with their text.
+    """(carries loss, is special, text) of each run of tokens that agree in the first two.
 
-    Not token by token: the bytes of a character may be split among several.
+    Single tokens are not decoded, because the bytes of a character may be split among several.
     """
     inside = slice(member.start, member.end)
     tokens = view.batch.tokens[inside]

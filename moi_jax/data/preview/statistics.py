@@ -1,4 +1,4 @@
-"""What the preview tells beyond the mixture: the account of every row read, and the lengths."""
+"""Statistics of the preview beside the mixture: the count of every row read, and lengths."""
 
 import logging
 from collections.abc import Mapping
@@ -6,21 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.common.log import Table as LogTable
+from moi_jax.common.log import LogTable
 from moi_jax.data.planning.corpus import Corpus
-from moi_jax.data.planning.statistics import figures_table
+from moi_jax.data.planning.mixture_report import figures_table
 
 log = logging.getLogger(__name__)
 
 
 def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:
-    """By domain where every row read went, as a sum (invariant I2).
+    """For each domain, what became of the rows that were read, as a sum.
+
+        {"code": "70 read = 2 dropped (too_long 2) + 7 held out + 61 used + 0 unplaced + 0 not ..."}
 
     Args:
-      statistics: of `mixture_statistics`.
+      statistics: see `mixture_statistics`.
 
     Raises:
-      RuntimeError: a sum is not what was read.
+      RuntimeError: a sum differs from the number of rows read.
     """
     lines = {}
     for name, d in statistics["domains"].items():
@@ -29,23 +31,23 @@ def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:
         total = dropped + d["held_out"] + d["used"] + d["unplaced"] + d["not_drawn"]
         if total != d["read"]:
             raise RuntimeError(f"domain {name}: {d['read']} rows read, {total} accounted for")
-        told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
         lines[name] = (
-            f"{d['read']:,} read = {dropped:,} dropped{f' ({told})' if told else ''} "
+            f"{d['read']:,} read = {dropped:,} dropped{f' ({shown})' if shown else ''} "
             f"+ {d['held_out']:,} held out + {d['used']:,} used + {d['unplaced']:,} unplaced "
             f"+ {d['not_drawn']:,} not drawn"
         )
     return lines
 
 
-def print_accounts(statistics: Mapping[str, Any]) -> None:
-    """Prints the accounts of the first epoch, a line a domain."""
+def log_accounts(statistics: Mapping[str, Any]) -> None:
+    """Logs the `accounts`, one line for each domain."""
     for name, line in accounts(statistics).items():
         log.info(f"{name}: {line}")
 
 
 def length_statistics(corpus: Corpus) -> dict[str, dict[str, float]]:
-    """By domain the tokens of its training instructions, each counted once."""
+    """For each domain, how many tokens its training instructions have, counting each once."""
     found = {}
     for domain, name in enumerate(corpus.names):
         lengths = corpus.lengths[corpus.offsets[domain] : corpus.offsets[domain + 1]]
@@ -58,8 +60,8 @@ def length_statistics(corpus: Corpus) -> dict[str, dict[str, float]]:
     return found
 
 
-def print_lengths(lengths: Mapping[str, Mapping[str, float]]) -> None:
-    """Prints the table of `length_statistics`."""
+def log_lengths(lengths: Mapping[str, Mapping[str, float]]) -> None:
+    """Logs the table of `length_statistics`."""
     table = figures_table("Tokens of an instruction", "min", "median", "mean", "95 %", "max")
     for name, of_domain in lengths.items():
         table.add_row(name, *(f"{tokens:,.0f}" for tokens in of_domain.values()))

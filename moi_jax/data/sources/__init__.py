@@ -1,1 +1,1 @@
-"""Rows of files and datasets in, one `Conversation` or `BadRow` out for each."""
+"""Sources: turns each row of a file or dataset into a `Conversation` or a `BadRow`."""

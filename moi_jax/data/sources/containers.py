@@ -1,6 +1,7 @@
-"""Containers: how rows lie in a file, told by its content, and how to stream them out.
+"""Containers: recognises how a file stores its rows, and streams them.
 
-JSON Lines, a JSON array, one JSON object (each of them plain, gzip or zstd), Parquet, ArrayRecord.
+JSON Lines, a JSON array, one JSON object (each plain, gzip or zstd), Parquet, ArrayRecord. The
+content decides, not the name of the file.
 """
 
 import io
@@ -17,22 +18,24 @@ from moi_jax.text.conversations import BadRow
 
 BOM = b"\xef\xbb\xbf"
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-RIEGELI = bytes.fromhex("83af70d10d884a3f")  # begins an ArrayRecord
+RIEGELI = bytes.fromhex("83af70d10d884a3f")  # the first bytes of an ArrayRecord
 
-MAX_ROW = 2**24  # bytes of a row; a longer one is never held whole
-PIECE = 2**16  # bytes of text looked at together
-COMPRESSED_PIECE = 2**8  # bytes taken at once: some 8 MB of text in the most hostile file
-BATCH = 1_000  # rows of Parquet or records read at once
+MAX_ROW = 2**24  # bytes of the longest row; a longer one is never held in memory
+PIECE = 2**16  # bytes of text read at once
+COMPRESSED_PIECE = 2**8  # compressed bytes read at once: at most about 8 MB of text
+BATCH = 1_000  # rows of Parquet or records of ArrayRecord read at once
 
 OUTSIDE_STRING = re.compile(rb'["\[\]{},]')
 INSIDE_STRING = re.compile(rb'\\.|"', re.DOTALL)
 
 
 class RawRow(NamedTuple):
-    """A row as it stands in its file: where, how much of the file it takes, its content.
+    """A row as it is stored in its file.
 
-    `line` is the line it begins in (from 1), in a container without lines the number of the row.
-    `raw` is JSON text, what a container made of it already, or why it cannot be read.
+    Attributes:
+      line: the line in which it begins, from 1; in a container without lines, the row number.
+      size: bytes of the file that it takes.
+      raw: JSON text, or the object if the container is not JSON, or why it cannot be read.
     """
 
     line: int
@@ -41,7 +44,7 @@ class RawRow(NamedTuple):
 
 
 def in_lines(path: Path) -> bool:
-    """Whether the file is plain JSON Lines, which can be read from any byte on."""
+    """Whether the file is uncompressed JSON Lines, which can be read from any byte on."""
     with open(path, "rb") as file:
         head = file.read(8)
         file.seek(0)
@@ -49,9 +52,9 @@ def in_lines(path: Path) -> bool:
 
 
 def read_rows(path: Path, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
-    """The rows that are not blank; of JSON Lines those that begin in the bytes [start, end).
+    """The rows that are not blank; of JSON Lines, those that begin in the bytes [start, end).
 
-    A file that cannot be read to its end gives the rows before, then one that is bad.
+    If a file cannot be read to its end, the last row is a `BadRow`.
 
     Raises:
       UserError: the file needs a package that is not installed.
@@ -83,7 +86,7 @@ def _plain_rows(path: Path, start: int, end: int | None) -> Iterator[RawRow]:
 
 
 def _compressed_rows(path: Path, head: bytes) -> Iterator[RawRow]:
-    """The rows of a compressed text; their sizes are those of the compressed bytes."""
+    """The rows of a compressed text; their sizes are in compressed bytes."""
     new = _zstd(path) if head.startswith(ZSTD) else lambda: zlib.decompressobj(wbits=31)
     layout = "lines"
     with open(path, "rb") as file, suppress(BadRow):
@@ -108,7 +111,7 @@ def _needs(package: str, path: Path, what: str) -> UserError:
 
 
 class _Inflated(io.RawIOBase):
-    """A compressed file as a stream of its text; one cut short ends in a BadRow."""
+    """A compressed file as a stream of its text; raises BadRow where it is damaged."""
 
     def __init__(self, file: io.BufferedReader, new: Callable[[], Any]):
         self.file, self.new = file, new
@@ -123,7 +126,7 @@ class _Inflated(io.RawIOBase):
         while not self.text:
             compressed = self.compressed or self.file.read(COMPRESSED_PIECE)
             between = self.decompressor is None or self.decompressor.eof
-            if between and not compressed.strip(b"\0"):  # tape tools fill up with zeros
+            if between and not compressed.strip(b"\0"):  # tape tools pad files with zeros
                 if not compressed:
                     return 0
                 self.compressed = b""
@@ -134,7 +137,7 @@ class _Inflated(io.RawIOBase):
                 self.decompressor = self.new()
             try:
                 self.text = memoryview(self.decompressor.decompress(compressed))
-            except Exception as error:  # zlib and zstandard have one each
+            except Exception as error:  # zlib and zstandard each have their own class
                 raise BadRow("cut_short", f"the compressed file is damaged: {error}") from None
             self.compressed = self.decompressor.unused_data
         size = min(len(buffer), len(self.text))
@@ -143,7 +146,7 @@ class _Inflated(io.RawIOBase):
 
 
 def _layout(file: io.BufferedReader) -> str:
-    """How the rows lie in a text: "lines", "array" or "object"."""
+    """How a text stores its rows: "lines", "array" or "object"."""
     first = file.readline(MAX_ROW).removeprefix(BOM)
     while first.isspace():
         first = file.readline(MAX_ROW)
@@ -167,7 +170,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _lines(file: io.BufferedReader, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
-    """Rows of JSON Lines. Only b"\\n" ends a line: U+2028 is content."""
+    """The rows of JSON Lines. Only b"\\n" ends a line; U+2028 does not."""
     position = start
     if start:
         file.seek(start - 1)
@@ -188,7 +191,7 @@ def _lines(file: io.BufferedReader, start: int = 0, end: int | None = None) -> I
 
 
 def _skip_line(file: io.BufferedReader) -> int:
-    """Moves to the end of the line; returns the bytes passed, the line feed among them."""
+    """Moves to the end of the line; returns the bytes skipped, including the line feed."""
     passed = 0
     while piece := file.readline(PIECE):
         passed += len(piece)
@@ -207,8 +210,8 @@ def _object(file: io.BufferedReader) -> Iterator[RawRow]:
 
 
 def _elements(file: io.BufferedReader) -> Iterator[RawRow]:
-    """Elements of a JSON array, found by brackets, commas and quotes alone."""
-    # read1: what stands before a cut comes out before it is told.
+    """The elements of a JSON array, found only by brackets, commas and quotes."""
+    # read1 returns the text before the damaged place of a compressed file, and only then raises.
     text = file.read1(PIECE).removeprefix(BOM).lstrip()
     begin = position = 1  # after the array's own bracket
     number = dropped = depth = 0
@@ -216,7 +219,7 @@ def _elements(file: io.BufferedReader) -> Iterator[RawRow]:
     while depth >= 0:
         found = (INSIDE_STRING if in_string else OUTSIDE_STRING).search(text, position)
         if found is None:
-            # A backslash at the end waits for what it escapes.
+            # A backslash at the end is read again, together with what it escapes.
             position = max(position, len(text) - (in_string and text.endswith(b"\\")))
             if position - begin > MAX_ROW:
                 dropped, begin = dropped + position - begin, position
@@ -271,7 +274,7 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
 def _records(path: Path) -> Iterator[RawRow]:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    # Without read-ahead: the records are read in lists.
+    # Without read-ahead, because records are read in lists.
     reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
     try:
         if not reader.ok():

@@ -1,6 +1,6 @@
-"""Sources of kind tfds and hf: the rows of a TFDS builder or a Hugging Face dataset, as files are.
+"""Sources of kind tfds and hf: a TFDS or Hugging Face dataset as if it were a file of rows.
 
-Both libraries are extras, imported where they are used.
+Both libraries are extras, so they are imported where they are used.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ from moi_jax.data import tfds_datasets
 from moi_jax.data.sources.containers import RawRow
 from moi_jax.data.sources.readers import SourceFile
 
-HELD = 1000  # rows of a Hugging Face dataset in memory at a time
+HELD = 1000  # rows of a Hugging Face dataset that are in memory at a time
 
 
 def open_dataset(root: Path, source: Source, cache_dir: Path) -> SourceFile:
-    """The rows of a source of kind tfds (built now if it is not) or hf (downloaded if need be).
+    """Opens a source of kind tfds (built if it is missing) or hf (downloaded if it is missing).
 
     Args:
-      root: data.root; `manual_dir` and local directories are below it.
+      root: data.root; `manual_dir` and local directories are relative to it.
       source: names a builder or a dataset.
-      cache_dir: data.cache_dir; builders write to its folder tfds.
+      cache_dir: data.cache_dir; builders write to its folder `tfds`.
 
     Raises:
-      UserError: a library is missing, or there is no such set, subset or split, or no network.
+      UserError: a library is missing; or the dataset, subset, split or network is.
     """
     if source.tfds is not None:
         return _open_tfds(root, source, source.tfds, cache_dir.expanduser() / "tfds")
@@ -43,13 +43,13 @@ def open_dataset(root: Path, source: Source, cache_dir: Path) -> SourceFile:
 
 @dataclass(frozen=True)
 class _DatasetFile(SourceFile, ABC):
-    """A split of a dataset on disk: a `SourceFile` whose lines are row numbers.
+    """A split of a dataset on disk, as a `SourceFile` whose line numbers are row numbers.
 
     Attributes:
-      path: stands for the split; no file lies there.
-      files: what holds the rows.
+      path: identifies the split; there is no such file.
+      files: the files that hold the rows.
       split: name and slice, as in `train[:10%]`.
-      held: bytes of the rows, nearly.
+      held: about how many bytes the rows have.
     """
 
     files: tuple[Path, ...]
@@ -70,13 +70,13 @@ class _DatasetFile(SourceFile, ABC):
         return digest.hexdigest()
 
     def rows(self, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
-        """All the rows, whatever the range; each as JSON, so that `parse` is the one border."""
+        """All rows, whatever the range; as JSON, so that `parse` checks rows of every kind."""
         for line, raw in enumerate(self._json(), 1):
             yield RawRow(line, len(raw), raw)
 
     @abstractmethod
     def _json(self) -> Iterator[bytes]:
-        """Each row as JSON."""
+        """Yields each row as JSON."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class _TfdsFile(_DatasetFile):
 
         builder = tfds.builder_from_directory(self.path.parent)
         features = builder.info.features
-        whole = list(features.keys()) == ["json"]  # written by a builder of ours
+        whole = list(features.keys()) == ["json"]  # written by one of our builders
         try:
             rows = builder.as_data_source(split=self.split)
             for index in range(len(rows)):
                 row = rows[index]
-                if whole and row["json"] is None:  # so a file that lost its middle reads
-                    raise RuntimeError(f"row {index + 1} is gone")
+                if whole and row["json"] is None:  # how a file reads that has lost its middle
+                    raise RuntimeError(f"row {index + 1} is missing")
                 yield row["json"] if whole else json.dumps(_plain(row, features)).encode()
-        except RuntimeError as error:  # what ArrayRecord raises
+        except RuntimeError as error:  # from ArrayRecord
             raise UserError(
-                f"{self.path.parent} is damaged ({error}); delete it and it is built anew"
+                f"{self.path.parent} is damaged ({error}); delete it and run again"
             ) from None
 
 
@@ -114,7 +114,7 @@ class _HfFile(_DatasetFile):
 
 def _open_tfds(root: Path, source: Source, name: str, data_dir: Path) -> SourceFile:
     try:
-        import importlib_resources  # noqa: F401 - tensorflow_datasets needs and does not ask for it
+        import importlib_resources  # noqa: F401 - tensorflow_datasets needs it but does not say so
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(
@@ -124,10 +124,10 @@ def _open_tfds(root: Path, source: Source, name: str, data_dir: Path) -> SourceF
     if source.manual_dir is not None:
         manual_dir = root / source.manual_dir.expanduser()
         if not manual_dir.is_dir():
-            raise UserError(f"tfds: {name}: manual_dir {manual_dir} is no directory")
-        # A folder of its own: other copies are other data.
+            raise UserError(f"tfds: {name}: manual_dir {manual_dir} is not a directory")
+        # Data from other files goes to another folder.
         data_dir = data_dir / f"manual-{_content(manual_dir)}"
-    # The code of a set and what it downloads may raise anything; to the user it is one line.
+    # The code of a dataset and its download may raise anything; the user gets one line.
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         builder = _builder(name, data_dir)
@@ -138,13 +138,13 @@ def _open_tfds(root: Path, source: Source, name: str, data_dir: Path) -> SourceF
         split = builder.info.splits[source.split]
     except ImportError as error:
         raise UserError(
-            f"tfds: {name} cannot be built without {error.name}; install it, or build the set "
+            f"tfds: {name} cannot be built without {error.name}; install it, or build the dataset "
             f"elsewhere as array_record and copy it to {data_dir}"
         ) from None
     except tfds.core.DatasetNotFoundError:
         raise UserError(
-            f"tfds: no set is named {name}; built in are {', '.join(tfds_datasets.NAMES)}, and "
-            f"TFDS has its own"
+            f"tfds: there is no dataset {name}; use one of {', '.join(tfds_datasets.NAMES)}, or "
+            f"one that TFDS has"
         ) from None
     except Exception as error:
         raise UserError(f"tfds: {name}: {_one_line(error)}") from error
@@ -156,9 +156,9 @@ def _open_tfds(root: Path, source: Source, name: str, data_dir: Path) -> SourceF
 
 
 def _builder(name: str, data_dir: Path) -> Any:
-    """The builder of name or name/config, ours before the one of the same name in TFDS.
+    """The builder of `name` or `name/config`; ours wins over TFDS's builder of the same name.
 
-    A set that lies in `data_dir` already is read even where its code cannot be imported.
+    A dataset that is already in `data_dir` is read even if its code cannot be imported.
     """
     import tensorflow_datasets as tfds
 
@@ -170,13 +170,13 @@ def _builder(name: str, data_dir: Path) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error of a library says, with its cause where it does not say that itself."""
+    """The message of a library's error, followed by that of its cause."""
     texts = [str(error), str(error.__cause__ or "")]
     return shorten(": ".join(filter(None, texts)) or repr(error), 500)
 
 
 def _content(directory: Path) -> str:
-    """Names the content of a folder, so that a set built from other files is another set."""
+    """A digest of a folder's content: datasets built from other files get another folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(directory)}\0".encode())
@@ -186,7 +186,7 @@ def _content(directory: Path) -> str:
 
 
 def _plain(value: Any, feature: Any) -> Any:
-    """A value that TFDS decoded, as JSON has it: text for bytes, lists of rows for columns."""
+    """A value from TFDS in the form of JSON: bytes become text, columns become lists of rows."""
     from tensorflow_datasets.core.features import FeaturesDict
 
     if isinstance(feature, FeaturesDict):
@@ -196,7 +196,7 @@ def _plain(value: Any, feature: Any) -> Any:
         rows = zip(*value.values(), strict=True)
         return [_plain(dict(zip(value, row, strict=True)), inner) for row in rows]
     if isinstance(value, bytes):
-        # Half a character becomes a lone surrogate, which the border counts as a bad row.
+        # Invalid UTF-8 becomes a lone surrogate, and `to_conversation` refuses the row.
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist(), None)
@@ -217,7 +217,7 @@ def _open_hf(root: Path, source: Source, name: str) -> SourceFile:
         ) from None
     local = root / Path(name).expanduser()
     if not local.is_dir() and (name[0] in "./~" or name.count("/") > 1):
-        raise UserError(f"hf: {name}: {local} is no directory, and no id of the hub has this form")
+        raise UserError(f"hf: {name} is neither a directory ({local}) nor an id of the hub")
     try:
         if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
             dataset = _saved(datasets.load_from_disk(str(local)), source.split)
@@ -226,8 +226,8 @@ def _open_hf(root: Path, source: Source, name: str) -> SourceFile:
             dataset = datasets.load_dataset(found, source.subset, split=source.split)
     except ConnectionError as error:
         raise UserError(
-            f"hf: {name}: {_one_line(error)}; mend the id or the network, log in with "
-            f"`hf auth login` where the set asks for it, or name a local directory"
+            f"hf: {name}: {_one_line(error)}; check the id and the network, log in with "
+            f"`hf auth login` if the dataset needs it, or name a local directory"
         ) from None
     except Exception as error:
         raise UserError(f"hf: {name}: {_one_line(error)}") from error
@@ -239,7 +239,7 @@ def _open_hf(root: Path, source: Source, name: str) -> SourceFile:
 
 
 def _saved(dataset: Any, split: str) -> Any:
-    """The split of what `save_to_disk` wrote: a dict of datasets by split, or one, its only."""
+    """The split of a dataset written by `save_to_disk`: a dict of splits, or a single split."""
     splits = dataset if isinstance(dataset, dict) else {str(dataset.split or "train"): dataset}
     if split not in splits:
         raise ValueError(f"Unknown split {split!r}. Should be one of {sorted(splits)}.")

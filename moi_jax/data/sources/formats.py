@@ -1,4 +1,9 @@
-"""Formats: what the keys of a row tell, and how each becomes one `Conversation` or `BadRow`."""
+"""Formats: recognises the format of a row by its keys, and turns the row into a `Conversation`.
+
+{"question": "2 + 2?", "answer": "4"}                                   question_answer
+{"messages": [{"role": "user", "content": "2 + 2?"}, ...]}              messages
+{"conversations": [{"from": "human", "value": "2 + 2?"}, ...]}          sharegpt
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +19,7 @@ CONTROL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|extra_\d+)\|>")
 
 
 def detect(row: Mapping[str, Any]) -> str | None:
-    """The name of the format whose keys the row has."""
+    """The name of the format whose keys the row has; None if there is none."""
     for name, form in FORMATS.items():
         if any(signature <= row.keys() for signature in form.signatures):
             return name
@@ -22,9 +27,12 @@ def detect(row: Mapping[str, Any]) -> str | None:
 
 
 class Format(NamedTuple):
-    """Keys that tell the format (any one of the sets), and how a row becomes events.
+    """A format of rows.
 
-    `unwrap` finds the plain row that a nested one holds.
+    Attributes:
+      signatures: a row has the format if it has all keys of one of these sets.
+      events: turns a row into events.
+      unwrap: first turns a nested row into the plain row that it holds.
     """
 
     signatures: tuple[frozenset[str], ...]
@@ -33,10 +41,10 @@ class Format(NamedTuple):
 
 
 def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation, bool]:
-    """The row as a Conversation, and whether a trailing user turn was trimmed.
+    """The row as a Conversation, and whether a user turn at its end was removed.
 
     Raises:
-      BadRow: the row is no conversation that can be trained on.
+      BadRow: the row is not a conversation that can be trained on.
     """
     messages = _messages_of(row, form)
     roles = _turn_roles(messages)
@@ -52,10 +60,10 @@ def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation,
 
 
 def to_chat(row: Mapping[str, Any], form: Format) -> tuple[Message, ...]:
-    """The messages of a row that need not be trained on: whose turn is the last, if any, is open.
+    """The messages of a row that is not for training: any role may come last.
 
     Raises:
-      BadRow: the row is no chat.
+      BadRow: the row is not a chat.
     """
     messages = _messages_of(row, form)
     _check_order(_turn_roles(messages))
@@ -81,9 +89,9 @@ def _messages_of(row: Mapping[str, Any], form: Format) -> list[Message]:
 
 def _check_text(content: str) -> None:
     if "<|" in content and (control := CONTROL_TOKEN.search(content)):
-        raise BadRow("control_tokens", f"{control.group()} stands in the text")
+        raise BadRow("control_tokens", f"the text contains {control.group()}")
     if "\0" in content:
-        raise BadRow("nul_character", f"a NUL stands in the text at {content.index(chr(0))}")
+        raise BadRow("nul_character", f"the text contains a NUL at {content.index(chr(0))}")
     try:
         content.encode()
     except UnicodeEncodeError as error:
@@ -95,7 +103,7 @@ def _turn_roles(messages: Sequence[Message]) -> list[Role]:
     system_first = bool(messages) and messages[0].role == "system"
     roles = [message.role for message in messages[system_first:]]
     if "system" in roles:
-        raise BadRow("system_not_first", "a system turn stands later than first")
+        raise BadRow("system_not_first", "a system turn is not the first turn")
     return roles
 
 
@@ -108,7 +116,7 @@ def _check_order(roles: Sequence[Role]) -> None:
 
 
 def _pair(question_key: str, answer_key: str) -> Reader:
-    """Reads one question and one answer."""
+    """A reader of rows with one question and one answer."""
 
     def events(row: Mapping[str, Any]) -> list[Event]:
         return [
@@ -128,14 +136,14 @@ def _alpaca(row: Mapping[str, Any]) -> list[Event]:
 
 
 def _history(row: Mapping[str, Any]) -> list[Event]:
-    """The earlier turns of an Alpaca row: pairs of question and answer."""
+    """The earlier turns of an Alpaca row, which are pairs of question and answer."""
     events: list[Event] = []
     history = row.get("history") or []
     for pair in history if isinstance(history, list) else [None]:
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
         ):
-            raise BadRow("bad_history", "'history' is no list of pairs of texts")
+            raise BadRow("bad_history", "'history' is not a list of pairs of texts")
         events += [Message("user", pair[0]), Message("assistant", pair[1])]
     return events
 

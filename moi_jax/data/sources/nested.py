@@ -1,4 +1,4 @@
-"""Nested rows: ToolBench answers, OASST trees and seed tasks, as the plain rows they hold."""
+"""Nested rows: extracts plain rows from ToolBench answers, OASST trees and seed tasks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,27 +6,27 @@ from typing import Any
 from moi_jax.data.sources.readers import decode
 from moi_jax.text.conversations import BadRow
 
-Row = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 
 
-def _object(value: Any, what: str) -> Row:
+def _object(value: Any, what: str) -> JsonObject:
     if not isinstance(value, dict):
-        raise BadRow("missing_field", f"{what} is no object")
+        raise BadRow("missing_field", f"{what} is not an object")
     return value
 
 
-def _objects(row: Row, key: str) -> list[Row]:
+def _objects(row: JsonObject, key: str) -> list[JsonObject]:
     value = row.get(key)
     if not isinstance(value, list):
         raise BadRow("missing_field", f"no list {key!r}")
     return [_object(entry, f"an entry of {key!r}") for entry in value]
 
 
-def toolbench(row: Row) -> Row:
-    """The last, which is the longest, of the growing prefixes of a ToolBench chat.
+def toolbench(row: JsonObject) -> JsonObject:
+    """The chat of a ToolBench row: the last, which is the longest, of its growing prefixes.
 
-    Its system text tells ToolBench's own protocol and is left out; the call of Finish becomes the
-    answer it hands over.
+    The system text describes ToolBench's own protocol and is left out. The call of Finish becomes
+    the answer that it passes on.
     """
     answer = _object(row.get("answer_generation"), "'answer_generation'")
     prefixes = answer.get("train_messages")
@@ -41,7 +41,7 @@ def toolbench(row: Row) -> Row:
     return {"messages": turns, "functions": functions}
 
 
-def _toolbench_turn(turn: Row) -> Row:
+def _toolbench_turn(turn: JsonObject) -> JsonObject:
     content, call = turn.get("content"), turn.get("function_call")
     if turn.get("role") == "user" and isinstance(content, str):
         return {**turn, "content": content.strip().removesuffix("Begin!").strip()}
@@ -58,10 +58,10 @@ def _toolbench_turn(turn: Row) -> Row:
     }
 
 
-def oasst(row: Row) -> Row:
-    """The path of a tree that takes the best-ranked reply at each message.
+def oasst(row: JsonObject) -> JsonObject:
+    """The path through a tree that takes the best reply to each message.
 
-    That is the smallest rank, replies without one last, then the order in the file.
+    The best reply has the smallest rank. Replies without a rank come last; ties keep file order.
     """
     turns, node = [], _object(row.get("prompt"), "'prompt'")
     while node:
@@ -73,13 +73,13 @@ def oasst(row: Row) -> Row:
     return {"messages": turns}
 
 
-def _rank(reply: Row) -> float:
+def _rank(reply: JsonObject) -> float:
     rank = reply.get("rank")
     return rank if isinstance(rank, int | float) else float("inf")
 
 
-def self_instruct(row: Row) -> Row:
-    """A task with its first instance."""
+def self_instruct(row: JsonObject) -> JsonObject:
+    """The task with its first instance."""
     instances = _objects(row, "instances")
     if not instances:
         raise BadRow("missing_field", "the task has no instance")

@@ -1,7 +1,13 @@
-"""ReAct: calls of tools and what they return, written as the one assistant's turn Qwen v1 learns.
+"""ReAct: writes calls of tools and their results as one assistant turn, the form Qwen v1 learns.
 
-The tools and the form stand before the first question; calls, observations and the answer follow
-as Thought / Action / Action Input / Observation lines, up to Final Answer.
+    Thought: I need to call weather.
+    Action: weather
+    Action Input: {"city": "Oslo"}
+    Observation: -3 °C, snow
+    Thought: I now know the final answer.
+    Final Answer: It snows in Oslo.
+
+The first user turn describes the tools and this form, and then asks the question.
 """
 
 import json
@@ -12,21 +18,21 @@ from typing import Any, NamedTuple
 from moi_jax.data.sources.readers import decode
 from moi_jax.text.conversations import BadRow, Message
 
-# The words that structure a turn; inside a text they are moved off the line's beginning, so that
-# neither a reader of the turn nor the mask of observations (rendering.py) takes them for structure.
+# The words that structure a turn. Inside a text they get a space before them, so that neither a
+# reader of the turn nor the mask of observations (rendering.py) takes them for structure.
 MARK = re.compile(r"\n(?=(?:Thought|Action|Action Input|Observation|Final Answer):)")
 LAST_THOUGHT = "I now know the final answer."
 
 
 class Thought(NamedTuple):
-    """What the assistant thinks before it calls a tool or answers."""
+    """A thought of the assistant, before it calls a tool or answers."""
 
     text: str
     train: bool = True
 
 
 class Call(NamedTuple):
-    """A tool called with a JSON object on one line; `id` is "" where the row has none."""
+    """A call of a tool; `arguments` is a JSON object on one line, `id` is "" if there is none."""
 
     name: str
     arguments: str
@@ -35,19 +41,18 @@ class Call(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What a tool returned."""
+    """The result of a tool."""
 
     text: str
     id: str = ""
 
 
-# What a turn of a chat holds, in the order of the chat. An assistant's Message before a Call is
-# its thought.
+# A chat is a sequence of events. An assistant's Message before a Call is the thought of the call.
 Event = Message | Thought | Call | Observation
 
 
 class Tool(NamedTuple):
-    """What the prompt says of a tool; `parameters` is JSON."""
+    """The description of a tool in the prompt; `parameters` is JSON."""
 
     name: str
     description: str
@@ -55,7 +60,7 @@ class Tool(NamedTuple):
 
 
 def compact(value: Any, reason: str) -> str:
-    """JSON on one line; raises BadRow(reason) for a value that has no JSON."""
+    """The value as JSON on one line; raises BadRow(reason) if it has no JSON form."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -82,10 +87,14 @@ def tool_list(row: Mapping[str, Any]) -> list[Tool]:
 
 
 def named_function(entry: Any, reason: str) -> tuple[str, Mapping[str, Any]]:
-    """Name and content of a tool or call, below "function" or bare; raises BadRow(reason)."""
+    """(name, object) of a tool or call, which may be nested below "function".
+
+    Raises:
+      BadRow: it has no valid name (`reason`).
+    """
     function = entry.get("function", entry) if isinstance(entry, dict) else None
     if not isinstance(function, dict):
-        raise BadRow(reason, f"an entry is a {type(entry).__name__}, no function")
+        raise BadRow(reason, f"an entry is a {type(entry).__name__}, not a function")
     name = function.get("name")
     if not isinstance(name, str) or not name.strip() or "\n" in name:
         raise BadRow(reason, "a function has no name on one line")
@@ -124,10 +133,10 @@ def tool_prompt(tools: Sequence[Tool], question: str) -> str:
 
 
 def to_messages(events: Sequence[Event], tools: Sequence[Tool]) -> list[Message]:
-    """The chat of a row that has tools, calls or thoughts.
+    """The messages of a row that has tools, calls or thoughts.
 
     Raises:
-      BadRow: calls and observations do not belong together.
+      BadRow: calls and observations do not match.
     """
     messages: list[Message] = []
     turn = _Turn(bool(tools))
@@ -147,14 +156,14 @@ def to_messages(events: Sequence[Event], tools: Sequence[Tool]) -> list[Message]
 
 
 class _Turn:
-    """An assistant's turn in the making."""
+    """An assistant turn that is being written."""
 
     def __init__(self, with_tools: bool) -> None:
         self.with_tools = with_tools
         self.steps: list[str] = []
         self.thoughts: list[str] = []
         self.said: str | None = None
-        self.calls: list[tuple[str, Call]] = []  # not answered yet, with their thoughts
+        self.calls: list[tuple[str, Call]] = []  # calls without a result yet, with their thoughts
         self.train: bool | None = None
 
     def add(self, event: Event) -> None:
@@ -162,7 +171,7 @@ class _Turn:
             self._answer_call(event)
             return
         if self.train not in (None, event.train):
-            raise BadRow("bad_weight", "a turn that calls tools is trained in part")
+            raise BadRow("bad_weight", "parts of a turn that calls tools differ in weight or train")
         self.train = event.train
         if isinstance(event, Call):
             if self.said is not None:
@@ -181,14 +190,14 @@ class _Turn:
             self.said = event.content
 
     def _thought(self, otherwise: str) -> str:
-        """What was thought since the last step, or a stock phrase."""
+        """The thoughts since the last step, or `otherwise` if there are none."""
         texts = [text.strip().removeprefix("Thought:").strip() for text in self.thoughts]
         self.thoughts = []
         return _inside("\n\n".join(filter(None, texts))) or otherwise
 
     def _answer_call(self, observation: Observation) -> None:
         if not self.calls:
-            raise BadRow("observation_without_call", "a tool answers that was not called")
+            raise BadRow("observation_without_call", "a tool returns a result without a call")
         ids = [call.id for _, call in self.calls]
         number = ids.index(observation.id) if observation.id in ids else 0
         self._step(*self.calls.pop(number), f" {_inside(observation.text.strip())}")
@@ -200,9 +209,9 @@ class _Turn:
         )
 
     def close(self, last: bool) -> Iterator[Message]:
-        """The turn as it is written; none where the assistant had no turn.
+        """Yields the finished turn, or nothing if the assistant had no turn.
 
-        The very last call may stay unanswered: the turn ends where generation stops.
+        The last call of a chat may have no result: the turn then ends where generation stops.
         """
         if self.train is None:
             return
@@ -215,7 +224,7 @@ class _Turn:
         elif self.said is None:
             if self.steps:
                 raise BadRow("unanswered_observation", "no call or answer follows an observation")
-            raise BadRow("empty_assistant", "the assistant thinks and says nothing")
+            raise BadRow("empty_assistant", "the assistant has thoughts but no answer")
         elif not self.said.strip():
             raise BadRow("empty_assistant", "an assistant turn is empty")
         elif self.steps or (self.with_tools and self.thoughts):
@@ -230,5 +239,5 @@ class _Turn:
 
 
 def _inside(text: str) -> str:
-    """A text that may stand inside a turn: no line of it begins with a word of the form."""
+    """The text, changed so that no line begins with one of the words that structure a turn."""
     return MARK.sub("\n ", text)

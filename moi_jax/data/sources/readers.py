@@ -1,4 +1,4 @@
-"""Readers: the rows of a file, one after another or from a byte range, and the JSON in them."""
+"""Reads the rows of a source file, all of them or those of a byte range, and parses their JSON."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from moi_jax.text.conversations import BadRow
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a source. Small and picklable: worker processes open it themselves.
+    """A file of a source; it can be pickled, so that worker processes open it themselves.
 
     Attributes:
-      name: shown to people, and below data.root.
-      path: where it is.
+      name: the path relative to data.root, which people see.
+      path: the path to open.
     """
 
     name: str
@@ -26,12 +26,12 @@ class SourceFile:
 
     @property
     def size(self) -> int:
-        """Bytes, for progress bars."""
+        """The size in bytes, for progress bars."""
         return self.path.stat().st_size
 
     @property
     def splittable(self) -> bool:
-        """Whether `rows` heeds a byte range: plain JSON Lines do, no other container."""
+        """Whether `rows` can read a byte range: only for uncompressed JSON Lines."""
         return in_lines(self.path)
 
     def digest(self) -> str:
@@ -40,10 +40,9 @@ class SourceFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def rows(self, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
-        """The rows that are not blank; of a splittable file those that begin in [start, end).
+        """The rows that are not blank; of a splittable file, those that begin in [start, end).
 
-        A line begun before `start` belongs to the range before. Lines are counted from 1 at the
-        first that begins in the range.
+        Lines are counted from 1 at the first line that begins in the range.
 
         Raises:
           UserError: the file needs a package that is not installed.
@@ -52,10 +51,10 @@ class SourceFile:
 
 
 def parse(raw: bytes | dict[str, Any] | BadRow) -> dict[str, Any]:
-    """The object of a row.
+    """The row as an object.
 
     Raises:
-      BadRow: the row is none.
+      BadRow: the row is not a JSON object.
     """
     if isinstance(raw, BadRow):
         raise raw
@@ -71,14 +70,14 @@ def parse(raw: bytes | dict[str, Any] | BadRow) -> dict[str, Any]:
 
 
 def decode(text: str, reason: str = "invalid_json") -> Any:
-    """The value of a JSON text; stricter than json.loads, which takes what other readers refuse.
+    """The value of a JSON text; stricter than json.loads, which accepts invalid JSON.
 
     Raises:
-      BadRow: the text is no JSON (`reason`), has a key twice, or NaN or Infinity.
+      BadRow: the text is not JSON (`reason`), repeats a key, or holds NaN or Infinity.
     """
     try:
         return DECODER.decode(text)
-    # json raises RecursionError on deep nesting and a plain ValueError on a giant number.
+    # json raises RecursionError for deep nesting and a plain ValueError for a huge number.
     except (ValueError, RecursionError) as error:
         raise BadRow(reason, str(error)) from None
 
@@ -93,7 +92,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> NoReturn:
-    raise BadRow("not_finite", f"{name} is no JSON number")
+    raise BadRow("not_finite", f"{name} is not a JSON number")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)

@@ -1,4 +1,4 @@
-"""Sources: the files of a config in, one `Conversation` or `BadRow` out for each row."""
+"""Source rows: finds the files of a config, detects their format, and converts their rows."""
 
 import glob
 from collections.abc import Iterator, Sequence
@@ -16,25 +16,27 @@ from moi_jax.data.sources.formats import FORMATS
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.text.conversations import BadRow, Conversation
 
-ROWS_TO_DETECT = 100  # readable rows looked at for the format of a file
+ROWS_TO_DETECT = 100  # how many readable rows are looked at to detect the format of a file
 
 
-class Row(NamedTuple):
-    """A row of a file: where it stands, its size in bytes, and what became of it."""
+class SourceRow(NamedTuple):
+    """A row of a source file: its line, its size in bytes, and its conversation."""
 
     line: int
     size: int
     conversation: Conversation | BadRow
-    trimmed: bool = False  # a trailing user turn was left out
+    trimmed: bool = False  # whether a user turn at the end was removed
 
 
 def expand(root: Path, sources: Sequence[Source], cache_dir: Path) -> list[list[SourceFile]]:
-    """The files of each source, sorted by their names relative to `root`, which may begin with ~.
+    """The files of each source, sorted by their names relative to `root`.
 
-    A source of kind tfds that is not built yet is built now, below `cache_dir`.
+    Args:
+      root: data.root; it may begin with ~.
+      cache_dir: data.cache_dir; a source of kind tfds that is missing is built below it.
 
     Raises:
-      UserError: a pattern matches no file, or a format is not known.
+      UserError: a pattern matches no file, or a format is unknown.
     """
     root = root.expanduser()
     found = []
@@ -53,17 +55,17 @@ def expand(root: Path, sources: Sequence[Source], cache_dir: Path) -> list[list[
         if not files:
             raise UserError(
                 f"no file matches {source.path!r} below data.root ({root}); "
-                f"mend the source's path or data.root"
+                f"correct the source's path or data.root"
             )
         found.append([SourceFile(name, root / name) for name in files])
     return found
 
 
 def detect_format(file: SourceFile) -> str | None:
-    """The format that the keys of the first telling row say; None without a readable row.
+    """The format of a file by the keys of its first rows; None if no row can be read.
 
     Raises:
-      UserError: the keys of its first rows are those of no format.
+      UserError: the keys of these rows belong to no format.
     """
     odd: tuple[int, list[str]] | None = None
     for line, row in islice(_readable(file), ROWS_TO_DETECT):
@@ -74,7 +76,7 @@ def detect_format(file: SourceFile) -> str | None:
         return None
     raise UserError(
         f"{file.path}:{odd[0]}: no known format has the keys "
-        f"{', '.join(map(repr, odd[1])) or '(none)'}; name one with the source's format: "
+        f"{', '.join(map(repr, odd[1])) or '(none)'}; set the source's format to one of "
         f"{', '.join(FORMATS)}"
     )
 
@@ -85,12 +87,12 @@ def _readable(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
             yield row.line, parse(row.raw)
 
 
-def convert(row: RawRow, format_name: str | None) -> Row:
-    """What becomes of a row; `format_name` is what `detect_format` or the config said."""
+def convert(row: RawRow, format_name: str | None) -> SourceRow:
+    """Converts a row; `format_name` comes from `detect_format` or from the config."""
     try:
         content = parse(row.raw)
-        # Without a format no row is readable: parse has raised.
+        # If the format is None, no row is readable, and parse has raised.
         conversation, trimmed = formats.to_conversation(content, FORMATS[format_name or ""])
-        return Row(row.line, row.size, conversation, trimmed)
+        return SourceRow(row.line, row.size, conversation, trimmed)
     except BadRow as bad:
-        return Row(row.line, row.size, bad)
+        return SourceRow(row.line, row.size, bad)

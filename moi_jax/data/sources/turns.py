@@ -1,4 +1,4 @@
-"""Turns: the list of turns of a chat row as events: text, parts, calls of tools, observations."""
+"""Turns: reads the turns of a chat row as events (messages, thoughts, calls, observations)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from reprlib import repr as shown  # the content of a row may be of any length and depth
@@ -16,7 +16,7 @@ Reader = Callable[[Mapping[str, Any]], list[Event]]
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:
-    """The text below a key: a string, or the text parts of a list, one a line."""
+    """The text of a key: a string, or the text parts of a list, one in each line."""
     if key not in row:
         raise BadRow("missing_field", f"no {key!r}")
     value = row[key]
@@ -33,7 +33,7 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
 
 
 def _part(part: Any) -> tuple[str, str]:
-    """Type and text of a part of a content."""
+    """(type, text) of a part of a content."""
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         raise BadRow("content_not_text", "a part of the content has no type")
@@ -46,7 +46,7 @@ def _part(part: Any) -> tuple[str, str]:
 
 
 def is_trained(turn: Mapping[str, Any]) -> bool:
-    """What `weight` and `train` of a turn say."""
+    """Whether a turn is trained on, by its keys `weight` and `train`."""
     weight, train = turn.get("weight"), turn.get("train")
     if weight not in (None, 0, 1) or train not in (None, False, True):
         raise BadRow(
@@ -56,7 +56,7 @@ def is_trained(turn: Mapping[str, Any]) -> bool:
 
 
 def turns(key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> Reader:
-    """Reads the list of turns below `key`, or the JSON text of one."""
+    """A reader of rows whose `key` holds a list of turns, or the JSON text of one."""
 
     def events(row: Mapping[str, Any]) -> list[Event]:
         listed = row.get(key)
@@ -89,7 +89,7 @@ def turns(key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> 
 
 
 def _assistant(turn: Mapping[str, Any], key: str) -> Iterator[Event]:
-    """Thoughts, text and calls of an assistant's turn."""
+    """The thoughts, the text and the calls of an assistant turn."""
     train, content = is_trained(turn), turn.get(key)
     calls: list[Call] = []
     if listed := turn.get("tool_calls") or turn.get("function_call"):
@@ -120,7 +120,7 @@ def _calls(value: Any, train: bool) -> Iterator[Call]:
 
 
 def _arguments(value: Any) -> str:
-    """The arguments of a call on one line; none are an empty object."""
+    """The arguments of a call as JSON on one line; no arguments are an empty object."""
     if isinstance(value, str):
         value = decode(value, "bad_arguments") if value.strip() else None
     if not isinstance(value, dict | None):

@@ -1,4 +1,4 @@
-"""What the builders share: rows of JSON in, one text feature `json` a row out, nothing reshaped."""
+"""The base of our TFDS builders: each row is stored as JSON in one text feature, `json`."""
 
 import gzip
 import json
@@ -11,20 +11,20 @@ import requests
 import tensorflow_datasets as tfds
 
 GZIP = b"\x1f\x8b"
-SECONDS = 20  # a server may take to answer
+SECONDS = 20  # how long a server may take to answer
 
 
 class JsonRows(tfds.core.GeneratorBasedBuilder):
-    """A set of JSON rows, kept whole and in order: row n of a split is row n of its files.
+    """A dataset of JSON rows, unchanged and in order: row n of a split is row n of its files.
 
-    Trees, missing keys and turns of differing shapes pass through a text feature unharmed, where
-    typed features would need a schema and fill the gaps.
+    A text feature keeps trees, missing keys and turns of different shapes as they are; typed
+    features would need a schema and fill the gaps.
 
     Attributes:
-      FILES: each split with the patterns of its files below `manual_dir`.
-      URLS: each split with its address; empty where the set has no lasting one. checksums.tsv
-        beside a builder holds the sums of those files that were checked; of the others TFDS
-        writes the sum beside the download.
+      FILES: split -> patterns of its files below `manual_dir`.
+      URLS: split -> URL; empty if the dataset has no permanent one. checksums.tsv beside a builder
+        holds the checksums of files that we checked; for other files TFDS stores the checksum
+        beside the download.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -48,14 +48,14 @@ class JsonRows(tfds.core.GeneratorBasedBuilder):
         )
 
     def belongs(self, row: dict[str, Any], split: str) -> bool:
-        """Whether a row of the split's files is of the split; files that hold several say."""
+        """Whether a row of the split's files belongs to the split; for files of several splits."""
         return True
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
         splits = {}
         for split, paths in self._paths(dl_manager).items():
             rows = self._rows(split, paths)
-            # TFDS refuses a split without rows; of a part of a set some may have none.
+            # TFDS refuses a split without rows; a part of a dataset may lack some splits.
             if first := next(rows, None):
                 splits[split] = self._generate_examples(chain([first], rows))
         return splits
@@ -67,14 +67,14 @@ class JsonRows(tfds.core.GeneratorBasedBuilder):
                     yield row
 
     def _paths(self, dl_manager: Any) -> dict[str, list[Path]]:
-        """The files of each split: all from manual_dir where there is one, else downloaded."""
+        """The files of each split, from manual_dir if there is one, otherwise downloaded."""
         try:
             manual_dir = Path(dl_manager.manual_dir)
-        except AssertionError:  # what TFDS raises for a folder that is not there
+        except AssertionError:  # TFDS raises it if there is no such folder
             if not self.URLS:
                 raise FileNotFoundError(self.MANUAL_DOWNLOAD_INSTRUCTIONS) from None
             self._check_network()
-            # A file of several splits is downloaded once: its address is the same.
+            # A file of several splits is downloaded once, because its URL is the same.
             downloaded = dl_manager.download(dict(self.URLS))
             return {split: [Path(path)] for split, path in downloaded.items()}
         found = {split: _matches(manual_dir, patterns) for split, patterns in self.FILES.items()}
@@ -84,7 +84,7 @@ class JsonRows(tfds.core.GeneratorBasedBuilder):
         return found
 
     def _check_network(self) -> None:
-        """Fails soon and with the way out, where TFDS tries for minutes."""
+        """Fails at once if the server cannot be reached, and says what to do; TFDS would retry."""
         url = next(iter(self.URLS.values()))
         try:
             requests.head(url, timeout=SECONDS)
@@ -101,17 +101,17 @@ class JsonRows(tfds.core.GeneratorBasedBuilder):
 
 
 def _matches(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The files of any of the patterns, in the order of their names."""
+    """The files that match any of the patterns, sorted by name."""
     return sorted(
         {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     )
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, gzipped or not: an object a line, an array of them, or one object.
+    """The rows of a file, gzipped or not: one object in each line, an array of objects, or one.
 
     Raises:
-      ValueError: the file is none of these; the message names file and line.
+      ValueError: the file is none of these; the message names the file and the line.
     """
     with open(path, "rb") as file:
         packed = file.read(2) == GZIP

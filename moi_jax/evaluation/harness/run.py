@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.common.errors import UserError, cannot_write
+from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.sampling.chat_model import ChatModel
-from moi_jax.text.prompts import fingerprint
 
 try:
     from lm_eval import simple_evaluate
@@ -105,7 +105,7 @@ def run_lm_eval(
         generation |= {"temperature": options.temperature, "do_sample": options.temperature > 0}
     if options.top_p < 1:
         generation["top_p"] = options.top_p
-    kept = fingerprint([made_by, model.scorer.context])
+    kept = json_fingerprint([made_by, model.scorer.context])
     tracker = EvaluationTracker(output_path=str(folder))
     results = simple_evaluate(
         model=CheckpointLM(model, options.seed),

@@ -9,7 +9,7 @@ from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.selection import Selection
-from moi_jax.data.loader import Batch, Placed, assemble
+from moi_jax.data.loader import Batch, PackedInstruction, assemble
 from moi_jax.evaluation.held_out import batches_by_width
 from moi_jax.evaluation.prompt_matrix.prompts import PromptTable, columns
 from moi_jax.evaluation.protocol import evenly_spaced
@@ -155,10 +155,12 @@ class PromptMatrix:
         return replace(other, spans=other.spans[of_turns])
 
     def _batch(self, prompted: Sequence[_PromptedItem], width: int, rows: int) -> Batch:
-        filled: list[list[list[Placed]]] = []
+        filled: list[list[list[PackedInstruction]]] = []
         for one in prompted:
             item = self.items[one.item]
-            filled.append([[Placed(self._under(item.instruction, one.prompt), item.domain, 1.0)]])
+            filled.append(
+                [[PackedInstruction(self._under(item.instruction, one.prompt), item.domain, 1.0)]]
+            )
         filled += [[]] * (rows - len(filled))
         pad = self._tokenizer.template.pad
         return assemble(filled, width, pad, "instruction", self._targets)

@@ -14,9 +14,9 @@ from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.items import parameters_fingerprint, read_items, read_json_item
 from moi_jax.checkpoints.opener import OpenCheckpoint
 from moi_jax.checkpoints.parameters import read_parameters
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
-from moi_jax.common.whole_files import write_whole
 from moi_jax.config import Config, TokenizerConfig
 from moi_jax.config.load import make_config
 from moi_jax.data.dataset import Dataset, open_dataset
@@ -232,9 +232,9 @@ def _write(out: Path, results: Json, sums: dict[str, ItemSums], matrix: PromptMa
     lines = item_lines(sums, matrix.items, matrix.domains, matrix.columns)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "held_out_items.jsonl", "".join(lines))
+        atomic_write_text(out / "held_out_items.jsonl", "".join(lines))
         draw_matrix(results["models"], matrix.columns, out / "held_out.png")
         # Written last: if it exists, the other files do too.
-        write_whole(out / "held_out.json", json.dumps(results, indent=1, ensure_ascii=False))
+        atomic_write_text(out / "held_out.json", json.dumps(results, indent=1, ensure_ascii=False))
     except OSError as error:
         raise cannot_write(out, error) from None

@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 
 from moi_jax.common.errors import UserError
-from moi_jax.common.log import Table as LogTable
+from moi_jax.common.log import LogTable
 from moi_jax.data.preview.picture import INK, PADDING, QUIET, STYLE
 from moi_jax.evaluation.prompt_matrix.matrix import HeldOutItem, ItemSums
 from moi_jax.evaluation.prompt_matrix.prompts import DEFAULT, OWN

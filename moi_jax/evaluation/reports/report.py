@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import cannot_write
-from moi_jax.common.whole_files import write_whole
 from moi_jax.evaluation.reports.charts import bars, color, radar
 from moi_jax.evaluation.reports.comparison import Comparison, compare, read_evaluations
 from moi_jax.reports.page import page_template
@@ -40,7 +40,7 @@ def write_report(directories: Sequence[Path], out: Path) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # An answer may contain half of a surrogate pair, which UTF-8 cannot encode.
-        write_whole(out, page.encode("utf-8", errors="replace").decode("utf-8"))
+        atomic_write_text(out, page.encode("utf-8", errors="replace").decode("utf-8"))
     except OSError as error:
         raise cannot_write(out, error) from None
     return out

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
-from moi_jax.common.whole_files import write_whole
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
 from moi_jax.evaluation.tasks.data_files import json_rows, missing
@@ -200,7 +200,7 @@ class MTBench(Task):
                 (self._out / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._data / name, self._out / name)
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+            atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             raise cannot_write(path, error) from None
 

@@ -1,4 +1,4 @@
-"""Files and directories that are there only when whole."""
+"""Atomic writes: a file or directory appears under its name only when it is complete."""
 
 import shutil
 import tempfile
@@ -10,9 +10,9 @@ from moi_jax.common.errors import UserError, cannot_write
 
 
 def check_new(path: Path) -> None:
-    """Raises UserError where nothing can be written as `path`."""
+    """Checks that `path` does not exist and can be written; raises UserError otherwise."""
     if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists; name a new directory, nothing is overwritten")
+        raise UserError(f"{path} exists, and nothing is overwritten; name a new directory")
     try:
         _try_writing(path.parent)
     except OSError as error:
@@ -20,7 +20,7 @@ def check_new(path: Path) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Makes the directory; raises UserError where nothing can be written into it."""
+    """Makes the directory; raises UserError if nothing can be written into it."""
     try:
         _try_writing(directory)
     except OSError as error:
@@ -34,8 +34,16 @@ def _try_writing(directory: Path) -> None:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Where to write what is to be `path`: beside it, and it appears there only when whole."""
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields a path to write a directory to; it is renamed to `path` when the block has ended.
+
+        with atomic_directory(Path("out")) as staging:
+            staging.mkdir()
+            ...
+
+    Raises:
+      UserError: `path` exists, or cannot be written.
+    """
     check_new(path)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -48,13 +56,16 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def write_texts(directory: Path, files: Mapping[str, str]) -> None:
-    """Writes files by their names alone: they come from checkpoints, which may be a stranger's."""
+    """Writes name -> text into a directory.
+
+    Folders in the names are ignored: the names come from checkpoints, which may be malicious.
+    """
     for name, text in files.items():
         (directory / Path(name).name).write_text(text, encoding="utf-8")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is never seen half: beside it, then renamed."""
+def atomic_write_text(path: Path, text: str) -> None:
+    """Writes a text file under another name, then renames it: readers never see half of it."""
     beside = path.with_name(f"{path.name}.new")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
 from moi_jax.config import Train
-from moi_jax.data.planning import run as run_plan
+from moi_jax.data.planning import training_plan
 from moi_jax.data.planning.epoch import plan_epoch
-from moi_jax.data.planning.run import RunPlan
+from moi_jax.data.planning.training_plan import TrainingPlan
 
 from support.plans import (
     LENGTH,
@@ -46,17 +46,17 @@ def endless(corpus, data, rows: int) -> list[tuple[int, int, list]]:
 @settings(max_examples=50)
 def test_any_row_is_found_from_its_number_alone(case, more):
     corpus, data, train = case
-    run = RunPlan(corpus, data, train)
+    run = TrainingPlan(corpus, data, train)
     sequence = endless(corpus, data, run.total_rows)
     row = more.draw(st.integers(0, run.total_rows - 1))
     epoch, place, groups = sequence[row]
     assert run.locate(row) == (epoch, place)
     found = [group.tolist() for group in run.epoch_plan(epoch).row(place)]
     assert found == groups
-    first_rows = [i for i, (_, start, _) in enumerate(sequence[: row + 1]) if start == 0]
-    assert run.first_rows(row) == first_rows
+    epoch_first_rows = [i for i, (_, start, _) in enumerate(sequence[: row + 1]) if start == 0]
+    assert run.epoch_first_rows(row) == epoch_first_rows
     # A run that goes on from a checkpoint knows the first rows, and finds the same.
-    resumed = RunPlan(corpus, data, train, first_rows=run.first_rows(row))
+    resumed = TrainingPlan(corpus, data, train, epoch_first_rows=run.epoch_first_rows(row))
     assert (resumed.total_rows, resumed.total_steps) == (run.total_rows, run.total_steps)
     assert resumed.locate(row) == (epoch, place)
     assert_same(resumed.epoch_plan(epoch), run.epoch_plan(epoch))
@@ -66,7 +66,7 @@ def test_any_row_is_found_from_its_number_alone(case, more):
 @settings(max_examples=50)
 def test_the_length_of_a_run_is_what_the_config_asks_for(case):
     corpus, data, train = case
-    run = RunPlan(corpus, data, train)
+    run = TrainingPlan(corpus, data, train)
     if train.steps:
         assert run.total_steps == train.steps
         assert run.empty_rows == 0
@@ -93,18 +93,18 @@ def planned_epochs(monkeypatch) -> list[int]:
         epochs.append(epoch)
         return plan_epoch(corpus, data, seed, epoch, *arguments)
 
-    monkeypatch.setattr(run_plan, "plan_epoch", plan)
+    monkeypatch.setattr(training_plan, "plan_epoch", plan)
     return epochs
 
 
-def finish_planning(run: RunPlan) -> None:
+def finish_planning(run: TrainingPlan) -> None:
     """Waits for what the background has been asked to plan."""
     run._planner.submit(lambda: None).result()
 
 
 def test_a_run_of_steps_plans_only_the_epochs_it_reads(planned_epochs):
     corpus, data = corpus_of([[16] * 40]), data_section(1, LENGTH, strategy="packing")  # 10 rows
-    run = RunPlan(corpus, data, Train(steps=7, global_batch_rows=4))
+    run = TrainingPlan(corpus, data, Train(steps=7, global_batch_rows=4))
     assert planned_epochs == []
     run.locate(3)
     finish_planning(run)
@@ -116,25 +116,27 @@ def test_a_run_of_steps_plans_only_the_epochs_it_reads(planned_epochs):
 
 def test_a_resumed_run_does_not_plan_the_epochs_it_has_left_behind(planned_epochs):
     corpus, data = corpus_of([[16] * 40]), data_section(1, LENGTH, strategy="packing")
-    run = RunPlan(corpus, data, Train(steps=100, global_batch_rows=4), first_rows=[0, 10, 20])
+    run = TrainingPlan(
+        corpus, data, Train(steps=100, global_batch_rows=4), epoch_first_rows=[0, 10, 20]
+    )
     assert run.locate(25) == (2, 5)
     finish_planning(run)
     assert planned_epochs == [2, 3]
 
 
 def test_few_plans_are_kept(planned_epochs, monkeypatch):
-    monkeypatch.setattr(run_plan, "INSTRUCTIONS_KEPT", 0)
+    monkeypatch.setattr(training_plan, "INSTRUCTIONS_KEPT", 0)
     corpus, data = corpus_of([[16] * 40]), data_section(1, LENGTH, strategy="packing")
-    run = RunPlan(corpus, data, Train(epochs=20, global_batch_rows=4))
+    run = TrainingPlan(corpus, data, Train(epochs=20, global_batch_rows=4))
     for row in range(run.total_rows):
         run.epoch_plan(run.locate(row)[0])
-    assert len(run._plans) <= run_plan.PLANS_KEPT
+    assert len(run._plans) <= training_plan.PLANS_KEPT
     assert len(planned_epochs) <= 40  # once to count the rows, once to read them
 
 
 def test_small_epochs_are_planned_once_however_far_threads_read_ahead(planned_epochs):
     corpus, data = corpus_of([[16] * 40]), data_section(1, LENGTH, strategy="packing")
-    run = RunPlan(corpus, data, Train(epochs=20, global_batch_rows=4))
+    run = TrainingPlan(corpus, data, Train(epochs=20, global_batch_rows=4))
     for row in reversed(range(run.total_rows)):
         run.epoch_plan(run.locate(row)[0])
     assert len(planned_epochs) == 20
@@ -144,7 +146,7 @@ def test_loss_tokens_that_never_come_are_refused():
     corpus = corpus_of([[16] * 4])
     corpus.loss_lengths[:] = 0
     with pytest.raises(UserError, match="loss_tokens"):
-        RunPlan(corpus, data_section(1, LENGTH), Train(loss_tokens=5))
+        TrainingPlan(corpus, data_section(1, LENGTH), Train(loss_tokens=5))
 
 
 # --- stages ---
@@ -161,7 +163,7 @@ def staged(**switches):
     return corpus, data_section(2, LENGTH, stages=STAGES, **switches)
 
 
-def domains_of_rows(run: RunPlan, first: int, end: int) -> np.ndarray:
+def domains_of_rows(run: TrainingPlan, first: int, end: int) -> np.ndarray:
     counts = np.zeros(2, int)
     for row in range(first, end):
         epoch, place = run.locate(row)
@@ -173,23 +175,23 @@ def domains_of_rows(run: RunPlan, first: int, end: int) -> np.ndarray:
 @pytest.mark.parametrize("packing", ["best_fit", "sequential", "none"])
 def test_a_stage_begins_at_its_row_with_its_mixture(packing):
     corpus, data = staged(packing=packing)
-    run = RunPlan(corpus, data, Train(steps=30, global_batch_rows=4))
+    run = TrainingPlan(corpus, data, Train(steps=30, global_batch_rows=4))
     for begins in (0, 25, 31):
-        assert begins in run.first_rows(100)
+        assert begins in run.epoch_first_rows(100)
         assert run.locate(begins)[1] == 0
     chat, code = domains_of_rows(run, 0, 25)
     assert chat == code
     chat, code = domains_of_rows(run, 25, 31)
     assert chat / (chat + code) == pytest.approx(0.75, abs=0.2)
-    assert run.rows_before(len(run.first_rows(119))) >= 119
+    assert run.rows_before(len(run.epoch_first_rows(119))) >= 119
 
 
 def test_draws_run_on_over_stages():
     """Until an epoch is cut by a stage's last row, no instruction is two draws behind another."""
     corpus, data = staged(packing="none")
-    run = RunPlan(corpus, data, Train(steps=30, global_batch_rows=4))
+    run = TrainingPlan(corpus, data, Train(steps=30, global_batch_rows=4))
     counts = np.zeros(len(corpus.lengths), int)
-    for epoch in range(len(run.first_rows(40))):
+    for epoch in range(len(run.epoch_first_rows(40))):
         counts += np.bincount(run.epoch_plan(epoch).instructions, minlength=len(counts))
         for domain in (counts[:80], counts[80:]):
             assert domain.max() - domain.min() <= 1
@@ -197,9 +199,11 @@ def test_draws_run_on_over_stages():
 
 def test_a_staged_run_that_goes_on_finds_the_same_rows():
     corpus, data = staged()
-    run = RunPlan(corpus, data, Train(steps=30, global_batch_rows=4))
+    run = TrainingPlan(corpus, data, Train(steps=30, global_batch_rows=4))
     for row in (3, 24, 25, 30, 31, 90):
-        resumed = RunPlan(corpus, data, Train(steps=30, global_batch_rows=4), run.first_rows(row))
+        resumed = TrainingPlan(
+            corpus, data, Train(steps=30, global_batch_rows=4), run.epoch_first_rows(row)
+        )
         assert resumed.locate(row) == run.locate(row)
         epoch = run.locate(row)[0]
         assert_same(resumed.epoch_plan(epoch), run.epoch_plan(epoch))

@@ -1,4 +1,4 @@
-"""The plan of a run: the endless sequence of rows, epoch after epoch, stage after stage."""
+"""The plan of a training run: an endless sequence of rows, epoch by epoch and stage by stage."""
 
 import threading
 from collections import OrderedDict
@@ -13,24 +13,28 @@ from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import EpochPlan, last_epoch, plan_epoch
 from moi_jax.data.planning.mixture import epoch_counts
 
-# Full plans held: the epoch being read, the next one, and the last one, for which threads that
-# read ahead may still ask; of small epochs as many more as these instructions make up.
+# Full plans kept in memory: the epoch that is read, the next one, and the one before, which slower
+# threads may still read; more if epochs are small, up to this number of instructions.
 PLANS_KEPT = 3
 INSTRUCTIONS_KEPT = 1 << 20
 
 
-class RunPlan:
-    """The endless sequence of rows, epoch after epoch, and how many of them a run takes.
+class TrainingPlan:
+    """The endless sequence of rows, epoch by epoch, and how many of them a run uses.
+
+        plan = TrainingPlan(corpus, config.data, config.train)
+        epoch, row = plan.locate(1_000)  # global row 1,000 is row 312 of epoch 2
+        groups = plan.epoch_plan(epoch).row(row)
 
     Full plans are kept for few epochs; of the others only the first row is known. The next epoch
-    is planned in the background as soon as a row of the one before it is asked for. Safe to call
+    is planned in the background as soon as a row of the epoch before it is wanted. Safe to call
     from several threads.
 
     Attributes:
       batch_rows: rows of a global batch.
-      total_rows: rows of the run; the rest of its last batch is empty.
+      total_rows: rows of the run.
       total_steps: global batches of the run.
-      empty_rows: rows without tokens at the end of the run's last batch.
+      empty_rows: rows without tokens that fill up the run's last batch.
     """
 
     def __init__(
@@ -38,21 +42,21 @@ class RunPlan:
         corpus: Corpus,
         data: Data,
         train: Train,
-        first_rows: Sequence[int] = (0,),
+        epoch_first_rows: Sequence[int] = (0,),
         step: int = 0,
         row: int = 0,
     ):
-        """Plans as many epochs as the length of the run needs to be known in rows.
+        """Plans as many epochs as needed to know the length of the run in rows.
 
         Args:
-          first_rows: first global row of each epoch as an earlier run of the same plan knew them
-            (see `first_rows`); their epochs are not planned again to count rows.
-          step, row: batches already seen and the first row of the next, where a run goes on.
+          epoch_first_rows: first global row of each epoch that an earlier run of the same plan
+            has counted (see the method `epoch_first_rows`); these epochs are not planned again.
+          step, row: for a resumed run, the number of batches done and the first row of the next.
         """
         self.corpus, self.data, self.seed = corpus, data, train.seed
         self._stages = [data.of_stage(stage) for stage in range(max(1, len(data.stages)))]
         self._begins = [stage.begins for stage in data.stages] or [0]
-        self._first_rows = list(first_rows)
+        self._epoch_first_rows = list(epoch_first_rows)
         self._plans: OrderedDict[int, Future[EpochPlan]] = OrderedDict()
         self._lock = threading.RLock()
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="epoch-plan")
@@ -65,45 +69,45 @@ class RunPlan:
         else:
             assert train.epochs is not None  # the config has exactly one of the three
             self.total_rows = self.rows_before(train.epochs)
-        # The batches seen may have had another size than those to come.
+        # The batches before `step` may have had another size.
         self.total_steps = step + -(-(self.total_rows - row) // self.batch_rows)
         self.empty_rows = row + (self.total_steps - step) * self.batch_rows - self.total_rows
 
     def epoch_plan(self, epoch: int) -> EpochPlan:
-        """The full plan of an epoch, planned now if it is not at hand."""
+        """The full plan of an epoch; it is planned now if it is not in memory."""
         self.rows_before(epoch)
         return self._request(epoch).result()
 
     def rows_before(self, epoch: int) -> int:
         """First global row of an epoch."""
         with self._lock:
-            while len(self._first_rows) <= epoch:
-                rows = self._request(len(self._first_rows) - 1).result().rows
-                self._first_rows.append(self._first_rows[-1] + rows)
-            return self._first_rows[epoch]
+            while len(self._epoch_first_rows) <= epoch:
+                rows = self._request(len(self._epoch_first_rows) - 1).result().rows
+                self._epoch_first_rows.append(self._epoch_first_rows[-1] + rows)
+            return self._epoch_first_rows[epoch]
 
     def locate(self, global_row: int) -> tuple[int, int]:
-        """(epoch, row of the epoch) of a row of the endless sequence."""
+        """(epoch, row of the epoch) of a global row."""
         with self._lock:
-            while self._first_rows[-1] <= global_row:
-                self.rows_before(len(self._first_rows))
-            epoch = int(np.searchsorted(self._first_rows, global_row, side="right")) - 1
-            if self._first_rows[epoch + 1] < self.total_rows:
+            while self._epoch_first_rows[-1] <= global_row:
+                self.rows_before(len(self._epoch_first_rows))
+            epoch = int(np.searchsorted(self._epoch_first_rows, global_row, side="right")) - 1
+            if self._epoch_first_rows[epoch + 1] < self.total_rows:
                 self._request(epoch + 1)
-            return epoch, global_row - self._first_rows[epoch]
+            return epoch, global_row - self._epoch_first_rows[epoch]
 
-    def first_rows(self, global_row: int) -> list[int]:
-        """First global row of every epoch that row lies in or after: what a checkpoint keeps."""
+    def epoch_first_rows(self, global_row: int) -> list[int]:
+        """The first global row of each epoch up to the one of this row; a checkpoint keeps them."""
         epoch, _ = self.locate(global_row)
-        return self._first_rows[: epoch + 1]
+        return self._epoch_first_rows[: epoch + 1]
 
     def _request(self, epoch: int) -> Future[EpochPlan]:
-        """The plan of an epoch whose first row is known, perhaps still being made."""
+        """The plan of an epoch whose first row is known; it may still be in the making."""
         with self._lock:
             if epoch not in self._plans:
-                first_row = self._first_rows[epoch]
+                first_row = self._epoch_first_rows[epoch]
                 stage = self._stage(first_row)
-                of_stage = epoch - self._first_rows.index(self._begins[stage])
+                of_stage = epoch - self._epoch_first_rows.index(self._begins[stage])
                 self._plans[epoch] = self._planner.submit(
                     self._make, stage, of_stage, self._draws_before(stage), first_row
                 )
@@ -116,16 +120,16 @@ class RunPlan:
         return int(np.searchsorted(self._begins, row, side="right")) - 1
 
     def _draws_before(self, stage: int) -> np.ndarray:
-        """int64[K]: draws of each domain in all the stages before."""
+        """int64[domains]: the draws of each domain in all earlier stages."""
         draws = np.zeros(len(self.corpus.counts), np.int64)
         for earlier in range(stage):
-            first, after = (self._first_rows.index(self._begins[earlier + n]) for n in (0, 1))
+            first, after = (self._epoch_first_rows.index(self._begins[earlier + n]) for n in (0, 1))
             whole = epoch_counts(self.corpus, self._stages[earlier])
             draws += (after - 1 - first) * whole + self.epoch_plan(after - 1).draws
         return draws
 
     def _make(self, stage: int, epoch: int, first_draws: np.ndarray, first_row: int) -> EpochPlan:
-        """The plan of a stage's epoch, shortened where the stage ends in it."""
+        """The plan of a stage's epoch; it is shorter if the stage ends in it."""
         arguments = (self.corpus, self._stages[stage], self.seed, epoch, stage, first_draws)
         plan = plan_epoch(*arguments)
         if stage + 1 < len(self._begins) and self._begins[stage + 1] < first_row + plan.rows:
@@ -133,7 +137,7 @@ class RunPlan:
         return plan
 
     def _rows_with_loss_tokens(self, loss_tokens: int) -> int:
-        """Rows until at least so many tokens carried loss."""
+        """The number of rows that hold at least this many loss tokens."""
         epoch, missing = 0, loss_tokens
         while True:
             sums = np.cumsum(self.epoch_plan(epoch).row_loss_tokens())

@@ -1,14 +1,13 @@
-"""The mixture table: what of each domain an epoch's plan uses, how often, and how full rows are."""
+"""The report on a mixture: what an epoch uses of each domain, how often, and how full rows are."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 from rich.table import Table
 
-from moi_jax.common.log import Table as LogTable
+from moi_jax.common.log import LogTable
 from moi_jax.config import Data
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.planning.epoch import EpochPlan
@@ -22,15 +21,15 @@ def mixture_statistics(
 ) -> dict[str, Any]:
     """The figures of one epoch, as `preview --stats --json` prints them.
 
-    For every domain: read = sum of dropped + held_out + used + unplaced + not_drawn, where `used`
-    counts training instructions that stand in the plan at least once, and `unplaced` those that
-    were drawn, but only for groups that fit no row. Tokens count every occurrence. `asked` is the
-    share that the config asks for, in data.unit.
+    For every domain, read = sum of dropped + held_out + used + unplaced + not_drawn. `used` counts
+    the training instructions that occur in the plan, `unplaced` those that were drawn only for
+    groups that fit no row. Tokens count every occurrence. `asked` is the share that the config asks
+    for, in data.unit.
 
     Args:
-      report: by domain name, with the keys read, dropped ({reason: n}) and held_out
-        (`cache.domain_report`).
-      data: the config section, with the sampling of the plan's stage.
+      report: by domain name, with the keys read, dropped ({reason: n}) and held_out; see
+        `cache.selection.row_counts`.
+      data: the config section with the sampling of the plan's stage.
       batch_rows: rows of a global batch.
     """
     corpus = plan.corpus
@@ -66,7 +65,7 @@ def mixture_statistics(
         "steps_per_epoch": -(-plan.rows // batch_rows),
         "tokens": plan.tokens,
         "loss_tokens": plan.loss_tokens,
-        "moved_share": plan.moved / len(plan.instructions),
+        "moved_share": plan.moved_instructions / len(plan.instructions),
         "unplaced_groups": plan.unplaced_groups,
         "unplaced_instructions": len(plan.unplaced),
         "domains_per_row": domains_per_row(plan),
@@ -82,7 +81,7 @@ def domains_per_row(plan: EpochPlan) -> float:
     return float(np.count_nonzero(pairs) / plan.rows)
 
 
-def print_mixture(statistics: Mapping[str, Any], max_repeats: int) -> None:
+def log_mixture_table(statistics: Mapping[str, Any], max_repeats: int) -> None:
     """Prints the mixture table, and a warning for every domain over data.max_repeats."""
     domains = statistics["domains"]
     rows = figures_table(
@@ -108,19 +107,19 @@ def print_mixture(statistics: Mapping[str, Any], max_repeats: int) -> None:
     if statistics["unplaced_groups"]:
         log.warning(
             f"{statistics['unplaced_groups']:,} groups "
-            f"({statistics['unplaced_instructions']:,} instructions) fit no row and are left out; "
+            f"({statistics['unplaced_instructions']:,} instructions) fit no row and are not used; "
             f"raise data.sequence_length or lower data.max_instruction_tokens",
         )
     for name, d in domains.items():
         if d["max_repeats"] > max_repeats:
             log.warning(
-                f"domain {name} repeats an instruction {d['max_repeats']} times an epoch, "
-                f"over data.max_repeats {max_repeats}; add data or set data.epoch_end: shortest",
+                f"domain {name} repeats an instruction {d['max_repeats']} times in an epoch, more "
+                f"than data.max_repeats {max_repeats}; add data or set data.epoch_end: shortest",
             )
 
 
 def figures_table(title: str, *figures: str) -> Table:
-    """A table with a line a domain and figures in columns."""
+    """An empty table with one line for each domain and a column for each figure."""
     table = Table(title=title, title_justify="left")
     table.add_column("domain", overflow="fold")
     for figure in figures:
@@ -133,12 +132,12 @@ def _with_share(domains: Mapping[str, Mapping[str, Any]], name: str, key: str) -
     return f"{domains[name][key]:,} ({domains[name][key] / max(total, 1):.1%})"
 
 
-# Files of a domain that are listed one by one.
+# How many files of a domain are listed.
 FILES_SHOWN = 20
 
 
-def print_sources(caches: Sequence[DomainCache]) -> None:
-    """Prints what was found in each file, its format, and an example of every kind of drop."""
+def log_source_table(caches: Sequence[DomainCache]) -> None:
+    """Logs the format and the rows of each file, and an example of every reason to drop a row."""
     table = Table(title="Sources", title_justify="left")
     for header in ("domain", "file", "format"):
         table.add_column(header, overflow="fold")
@@ -148,7 +147,7 @@ def print_sources(caches: Sequence[DomainCache]) -> None:
         files = cache.manifest["files"]
         for file in files[:FILES_SHOWN]:
             figures = (f"{file['read']:,}", f"{file['kept']:,}")
-            table.add_row(cache.name, escape(file["name"]), file["format"] or "empty", *figures)
+            table.add_row(cache.name, file["name"], file["format"] or "empty", *figures)
         if len(files) > FILES_SHOWN:
             table.add_row(cache.name, f"and {len(files) - FILES_SHOWN} more files", "", "", "")
     log.info(LogTable(table))
@@ -157,6 +156,6 @@ def print_sources(caches: Sequence[DomainCache]) -> None:
         for reason, count in cache.manifest["dropped"].items():
             example = examples[reason]
             log.info(
-                f"{cache.name}: dropped {count:,} {reason}, e.g. "
+                f"{cache.name}: dropped {count:,} {reason}, for example "
                 f"{example['file']}:{example['line']}: {example['detail']}",
             )
