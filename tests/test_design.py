@@ -10,6 +10,8 @@ import pytest
 from support.runs import ENVIRONMENT, ROOT, small_config
 
 PACKAGE = Path(__file__).parent.parent / "moi_jax"
+# A line that defines a name: a function, a class or a constant.
+DEFINES = r"\s*(?:def|class) {0}\b|{0}\b.*="
 COMMANDS = {"train", "prepare", "convert", "preview", "evaluate", "generate"}
 
 
@@ -56,3 +58,19 @@ def test_every_link_in_the_docs_leads_somewhere():
     for page in [root / "README.md", *(root / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_a_link_to_a_line_leads_to_what_it_names():
+    """[`name`](path#L12): line 12 defines `name`."""
+    root = PACKAGE.parent
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    links = [
+        (page, *link)
+        for page in pages
+        for link in re.findall(r"\[`(\w+)`\]\(([^)#]+)#L(\d+)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert links
+    for page, name, path, number in links:
+        lines = (page.parent / path).read_text(encoding="utf-8").splitlines()
+        found = [n for n, line in enumerate(lines, 1) if re.match(DEFINES.format(name), line)]
+        assert int(number) in found, f"{page.name}: {name} is in line {found} of {path}"
