@@ -20,6 +20,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # A virtual environment is made anew where the files that say what is in it changed.
 $(VENV)/base: setup.cfg pyproject.toml

@@ -25,7 +25,7 @@ from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
 from support.published import add_tokenizer, convert, same_bits, tensors, tiny_published
-from support.runs import ENVIRONMENT, ROOT, small_config, train
+from support.runs import ENVIRONMENT, ROOT, small_config, train_here
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,7 @@ def trained(tmp_path_factory):
         train={"steps": 2, "global_batch_rows": 2},
         eval={"every": 2},
     )
-    done = train(config)
-    assert done.returncode == 0, done.stderr
+    train_here(config)
     return folder
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from support.published import tiny_published
 from support.runs import ENVIRONMENT, ROOT
+from support.xla import xla_flags
 
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 # Eight simulated devices in the place of eight chips; a tiny model in that of the 7B one.
-DEVICES = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+DEVICES = {**ENVIRONMENT, "XLA_FLAGS": xla_flags(devices=8)}
 SMALL = [
     "model.preset=tiny", "data.sequence_length=512", "train.epochs=null", "train.steps=2",
     "train.global_batch_rows=8", "train.microbatch_rows=8", "data.cache_dir=cache",

@@ -17,7 +17,7 @@ from moi_jax.evaluation.options import (
     ModelOptions,
 )
 
-from support.runs import records, small_config, train
+from support.runs import records, refusal, small_config, train_here
 
 QUESTIONS = [
     {"question": f"Ann has {n} apples and buys 2. How many has she?", "answer": f"#### {n + 2}"}
@@ -39,8 +39,7 @@ def place(tmp_path_factory):
         checkpoint={"every": 2},
         eval={"every": 0, "generate": generate},
     )
-    done = train(config)
-    assert done.returncode == 0, done.stderr
+    train_here(config)
     return place
 
 
@@ -64,9 +63,7 @@ def test_training_scores_a_slice_of_the_benchmark_before_and_after(place):
 def test_a_task_of_training_that_is_not_there_is_named(place):
     config = small_config(place, eval={"generate": {"tasks": ["gsm9k"]}},
                           logging={"run_dir": str(place / "other"), "trackers": []})  # fmt: skip
-    done = train(config)
-    assert done.returncode == 2
-    assert "no benchmark 'gsm9k'; choose among gsm8k, math" in done.stderr
+    assert "no benchmark 'gsm9k'; choose among gsm8k, math" in refusal(config)
     assert not (place / "other" / "checkpoints").exists()
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from moi_jax.text.rendering import label_mask, with_system_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 from moi_jax.training.train import train
 
-from support.runs import SAMPLES, records, small_config
+from support.runs import SAMPLES, TWO_DEVICES, records, small_config
 
 DEFAULT = "You are a helpful assistant."
 OWN = {"chat": DEFAULT, "tools": "Use tools."}
@@ -274,11 +273,10 @@ def test_two_hosts_get_the_sums_of_all_rows(half_right, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, number, port, str(tmp_path / "batch.npz")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=TWO_DEVICES,
         )
         for number in "01"
     ]  # fmt: skip

@@ -1,6 +1,5 @@
 """The same run on another mesh, remat policy or accumulation, within the bars of docs/design.md."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from moi_jax.parallel.axes import partition_spec
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows, local_rows, place_batch
 
+from support.runs import TWO_DEVICES
 from support.trainer import ROWS, STEPS, Trainer, random_batch
 
 ONE = {"fsdp": 1}
@@ -139,13 +139,10 @@ def test_two_hosts_read_disjoint_rows_and_place_one_batch():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
-    }  # fmt: skip
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, str(number), str(port)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=TWO_DEVICES,
         )
         for number in range(2)
     ]  # fmt: skip

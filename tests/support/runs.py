@@ -1,24 +1,37 @@
 """A small real run for the tests: two domains of the sample set, rows of 256 tokens."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import jax
+import pytest
 import yaml
 
 from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.common.errors import UserError
 from moi_jax.config import Config
+from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset, open_dataset
+from moi_jax.evaluation.while_training import make_evaluations
+from moi_jax.training.train import TrainResult, train
+
+from support.xla import xla_flags
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "moi_jax" / "data" / "samples"
 
-# One device, whatever the tests themselves simulate.
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
+# Of commands: one device, whatever the tests themselves simulate, or two.
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}
+TWO_DEVICES = {**os.environ, "XLA_FLAGS": xla_flags(devices=2)}
 
 
 def open_data(config: Config) -> Dataset:
@@ -59,11 +72,32 @@ def small_config(directory: Path, **sections) -> Path:
     return path
 
 
+def train_here(config: Path, *overrides: str, devices: int = 1, **options: Any) -> TrainResult:
+    """Trains as the command does, in the process of the test, which simulates eight devices."""
+    options = {"make_evaluations": make_evaluations, **options}
+    return train(load_config(config, overrides), devices=jax.devices()[:devices], **options)
+
+
+def refusal(config: Path, *overrides: str, **options: Any) -> str:
+    """What `train_here` says, in one line, where it refuses to train."""
+    with pytest.raises(UserError) as error:
+        train_here(config, *overrides, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@contextmanager
+def stop_after(step: int) -> Iterator[Callable[[], bool]]:
+    """For `train(stop=...)` of a new run without evaluations: asks it to end after that step."""
+    asked = itertools.count(1)
+    yield lambda: next(asked) >= step
+
+
 def command(config: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "moi_jax.train", "--config", str(config), *arguments]
 
 
-def train(
+def train_command(
     config: Path, *arguments: str, environment: dict[str, str] = ENVIRONMENT
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

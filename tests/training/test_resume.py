@@ -1,4 +1,4 @@
-"""Real runs in processes of their own: killed, stopped, gone on with, refused."""
+"""Runs that are killed, stopped, gone on with, refused; by signals in processes of their own."""
 
 import os
 import random
@@ -15,13 +15,16 @@ from moi_jax.common.errors import UserError
 from moi_jax.training.run_directory import LOCK
 
 from support.runs import (
-    ENVIRONMENT,
     ROOT,
     SAMPLES,
+    TWO_DEVICES,
     logged_steps,
     records,
+    refusal,
     small_config,
-    train,
+    stop_after,
+    train_command,
+    train_here,
     train_until,
 )
 
@@ -47,34 +50,29 @@ HARD = {
     "train": {"steps": None, "epochs": 2, "global_batch_rows": 6, "microbatch_rows": 2},
     "mesh": {"fsdp": 2},
 }
-TWO_DEVICES = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    done = train(small_config(directory))
-    assert done.returncode == 0, done.stderr
-    return directory / "run"
+    return train_here(small_config(directory)).directory
 
 
-def test_a_run_killed_at_three_random_steps_ends_bit_identical(tmp_path):
+def test_a_run_killed_at_three_random_steps_ends_bit_identical(tmp_path, log_text):
     """Kill -9 finds saves under way too: a checkpoint counts only when it is whole."""
     (tmp_path / "whole").mkdir()
-    done = train(small_config(tmp_path / "whole", **HARD), environment=TWO_DEVICES)
-    assert done.returncode == 0, done.stderr
+    train_here(small_config(tmp_path / "whole", **HARD), devices=2)
     whole = records(tmp_path / "whole" / "run" / "metrics.jsonl")
     last = whole[-1]["step"]
     assert whole[-1]["epoch"] == 1
-    assert "empty rows fill up the run's last batch" in done.stdout
+    assert "empty rows fill up the run's last batch" in log_text.getvalue()
     config = small_config(tmp_path, **HARD)
     third = last // 3
     for low, high in ((1, third), (third + 1, 2 * third), (2 * third + 1, last - 1)):
         step = random.SystemRandom().randint(low, high)
         status = train_until(config, step, signal.SIGKILL, TWO_DEVICES)
         assert status == -signal.SIGKILL, f"killed at step {step}"
-    done = train(config, environment=TWO_DEVICES)
-    assert done.returncode == 0, done.stderr
+    train_here(config, devices=2)
     same_parameters(parameters(tmp_path / "run"), parameters(tmp_path / "whole" / "run"))
     # The log reads as if nothing had happened: every step once, with the same losses.
     ours = records(tmp_path / "run" / "metrics.jsonl")
@@ -86,7 +84,7 @@ def test_a_run_killed_at_three_random_steps_ends_bit_identical(tmp_path):
         }
 
 
-def test_sigterm_saves_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_path):
+def test_sigterm_saves_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_path, log_text):
     config = small_config(tmp_path, checkpoint={"every": 100})
     assert train_until(config, 4, signal.SIGTERM) == 128 + signal.SIGTERM
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
@@ -94,20 +92,19 @@ def test_sigterm_saves_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_p
     assert 4 <= saved[0] < 10
     # Another accumulation and other logging may change; the losses may then differ in last bits,
     # so nothing but the checkpoint interval does here.
-    done = train(config, "checkpoint.every=5")
-    assert done.returncode == 0, done.stderr
-    assert f"going on from step {saved[0]}" in done.stdout
-    assert "checkpoint.every: 100 -> 5" in done.stdout
+    train_here(config, "checkpoint.every=5")
+    assert f"going on from step {saved[0]}" in log_text.getvalue()
+    assert "checkpoint.every: 100 -> 5" in log_text.getvalue()
     same_parameters(parameters(tmp_path / "run"), parameters(uninterrupted))
 
 
-def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
+def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, log_text):
     directory = tmp_path / "run"
     shutil.copytree(uninterrupted, directory)
     before = (directory / "metrics.jsonl").read_bytes()
     (directory / "report.html").unlink()  # as when it was killed before it wrote one
-    done = train(small_config(tmp_path))
-    assert (done.returncode, "is complete" in done.stdout) == (0, True)
+    assert train_here(small_config(tmp_path)).finished
+    assert "is complete" in log_text.getvalue()
     assert (directory / "metrics.jsonl").read_bytes() == before
     assert (directory / "report.html").exists()
 
@@ -115,9 +112,8 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path):
 def test_a_run_does_not_go_on_before_where_it_stands(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_bytes()
-    done = train(small_config(tmp_path), "--allow-change", "train.steps=7")
-    assert done.returncode == 2
-    assert "stands at step 10, past the 7 steps" in done.stderr
+    said = refusal(small_config(tmp_path), "train.steps=7", allow_change=True)
+    assert "stands at step 10, past the 7 steps" in said
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
@@ -126,17 +122,15 @@ def test_a_damaged_log_or_config_does_not_keep_a_run_from_going_on(uninterrupted
     (tmp_path / "run" / "config.yaml").write_text("train: {")
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_bytes(log.read_bytes() + b'{}\n5\n\xff\n{"step"')
-    done = train(small_config(tmp_path), "--allow-change", "train.steps=11")
-    assert done.returncode == 0, done.stderr
+    train_here(small_config(tmp_path), "train.steps=11", allow_change=True)
     assert logged_steps(log) == list(range(1, 12))
 
 
 def test_a_damaged_checkpoint_is_one_line(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "10" / "optimizer")
-    done = train(small_config(tmp_path), "--allow-change", "train.steps=11")
-    assert done.returncode == 2, done.stderr
-    assert "is damaged or incomplete" in done.stderr
+    said = refusal(small_config(tmp_path), "train.steps=11", allow_change=True)
+    assert "is damaged or incomplete" in said
     with pytest.raises(UserError, match="is no checkpoint"):
         moi_jax.load(tmp_path / "nothing")
     (tmp_path / "only" / "parameters").mkdir(parents=True)
@@ -147,7 +141,7 @@ def test_a_damaged_checkpoint_is_one_line(uninterrupted, tmp_path):
 def test_a_stopped_run_leaves_its_last_save_whole(tmp_path):
     """The error that ends a run waits for the save that is under way."""
     config = small_config(tmp_path, checkpoint={"every": 1})
-    done = train(config, "optimizer.learning_rate=1e36", "optimizer.clip_norm=null")
+    done = train_command(config, "optimizer.learning_rate=1e36", "optimizer.clip_norm=null")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
@@ -166,11 +160,20 @@ def test_a_stopped_run_leaves_its_last_save_whole(tmp_path):
 def test_a_run_does_not_go_on_as_another_one(uninterrupted, tmp_path, overrides, message):
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
-    done = train(small_config(tmp_path), *overrides)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert message in refusal(small_config(tmp_path), *overrides)
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+
+
+def test_a_refused_change_is_one_line_and_exit_status_2(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    config = small_config(tmp_path)
+    done = train_command(config, "train.steps=12")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "train.steps: 10 -> 12; --allow-change goes on with the new one" in done.stderr
+    done = train_command(config, "train.steps=12", "--allow-change")
+    assert done.returncode == 0, done.stderr
+    assert "going on with train.steps: 10 -> 12 (allowed)" in done.stdout
 
 
 def test_changed_data_is_refused_though_its_path_is_the_same(uninterrupted, tmp_path):
@@ -179,29 +182,25 @@ def test_changed_data_is_refused_though_its_path_is_the_same(uninterrupted, tmp_
     chat = tmp_path / "samples" / "chat.jsonl"
     lines = chat.read_text(encoding="utf-8").splitlines(keepends=True)
     chat.write_text("".join(lines[1:]), encoding="utf-8")
-    done = train(small_config(tmp_path), f"data.root={tmp_path / 'samples'}")
-    assert done.returncode == 2
-    assert "another content of data" in done.stderr
+    said = refusal(small_config(tmp_path), f"data.root={tmp_path / 'samples'}")
+    assert "another content of data" in said
 
 
 def test_a_longer_run_and_another_batch_go_on_when_allowed(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    config = small_config(tmp_path)
-    done = train(config, "--allow-change", "train.steps=12", "train.global_batch_rows=4")
-    assert done.returncode == 0, done.stderr
+    changes = ["train.steps=12", "train.global_batch_rows=4"]
+    train_here(small_config(tmp_path), *changes, allow_change=True)
     last = records(tmp_path / "run" / "metrics.jsonl")[-2:]
     # Ten batches of two rows, then two of four.
     assert [r["row"] for r in last if "row" in r][-1] == 10 * 2 + 2 * 4
 
 
-def test_a_run_goes_on_on_another_mesh_with_other_microbatches(uninterrupted, tmp_path):
+def test_a_run_goes_on_on_another_mesh_with_other_microbatches(uninterrupted, tmp_path, log_text):
     config = small_config(tmp_path)
-    assert train_until(config, 3, signal.SIGTERM) == 128 + signal.SIGTERM
-    overrides = ["mesh.tensor=2", "train.microbatch_rows=1"]
-    done = train(config, *overrides, environment=TWO_DEVICES)
-    assert done.returncode == 0, done.stderr
-    assert "going on with mesh.tensor: 1 -> 2" in done.stdout
-    assert "going on with train.microbatch_rows: None -> 1" in done.stdout
+    assert train_here(config, make_evaluations=None, stop=stop_after(3)).step == 3
+    train_here(config, "mesh.tensor=2", "train.microbatch_rows=1", devices=2)
+    assert "going on with mesh.tensor: 1 -> 2" in log_text.getvalue()
+    assert "going on with train.microbatch_rows: None -> 1" in log_text.getvalue()
     whole, ours = (
         [r["loss"] for r in records(run / "metrics.jsonl") if "token_loss" in r]
         for run in (uninterrupted, tmp_path / "run")
@@ -211,7 +210,7 @@ def test_a_run_goes_on_on_another_mesh_with_other_microbatches(uninterrupted, tm
 
 def test_fresh_moves_the_old_run_aside(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    done = train(small_config(tmp_path), "--fresh", "train.steps=1")
+    done = train_command(small_config(tmp_path), "--fresh", "train.steps=1")
     assert done.returncode == 0, done.stderr
     aside = next(p for p in tmp_path.iterdir() if p.name.startswith("run."))
     assert logged_steps(aside / "metrics.jsonl")[-1] == 10
@@ -232,40 +231,32 @@ def test_a_checkpoint_stands_alone_wherever_it_is_copied(uninterrupted, tmp_path
 def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("precious: thesis")
-    done = train(small_config(tmp_path))
-    assert done.returncode == 2
-    assert "is no run of ours" in done.stderr
+    assert "is no run of ours" in refusal(small_config(tmp_path))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious: thesis"
 
 
 def test_fresh_moves_nothing_before_the_config_is_known_to_work(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    done = train(small_config(tmp_path), "--fresh", "data.domains.0.sources.0.path=nothing*")
-    assert done.returncode == 2
+    refusal(small_config(tmp_path), "data.domains.0.sources.0.path=nothing*", fresh=True)
     assert logged_steps(tmp_path / "run" / "metrics.jsonl")[-1] == 10
     relative = os.path.relpath(tmp_path / "run", ROOT)
     for source in (tmp_path / "run" / "checkpoints", tmp_path / "run", relative):
-        done = train(
-            small_config(tmp_path), "--fresh", f"model.init_from={source}", "model.preset=null"
-        )
-        assert done.returncode == 2
-        assert "--fresh would move" in done.stderr
+        begins_there = (f"model.init_from={source}", "model.preset=null")
+        assert "--fresh would move" in refusal(small_config(tmp_path), *begins_there, fresh=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_an_unwritable_run_directory_is_one_line(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    done = train(small_config(tmp_path, logging={"run_dir": str(tmp_path / "locked" / "run")}))
-    assert done.returncode == 2
-    assert "cannot write the run directory" in done.stderr
+    said = refusal(small_config(tmp_path), f"logging.run_dir={tmp_path / 'locked' / 'run'}")
+    assert "cannot write the run directory" in said
 
 
 def test_a_run_directory_below_a_file_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    done = train(small_config(tmp_path, logging={"run_dir": str(tmp_path / "file" / "run")}))
-    assert done.returncode == 2
-    assert "cannot write the run directory" in done.stderr
+    said = refusal(small_config(tmp_path), f"logging.run_dir={tmp_path / 'file' / 'run'}")
+    assert "cannot write the run directory" in said
 
 
 def test_a_live_run_holds_its_directory(tmp_path):
@@ -273,6 +264,7 @@ def test_a_live_run_holds_its_directory(tmp_path):
 
     (tmp_path / "run").mkdir()
     with filelock.FileLock(tmp_path / "run" / LOCK):
-        done = train(small_config(tmp_path))
+        done = train_command(small_config(tmp_path))
     assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
     assert "in use by a live run" in done.stderr

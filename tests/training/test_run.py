@@ -21,7 +21,17 @@ from moi_jax.training.optimizer import make_optimizer
 from moi_jax.training.run_directory import LOCK
 from moi_jax.training.state import initial_state
 
-from support.runs import ENVIRONMENT, ROOT, SAMPLES, open_data, records, small_config, train
+from support.runs import (
+    ROOT,
+    SAMPLES,
+    TWO_DEVICES,
+    open_data,
+    records,
+    refusal,
+    small_config,
+    train_command,
+    train_here,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,7 @@ def finished(tmp_path_factory):
         "optimizer": {"learning_rate": 3e-3},
         "logging": {"every": 2, "trackers": ["tensorboard"]},
     }
-    done = train(small_config(directory, **sections))
+    done = train_command(small_config(directory, **sections))
     assert done.returncode == 0, done.stderr
     return directory / "run", done.stdout
 
@@ -126,8 +136,7 @@ def test_the_mixture_is_shown_before_the_first_step_and_kept(finished):
 
 @pytest.mark.parametrize("strategy", ["sequence", "packing", "balance"])
 def test_every_strategy_trains(tmp_path, strategy):
-    done = train(small_config(tmp_path), f"data.strategy={strategy}", "train.steps=2")
-    assert done.returncode == 0, done.stderr
+    train_here(small_config(tmp_path), f"data.strategy={strategy}", "train.steps=2")
     assert [r["step"] for r in records(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
@@ -149,14 +158,13 @@ def test_system_prompts_by_their_switch(tmp_path, switch, prompts):
 def test_a_run_that_only_skips_stops_after_three_and_names_the_rows(tmp_path):
     config = small_config(tmp_path)
     overrides = ["optimizer.learning_rate=1e36", "optimizer.clip_norm=null", "train.steps=30"]
-    done = train(config, *overrides)
-    assert done.returncode == 2
-    assert "3 steps in a row were not finite, the last over rows" in done.stderr
+    said = refusal(config, *overrides)
+    assert "3 steps in a row were not finite, the last over rows" in said
     skipped = [r for r in records(tmp_path / "run" / "metrics.jsonl") if r.get("skipped")]
     assert [r["reason"] for r in skipped] == ["not finite"] * 3
     assert skipped[1]["step"] == skipped[0]["step"] + 1
     last = skipped[-1]
-    assert f"rows {last['first_row']} to {last['row'] - 1} (step {last['step']})" in done.stderr
+    assert f"rows {last['first_row']} to {last['row'] - 1} (step {last['step']})" in said
 
 
 MISTAKES = [
@@ -200,12 +208,11 @@ def test_a_longer_row_is_allowed_when_asked_for(tmp_path):
 
 
 def test_rows_that_do_not_divide_over_the_mesh_exit_with_2(tmp_path):
-    two_devices = {**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     for overrides, message in (
         (["mesh.fsdp=4"], "does not fit 2 cpu devices"),
         (["train.global_batch_rows=3"], "global_batch_rows 3 is no multiple of the 2 batch shards"),
     ):
-        done = train(small_config(tmp_path), *overrides, environment=two_devices)
+        done = train_command(small_config(tmp_path), *overrides, environment=TWO_DEVICES)
         assert done.returncode == 2
         assert message in done.stderr
         assert not (tmp_path / "cache").exists()  # said before any data was read
@@ -223,15 +230,16 @@ def test_batches_are_those_of_the_run_from_any_row(tmp_path):
     np.testing.assert_array_equal(later.tokens, rows[5:7])
 
 
-def test_training_starts_from_a_checkpoint_with_its_tokenizer_and_prompt(finished, tmp_path):
+def test_training_starts_from_a_checkpoint_with_its_tokenizer_and_prompt(
+    finished, tmp_path, log_text
+):
     """init_from: architecture, tokenizer and default prompt come with the checkpoint."""
     source = finished[0] / "checkpoints"
     overrides = [
         f"model.init_from={source}", "model.preset=null", "tokenizer.path=null",
         "train.steps=1", "optimizer.learning_rate=1e-12", "eval.every=1",
     ]  # fmt: skip
-    done = train(small_config(tmp_path), *overrides)
-    assert done.returncode == 0, done.stderr
+    train_here(small_config(tmp_path), *overrides)
     before = [r for r in records(finished[0] / "metrics.jsonl") if "eval/mean/loss" in r][-1]
     after = records(tmp_path / "run" / "metrics.jsonl")[0]
     assert after["eval/mean/loss"] == pytest.approx(before["eval/mean/loss"], rel=1e-6)
@@ -241,7 +249,6 @@ def test_training_starts_from_a_checkpoint_with_its_tokenizer_and_prompt(finishe
     with pytest.raises(UserError, match="is not the architecture of"):
         open_experiment(other)
     # The run goes on from its own checkpoint when the one it began with is gone.
-    done = train(small_config(tmp_path), "model.init_from=gone", *overrides[1:])
-    assert done.returncode == 0, done.stderr
-    assert f"going on with model.init_from: {source} -> gone" in done.stdout
-    assert "is complete" in done.stdout
+    train_here(small_config(tmp_path), "model.init_from=gone", *overrides[1:])
+    assert f"going on with model.init_from: {source} -> gone" in log_text.getvalue()
+    assert "is complete" in log_text.getvalue()

@@ -1,0 +1,10 @@
+"""How XLA compiles in the tests, and how many devices a process simulates."""
+
+# Nearly all the time of the suite is compilation of programs that run for milliseconds. Without
+# LLVM's optimizations they are the same programs, made in half the time.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+
+
+def xla_flags(devices: int = 1) -> str:
+    """XLA_FLAGS of a process with so many simulated CPU devices."""
+    return f"{QUICK_COMPILATION} --xla_force_host_platform_device_count={devices}"
