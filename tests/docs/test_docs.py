@@ -36,8 +36,14 @@ def test_there_are_commands_to_run():
     assert len(RUNNABLE) >= 3
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The prepared data of all commands: most ask for the same."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("command", RUNNABLE)
-def test_a_command_of_the_docs_runs(command, tmp_path):
+def test_a_command_of_the_docs_runs(command, cache, tmp_path):
     words = shlex.split(command)
     environment = dict(ENVIRONMENT)
     while "=" in words[0]:
@@ -46,7 +52,7 @@ def test_a_command_of_the_docs_runs(command, tmp_path):
     if "moi_jax.train" in words:
         words = [word for word in words if not word.startswith(("train.steps", "logging.run_dir"))]
         words += [*SHORT, f"logging.run_dir={tmp_path / 'run'}"]
-    words += [f"data.cache_dir={tmp_path / 'cache'}"]
+    words += [f"data.cache_dir={cache}"]
     done = subprocess.run(
         [sys.executable, *words[1:]],
         capture_output=True, text=True, cwd=ROOT, env=environment, check=False,

@@ -24,7 +24,7 @@ DOMAINS = ("chat", "code", "maths", "tools")
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def before(tmp_path_factory):
     """A directory as the reader has it before the first command."""
     import numpy as np
 
@@ -43,7 +43,9 @@ def workplace(tmp_path_factory):
     return place
 
 
-def test_every_marked_command_runs_in_order(workplace):
+@pytest.fixture(scope="module")
+def workplace(before):
+    """The same directory after every marked command ran, in order."""
     commands = re.findall(r"^    (python -m .*?)\s+#$", PAGE, re.MULTILINE)
     assert len(commands) == 10
     for command in commands:
@@ -52,15 +54,18 @@ def test_every_marked_command_runs_in_order(workplace):
             words += SMALL
         done = subprocess.run(
             [sys.executable, *words],
-            capture_output=True, text=True, cwd=workplace, check=False,
+            capture_output=True, text=True, cwd=before, check=False,
             env={**DEVICES, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    return before
+
+
+def test_every_marked_command_runs_in_order(workplace):
     assert (workplace / "runs" / "qwen_7b_moi" / "report.html").exists()
 
 
 def test_the_exported_folder_answers_in_transformers(workplace):
-    """After the commands before it."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace, check=False

@@ -10,14 +10,14 @@ import pytest
 
 from moi_jax import config as config_lib
 from moi_jax.common.errors import UserError
-from moi_jax.models.parameters import parameter_specs
+from moi_jax.models.parameters import parameter_specs, random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.axes import partition_spec
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows, local_rows, place_batch
 
 from support.runs import TWO_DEVICES
-from support.trainer import ROWS, STEPS, Trainer, random_batch
+from support.trainer import MODEL, ROWS, STEPS, Trainer, random_batch
 
 ONE = {"fsdp": 1}
 EIGHT = {"fsdp": 4, "tensor": 2}
@@ -66,7 +66,8 @@ def test_the_first_loss_in_bfloat16_agrees():
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh():
-    one, eight = Trainer(ONE).parameters(), Trainer(EIGHT).parameters()
+    meshes = [make_mesh(config_lib.Mesh(**axes), jax.devices()) for axes in (ONE, EIGHT)]
+    one, eight = (random_parameters(MODEL, 0, "float32", mesh) for mesh in meshes)
     jax.tree.map(np.testing.assert_array_equal, one, eight)
 
 

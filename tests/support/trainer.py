@@ -1,6 +1,7 @@
 """The jitted train and eval step of a tiny model on a mesh, with batches given as numpy."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from moi_jax.data.loader import Batch
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import make_model
-from moi_jax.models.parameters import random_parameters
+from moi_jax.models.parameters import parameter_shardings, random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import place_batch
@@ -47,22 +48,35 @@ def random_batch(seed: int) -> Batch:
     )
 
 
+@functools.cache
+def initial_parameters(dtype):
+    """As numpy: they are the same on every mesh, and their drawing compiles for long."""
+    mesh = make_mesh(config_lib.Mesh(fsdp=1), jax.devices())
+    return jax.device_get(random_parameters(MODEL, 0, dtype, mesh))
+
+
+@functools.cache
+def programs(mesh, dtype, compute, remat):
+    """Optimizer, train step and row sums on a mesh: traced once for all Trainers alike."""
+    moment_dtype = "float64" if dtype == "float64" else "float32"
+    config = OPTIMIZER.model_copy(update={"moment_dtype": moment_dtype})
+    optimizer, schedule = make_optimizer(config, MODEL), make_schedule(config, STEPS)
+    bind = make_model(MODEL, Compute(compute or dtype, remat))
+    step = make_train_step(MODEL, bind, optimizer, schedule, DOMAINS, mesh)
+    return optimizer, step, make_row_sums(bind, mesh)
+
+
 class Trainer:
     """The jitted step on a mesh, with batches given as numpy."""
 
     def __init__(self, mesh, microbatch_rows=ROWS, *, dtype="float32", compute=None, remat="none"):
         self.mesh = make_mesh(config_lib.Mesh(**mesh), jax.devices())
         self.microbatch_rows = microbatch_rows
-        config = OPTIMIZER.model_copy(
-            update={"moment_dtype": "float64" if dtype == "float64" else "float32"}
-        )
-        optimizer = make_optimizer(config, MODEL)
-        parameters = random_parameters(MODEL, 0, dtype, self.mesh)
-        self.state = new_state(MODEL, optimizer, parameters, self.mesh)
-        bind = make_model(MODEL, Compute(compute or dtype, remat))
-        schedule = make_schedule(config, STEPS)
-        self._step = make_train_step(MODEL, bind, optimizer, schedule, DOMAINS, self.mesh)
-        self._row_sums = make_row_sums(bind, self.mesh)
+        optimizer, self._step, self._row_sums = programs(self.mesh, dtype, compute, remat)
+        # Copied: the state donates its arrays, which may lie in the memory of numpy's.
+        parameters = jax.tree.map(np.copy, initial_parameters(dtype))
+        placed = jax.device_put(parameters, parameter_shardings(MODEL, self.mesh))
+        self.state = new_state(MODEL, optimizer, placed, self.mesh)
 
     def place(self, batch):
         rows = np.arange(len(batch.tokens))
