@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from support.runs import ENVIRONMENT, ROOT
+from support.xla import QUICK_COMPILATION
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["train.steps=1", "train.sample_max_new_tokens=2"]
@@ -48,7 +49,7 @@ def test_a_command_of_the_docs_runs(command, cache, tmp_path):
     environment = dict(ENVIRONMENT)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
-        environment[name] = value
+        environment[name] = f"{QUICK_COMPILATION} {value}" if name == "XLA_FLAGS" else value
     if "moi_jax.train" in words:
         words = [word for word in words if not word.startswith(("train.steps", "logging.run_dir"))]
         words += [*SHORT, f"logging.run_dir={tmp_path / 'run'}"]
