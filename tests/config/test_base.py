@@ -11,7 +11,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config.files import merge
 from moi_jax.config.load import load_config
 
-from support.runs import ROOT, train
+from support.runs import ROOT, train_command
 
 PLAIN = {"data": {"sequence_length": 64, "held_out": {"fraction": 0.1}}, "train": {"epochs": 2}}
 
@@ -115,7 +115,7 @@ def test_a_mistake_with_a_base_is_one_line(tmp_path, files, message):
 
 
 def test_a_missing_base_exits_with_2(tmp_path):
-    done = train(write(tmp_path, a={"base": "b.yaml"}))
+    done = train_command(write(tmp_path, a={"base": "b.yaml"}))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"cannot read the base {tmp_path}/b.yaml" in done.stderr

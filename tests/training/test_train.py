@@ -3,6 +3,7 @@
 import threading
 from contextlib import contextmanager
 
+import jax
 import numpy as np
 import pytest
 
@@ -51,9 +52,7 @@ def test_runs_in_one_process_do_not_know_each_other(place):
         strict=True,
     ):
         assert left["loss"] == right["loss"]
-    np.testing.assert_array_equal(
-        first.state.parameters["embedding"], again.state.parameters["embedding"]
-    )
+    jax.tree.map(np.testing.assert_array_equal, first.state.parameters, again.state.parameters)
 
 
 def test_a_thread_that_is_not_the_main_one_trains(place):
