@@ -72,7 +72,7 @@ class Score:
 
 
 class Task(ABC):
-    """A benchmark. `tasks/` has one file for each benchmark; `tasks.TASKS` lists them.
+    """A benchmark: a file in `tasks/`, and a line in `tasks.TASKS`.
 
     Attributes:
       files: the files below the data directory that the task reads, for messages.

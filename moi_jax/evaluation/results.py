@@ -11,7 +11,7 @@ import numpy as np
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation import bootstrap
 from moi_jax.evaluation.protocol import Item, Response, Score, Task
-from moi_jax.evaluation.tasks import TASKS
+from moi_jax.evaluation.tasks import PAPER_TASKS
 
 Json = dict[str, Any]
 Scored = tuple[Item, Response, Score]
@@ -125,8 +125,8 @@ def _notes(
 
 def overall(tasks: Json) -> float | None:
     """The plain mean of the seven scores; None unless all seven are complete."""
-    if all(tasks.get(name, {}).get("complete") for name in TASKS):
-        return float(np.mean([tasks[name]["score"] for name in TASKS]))
+    if all(tasks.get(name, {}).get("complete") for name in PAPER_TASKS):
+        return float(np.mean([tasks[name]["score"] for name in PAPER_TASKS]))
     return None
 
 

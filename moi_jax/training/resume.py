@@ -115,7 +115,6 @@ def saved_position(
         "row": row,
         "epoch_rows": plan.epoch_first_rows(max(row - 1, 0)),
         "plan": _plan_fingerprint(plan, row),
-        "seed": experiment.config.train.seed,
         "fingerprints": fingerprints(experiment, dataset),
     }
 

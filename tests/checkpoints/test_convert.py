@@ -65,7 +65,7 @@ def test_a_checkpoint_loads_onto_a_mesh(published, tmp_path):
     mesh = make_mesh(config_lib.Mesh(fsdp=4, tensor=2), jax.devices())
     sharded, _ = moi_jax.load(tmp_path / "ckpt", mesh=mesh)
     whole, _ = moi_jax.load(tmp_path / "ckpt")
-    assert not sharded.layers.query[...].sharding.is_fully_replicated
+    assert not sharded.layers.attention.query.kernel[...].sharding.is_fully_replicated
     tokens = np.arange(40, dtype=np.int32)[None]
     np.testing.assert_allclose(
         jax.device_get(sharded(tokens)), jax.device_get(whole(tokens)), atol=2e-5

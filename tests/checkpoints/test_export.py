@@ -142,9 +142,9 @@ def test_a_trained_checkpoint_exports_its_parameters_with_an_account_of_itself(t
     assert not (tmp_path / "out" / "optimizer").exists()
     held = tensors(tmp_path / "out")
     model, _ = moi_jax.load(trained / "run")
-    np.testing.assert_array_equal(held["transformer.wte.weight"], model.embedding[...])
+    np.testing.assert_array_equal(held["transformer.wte.weight"], model.embedding.table[...])
     gate = held["transformer.h.2.mlp.w2.weight"]
-    np.testing.assert_array_equal(gate, np.asarray(model.layers.gate[...])[2].T)
+    np.testing.assert_array_equal(gate, np.asarray(model.layers.mlp.gate.kernel[...])[2].T)
     # It has learnt to end its turns: im_end is among its ends now, and its own end still is.
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     ends = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
@@ -242,7 +242,7 @@ def test_a_source_without_a_licence_is_warned_of(golden, tmp_path):
 
 def test_an_existing_target_is_not_overwritten(imported, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists; name a new directory"):
+    with pytest.raises(UserError, match="exists, and nothing is overwritten; name a new directory"):
         export_checkpoint(imported / "A-ckpt", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -263,7 +263,7 @@ def with_another_width(step):
         (lambda step: shutil.rmtree(step / "parameters"), "is no checkpoint"),
         (without_files_of_the_store, "is damaged or incomplete"),
         (lambda step: (step / "model" / "metadata").write_text("{"), "is damaged or incomplete"),
-        (with_another_width, "layers.down has shape"),
+        (with_another_width, "layers.mlp.down.kernel has shape"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(imported, tmp_path, damage, message):

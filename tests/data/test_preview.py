@@ -469,7 +469,7 @@ def test_the_audit_of_the_command_ends_with_its_verdict(ragged, monkeypatch, cap
     ("arguments", "line"),
     [
         (["--row", "1"], "error: there is no row 1: the run has the rows 0 to 0"),
-        (["--png", "row.gif"], "error: row.gif: the name of a picture ends in .png or .svg"),
+        (["--png", "row.gif"], "error: row.gif: the name of a picture must end in .png or .svg"),
         (["--json"], "error: --json needs --stats; add it or leave out --json"),
         (["--seed", "0"], "error: --seed needs --audit; add it or leave out --seed"),
         (["--stats", "--rows", "1"], "error: --rows shows rows in the terminal; leave it out"),

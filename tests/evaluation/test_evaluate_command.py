@@ -32,12 +32,12 @@ def place(tmp_path_factory):
     (place / "data" / "gsm8k").mkdir(parents=True)
     lines = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
     (place / "data" / "gsm8k" / "test.jsonl").write_text(lines)
-    generate = {"tasks": ["gsm8k"], "data": str(place / "data"), "limit": 2, "max_new_tokens": 8}
+    benchmarks = {"tasks": ["gsm8k"], "data": str(place / "data"), "limit": 2, "max_new_tokens": 8}
     config = small_config(
         place,
         train={"steps": 2, "global_batch_rows": 2},
         checkpoint={"every": 2},
-        eval={"every": 0, "generate": generate},
+        eval={"every": 0, "benchmarks": benchmarks},
     )
     train_here(config)
     return place
@@ -61,7 +61,7 @@ def test_training_scores_a_slice_of_the_benchmark_before_and_after(place):
 
 
 def test_a_task_of_training_that_is_not_there_is_named(place):
-    config = small_config(place, eval={"generate": {"tasks": ["gsm9k"]}},
+    config = small_config(place, eval={"benchmarks": {"tasks": ["gsm9k"]}},
                           logging={"run_dir": str(place / "other"), "trackers": []})  # fmt: skip
     assert "no benchmark 'gsm9k'; choose among gsm8k, math" in refusal(config)
     assert not (place / "other" / "checkpoints").exists()

@@ -654,5 +654,5 @@ def test_a_checkpoint_is_opened_on_the_mesh_and_in_the_dtype_asked_for(made):
     assert dict(opened.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
     leaves = jax.tree.leaves(opened.parameters)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
-    assert opened.bind(opened.parameters).compute.dtype == jnp.bfloat16
+    assert jnp.dtype(opened.bind(opened.parameters).compute.dtype) == jnp.bfloat16
     assert {len(leaf.sharding.device_set) for leaf in leaves} == {4}
