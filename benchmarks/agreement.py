@@ -1,7 +1,7 @@
 """The same run on other meshes, with accumulation and remat: python benchmarks/agreement.py
 
-Twenty real steps of the training command on the sample set for each variant and precision, and
-how far their losses are from those on one device. Simulates eight devices on the CPU.
+Trains twenty steps on the sample set with the training command, for each variant and precision.
+Prints how far the losses are from those on one device. Simulates eight devices on the CPU.
 """
 
 import json
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def losses(directory: Path, dtype: str, overrides: list[str]) -> list[float]:
-    """The losses of a run of STEPS steps by the training command."""
+    """Returns the losses of a run of STEPS steps with the training command."""
     wide = "float64" if dtype == "float64" else "float32"
     config = {
         "model": {

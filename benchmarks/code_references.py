@@ -1,10 +1,9 @@
-"""Whether the sandbox judges right: python benchmarks/code_references.py DATA [--sandbox weak]
+"""Checks the sandbox: python benchmarks/code_references.py DATA [--sandbox weak]
 
-DATA holds humaneval/ and mbpp/ as the benchmarks lay them out. Every reference solution of
-HumanEval and of all of MBPP, not only of its evaluated rows, must pass; and of three programs made
-from each none may: the function with another result, one that returns nothing, and one that returns
-an object that claims to equal everything. Where the tests themselves cannot tell these from the
-reference they are named.
+DATA holds humaneval/ and mbpp/ in the layout of the benchmarks. Every reference solution of
+HumanEval and of all of MBPP (not only of the evaluated rows) must pass. Three programs made from
+each solution must fail: a function with another result, one that returns nothing, and one that
+returns an object equal to everything. Prints the items whose own tests accept such a program.
 """
 
 import argparse
@@ -94,12 +93,12 @@ def judge(task: CodeTask, kind: str, answers: list[tuple[Item, str]]) -> None:
 
 
 def reference(item: Item) -> str:
-    """The published solution as a whole definition: HumanEval's is a body."""
+    """Returns the published solution as a whole definition; HumanEval publishes only the body."""
     return item.gold.get("stub", "") + item.gold["reference"]
 
 
 def wrong(item: Item, code: str) -> str:
-    """The reference, then a spoilt function in its place. Classes stay as they are."""
+    """Returns the reference, followed by a wrong function of the same name; classes stay."""
     names = item.gold.get("names") or [item.gold["entry_point"]]
     functions = [name for name in names if f"def {name}" in reference(item)]
     return "\n".join([reference(item), *(code.replace("NAME", name) for name in functions)])

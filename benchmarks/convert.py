@@ -1,8 +1,8 @@
 """Time and peak memory of import and export at full size: python benchmarks/convert.py --dir DIR
 
-Makes a random bfloat16 checkpoint with the shapes of a preset in DIR (of Qwen-7B it needs 46 GB
-free there), imports it, exports it, each in a process of its own, and compares every tensor bit by
-bit. The files are deleted at the end. The figures stand in docs/benchmarks.md.
+Makes a random bfloat16 checkpoint with the shapes of a preset in DIR (Qwen-7B needs 46 GB of free
+space). Imports and exports it, each in its own process, and compares every tensor bit by bit.
+Deletes the files at the end. The figures are in docs/benchmarks.md.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""Packing and preparing beside their peers: python benchmarks/data.py --root DIR --tokenizer DIR
+"""Packing and preparing, compared: python benchmarks/data.py --root DIR --tokenizer DIR
 
-Packing: fill and instructions/s on the lengths of the public sets of configs/public_sets.yaml.
+Packing: fill and instructions/s on the lengths of the public sets in configs/public_sets.yaml.
 Ours places whole balanced chunks. The peers get the instructions of the same epoch in random order
-and place each for itself: TRL's pack_dataset (bfd), grain's BestFitPackIterDataset (which also
-copies the tokens), seqpacker. Speed once more on the lengths tiled to about a million instructions.
+and place each instruction separately: TRL's pack_dataset (bfd), grain's BestFitPackIterDataset
+(which also copies the tokens), seqpacker. The speed is also measured on about a million
+instructions: the same lengths, repeated.
 
-Preparing: conversations/s on GSM8K's rows, from JSONL to the cache on disk, against the tokenise
-step of TRL's SFTTrainer with assistant_only_loss; its reading of the JSONL is not counted.
+Preparing: conversations/s on GSM8K's rows, from JSONL to the cache on disk. The peer is the
+tokenise step of TRL's SFTTrainer with assistant_only_loss; its reading of the JSONL is not counted.
 
-All contenders take turns in one process. Install them by `pip install -e ".[test,peers]"`.
+All contenders take turns in one process. Install them with `pip install -e ".[test,peers]"`.
 """
 
 # The peers are imported inside functions: the processes that prepare import this file anew.
@@ -49,9 +50,9 @@ Figures = dict[str, dict[str, Any]]
 
 
 def take_turns(contenders: Contenders, items: int, turns: int) -> Figures:
-    """What each contender, ours first, returns, and its items a second: median, lowest, highest.
+    """Returns each contender's result and items/s (median, lowest, highest); ours is first.
 
-    They take turns, so that a busy spell of the machine meets all of them.
+    The contenders take turns, so that a busy phase of the machine affects all of them.
     """
     figures: Figures = {name: {"seconds": []} for name in contenders}
     for _ in range(turns):
@@ -67,7 +68,7 @@ def take_turns(contenders: Contenders, items: int, turns: int) -> Figures:
 
 
 def public_corpus(root: Path, tokenizer: Path, cache_dir: str, row: int) -> tuple[Corpus, Data]:
-    """The lengths of the public sets for rows of that length, and the section that plans them."""
+    """Returns the lengths of the public sets for rows of this length, and their data section."""
     from moi_jax.checkpoints.experiment import open_experiment
     from moi_jax.data.dataset import open_dataset
 
@@ -83,7 +84,7 @@ def public_corpus(root: Path, tokenizer: Path, cache_dir: str, row: int) -> tupl
 
 
 def tiled(corpus: Corpus, instructions: int) -> Corpus:
-    """Every domain repeated until an epoch holds about so many instructions."""
+    """Repeats every domain until an epoch holds about this many instructions."""
     times = max(1, round(instructions / (len(corpus.counts) * max(corpus.counts))))
     lengths, loss_lengths = (
         [np.tile(domain, times) for domain in np.split(values, corpus.offsets[1:-1])]
@@ -93,7 +94,7 @@ def tiled(corpus: Corpus, instructions: int) -> Corpus:
 
 
 def peer_packers(lengths: np.ndarray, row: int, with_grain: bool) -> Contenders:
-    """The peers on int64[M] lengths; each returns the number of its rows."""
+    """Returns the peers as functions of int64[M] lengths that return their number of rows."""
     import datasets
     import grain
     import pyarrow
@@ -124,7 +125,7 @@ def peer_packers(lengths: np.ndarray, row: int, with_grain: bool) -> Contenders:
 
 
 def compare_packing(corpus: Corpus, data: Data, turns: int, with_grain: bool) -> dict[str, Any]:
-    """Fill and speed on an epoch of the corpus."""
+    """Compares fill and speed on an epoch of the corpus."""
     row = data.sequence_length
     plan = plan_epoch(corpus, data, seed=0, epoch=0)
     lengths = corpus.lengths[plan.instructions].astype(np.int64)
@@ -144,7 +145,7 @@ def compare_packing(corpus: Corpus, data: Data, turns: int, with_grain: bool) ->
 
 
 def conversations(root: Path, count: int) -> Iterator[dict[str, Any]]:
-    """GSM8K's rows over and over, numbered so that no two are equal."""
+    """Yields GSM8K's rows again and again, numbered so that no two are equal."""
     files = sorted(root.glob("math/gsm8k_train_*.jsonl"))
     if not files:
         raise UserError(f"--root {root} holds no math/gsm8k_train_*.jsonl, GSM8K's rows")
@@ -157,7 +158,7 @@ def conversations(root: Path, count: int) -> Iterator[dict[str, Any]]:
 
 
 def our_prepare(rows: Path, tokenizer: Path, workers: int) -> Callable[[], int]:
-    """Brings the rows into an empty cache and returns their number of tokens."""
+    """Returns our prepare into an empty cache; it returns the number of tokens."""
     section = {
         "root": rows.parent, "row_system": "keep", "workers": workers, "default_domain": "maths",
         "domains": [{"name": "maths", "sources": [{"path": rows.name}]}],
@@ -173,7 +174,7 @@ def our_prepare(rows: Path, tokenizer: Path, workers: int) -> Callable[[], int]:
 
 
 def trl_tokenise(rows: Path, tokenizer: Path, workers: int) -> Callable[[], int]:
-    """What SFTTrainer maps over the rows, with the template it chooses; returns the tokens."""
+    """Returns SFTTrainer's tokenise step, with its template; it returns the number of tokens."""
     import datasets
     import pyarrow.compute
     from tokenizers.normalizers import NFC
@@ -216,7 +217,7 @@ def compare_preparing(args: argparse.Namespace, directory: Path) -> dict[str, An
 
 
 def bars(report: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
-    """What is promised, the figure, the bar, and whether it holds."""
+    """Yields for each promise: its text, the figure, the bar, and whether the figure meets it."""
     for packing in report["packing"]:
         fill = {name: figure["fill"] for name, figure in packing["figures"].items()}
         what, ours, shown = f"fill at {packing['row']}", fill[OURS], f"{fill[OURS]:.2%}"

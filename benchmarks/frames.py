@@ -1,9 +1,9 @@
-"""How far it is from the command to attention, and which files one training step runs through.
+"""Shows the call stack from the command to attention, and the files that a train step uses.
 
     python benchmarks/frames.py
 
-Trains one step of the quickstart's model and prints the frames of this package that lie on the
-stack when attention is traced, and the files whose functions run within the step, with their lines.
+Trains the quickstart's model for one step. Prints the frames of this package on the stack when
+attention is traced, and the files whose functions run in the step, with their numbers of lines.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""How far the decoder is from the published reference Qwen-7B: python benchmarks/golden.py"""
+"""Differences from the published reference code of Qwen-7B: python benchmarks/golden.py"""
 
 import json
 from pathlib import Path

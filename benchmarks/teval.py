@@ -1,9 +1,9 @@
-"""T-Eval's scorers on answers that are known: python benchmarks/teval.py DATA [--embedder NAME]
+"""Checks T-Eval's scorers on known answers: python benchmarks/teval.py DATA [--embedder NAME]
 
-DATA has the directory teval/ of the evaluation's data. Each record is answered by its gold answer,
-by nothing, and by its gold plan with the steps shuffled; the means of all metrics are printed.
-Gold answers must have 1.0 wherever no embedder is asked; where plans are asked for in words, what
-stands for the gold answer is a sentence for each of its steps.
+DATA holds the directory teval/ of the evaluation data. Each record gets three answers: its gold
+answer, an empty one, and its gold plan with shuffled steps. Prints the means of all metrics. Gold
+answers must score 1.0 in all metrics that need no embedder. If a record wants the plan in words,
+its gold answer is one sentence for each step.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> int:
 def means(
     task: TEval, items: Sequence[Item], answer: Callable[[Item], str]
 ) -> dict[str, tuple[float, int]]:
-    """metric -> its mean and the number of items that have it."""
+    """Returns metric -> its mean and the number of items that have it."""
     values = defaultdict(list)
     for score in task.score([(item, Response((answer(item),), ("stop",))) for item in items]):
         for metric, value in score.metrics.items():
@@ -87,7 +87,7 @@ def instruct_answer(variant: Variant, gold: Json) -> str:
 
 
 def shuffled_plan(item: Item) -> str:
-    """The gold steps in another order, a last FinishAction at its place."""
+    """Returns the gold steps in another order; a final FinishAction stays last."""
     steps = item.gold["steps"]
     order = list(range(len(steps) - 1))
     random.Random(item.id).shuffle(order)

@@ -12,31 +12,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m moi_jax.train",
         description="Fine-tunes a model on a mixture of chat data, as the config says.",
-        epilog="A run that was stopped goes on where it was: give the same command again. Exit "
-        "status: 0 done, 2 your mistake (one line says which), 1 a fault of ours, 128 + the "
-        "signal's number after saving on SIGTERM or SIGINT.",
+        epilog="To resume a run that was stopped, give the same command again. Exit status: 0 "
+        "done, 2 your mistake (one line says which), 1 a fault of ours, 128 + the signal's "
+        "number if SIGTERM or SIGINT stopped the run (it saves first).",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+        "overrides", nargs="*", metavar="section.key=value", help="settings that override FILE"
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="show the resolved config and stop"
+        "--print-config", action="store_true", help="print the resolved config and exit"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="begin anew; an old run is moved aside, not deleted"
+        "--fresh", action="store_true", help="start over; an old run is moved aside, not deleted"
     )
     parser.add_argument(
         "--allow-change",
         action="store_true",
-        help="go on with another optimizer, batch size, length or patience of the run",
+        help="resume although optimizer, batch size, length or patience of the run changed",
     )
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(config.to_yaml(), end="")
         return 0
-    if config.train.deterministic:  # read by XLA when jax starts
+    if config.train.deterministic:  # XLA reads it when jax starts
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
 
@@ -58,7 +58,7 @@ def main() -> int:
     )
     if not result.finished:
         print(
-            f"saved step {result.step} to {result.directory}; the same command goes on from there"
+            f"saved step {result.step} to {result.directory}; give the same command again to resume"
         )
         return signals.exit_status
     _print_answers(result.directory)
@@ -68,17 +68,18 @@ def main() -> int:
 
 
 def _print_answers(directory: Path) -> None:
-    """The sample answers before and after training, under each prompt."""
+    """Prints the sample answers before and after training, by prompt."""
     import json
 
     path = directory / "samples.jsonl"
     if not path.exists():
         return
     answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    asked: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    prompts: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for answer in answers:
-        asked.setdefault((answer["domain"], answer["system"], answer["prompt"]), []).append(answer)
-    for (domain, system, prompt), given in asked.items():
+        key = (answer["domain"], answer["system"], answer["prompt"])
+        prompts.setdefault(key, []).append(answer)
+    for (domain, system, prompt), given in prompts.items():
         print(f"{domain}, {system} system prompt")
         print(f"  user: {prompt}")
         for answer in given if len(given) == 1 else (given[0], given[-1]):

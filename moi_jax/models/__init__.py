@@ -1,1 +1,1 @@
-"""The models room: architecture, parameters, attention and the vocabulary loss."""
+"""The models room: architecture, parameters, attention and vocabulary loss."""

@@ -1,4 +1,4 @@
-"""How a model computes: the settings that change speed and rounding, never the architecture."""
+"""The compute settings of a model: they change speed and rounding, never the architecture."""
 
 import dataclasses
 
@@ -13,9 +13,10 @@ class Compute:
     """Settings of one model on one platform.
 
     Attributes:
-      dtype: of activations and of the matrix products.
-      remat: none, full (recompute each layer backward), dots (keep the projections).
-      attention: the implementation, see `models.attention.choose_attention`.
+      dtype: the dtype of the activations and of the matrix products.
+      remat: none; full (the backward pass recomputes each layer); dots (it recomputes all but
+        the projections).
+      attention: the backend, see `models.attention.choose_attention`.
     """
 
     dtype: jax.typing.DTypeLike = "float32"
@@ -24,7 +25,7 @@ class Compute:
 
 
 def resolve_dtype(name: str, platform: str) -> str:
-    """The dtype that `auto` means on a platform: float32 on a CPU, bfloat16 elsewhere."""
+    """Resolves the dtype `auto` for a platform: float32 on a CPU, bfloat16 elsewhere."""
     if name != "auto":
         return name
     return "float32" if platform == "cpu" else "bfloat16"

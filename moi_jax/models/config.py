@@ -1,4 +1,4 @@
-"""The architecture of a decoder: `ModelConfig`, and its config.json in any family's layout."""
+"""The architecture of a decoder: `ModelConfig`, read from and written as a config.json."""
 
 import dataclasses
 import json
@@ -22,14 +22,14 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One decoder-only transformer; families differ in these fields alone.
+    """One decoder-only transformer; families differ only in these fields.
 
-    Letters used for the sizes everywhere: D hidden_size, H num_heads, K num_kv_heads,
-    N head_dim, F mlp_width, V vocab_size, L num_layers. Fields with a default came after the
-    first checkpoints of ours, which do not name them.
+    The sizes have the same letters everywhere: D hidden_size, H num_heads, K num_kv_heads,
+    N head_dim, F mlp_width, V vocab_size, L num_layers. Our first checkpoints do not name the
+    fields that have a default here.
     """
 
-    family: str  # whose names and config.json a published checkpoint has, see families/
+    family: str  # decides the tensor names and the config.json of a published checkpoint
     vocab_size: int
     num_layers: int
     hidden_size: int
@@ -37,39 +37,42 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
-    seq_length: int  # trained length; beyond it, Qwen v1's NTK and log-n act at inference
+    seq_length: int  # trained length; beyond it Qwen v1 uses NTK and log-n at inference
     qkv_bias: bool
-    out_bias: bool = False  # of the attention's output projection
+    out_bias: bool = False  # bias of the attention's output projection
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
-    tied_head: bool = False  # the head is the embedding, transposed
+    tied_head: bool = False  # the head is the transposed embedding
     rope_base: float
     rope_scaling: RopeScaling | None = None
     norm_eps: float
     dynamic_ntk: bool
     logn_attention: bool
     initializer_range: float
-    # What the chat template puts where no system turn is given. Not part of the architecture,
-    # and not in config.json: two configs that differ here alone are equal.
+    # The chat template adds this prompt if there is no system turn. It is not part of the
+    # architecture and not in config.json: two configs that differ only here are equal.
     default_system_prompt: str = dataclasses.field(compare=False)
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON values, for a checkpoint of ours."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Makes the config from the values of `to_json`."""
         scaling = values.get("rope_scaling")
         return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
 def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
-    """The architecture a published `config.json` describes; `where` names the file.
+    """Reads the architecture from a published `config.json`; `where` names the file.
 
     Raises:
-      UserError: no JSON, another architecture, a missing key, or a setting we do not build.
+      UserError: the text is not JSON, the architecture is another one, a key is missing, or a
+        setting is not supported.
     """
     try:
         values = json.loads(text)
-    except ValueError as error:  # no UTF-8, or no JSON
+    except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{where} has no model_type; is it the config.json of a model?")
@@ -77,8 +80,8 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
     family = families.get(str(values["model_type"]))
     if family is None:
         raise UserError(
-            f"{where}: model_type {values['model_type']!r} is not built yet; those that are: "
-            f"{', '.join(map(repr, families))} (dense ones, no mixtures of experts)"
+            f"{where}: model_type {values['model_type']!r} is not built yet; use one of "
+            f"{', '.join(map(repr, families))} (dense models, no mixtures of experts)"
         )
     values = family.defaults | {key: value for key, value in values.items() if value is not None}
     _refuse_unsupported(values, family, where)
@@ -95,7 +98,7 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
         fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_heads"])
         if rest:
             raise UserError(f"{where}: hidden_size does not divide into the attention heads")
-    # Qwen v1's figure counts both matrices of the gated MLP.
+    # Qwen v1's width counts both matrices of the gated MLP.
     fields["mlp_width"] //= family.mlp_matrices
     _refuse_windows(values, fields["num_layers"], where)
     if fields["num_heads"] % fields["num_kv_heads"]:
@@ -109,10 +112,10 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a published checkpoint of this architecture, in its family's layout.
+    """Returns the values of a published config.json for this architecture, in its family's layout.
 
-    Left to the caller, who knows them: torch_dtype, and the ids bos_token_id and eos_token_id
-    (transformers takes 1 and 2 for a Llama whose config.json has none).
+    The caller adds torch_dtype, bos_token_id and eos_token_id. (Without these ids transformers
+    takes 1 and 2 for a Llama.)
     """
     family = FAMILIES[config.family]
     fields = dataclasses.asdict(config)
@@ -128,10 +131,11 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def in_family(config: ModelConfig, name: str) -> ModelConfig:
-    """The same parameters as a model of another family, for tools that lack their own.
+    """Returns the config with which another family reads the same parameters.
 
-    Dynamic NTK and log-n attention are left behind: the result is exact wherever they are
-    inactive, for Qwen v1 up to its seq_length.
+    Tools that do not know the model's own family can then use it. The result has no dynamic NTK
+    and no log-n attention. It is exact where they are inactive: for Qwen v1, up to its
+    seq_length.
 
     Raises:
       UserError: the other family cannot express this architecture.
@@ -149,37 +153,37 @@ def _reads_as(config: ModelConfig) -> ModelConfig:
 
 
 def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> None:
-    """Raises UserError for a setting that changes the model in a way the decoder has not."""
+    """Raises UserError for a setting that would need another decoder."""
     if values.get("quantization_config"):
-        raise UserError(f"{where}: quantised weights are not supported; import the full ones")
+        raise UserError(
+            f"{where}: quantised weights are not supported; import the full-precision ones"
+        )
     for key, only in family.supported.items():
         if values.get(key, only) != only:
             raise UserError(
-                f"{where}: {key} {values[key]!r} is not supported, only {only!r}; a model made "
-                f"with another cannot be used here"
+                f"{where}: {key} {values[key]!r} is not supported, only {only!r}; "
+                f"choose a model that has this value"
             )
 
 
 def _refuse_windows(values: dict[str, Any], layers: int, where: str) -> None:
-    """Raises UserError where a layer's attention is not over the whole segment."""
+    """Raises UserError if the attention of a layer does not cover the whole segment."""
     kinds = values.get("layer_types", [])
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UserError(f"{where}: layer_types other than 'full_attention' are not supported")
     window = values.get("use_sliding_window") and values.get("sliding_window")
     if window and _number(values, "max_window_layers", True, where) < layers:
-        raise UserError(
-            f"{where}: use_sliding_window is true; sliding windows in use are not supported"
-        )
+        raise UserError(f"{where}: use_sliding_window is true; sliding windows are not supported")
 
 
 def _rope(values: dict[str, Any], where: str) -> tuple[Any, RopeScaling | None]:
-    """Base and scaling, from the top of the file or from transformers 5's rope_parameters.
+    """Reads base and scaling from the top level or from transformers 5's rope_parameters.
 
     Raises:
-      UserError: both layouts at once, or a type of scaling other than Llama 3's.
+      UserError: the file has both layouts, or a type of scaling other than Llama 3's.
     """
     if values.get("rope_scaling") and values.get("rope_parameters"):
-        raise UserError(f"{where} has both rope_scaling and rope_parameters; leave one of them")
+        raise UserError(f"{where} has both rope_scaling and rope_parameters; remove one of them")
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{where}: rotary parameters by layer type are not supported")
@@ -194,7 +198,7 @@ def _rope(values: dict[str, Any], where: str) -> tuple[Any, RopeScaling | None]:
     base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     if kind == "default":
         return base, None
-    # As transformers has it: a length at the top wins, and without any it is the whole one.
+    # As in transformers: a length at the top level wins; without one, the full length counts.
     key = "original_max_position_embeddings"
     lengths = {key: values.get("max_position_embeddings")} | rope | values
     rope = rope | {key: lengths[key]}
@@ -210,7 +214,7 @@ def _rope(values: dict[str, Any], where: str) -> tuple[Any, RopeScaling | None]:
 
 
 def _value(values: dict[str, Any], field: str, keys: tuple[str, ...], where: str) -> Any:
-    """Our field from the first of its keys that the file has, checked by the field's type."""
+    """Reads a field of ModelConfig from the first of its keys in the file, and checks its type."""
     key = next((key for key in keys if key in values), keys[0])
     kind = ModelConfig.__annotations__[field]
     if kind is not bool:
@@ -221,7 +225,7 @@ def _value(values: dict[str, Any], field: str, keys: tuple[str, ...], where: str
 
 
 def _number(values: dict[str, Any], key: str, whole: bool, where: str) -> Any:
-    """Raises UserError where the key is missing or no (whole) number above zero."""
+    """Reads a number; raises UserError if it is missing or not a (whole) number above zero."""
     value = values.get(key)
     if value is None:
         raise UserError(f"{where} lacks {key}")

@@ -1,8 +1,8 @@
-"""The one decoder: its parts, a scan over stacked layers, final norm, head (tied or not).
+"""The decoder of all families: embedding, a scan over stacked layers, final norm, head.
 
-Each parameter is declared in the module that uses it and nowhere else: shape, logical axes, how it
-begins, whether weight decay acts on it, whether it is trained. Shardings, optimizer masks, weight
-tables and the paths of checkpoints derive from these modules (parameters.py).
+Each parameter is declared once, in the module that uses it: shape, logical axes, initialiser,
+whether it decays, whether it is trained. Shardings, optimizer masks, weight tables and the paths of
+checkpoints are derived from these modules (parameters.py).
 """
 
 from collections.abc import Callable
@@ -21,35 +21,36 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.rotary import Rotary
 from moi_jax.parallel.axes import constrain
 
-# Nested dicts of arrays, by the names of the modules and of their parameters.
+# Nested dicts of arrays; the keys are the names of modules and parameters.
 Tree = dict[str, Any]
-# The keys and the values of every layer, [L, B, S, K, N] each.
+# The keys and the values of all layers, [L, B, S, K, N] each.
 KeysAndValues = tuple[jax.Array, jax.Array]
-# Logical axis (see parallel/axes.py; None is never split) -> size, in the order of the array.
+# Logical axis -> size, in the order of the array. None is never split, see parallel/axes.py.
 Dims = dict[str | None, int]
 
 
 def parameter(
     value: jax.Array, axes: tuple[str | None, ...], *, decays: bool = False, trainable: bool = True
 ) -> nnx.Param:
-    """A parameter and what is known of it.
+    """Declares a parameter, with its metadata.
 
     Args:
-      axes: logical axes, one a dimension. Not flax's own `out_sharding`, which takes names of mesh
-        axes: which of those lie behind a logical axis is decided in parallel/axes.py.
-      decays: weight decay acts on matrices; norms and biases are left alone.
-      trainable: a frozen parameter has neither gradient nor optimizer state.
+      axes: one logical axis for each dimension. flax's `out_sharding` does not fit here: it takes
+        mesh axes, and parallel/axes.py decides which mesh axes a logical axis is split over.
+      decays: whether weight decay applies. It does for matrices, not for norms and biases.
+      trainable: whether it is trained. A frozen parameter has no gradient and no optimizer
+        state.
     """
     return nnx.Param(value, logical_axes=axes, decays=decays, trainable=trainable)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: DTypeLike) -> jax.Array:
-    """Drawn in float32, so that the values do not depend on the dtype they are kept in."""
+    """Draws in float32, so that the values do not depend on the dtype of the result."""
     return (stddev * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
 class Linear(nnx.Module):
-    """x . kernel + bias over one or more axes: every matrix of the decoder, the head included."""
+    """x @ kernel + bias over one or more axes: every matrix of the decoder, also the head."""
 
     def __init__(
         self,
@@ -69,13 +70,13 @@ class Linear(nnx.Module):
         self.contracted = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., inputs] -> [..., outputs], computed in x's dtype."""
+        """Maps [..., inputs] to [..., outputs] in x's dtype."""
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contracted)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm over the last axis: statistics in float32 or wider, cast back, then scaled."""
+    """RMSNorm over the last axis: normalises in float32 or wider, casts back, then scales."""
 
     def __init__(self, width: int, *, eps: float, dtype: DTypeLike):
         self.scale = parameter(jnp.ones((width,), dtype), (None,))
@@ -88,7 +89,7 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The table of token vectors [V, D]; of a tied model it is the head, too."""
+    """The table of token vectors [V, D]. In a tied model it is also the head."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
@@ -96,20 +97,20 @@ class Embedding(nnx.Module):
         self.table = parameter(table, ("vocab", "embed"), decays=True)
 
     def __call__(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """int32[B, S] -> [B, S, D], split by rows."""
-        # Each device looks up its part of D for the rows of all, and gets its own rows' other
-        # parts by an all-to-all: neither the table nor its gradient is ever whole on a device.
+        """Maps int32[B, S] to [B, S, D], split by rows."""
+        # Each device looks up its part of D for all rows. An all-to-all then gives it the other
+        # parts of its own rows. So no device ever holds the whole table or its gradient.
         x = jnp.take(self.table[...], tokens, axis=0).astype(dtype)
         x = constrain(x, "logits_batch", "sequence", "embed")
         return constrain(x, "batch", "sequence", None)
 
     def as_head(self, dtype: DTypeLike) -> jax.Array:
-        """[D, V], laid out as the kernel of an own head is."""
+        """Returns [D, V], sharded like the kernel of a separate head."""
         return constrain(self.table[...].astype(dtype), "head_vocab", None).T
 
 
 class Attention(nnx.Module):
-    """The projections around attention; which implementation stands between them is handed in."""
+    """The projections before and after attention itself, which is a backend (attention/)."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         c = config
@@ -126,7 +127,7 @@ class Attention(nnx.Module):
         self.key_norm = norm() if c.qk_norm else None
 
     def project(self, x: jax.Array, angles: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] -> query [B, S, H, N], key and value [B, S, K, N], ready for attention."""
+        """Maps [B, S, D] to rotated query [B, S, H, N] and key, and value [B, S, K, N]."""
         query, key = self.query(x), self.key(x)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -148,12 +149,12 @@ class MLP(nnx.Module):
         self.down = linear(mlp, embed)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, D]."""
+        """Maps [B, S, D] to [B, S, D]."""
         return self.down(self.up(x) * jax.nn.silu(self.gate(x)))
 
 
 class DecoderLayer(nnx.Module):
-    """A pre-norm layer. `Decoder.layers` is all in one: each parameter has a leading L."""
+    """A pre-norm layer. `Decoder.layers` stacks all layers: each parameter has a leading axis L."""
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, None]:
-        """[B, S, D] -> [B, S, D], and nothing for the scan to keep."""
+        """Maps [B, S, D] to [B, S, D]. The None is for the scan, which keeps nothing."""
         query, key, value = self.before_attention(x, angles)
         attended = self.attend(query, key, value, segment_ids, positions)
         return self.after_attention(x, attended), None
@@ -180,7 +181,7 @@ class DecoderLayer(nnx.Module):
     def keeping_kv(
         self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The same, and the keys and values [B, S, K, N] for a cache."""
+        """Does the same as `__call__`, and returns the keys and values [B, S, K, N] for a cache."""
         query, key, value = self.before_attention(x, angles)
         attended = self.attend(query, key, value, segment_ids, positions)
         return self.after_attention(x, attended), (key, value)
@@ -188,11 +189,11 @@ class DecoderLayer(nnx.Module):
     def before_attention(
         self, x: jax.Array, angles: Rotary
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] -> query [B, S, H, N], key and value [B, S, K, N]."""
+        """Maps [B, S, D] to query [B, S, H, N], key and value [B, S, K, N]."""
         return self.attention.project(self.attention_norm(x), angles)
 
     def after_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """Adds what attention gave [B, S, H, N], and the MLP's part, to x [B, S, D]."""
+        """Adds the projected output of attention [B, S, H, N], then the MLP's, to x [B, S, D]."""
         x = x + self.attention.out(attended)
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, "batch", "sequence", None)
@@ -209,9 +210,9 @@ class Decoder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """A model of random parameters: normal(initializer_range), zero biases, unit norms.
+        """Makes a model with random parameters: normal(initializer_range), zero biases, unit norms.
 
-        The values depend on the seed alone, not on the mesh that they are made on.
+        The values depend on the seed alone, not on the mesh on which they are made.
         """
         self.config = config
         self.compute = compute or Compute()
@@ -224,9 +225,9 @@ class Decoder(nnx.Module):
 
         self.layers = stacked_layers(rngs)
         self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=param_dtype)
-        self.head = None if config.tied_head else self._own_head(param_dtype, rngs)
+        self.head = None if config.tied_head else self._separate_head(param_dtype, rngs)
 
-    def _own_head(self, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
+    def _separate_head(self, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
         inputs: Dims = {None: self.config.hidden_size}
         outputs: Dims = {"head_vocab": self.config.vocab_size}
         stddev = self.config.initializer_range
@@ -238,10 +239,10 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """Inference: float32 logits [B, S, V] for int32 tokens [B, S].
+        """Computes float32 logits [B, S, V] for int32 tokens [B, S], as at inference.
 
-        segment_ids None is one segment a row; positions None restart with each segment. Past
-        the model's seq_length a segment has Qwen's dynamic NTK and log-n attention.
+        Without segment_ids each row is one segment; without positions they restart with each
+        segment. A Qwen v1 segment longer than seq_length gets dynamic NTK and log-n attention.
         """
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -260,17 +261,20 @@ class Decoder(nnx.Module):
         rope_alpha: jax.Array | None = None,
         keep_kv: bool = False,
     ) -> tuple[jax.Array, KeysAndValues | None]:
-        """Normed final states [B, S, D] in the compute dtype; with keep_kv, what a cache keeps.
+        """Computes the normed final states [B, S, D] in the compute dtype.
 
         Args:
-          positions: int32[B, S], from 0 in each segment; a token sees those before it.
-          extend_context: Qwen v1's dynamic NTK and log-n attention past seq_length. Training has
-            them off, as the reference does.
-          rope_alpha: NTK factor per token [B, S]. None: from the length of its segment. A
-            sampler hands in the prompt's, which a generation keeps to its end.
+          positions: int32[B, S], from 0 in each segment. A token sees its own segment up to its
+            own position.
+          extend_context: use Qwen v1's dynamic NTK and log-n attention past seq_length. Training
+            does not use them, like the reference.
+          rope_alpha: NTK factor per token [B, S]. None computes it from the length of the token's
+            segment. A sampler passes the factor of the prompt, which stays the same until the
+            end of the generation.
+          keep_kv: also return the keys and values of all layers, for a cache; otherwise None.
         """
         config = self.config
-        # A row within seq_length needs no scaling, and the shape says so at trace time.
+        # A row within seq_length needs no scaling; its shape is known at trace time.
         longer = extend_context and tokens.shape[1] > config.seq_length
         if longer and config.dynamic_ntk and rope_alpha is None:
             rope_alpha = self.rope_alpha(rotary.segment_lengths(segment_ids))
@@ -289,37 +293,37 @@ class Decoder(nnx.Module):
         return self.final_norm(x), keys_and_values
 
     def rope_alpha(self, lengths: jax.Array) -> jax.Array | None:
-        """The NTK factor of segments of these lengths; None for a model without."""
+        """Returns the NTK factor of segments of these lengths; None without dynamic NTK."""
         if not self.config.dynamic_ntk:
             return None
         return rotary.ntk_alpha(lengths, self.config.seq_length)
 
     def head_kernel(self) -> jax.Array:
-        """[D, V] in the compute dtype: the head's, or the embedding's where they are tied."""
+        """Returns [D, V] in the compute dtype, from the head or from the tied embedding."""
         if self.head is None:
             return self.embedding.as_head(self.compute.dtype)
         return self.head.kernel[...].astype(self.compute.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, V] in the compute dtype or float32, the wider."""
+        """Maps [B, S, D] to [B, S, V] in the compute dtype, but at least float32."""
         wide = jnp.promote_types(self.compute.dtype, jnp.float32)
         return jnp.einsum("bsd,dv->bsv", hidden, self.head_kernel(), preferred_element_type=wide)
 
 
-# One tree of parameters, or several that make it up, -> the model that has them.
+# Parameters -> the model that has them. They are one tree, or several that together make it up.
 Bind = Callable[..., Decoder]
 
 
 @cache
 def abstract_model(config: ModelConfig, compute: Compute) -> Decoder:
-    """The model with shapes in the place of its parameters, which are float32."""
+    """Returns the model with abstract float32 parameters: shapes instead of arrays."""
     return nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0)))
 
 
 def make_model(config: ModelConfig, compute: Compute | None = None) -> Bind:
-    """The one way to a model: a function from its parameters to the `Decoder` that has them.
+    """Returns a function from parameters to the `Decoder` that has them.
 
-    It may be called under jit, with the parameters as tracers.
+    All code makes its models with it. It may be called under jit, with tracers as parameters.
     """
     return partial(nnx.merge, nnx.graphdef(abstract_model(config, compute or Compute())))
 
@@ -328,7 +332,7 @@ def make_model(config: ModelConfig, compute: Compute | None = None) -> Bind:
 def _inference(
     graph: Any, parameters: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
 ) -> jax.Array:
-    """One compilation for all calls of the same shapes."""
+    """Computes the logits; compiled once for all calls with the same shapes."""
     model = nnx.merge(graph, parameters)
     hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=True)
     return model.logits(hidden).astype(jnp.float32)
@@ -340,5 +344,5 @@ def _with_remat(layer: Any, remat: str) -> Any:
     policy = None
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # Inside a scan XLA cannot merge the recomputation with the forward pass anyway.
+    # XLA cannot merge the recomputation with the forward pass inside a scan, so CSE is harmless.
     return nnx.remat(layer, policy=policy, prevent_cse=False)

@@ -1,4 +1,4 @@
-"""Inference with a cache: prompts go in whole, then one token a step, the layers unrolled."""
+"""Inference with a cache: whole prompts first, then one token a step, with unrolled layers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,25 +16,25 @@ from moi_jax.parallel.axes import constrain
 
 
 class LayerViews(NamedTuple):
-    """A view of a model's parameters for decoding: the stacked layers taken apart, in order.
+    """The parameters of a model for decoding: one tree for each layer instead of stacked layers.
 
-    A scan would copy each layer's weights out of the stack for every token, which costs more
-    than the layer's own work; so they are taken apart, and cast to the compute dtype, once.
+    For every token a scan would copy each layer's weights out of the stack. This costs more than
+    the work of the layer. So the layers are unstacked once, and cast to the compute dtype.
 
     Attributes:
-      outer: all but the layers, cast.
-      layers: one tree a layer, by the names of `DecoderLayer`, cast.
+      outer: the parameters outside the layers, cast.
+      layers: one tree for each layer, with the names of `DecoderLayer`, cast.
     """
 
     outer: Tree
     layers: tuple[Tree, ...]
 
     def bind(self, bind: Bind, parameters: Tree) -> tuple[Decoder, list[DecoderLayer]]:
-        """The model of these parameters, and its layers one by one.
+        """Returns the model with these parameters, and the list of its layers.
 
         Args:
           bind: parameters -> model.
-          parameters: those that the view was made from; of them only the names are used.
+          parameters: the tree from which the view was made. Only its names are used.
         """
         model = bind({**parameters, **self.outer})
         graph = nnx.graphdef(model.layers)
@@ -44,11 +44,11 @@ class LayerViews(NamedTuple):
 def prefill(
     model: Decoder, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, KeysAndValues]:
-    """Inference over prompts [B, S] of these lengths [B], filled up at their ends.
+    """Computes prompts [B, S] of these lengths [B], which are padded at their ends.
 
     Returns:
-      The normed states [B, S, D], and what a cache keeps. Past a prompt's length all of it is
-      noise.
+      The normed states [B, S, D], and the keys and values for a cache. Positions past the length
+      of a prompt hold noise.
     """
     ones = jnp.ones(tokens.shape, jnp.int32)
     alpha = model.rope_alpha(lengths)
@@ -63,7 +63,7 @@ def prefill(
 
 
 def view_layers(config: ModelConfig, parameters: Tree, dtype: jax.typing.DTypeLike) -> LayerViews:
-    """Takes the stacked layers of a model apart."""
+    """Unstacks the layers of a model and casts all its parameters to `dtype`."""
     specs = parameter_specs(config)
 
     def layer(number: int) -> Tree:
@@ -86,13 +86,14 @@ def decode(
     rope_alpha: jax.Array | None,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after one more token of every row, which goes into the cache.
+    """Computes logits [B, V] after one more token of every row, and adds it to the cache.
 
     Args:
       model, layers: see `LayerViews.bind`.
       tokens: int32[B].
-      lengths: int32[B], the row's tokens with this one, at most the cache's length.
-      rope_alpha: int32[B], `Decoder.rope_alpha` of each row's prompt.
+      lengths: int32[B], the number of tokens of a row including this one; at most the length of
+        the cache.
+      rope_alpha: int32[B], `Decoder.rope_alpha` of the prompt of each row.
     """
     positions = lengths[:, None] - 1
     alpha = None if rope_alpha is None else rope_alpha[:, None]

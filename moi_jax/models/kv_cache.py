@@ -1,4 +1,4 @@
-"""The KV cache: what attention needs of earlier tokens, kept so that a step computes one token."""
+"""The KV cache: it keeps the keys and values of earlier tokens, so a step computes one token."""
 
 import math
 from typing import NamedTuple
@@ -9,19 +9,19 @@ import jax.numpy as jnp
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.axes import constrain
 
-# Logical axes of the keys and values of a layer.
+# Logical axes of the keys and of the values of a layer.
 AXES = ("batch", "kv_heads", None, None)
 
 
 class Cache(NamedTuple):
-    """Keys and values of the newest T tokens of every row: a ring with one place to write.
+    """A ring buffer with the keys and values of the newest T tokens of every row.
 
-    All rows write at the same place in a step, which is then one update in place, however long
-    each of them is. A row of n tokens owns `newest` and the n - 1 places before it, round the
-    ring; what lies in the others is never looked at.
+    In a step all rows write at the same place, whatever their lengths. So a step is one update in
+    place. A row of n tokens owns the place `newest` and the n - 1 places before it, around the
+    ring. The content of its other places is never used.
 
     Attributes:
-      keys, values: one [B, K, T, N] a layer, in the compute dtype; keys are rotated already.
+      keys, values: one array [B, K, T, N] for each layer, in the compute dtype. Keys are rotated.
       newest: int32[], the place written last.
     """
 
@@ -31,21 +31,21 @@ class Cache(NamedTuple):
 
     @property
     def length(self) -> int:
-        """T, the tokens it can hold of a row."""
+        """T, the number of tokens that it can hold for a row."""
         return self.keys[0].shape[2]
 
     def ages(self) -> jax.Array:
-        """int32[T]: how many tokens ago each place was written; the newest is 0."""
+        """Returns int32[T]: how many tokens ago each place was written; the newest is 0."""
         return (self.newest - jnp.arange(self.length)) % self.length
 
 
 def cache_shape(config: ModelConfig, rows: int, length: int) -> tuple[int, int, int, int]:
-    """Of the keys of a layer, and of the values."""
+    """Returns the shape (B, K, T, N) of the keys of a layer, which is also that of the values."""
     return rows, config.num_kv_heads, length, config.head_dim
 
 
 def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """A cache of so many rows of nothing."""
+    """Makes a cache for `rows` rows of `length` tokens, filled with zeros."""
     shape = cache_shape(config, rows, length)
 
     def layers() -> tuple[jax.Array, ...]:
@@ -55,7 +55,7 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jax.typing.D
 
 
 def resize(cache: Cache, length: int) -> Cache:
-    """The same newest tokens in a longer or shorter ring."""
+    """Copies the newest tokens into a longer or shorter ring."""
     places = (cache.newest - jnp.arange(length)[::-1]) % cache.length
 
     def take(old: jax.Array) -> jax.Array:
@@ -68,20 +68,20 @@ def resize(cache: Cache, length: int) -> Cache:
 def insert(
     cache: Cache, rows: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array
 ) -> Cache:
-    """Whole prompts take the place of what the rows held before.
+    """Replaces the content of some rows with whole prompts.
 
     Args:
-      rows: int32[m], of the cache; one that it has not is left out.
-      keys, values: [L, m, S, K, N] as `decoding.prefill` gives them.
-      lengths: int32[m], of the prompts; none is longer than the ring.
+      rows: int32[m], rows of the cache. A row outside the cache is ignored.
+      keys, values: [L, m, S, K, N], as `decoding.prefill` returns them.
+      lengths: int32[m], the lengths of the prompts; none is longer than the ring.
     """
     index = lengths[:, None] - 1 - cache.ages()
     ours = (index >= 0)[..., None, None]
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         there = jnp.take_along_axis(new, jnp.maximum(index, 0)[..., None, None], axis=1)
-        # Zeros elsewhere: what is not finite in a row before must not reach this one, as it
-        # would even at weight zero.
+        # Zeros elsewhere: a value that is not finite would change the new prompt even with
+        # attention weight zero (0 * inf is nan).
         there = jnp.where(ours, there, 0).transpose(0, 2, 1, 3)
         return constrain(old.at[rows].set(there, mode="drop"), *AXES)
 
@@ -91,7 +91,7 @@ def insert(
 
 
 def write(layer: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
-    """A layer's keys or values [B, K, T, N] with those of one more token [B, 1, K, N]."""
+    """Writes one token [B, 1, K, N] of every row into a layer's keys or values [B, K, T, N]."""
     new = new.transpose(0, 2, 1, 3)
     return constrain(jax.lax.dynamic_update_slice_in_dim(layer, new, place, axis=2), *AXES)
 
@@ -99,24 +99,24 @@ def write(layer: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
 def cached_attention(
     query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """Grouped-query attention of one token a row over its cache.
+    """Computes grouped-query attention of one token in each row over its cache.
 
     Args:
       query: [B, 1, H, N]; keys, values: [B, K, T, N].
-      visible: bool[B, T], the row's own tokens.
+      visible: bool[B, T], the places that the row owns.
 
     Returns:
       [B, 1, H, N] in the query's dtype; scores and softmax in float32 or wider.
     """
     b, _, h, n = query.shape
     k = keys.shape[1]
-    statistics = jnp.promote_types(query.dtype, jnp.float32)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
     query = query.reshape(b, k, h // k, n)
-    scores = jnp.einsum("bkgn,bktn->bkgt", query, keys, preferred_element_type=statistics)
+    scores = jnp.einsum("bkgn,bktn->bkgt", query, keys, preferred_element_type=wide)
     scores = jnp.where(visible[:, None, None], scores / math.sqrt(n), -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     mixed = jnp.einsum(
-        "bkgt,bktn->bkgn", weights.astype(values.dtype), values, preferred_element_type=statistics
+        "bkgt,bktn->bkgn", weights.astype(values.dtype), values, preferred_element_type=wide
     )
     return (mixed / total).astype(values.dtype).reshape(b, 1, h, n)

@@ -1,4 +1,4 @@
-"""The vocabulary loss, in chunks of tokens: logits [B, S, V] are never whole."""
+"""The vocabulary loss, in chunks of tokens: logits [B, S, V] are never materialised."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,19 +8,19 @@ import jax.numpy as jnp
 
 from moi_jax.parallel.axes import constrain
 
-# Tokens a device whose logits exist at a time: 1.2 GiB of float32 at Qwen's vocabulary.
+# Tokens in a chunk on one device. Their logits take 1.2 GiB in float32 at Qwen's vocabulary.
 CHUNK_TOKENS = 2048
 
 
 def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
-    """Negative log-likelihood in nats of each target, [B, S], float32 or wider.
+    """Computes the negative log-likelihood of each target in nats, [B, S], float32 or wider.
+
+    The backward pass recomputes the logits of each chunk instead of keeping them.
 
     Args:
       hidden: [B, S, D] final states, in the compute dtype.
       head: [D, V].
-      targets: int32[B, S]; positions without a target get a value all the same: weigh it 0.
-
-    The backward pass recomputes each chunk's logits instead of keeping them.
+      targets: int32[B, S]. Positions without a target get a value too; give it weight 0.
     """
     return _in_chunks(_nll, hidden, head, targets)
 
@@ -28,7 +28,7 @@ def token_nll(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Arr
 def token_scores(
     hidden: jax.Array, head: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_nll`, and whether each target is the likeliest of all, bool[B, S]."""
+    """Computes `token_nll`, and whether each target is the most likely token, bool[B, S]."""
 
     def chunk(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _nll(logits, targets), jnp.argmax(logits, axis=-1) == targets
@@ -42,7 +42,7 @@ def _in_chunks(
     head: jax.Array,
     targets: jax.Array,
 ) -> Any:
-    """score(logits [B, width, V], targets [B, width]) -> [B, width], put together to [B, S]."""
+    """Applies score(logits [B, width, V], targets [B, width]) to each chunk; returns [B, S]."""
     b, s, d = hidden.shape
     head = head.astype(hidden.dtype)
     width = _chunk_width(b, s)
@@ -57,20 +57,20 @@ def _in_chunks(
 
 
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    statistics = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=statistics)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=wide)
     return constrain(logits, "logits_batch", "sequence", "head_vocab")
 
 
 def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # A masked sum instead of a gather: it stays local where the vocabulary is split.
+    # A masked sum instead of a gather: it stays local if the vocabulary is sharded.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - target_logit
 
 
 def _chunk_width(b: int, s: int) -> int:
-    """The widest divisor of S with at most CHUNK_TOKENS tokens of [B, width] a device."""
+    """Returns the widest divisor of S for which a device has at most CHUNK_TOKENS of [B, width]."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size
     limit = max(CHUNK_TOKENS * devices // b, 1)

@@ -1,7 +1,7 @@
-"""What the decoder's modules say of its parameters: paths, shapes, axes, decay, what is trained.
+"""The parameters of the decoder: their paths, shapes, axes, decay, and which of them are trained.
 
-Nothing is declared here: all of it derives from the abstract `Decoder` (decoder.py declares).
-Trees are nested dicts by the names of the modules; a dotted path such as
+decoder.py declares the parameters; everything here is derived from the abstract `Decoder`. Trees
+are nested dicts with the names of the modules. A dotted path such as
 `layers.attention.query.kernel` names a leaf.
 """
 
@@ -32,7 +32,7 @@ class Parameter:
 
 @cache
 def parameter_specs(config: ModelConfig) -> dict[str, Parameter]:
-    """Dotted path -> what is known of it, for every parameter of the decoder."""
+    """Returns dotted path -> `Parameter`, for every parameter of the decoder."""
     state = nnx.state(abstract_model(config, Compute()), nnx.Param)
     return {
         ".".join(map(str, path)): Parameter(
@@ -46,25 +46,25 @@ def parameter_specs(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def map_parameters(config: ModelConfig, make: Callable[[str, Parameter], Any]) -> Tree:
-    """The nested tree of `make(path, parameter)` over every parameter."""
+    """Returns the nested tree of `make(path, parameter)` for every parameter."""
     flat = {path: make(path, spec) for path, spec in parameter_specs(config).items()}
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
 def abstract_parameters(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Tree:
-    """The tree of `jax.ShapeDtypeStruct`s."""
+    """Returns the tree of parameters as `jax.ShapeDtypeStruct`s."""
     return map_parameters(config, lambda _, p: jax.ShapeDtypeStruct(p.shape, dtype))
 
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
-    """The tree of shardings of the parameters, from their logical axes."""
+    """Returns the tree of the parameters' shardings, from their logical axes."""
     return map_parameters(config, lambda _, p: named_sharding(p.axes, p.shape, mesh))
 
 
 def random_parameters(
     config: ModelConfig, seed: int, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None
 ) -> Tree:
-    """Random parameters, made where they will lie; the values do not depend on the mesh."""
+    """Makes random parameters, sharded from the start; the values do not depend on the mesh."""
 
     def make() -> Tree:
         model = Decoder(config, param_dtype=dtype, rngs=nnx.Rngs(params=seed))
@@ -75,7 +75,7 @@ def random_parameters(
 
 
 def split_trainable(config: ModelConfig, parameters: Tree) -> tuple[Tree, Tree]:
-    """The trees of the trained parameters and of the frozen ones."""
+    """Splits the tree into the trained parameters and the frozen ones."""
     specs = parameter_specs(config)
     flat = traverse_util.flatten_dict(parameters, sep=".")
     parts: tuple[Tree, Tree] = {}, {}
@@ -86,6 +86,6 @@ def split_trainable(config: ModelConfig, parameters: Tree) -> tuple[Tree, Tree]:
 
 
 def merge_trees(trainable: Tree, frozen: Tree) -> Tree:
-    """The one tree of both parts."""
+    """Merges the two trees of `split_trainable` into one."""
     flat = {**traverse_util.flatten_dict(trainable), **traverse_util.flatten_dict(frozen)}
     return traverse_util.unflatten_dict(flat)

@@ -1,7 +1,8 @@
 """Presets: architectures by name, for random initialisation and for plans.
 
-The sizes are those of the chat models' published config.json files. An import never looks here:
-it reads the config.json beside the weights, which may differ (a base model's length, say).
+The sizes come from the published config.json files of the chat models. An import never uses a
+preset: it reads the config.json beside the weights, which may differ (for example in the length of
+a base model).
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig, RopeScaling
 from moi_jax.models.families import FAMILIES
 
-QWEN1_5_PROMPT = "You are a helpful assistant"  # without the full stop, as its template has it
+QWEN1_5_PROMPT = "You are a helpful assistant"  # no full stop, like in its template
 QWEN2_5_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOLLM2_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -18,7 +19,7 @@ SMOLLM2_PROMPT = "You are a helpful AI assistant named SmolLM, trained by Huggin
 def _model(
     family: str, num_layers: int, hidden_size: int, num_heads: int, mlp_width: int, **others: Any
 ) -> ModelConfig:
-    """One architecture; `others` are the fields that its family does not settle."""
+    """Makes one architecture; `others` are the fields that its family does not fix."""
     fields = {
         "num_kv_heads": num_heads,
         "head_dim": 128,
@@ -51,7 +52,7 @@ def _qwen_v1(*sizes: int, **others: Any) -> ModelConfig:
 
 
 def _qwen(family: str, *sizes: int, **others: Any) -> ModelConfig:
-    """Qwen1.5 to Qwen3."""
+    """Makes a Qwen1.5, Qwen2.5 or Qwen3 model."""
     fields = {"vocab_size": 151936, "seq_length": 32768, "rope_base": 1e6, "norm_eps": 1e-6}
     return _model(family, *sizes, **(fields | others))
 
@@ -70,7 +71,7 @@ def _llama(*sizes: int, **others: Any) -> ModelConfig:
 
 
 def _llama3_scaled(factor: float, *sizes: int, **others: Any) -> ModelConfig:
-    """Llama 3.1 and 3.2."""
+    """Makes a Llama 3.1 or 3.2 model."""
     scaling = RopeScaling(
         factor=factor,
         low_freq_factor=1.0,
@@ -85,7 +86,7 @@ def _smollm2(*sizes: int, **others: Any) -> ModelConfig:
     return _llama(*sizes, default_system_prompt=SMOLLM2_PROMPT, **(fields | others))
 
 
-# Sizes in order: layers, width, heads, width of the MLP.
+# The sizes are, in order: layers, width, heads, MLP width.
 PRESETS: dict[str, ModelConfig] = {
     "qwen-7b": _qwen_v1(32, 4096, 32, 11008),
     "qwen-1.8b": _qwen_v1(24, 2048, 16, 5504),
@@ -128,7 +129,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """Raises UserError, listing the presets, when `name` is none of them."""
+    """Returns the architecture; raises UserError, with the list of presets, for another name."""
     if name not in PRESETS:
         raise UserError(f"model.preset {name!r} is unknown; presets: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,1 +1,1 @@
-"""Meshes, logical axes, and how arrays are placed on them."""
+"""The parallel room: meshes, logical axes, and the placing of arrays on a mesh."""

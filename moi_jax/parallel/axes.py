@@ -1,7 +1,7 @@
-"""Logical axes and the mesh axes that hold them: the one page of sharding.
+"""The sharding rules: which mesh axes each logical axis is split over.
 
-Every mesh has the axes data (replicas), fsdp (replicas of the batch, shards of the
-parameters), tensor (heads, MLP width, vocabulary).
+Every mesh has three axes: data (splits the batch), fsdp (splits the batch and the parameters),
+tensor (splits heads, MLP width and vocabulary).
 """
 
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from jax.sharding import PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis: the mesh axes it is split over, outermost first. Names not listed are whole.
+# Logical axis -> the mesh axes it is split over, outermost first. An axis not named is not split.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "sequence": (),  # the tokens of a row; context parallelism will split them
+    "sequence": (),  # the tokens of a row, not split: context parallelism is not built
     "embed": ("fsdp",),
     "vocab": ("tensor",),
-    # The head's vocabulary, and that of the logits: split over the axis that holds the other
-    # parameters too, so that the head's gradient is never whole on a device. A tied head comes
-    # there from (vocab, embed) by one all-to-all over fsdp: tensor stays the outer axis.
+    # The vocabulary of the head and of the logits. It is also split over fsdp, so that no device
+    # holds the whole gradient of the head. A tied head gets there from (vocab, embed) by one
+    # all-to-all over fsdp, because tensor stays the outer axis.
     "head_vocab": ("tensor", "fsdp"),
     "logits_batch": ("data",),
     "heads": ("tensor",),
@@ -31,10 +31,10 @@ RULES: dict[str, tuple[str, ...]] = {
 def partition_spec(
     axes: Sequence[str | None], shape: Sequence[int], mesh_shape: dict[str, int]
 ) -> PartitionSpec:
-    """How an array with these logical axes lies on a mesh.
+    """Returns the partition spec of an array with these logical axes.
 
-    A mesh axis that does not divide the dimension (with those before it) is left out: the
-    array is then whole along it, correct, only larger.
+    A mesh axis is left out if it does not divide the dimension (together with the mesh axes
+    before it). The array is then not split over it, which is correct but takes more memory.
     """
     spec: list[tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
@@ -50,7 +50,7 @@ def partition_spec(
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Keeps an activation on the current mesh by its logical axes; nothing without a mesh."""
+    """Constrains an activation to its sharding on the current mesh; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

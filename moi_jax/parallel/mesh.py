@@ -1,4 +1,4 @@
-"""Every mesh is built here, from the devices that the caller hands in."""
+"""Builds every mesh, from the devices that the caller passes."""
 
 import math
 from collections.abc import Sequence
@@ -12,54 +12,54 @@ from moi_jax.parallel.axes import MESH_AXES
 
 
 def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of the config over the first of these devices, in their order.
+    """Makes the mesh of the config from the first of these devices, in their order.
 
     Args:
-      devices: those of all hosts, such as `jax.devices()`, or a described topology's.
+      devices: the devices of all hosts, such as `jax.devices()`, or of an abstract topology.
 
     Raises:
-      UserError: the axes need another number of devices than there are.
+      UserError: the mesh does not fit the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = len(devices) // known
     needed = math.prod(sizes)
-    # Fewer than there are is a choice when every axis is named; -1 always asks for all.
+    # A mesh without -1 may use fewer devices than there are; a mesh with -1 must use all.
     wanted = dict(zip(MESH_AXES, (config.data, config.fsdp, config.tensor), strict=True))
     if needed > len(devices) or needed == 0 or (-1 in wanted.values() and needed < len(devices)):
         raise UserError(
-            f"mesh {wanted} does not fit {len(devices)} {devices[0].platform} devices; the "
-            f"product of the axes must be their number"
+            f"mesh {wanted} does not fit {len(devices)} {devices[0].platform} devices; set "
+            f"axes whose product is the number of devices"
         )
-    # Auto axes: explicit ones, jax's default, reject the gather from a sharded embedding.
+    # Auto axes, because explicit axes (jax's default) reject the gather from a sharded embedding.
     return jax.make_mesh(
         sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:needed]
     )
 
 
 def parse_mesh(text: str) -> config_lib.Mesh:
-    """The axes of "fsdp=2,tensor=4"; an axis that is not named has 1 device.
+    """Parses a mesh such as "fsdp=2,tensor=4"; an axis that is not named has size 1.
 
     Raises:
-      UserError: the text is no mesh.
+      UserError: the text is not a mesh.
     """
     sizes = dict.fromkeys(MESH_AXES, 1)
     seen = set()
     for part in text.split(","):
         axis, _, number = (piece.strip() for piece in part.partition("="))
         if axis not in sizes or axis in seen or not number.removeprefix("-").isdecimal():
-            raise _no_mesh(text)
+            raise _not_a_mesh(text)
         seen.add(axis)
         sizes[axis] = int(number)
     try:
         return config_lib.Mesh(**sizes)
     except ValueError:
-        raise _no_mesh(text) from None
+        raise _not_a_mesh(text) from None
 
 
-def _no_mesh(text: str) -> UserError:
+def _not_a_mesh(text: str) -> UserError:
     return UserError(
-        f"--mesh {text!r} is no mesh; write the number of devices along {', '.join(MESH_AXES)}, "
-        f"each once at most, as fsdp=2,tensor=4 (-1, for one of them, is all the rest)"
+        f"--mesh {text!r} is not a mesh; write sizes of the axes {', '.join(MESH_AXES)}, each at "
+        f"most once, as in fsdp=2,tensor=4 (one of them may be -1: all remaining devices)"
     )

@@ -1,4 +1,4 @@
-"""Placing pytrees on a mesh: parameters by their logical axes, batches by their rows."""
+"""Places pytrees on a mesh: parameters by their logical axes, batches by their rows."""
 
 import math
 from collections.abc import Sequence
@@ -15,43 +15,43 @@ T = TypeVar("T")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """Returns the sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of this shape with these logical axes."""
+    """Returns the sharding of an array of this shape with these logical axes."""
     return NamedSharding(mesh, partition_spec(axes, shape, dict(mesh.shape)))
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """How many parts the rows of a batch are split into; 1 without a mesh."""
+    """Returns the number of parts into which the rows of a batch are split; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def round_up(rows: int, mesh: Mesh | None) -> int:
-    """The next number of rows that divides over the mesh."""
+    """Rounds up to a number of rows that divides over the mesh."""
     shards = batch_shards(mesh)
     return -(-rows // shards) * shards
 
 
 def check_rows(rows: int, mesh: Mesh, name: str) -> None:
-    """Raises UserError when the rows of a (micro)batch do not divide over the mesh."""
+    """Raises UserError if the rows of a (micro)batch do not divide over the mesh."""
     if rows % batch_shards(mesh):
         raise UserError(
-            f"{name} {rows} is no multiple of the {batch_shards(mesh)} batch shards of the mesh "
+            f"{name} {rows} is not a multiple of the {batch_shards(mesh)} batch shards of the mesh "
             f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); use "
             f"{round_up(rows, mesh)} or set mesh.tensor"
         )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [A, M, S]: A microbatches, M rows split over the replicas, S tokens."""
+    """Returns the sharding, by rows, of arrays [A, M, S]: A microbatches of M rows, S tokens."""
     return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"] or None))
 
 
 def local_rows(rows: int, microbatch_rows: int, mesh: Mesh) -> np.ndarray:
-    """Which rows of a global batch this host's devices hold, ascending."""
+    """Returns the rows of a global batch that this host's devices hold, in ascending order."""
     count = rows // microbatch_rows
     indices = batch_sharding(mesh).addressable_devices_indices_map((count, microbatch_rows, 1))
     held = {
@@ -65,10 +65,10 @@ def local_rows(rows: int, microbatch_rows: int, mesh: Mesh) -> np.ndarray:
 
 
 def place_batch(batch: T, rows: np.ndarray, microbatch_rows: int, mesh: Mesh) -> T:
-    """A pytree of host arrays [rows held here, S] -> global arrays [A, M, S] on the mesh.
+    """Places a pytree of host arrays [rows of this host, S] on the mesh as global arrays [A, M, S].
 
-    `rows` are the batch rows the arrays hold, as `local_rows` gives them. Any layout of
-    devices asks for the rows it holds, so nothing here knows the number of hosts.
+    `rows` are the batch rows that the arrays hold, as `local_rows` returns them. Each device
+    takes the rows that it holds, so this works for any number of hosts.
     """
     sharding = batch_sharding(mesh)
     within = np.unique(rows % microbatch_rows)
@@ -89,7 +89,7 @@ def place_batch(batch: T, rows: np.ndarray, microbatch_rows: int, mesh: Mesh) ->
 
 
 def place_rows(rows: T, mesh: Mesh | None) -> T:
-    """A pytree of host arrays [B, ...], whole on every host -> arrays split by rows."""
+    """Splits a pytree of host arrays [B, ...], which every host holds in full, by rows."""
     if mesh is None:
         return rows
     sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
@@ -101,9 +101,9 @@ def place_rows(rows: T, mesh: Mesh | None) -> T:
 
 
 def bucket(size: int, shortest: int, longest: int | None = None) -> int:
-    """`shortest` times the least power of two that makes it hold `size`, `longest` at most.
+    """Rounds `size` up to `shortest` times a power of two, but to `longest` at most.
 
-    Sizes are rounded up to few buckets, since each is a compilation.
+    There are then few sizes, and each size is one compilation.
     """
     width = shortest
     while width < size:

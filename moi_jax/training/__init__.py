@@ -1,1 +1,1 @@
-"""The training room: mesh, state, step, loop, checkpoints, metrics and report."""
+"""The training room: start and resume, state, step, loop, metrics and report."""

@@ -1,4 +1,4 @@
-"""The batches of a run, from any of its rows on: as numpy arrays, or placed on a mesh."""
+"""The batches of a run, from any row on: as numpy arrays, or placed on a mesh."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +15,13 @@ from moi_jax.parallel.placing import local_rows, place_batch
 
 
 def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:
-    """The numpy batches of a run, from any global row on: rows [start_row, start_row + B), ...
+    """Yields the numpy batches of a run from a global row on: rows [start_row, start_row + B), ...
 
     Args:
-      config: a Config, or the path of one.
+      config: a Config, or the path of a config file.
 
     Raises:
-      UserError: as the training command would.
+      UserError: config, data or checkpoint are wrong, as in the training command.
     """
     if not isinstance(config, Config):
         config = load_config(config)
@@ -33,7 +33,7 @@ def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:
 def placed_batches(
     dataset: Dataset, plan: TrainingPlan, row: int, microbatch_rows: int, mesh: Mesh
 ) -> Iterator[Batch]:
-    """The run's batches from `row` on, on the mesh as [A, M, S]. Each host reads its own rows."""
+    """Yields batches [A, M, S] on the mesh, from `row` on. Each host reads only its own rows."""
     held = local_rows(plan.batch_rows, microbatch_rows, mesh)
     for batch in batch_dataset(dataset.batch_reader(plan), row, held):
         yield place_batch(batch, held, microbatch_rows, mesh)

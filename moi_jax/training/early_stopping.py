@@ -1,4 +1,4 @@
-"""Early stopping: a run ends when its held-out evaluations find no new best any more."""
+"""Early stopping: ends a run whose held-out evaluations give no new best any more."""
 
 import math
 from typing import Any
@@ -8,20 +8,20 @@ from moi_jax.config import Config
 
 
 class EarlyStopping:
-    """Counts the held-out evaluations in a row that gave no new best of checkpoint.best_metric.
+    """Counts held-out evaluations since the last new best (lowest) of checkpoint.best_metric.
 
     Attributes:
-      patience: the count at which the run ends; None never ends it.
-      best: the lowest value of the metric so far; None before the first one.
-      without_best: evaluations in a row since then.
-      missed_evaluation: whether the last evaluation was given up, so that the count lacks it.
+      patience: the count at which the run ends; with None it never ends early.
+      best: the lowest finite value of the metric so far; None before the first one.
+      without_best: the number of evaluations since `best` was found.
+      missed_evaluation: whether the last evaluation was abandoned and so is not counted.
     """
 
     def __init__(self, config: Config, saved: dict[str, Any]):
         """
         Args:
-          saved: what `to_json` gave at an earlier point of the run; {} at its start. It counts
-            only if it is about the same metric.
+          saved: what `to_json` returned earlier in the run; {} at its start. It is ignored if
+            its metric is another one.
         """
         self.patience = config.train.early_stopping_patience
         self.metric = config.checkpoint.best_metric
@@ -33,14 +33,14 @@ class EarlyStopping:
 
     @property
     def ended(self) -> bool:
-        """Whether the run ends here."""
+        """Whether the run ends now."""
         return self.patience is not None and self.without_best >= self.patience
 
     def count(self, losses: dict[str, float]) -> None:
-        """Adds a held-out evaluation; {} is one that was given up.
+        """Counts a held-out evaluation; {} means that it was abandoned.
 
         Raises:
-          UserError: the run is to stop early, but its metric has never been a number.
+          UserError: the run has a patience, but its metric was never finite so far.
         """
         self.missed_evaluation = self.patience is not None and not losses
         if not losses:
@@ -58,7 +58,7 @@ class EarlyStopping:
             self.without_best += 1
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a run that goes on stops at the same step."""
+        """Returns the count for a checkpoint, so that a resumed run stops at the same step."""
         return {
             "metric": self.metric,
             "best": self.best,

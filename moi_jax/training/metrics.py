@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, trackers, and a line for people."""
+"""The metrics of a run: metrics.jsonl, trackers, and log lines."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ class MetricsLog:
     """Writes each record to metrics.jsonl and to the trackers."""
 
     def __init__(self, run_dir: Path, trackers: Sequence[str], step: int):
-        """Goes on after `step`: what an earlier, killed run wrote past it is dropped."""
+        """Continues after `step`: drops the records that a killed run wrote past it."""
         kept = truncate_after(run_dir / "metrics.jsonl", step)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.last: Record = json.loads(kept[-1]) if kept else {}
@@ -32,12 +32,13 @@ class MetricsLog:
         self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
 
     def close(self) -> None:
+        """Closes metrics.jsonl."""
         self._file.close()
 
     def write(self, record: Record) -> None:
-        """`record` holds "step" and values; a number that is not finite is written as null.
+        """Writes a record: "step", and values by name. A number that is not finite becomes null.
 
-        A step has one line: a second record of it joins the first.
+        A step has one line: a second record of the same step is merged into the first.
         """
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -56,7 +57,7 @@ class MetricsLog:
 
 
 def truncate_after(path: Path, step: int) -> list[str]:
-    """Keeps the whole lines of a JSONL file whose "step" is at most `step`, and returns them."""
+    """Keeps the complete lines of a JSONL file whose "step" is at most `step`; returns them."""
     if not path.exists():
         return []
     kept = []
@@ -65,7 +66,7 @@ def truncate_after(path: Path, step: int) -> list[str]:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # cut short by a kill
+            continue  # a kill cut the line short
     atomic_write_text(path, "".join(kept))
     return kept
 
@@ -92,7 +93,7 @@ def _wandb(run_dir: Path, step: int) -> Tracker:
         import wandb
     except ImportError:
         raise _missing("wandb") from None
-    # A run that goes on is a new one there, in the same group.
+    # In wandb a resumed run is a new run in the same group.
     run = wandb.init(project="moi_jax", group=run_dir.name, dir=str(run_dir))
     return lambda record: run.log(_numbers(record), step=record["step"])
 
@@ -108,8 +109,8 @@ def _trackio(run_dir: Path, step: int) -> Tracker:
 
 def _missing(package: str) -> UserError:
     return UserError(
-        f"logging.trackers names {package}, which is not installed; pip install {package} or "
-        f"remove it from the list"
+        f"logging.trackers names {package}, which is not installed; pip install {package}, "
+        f"or remove it from the list"
     )
 
 
@@ -121,7 +122,7 @@ TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
 
 
 class StepWindow:
-    """Adds up the metrics of the steps since the last logged one."""
+    """Sums the metrics of the steps since the last logged step."""
 
     def __init__(self, domains: Sequence[str], sequence_length: int):
         self._domains = domains
@@ -129,17 +130,18 @@ class StepWindow:
         self.restart()
 
     def restart(self) -> None:
+        """Starts an empty window now."""
         self._sums: dict[str, np.ndarray] = {}
         self._rows = 0
         self._started = time.monotonic()
         self._paused = 0.0
 
     def pause(self, seconds: float) -> None:
-        """Time spent on evaluation, samples and checkpoints is none of the throughput."""
+        """Excludes time from the throughput: time for evaluations, samples and checkpoints."""
         self._paused += seconds
 
     def add(self, metrics: dict[str, np.ndarray], rows: int) -> None:
-        """`metrics` are one step's on the host; `rows` those with tokens in its batch."""
+        """Adds one step: its metrics on the host, and the number of batch rows with tokens."""
         weighted = {"weighted": metrics["loss"] * metrics["weights"], **metrics}
         for key in ("weighted", *SUMMED):
             self._sums[key] = self._sums.get(key, 0) + np.asarray(weighted[key], np.float64)
@@ -147,15 +149,16 @@ class StepWindow:
 
     @property
     def empty(self) -> bool:
+        """Whether no step was added yet."""
         return not self._sums
 
     @property
     def seconds(self) -> float:
-        """Time since the window began, pauses left out."""
+        """Seconds since the window started, without the pauses."""
         return max(time.monotonic() - self._started - self._paused, 1e-9)
 
     def record(self) -> Record:
-        """Losses as sums over sums, throughput and fill of the window."""
+        """Returns the losses (sums over sums), throughput and fill of the window."""
         sums, seconds = self._sums, self.seconds
         record: Record = {
             "loss": _ratio(sums["weighted"], sums["weights"]),
@@ -179,7 +182,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
 
 
 def log_step(record: Record, steps: int, seconds_a_step: float) -> None:
-    """One line for people: step, loss, rates, fill, time left."""
+    """Logs one line: step, loss, learning rate, throughput, fill, time left."""
     left = timedelta(seconds=round((steps - record["step"]) * seconds_a_step))
     log.info(
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}  "

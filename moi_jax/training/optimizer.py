@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedules."""
+"""The AdamW optimizer and the learning-rate schedules."""
 
 from collections.abc import Callable
 
@@ -14,10 +14,10 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def make_schedule(config: config_lib.Optimizer, steps: int) -> Schedule:
-    """Learning rate of each step, 0-based, of a run of `steps` steps.
+    """Makes the schedule of a run of `steps` steps: 0-based step -> learning rate.
 
-    A linear warm-up over warmup_ratio of the run that ends on the full rate, then the decay to
-    zero one step past the end (no step is wasted on a rate of zero).
+    The rate rises linearly over warmup_ratio of the run to the full rate. It then decays, and
+    would reach zero one step past the end, so that no step is wasted on a rate of zero.
     """
     peak = config.learning_rate
     warmup = round(config.warmup_ratio * steps)
@@ -36,10 +36,10 @@ def make_schedule(config: config_lib.Optimizer, steps: int) -> Schedule:
 def make_optimizer(
     config: config_lib.Optimizer, model: ModelConfig
 ) -> optax.GradientTransformation:
-    """Clipping, Adam's direction and decoupled weight decay; the step applies the rate.
+    """Makes the optimizer: clipping, Adam's direction, decoupled weight decay.
 
-    Norms and biases do not decay. The rate stays outside so that it follows the step of the
-    run even past skipped updates.
+    Norms and biases do not decay. The train step applies the learning rate, because the rate
+    follows the step of the run, which also counts skipped updates.
     """
     every = map_parameters(model, lambda _, parameter: parameter.decays)
     decays, _ = split_trainable(model, every)

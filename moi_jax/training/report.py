@@ -1,4 +1,4 @@
-"""report.html of a run directory: one self-contained page of charts, mixture and sample answers."""
+"""report.html of a run directory: a self-contained page with charts, mixture and sample answers."""
 
 import io
 import json
@@ -22,11 +22,11 @@ from moi_jax.reports.page import PALETTE, page_template
 
 Point = tuple[int, float]
 
-# The second cue of a domain's line; it also tells a seventh domain from the first.
+# A domain's line has a colour and a marker. Colours repeat, so the marker tells lines apart.
 MARKERS = "osD^vP*X"
-# Stand for the page's own text and rule colours, so that charts follow the light or dark theme.
+# Placeholders for the page's text and rule colours: charts then follow the light or dark theme.
 INK, RULE = "#0a0b0c", "#0a0b0d"
-# Longer curves are drawn through this many means, so that the page of a long run stays small.
+# A longer curve is reduced to this many means, so that the page of a long run stays small.
 CHART_POINTS = 300
 LOSS = "loss (nats/token)"
 NOTES = {
@@ -58,7 +58,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds; an absent file is an empty value."""
+    """The content of a run directory; a missing file is an empty value."""
 
     name: str
     config_text: str
@@ -66,7 +66,7 @@ class Run:
     metrics: list[dict[str, Any]]  # one record a step, in the order of steps
     mixture: dict[str, Any]
     samples: list[dict[str, Any]]
-    unreadable: int  # lines of the JSON lines files that hold no record
+    unreadable: int  # number of lines in the JSON lines files that are not valid
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Line:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Reads a run directory; raises UserError where its config.yaml or mixture.json cannot be."""
+    """Reads a run directory; raises UserError if config.yaml or mixture.json is not usable."""
     config_text = _read(run_dir / "config.yaml")
     if not config_text:
         raise UserError(f"{run_dir} has no config.yaml; name the directory of a training run")
@@ -93,7 +93,7 @@ def read_run(run_dir: Path) -> Run:
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise UserError(
             f"{run_dir}: config.yaml or mixture.json is damaged ({' '.join(str(error).split())}); "
-            f"restore it, or resume the run, which writes both"
+            f"restore it, or resume the run, which rewrites both"
         ) from error
     name, metrics = run_dir.resolve().name, lines
     return Run(name, config_text, config, metrics, mixture, samples, torn + torn_samples)
@@ -104,7 +104,7 @@ def _read(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a JSON lines file, and how many lines hold none: a kill tears a line."""
+    """Reads the records of a JSON lines file, and counts the lines torn by a kill."""
     records, torn = [], 0
     for line in filter(str.strip, _read(path).split("\n")):
         try:
@@ -115,20 +115,20 @@ def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def points(run: Run, key: str) -> list[Point]:
-    """(step, value) wherever a metric is defined: not missing, not null, finite."""
+    """Returns (step, value) for the steps at which a metric is defined and finite."""
     found = [(record["step"], record.get(key)) for record in run.metrics]
     return [(step, value) for step, value in found if value is not None and math.isfinite(value)]
 
 
 def thin(curve: Sequence[Point], reduce: Callable[[list[float]], float] = fmean) -> list[Point]:
-    """At most CHART_POINTS points: (last step, reduced value) of stretches of equal length."""
+    """Reduces a curve to at most CHART_POINTS points: (last step, reduced value) of each part."""
     width = math.ceil(len(curve) / CHART_POINTS) or 1
     stretches = [curve[start : start + width] for start in range(0, len(curve), width)]
     return [(part[-1][0], reduce([value for _, value in part])) for part in stretches]
 
 
 def headline(run: Run) -> list[tuple[str, str]]:
-    """The figures at the head of the page, as (what, value)."""
+    """Returns the figures at the head of the page, as (name, value)."""
     figures = []
     if run.metrics:
         figures.append(("steps", number(run.metrics[-1]["step"])))
@@ -146,7 +146,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
 
 
 def held_out(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Per name: the first and the last held-out loss under its own and the default prompt."""
+    """Returns for each name its first and last held-out loss, under its own and default prompt."""
     rows = []
     for name in names:
         curves = [points(run, f"eval/{name}{kind}/loss") for kind in ("", "/default_prompt")]
@@ -157,7 +157,7 @@ def held_out(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def sample_answers(run: Run) -> list[dict[str, Any]]:
-    """Per prompt: its first and last step, and the answers then under either system prompt."""
+    """Returns for each prompt its answers at the first and last step, under both system prompts."""
     prompts: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for sample in run.samples:
         prompts.setdefault((sample["domain"], sample["prompt"]), []).append(sample)
@@ -177,7 +177,7 @@ def sample_answers(run: Run) -> list[dict[str, Any]]:
 
 
 def charts(run: Run, looks: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """The page's charts as {title, note, svg}; `looks` holds each domain's (colour, marker)."""
+    """Draws the charts as {title, note, svg}; `looks` holds the domains' (colour, marker)."""
 
     def one(key: str, label: str | None = None, *look: str) -> Line:
         return Line(thin(points(run, key)), label, *look)
@@ -214,7 +214,7 @@ def charts(run: Run, looks: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def draw(title: str, panels: dict[str, list[Line]]) -> Markup:
-    """Panels (axis label: lines) over one axis of steps, as inline SVG; empty without points."""
+    """Draws panels (axis label: lines) over one axis of steps as inline SVG; '' without points."""
     filled = {label: [line for line in lines if line.points] for label, lines in panels.items()}
     panels = {label: lines for label, lines in filled.items() if lines}
     if not panels:
@@ -246,11 +246,11 @@ def draw(title: str, panels: dict[str, list[Line]]) -> Markup:
 
 
 def _inline(svg: str, title: str) -> Markup:
-    """matplotlib's SVG document as an element of an HTML page that holds several of them."""
+    """Makes matplotlib's SVG document an element of an HTML page that holds several of them."""
     box = re.findall(r'viewBox="[^"]*"', svg)[0]
     body = svg[svg.index("<defs>") :]
     prefix = title.split()[0].lower() + "-"
-    # Names are unique within a figure only.
+    # Ids are unique only within a figure.
     body = re.sub(r'(<\w+ id=")', rf"\1{prefix}", body)
     body = body.replace("url(#", f"url(#{prefix}").replace('href="#', f'href="#{prefix}')
     body = body.replace(INK, "currentColor").replace(RULE, "var(--rule)")
@@ -268,9 +268,11 @@ def percent(share: float | None) -> str:
 def write_report(run_dir: Path) -> Path:
     """Writes run_dir/report.html from the files of the run directory and returns its path.
 
-    Reads config.yaml and, where present, metrics.jsonl, mixture.json and samples.jsonl; sections
-    without data are left out. The same files give the same bytes. Raises UserError when run_dir
-    is not a run directory or config.yaml or mixture.json is damaged.
+    It reads config.yaml and, if they exist, metrics.jsonl, mixture.json and samples.jsonl. It
+    leaves out sections without data. The same files give the same bytes.
+
+    Raises:
+      UserError: run_dir is not a run directory, or config.yaml or mixture.json is damaged.
     """
     run = read_run(run_dir)
     names = [domain["name"] for domain in run.config["data"]["domains"]]
@@ -290,7 +292,7 @@ def write_report(run_dir: Path) -> Path:
     )
     report = run_dir / "report.html"
     partial = run_dir / ".report.html.partial"
-    # A sampled answer may hold half a surrogate pair, which UTF-8 cannot.
+    # A sampled answer may hold half a surrogate pair, which UTF-8 cannot encode.
     partial.write_bytes(page.encode("utf-8", errors="replace"))
     os.replace(partial, report)
     return report

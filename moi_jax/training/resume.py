@@ -1,4 +1,4 @@
-"""Whether a run may go on, and from where: its config, its data and its plan are still the same."""
+"""Resuming a run: checks that config, data and plan are the same, and finds the position."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ from moi_jax.data.planning.training_plan import TrainingPlan
 
 log = logging.getLogger(__name__)
 
-# Where a run without a checkpoint begins.
+# The position of a run without a checkpoint.
 FIRST_POSITION: dict[str, Any] = {
     "step": 0,
     "row": 0,
@@ -25,8 +25,8 @@ FIRST_POSITION: dict[str, Any] = {
     "early_stopping": {},
 }
 
-# Keys, or beginnings of keys, that may differ when a run goes on. Everything else may not: the
-# run would no longer be the one that was begun.
+# Keys, or prefixes of keys, that may differ when a run is resumed. All other keys must stay, or
+# it would be another run.
 MAY_CHANGE = (
     "data.cache_dir",
     "data.max_repeats",
@@ -46,7 +46,7 @@ MAY_CHANGE = (
     "train.sample_max_new_tokens",
     "train.sample_prompts",
 )
-# Of a source: its content is compared, not where it lies.
+# Keys of a source that may differ: its content is compared, not its place.
 SOURCE_MAY_CHANGE = (".path", ".manual_dir", ".license")
 MAY_CHANGE_IF_ALLOWED = (
     "optimizer",
@@ -65,10 +65,10 @@ def resume_position(
     dataset: Dataset,
     allow_change: bool,
 ) -> dict[str, Any]:
-    """Where the run goes on, once it is known to be the same run.
+    """Checks that this is still the same run, and returns the position from which it resumes.
 
     Raises:
-      UserError: the run there is another one.
+      UserError: the directory holds another run.
     """
     directory = checkpoints.directory.parent
     if saved_step is None:
@@ -76,9 +76,9 @@ def resume_position(
             before = load_config(directory / "config.yaml").model_dump(mode="json")
             check_resume(directory, before, experiment.config, allow_change)
         return FIRST_POSITION
-    read_items(checkpoints.directory / str(saved_step))  # refuses another format in one line
+    read_items(checkpoints.directory / str(saved_step))  # refuses a checkpoint of another format
     before = checkpoints.read_json(saved_step, "config")
-    # Its own checkpoint holds all that was taken from the base.
+    # The checkpoint holds everything that came from model.init_from.
     may_change = (*MAY_CHANGE, "model.init_from")
     check_resume(directory, before, experiment.config, allow_change, may_change)
     position = checkpoints.read_json(saved_step, "position")
@@ -87,10 +87,10 @@ def resume_position(
 
 
 def resume_plan(dataset: Dataset, position: dict[str, Any], directory: Path) -> TrainingPlan:
-    """The plan of the run from its position on.
+    """Makes the plan of the run from its position on.
 
     Raises:
-      UserError: the epoch was planned otherwise, or the run is beyond its end.
+      UserError: the plan of the epoch differs from the saved one, or the run is past its end.
     """
     config, step, row = dataset.config, position["step"], position["row"]
     plan = TrainingPlan(
@@ -101,8 +101,8 @@ def resume_plan(dataset: Dataset, position: dict[str, Any], directory: Path) -> 
         check_fingerprints(directory, {"the epoch's plan": position["plan"]}, now)
     if plan.total_steps < step:
         raise UserError(
-            f"{directory} stands at step {step}, past the {plan.total_steps} steps that train now "
-            f"asks for; ask for more, or --fresh to begin anew"
+            f"{directory} is at step {step}, past the {plan.total_steps} steps of the config; set "
+            f"more (train.steps, epochs or loss_tokens), or use --fresh to start over"
         )
     return plan
 
@@ -110,7 +110,7 @@ def resume_plan(dataset: Dataset, position: dict[str, Any], directory: Path) -> 
 def saved_position(
     experiment: Experiment, dataset: Dataset, plan: TrainingPlan, row: int
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of the data when `row` is the first row of the next batch."""
+    """Returns the data position for a checkpoint; `row` is the first row of the next batch."""
     return {
         "row": row,
         "epoch_rows": plan.epoch_first_rows(max(row - 1, 0)),
@@ -120,7 +120,7 @@ def saved_position(
 
 
 def fingerprints(experiment: Experiment, dataset: Dataset) -> dict[str, str]:
-    """Of what must not change while a run goes on, though its path may."""
+    """Returns the fingerprints of the content that must not change in a resumed run."""
     prompts = experiment.items.prompts
     return {
         "model": json_fingerprint(experiment.model.to_json()),
@@ -132,7 +132,7 @@ def fingerprints(experiment: Experiment, dataset: Dataset) -> dict[str, str]:
 
 
 def _plan_fingerprint(plan: TrainingPlan, row: int) -> str:
-    """Of the plan of the epoch that the last row before `row` lies in."""
+    """Returns the fingerprint of the plan of the epoch that holds the last row before `row`."""
     return plan.epoch_plan(plan.locate(max(row - 1, 0))[0]).fingerprint
 
 
@@ -143,10 +143,10 @@ def check_resume(
     allow_change: bool,
     may_change: tuple[str, ...] = MAY_CHANGE,
 ) -> None:
-    """Compares the config a run was begun with, `before`, with the one to go on with.
+    """Compares `before`, the config with which a run was started, with the config of now.
 
     Raises:
-      UserError: a difference that would make it another run; the first one is named.
+      UserError: a difference makes it another run. The message names the first one.
     """
     old_values, new_values = _flat(before), _flat(config.model_dump(mode="json"))
     for key in sorted(old_values.keys() | new_values.keys()):
@@ -156,32 +156,32 @@ def check_resume(
         change = f"{key}: {old} -> {new}"
         of_source = key.startswith("data.domains.") and key.endswith(SOURCE_MAY_CHANGE)
         if key.startswith(may_change) or of_source:
-            log.info("going on with %s", change)
+            log.info("resuming with %s", change)
         elif not key.startswith(MAY_CHANGE_IF_ALLOWED):
             raise UserError(
-                f"{run_dir} was begun with another setting, {change}; restore it, or --fresh to "
-                f"begin anew (the old run is moved aside)"
+                f"{run_dir} was started with another setting ({change}); restore it, or use "
+                f"--fresh to start over (the old run is moved aside)"
             )
         elif not allow_change:
             raise UserError(
-                f"{run_dir} was begun with {change}; --allow-change goes on with the new one"
+                f"{run_dir} was started with {change}; --allow-change resumes with the new value"
             )
         else:
-            log.info("going on with %s (allowed)", change)
+            log.info("resuming with %s (allowed)", change)
 
 
 def check_fingerprints(run_dir: Path, saved: dict[str, str], current: dict[str, str]) -> None:
-    """Raises UserError when tokenizer, template, prompts or data content differ from the run's."""
+    """Raises UserError if a fingerprint differs from the saved one."""
     for what, now in current.items():
         if saved.get(what) != now:
             raise UserError(
-                f"{run_dir} was begun with another content of {what} (fingerprint "
-                f"{saved.get(what)}, now {now}); restore it, or --fresh to begin anew"
+                f"the content of {what} has changed since {run_dir} was started (fingerprint "
+                f"{saved.get(what)}, now {now}); restore it, or use --fresh to start over"
             )
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b.0": 1}"""
+    """Flattens nested values: {"a": {"b": [1]}} -> {"a.b.0": 1}."""
     if isinstance(values, dict):
         items = [(str(key), value) for key, value in values.items()]
     elif isinstance(values, list) and values:

@@ -1,4 +1,4 @@
-"""The run directory: held by one process at a time, and moved aside, never deleted."""
+"""The run directory: locked by one process at a time; moved aside, but never deleted."""
 
 import tempfile
 import time
@@ -10,24 +10,24 @@ import filelock
 
 from moi_jax.common.errors import UserError
 
-# Stands in every run directory, and tells one from any other directory.
+# The lock file in every run directory. A directory without it is not a run directory.
 LOCK = ".moi_jax.lock"
 
 
 @contextmanager
 def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
-    """Holds the directory of a run for one process.
+    """Locks the directory of a run for this process.
 
     Raises:
-      UserError: another process trains in it, it is not a run's (and not `fresh`), or it cannot
-        be written.
+      UserError: another process trains in it; it holds files but no run (and `fresh` is false);
+        or it cannot be written.
     """
     run_dir = run_dir.expanduser()
     with _writing(run_dir):
         if not fresh and _entries(run_dir) and not (run_dir / LOCK).exists():
             raise UserError(
-                f"{run_dir} holds files but is no run of ours; choose another logging.run_dir, or "
-                f"--fresh to move them aside"
+                f"{run_dir} holds files but is not a run directory; choose another "
+                f"logging.run_dir, or use --fresh to move the files aside"
             )
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / LOCK, timeout=0)
@@ -35,7 +35,8 @@ def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
             lock.acquire()
         except filelock.Timeout:
             raise UserError(
-                f"{run_dir} is in use by a live run; wait for it or choose another logging.run_dir"
+                f"{run_dir} is in use by another run; wait for its end, or choose another "
+                f"logging.run_dir"
             ) from None
     try:
         yield run_dir
@@ -44,7 +45,7 @@ def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
 
 
 def move_aside(run_dir: Path) -> None:
-    """Moves what stands in a run directory to a new one beside it."""
+    """Moves the content of a run directory to a new directory beside it."""
     entries = _entries(run_dir)
     if not entries:
         return
@@ -67,5 +68,5 @@ def _writing(run_dir: Path) -> Iterator[None]:
 
 
 def _entries(run_dir: Path) -> set[str]:
-    """What stands in a run directory besides its lock; nothing where there is none."""
+    """Returns the names in a run directory except its lock; none if it does not exist."""
     return {entry.name for entry in run_dir.iterdir()} - {LOCK} if run_dir.exists() else set()

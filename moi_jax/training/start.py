@@ -1,4 +1,4 @@
-"""From an experiment and its data to a run that is ready to go on: step, state, plan, log."""
+"""Starts or resumes a run: builds its `Run` from an experiment and its data."""
 
 import json
 import logging
@@ -16,11 +16,11 @@ from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.parameters import random_parameters
 from moi_jax.training.batches import placed_batches
 from moi_jax.training.early_stopping import EarlyStopping
-from moi_jax.training.loop import Evaluations, Run
 from moi_jax.training.metrics import MetricsLog, truncate_after
 from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.resume import resume_plan, resume_position, saved_position
+from moi_jax.training.run import Evaluations, Run
 from moi_jax.training.state import TrainState, abstract_state, new_state
 from moi_jax.training.step import make_train_step
 
@@ -37,18 +37,18 @@ def start_run(
     evaluations: Evaluations,
     allow_change: bool,
 ) -> Run:
-    """A new run beside its `checkpoints`, or the one begun there, at the newest of them.
+    """Starts a new run in the directory of `checkpoints`, or resumes the run there from the newest.
 
-    Nothing there changes before it is sure that the run can go on.
+    The directory does not change before it is certain that the run can start.
 
     Raises:
-      UserError: the run there is another one, a checkpoint does not fit, or the run is to stop
-        early and nothing is evaluated.
+      UserError: the directory holds another run, a checkpoint does not fit, or early stopping is
+        set without held-out evaluations.
     """
     config, model = experiment.config, experiment.model
     if config.train.early_stopping_patience and evaluations.held_out is None:
         raise UserError(
-            "train.early_stopping_patience needs held-out losses; hand make_evaluations to train()"
+            "train.early_stopping_patience needs held-out losses; pass make_evaluations to train()"
         )
     directory = checkpoints.directory.parent
     saved_step = checkpoints.latest()
@@ -60,10 +60,10 @@ def start_run(
     else:
         abstract = abstract_state(model, optimizer, config.model.param_dtype, mesh)
         state = TrainState.from_items(model, *checkpoints.restore(saved_step, *abstract.items()))
-        log.info("going on from step %d in %s", saved_step, directory)
+        log.info("resuming from step %d in %s", saved_step, directory)
 
     _write_description(directory, experiment, dataset.log_mixture(plan))
-    # What was logged past the checkpoint is logged again; at the start, step 0 is too.
+    # Records past the checkpoint are dropped and logged again; without one, also those of step 0.
     logged = saved_step or -1
     truncate_after(directory / "samples.jsonl", logged)
     schedule = make_schedule(config.optimizer, plan.total_steps)
@@ -92,13 +92,13 @@ def start_run(
 
 
 def _write_description(directory: Path, experiment: Experiment, mixture: dict) -> None:
-    """What the run directory tells of the run before its first step."""
+    """Writes the files that describe the run, before its first step."""
     atomic_write_text(directory / "mixture.json", json.dumps(mixture, indent=1))
     atomic_write_text(directory / "config.yaml", experiment.config.to_yaml())
 
 
 def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:
-    """Those of model.init_from, or random ones."""
+    """Reads the parameters of model.init_from, or makes random parameters."""
     section, model = experiment.config.model, experiment.model
     if section.init_from:
         return read_parameters(section.init_from, model, section.param_dtype, mesh)

@@ -1,4 +1,4 @@
-"""The train state: parameters, optimizer state and step, created sharded."""
+"""The train state: parameters, optimizer state and step, sharded from the start."""
 
 import dataclasses
 from typing import Any, cast
@@ -22,12 +22,13 @@ from moi_jax.parallel.placing import replicated
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and the frozen parameters beside it.
+    """Everything that a step changes, and the frozen parameters.
 
     Attributes:
-      step: int32[], batches seen, skipped updates included.
-      trainable: the parameters that have gradients; `opt_state` is theirs alone.
-      frozen: the others, which no step changes.
+      step: int32[], the number of batches seen, including skipped updates.
+      trainable: the parameters that are trained.
+      frozen: the other parameters, which no step changes.
+      opt_state: the optimizer state of `trainable`.
     """
 
     step: jax.Array
@@ -37,16 +38,16 @@ class TrainState:
 
     @property
     def parameters(self) -> Tree:
-        """Both parts, as the model takes them."""
+        """All parameters in one tree, as the model takes them."""
         return merge_trees(self.trainable, self.frozen)
 
     def items(self) -> tuple[Tree, Any]:
-        """The two items that a checkpoint keeps it in: parameters, and all the rest."""
+        """Returns the state as the two items of a checkpoint: parameters, and everything else."""
         return self.parameters, {"step": self.step, "state": self.opt_state}
 
     @classmethod
     def from_items(cls, config: ModelConfig, parameters: Tree, optimizer: Any) -> "TrainState":
-        """The state of a checkpoint's two items."""
+        """Makes the state from the two items of a checkpoint."""
         trainable, frozen = split_trainable(config, parameters)
         return cls(optimizer["step"], trainable, frozen, optimizer["state"])
 
@@ -54,7 +55,7 @@ class TrainState:
 def state_shardings(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Shardings of the whole state: the moments lie as their parameters do."""
+    """Returns the shardings of the whole state; moments are sharded like their parameters."""
     trainable, frozen = split_trainable(config, parameter_shardings(config, mesh))
     abstract, _ = split_trainable(config, abstract_parameters(config, jnp.float32))
     whole = replicated(mesh)
@@ -74,7 +75,7 @@ def abstract_state(
     dtype: jax.typing.DTypeLike,
     mesh: Mesh,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what a restore asks for."""
+    """Returns shapes, dtypes and shardings of the state, which a restore needs."""
     shapes = jax.eval_shape(
         lambda p: initial_state(config, optimizer, p), abstract_parameters(config, dtype)
     )
@@ -88,7 +89,7 @@ def abstract_state(
 def initial_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, parameters: Tree
 ) -> TrainState:
-    """The state before the first step; moments are at least float32 whatever the parameters."""
+    """Makes the state before the first step; moments are at least float32 for any param dtype."""
     trainable, frozen = split_trainable(config, parameters)
     wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), trainable)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(wide))
@@ -97,7 +98,7 @@ def initial_state(
 def new_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, parameters: Tree, mesh: Mesh
 ) -> TrainState:
-    """`initial_state` on the mesh. `parameters` are donated."""
+    """Makes the `initial_state` on the mesh. `parameters` are donated."""
     make = jax.jit(
         lambda p: initial_state(config, optimizer, p),
         out_shardings=state_shardings(config, optimizer, mesh),

@@ -1,4 +1,4 @@
-"""One training step, jitted on the mesh: loss, gradients over microbatches, update."""
+"""The train step, jitted on the mesh: loss, gradients over microbatches, update."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,11 +28,11 @@ def make_train_step(
     domains: int,
     mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step: (state, batch [A, M, S]) -> (state, metrics); the state is donated.
+    """Makes the jitted step: (state, batch [A, M, S]) -> (state, metrics); the state is donated.
 
-    The loss is sum(w nll) / sum(w) over the whole batch, all A microbatches and devices. The
-    update is applied only where loss and gradient norm are finite and some weight is not zero
-    (`applied`); else parameters and moments stay, and only the step moves on.
+    The loss is sum(w nll) / sum(w) over the whole batch: all A microbatches and all devices. The
+    update is applied only if loss and gradient norm are finite and some weight is not zero (the
+    metric `applied`). Otherwise parameters and moments stay, and only the step counts up.
     """
     state = state_shardings(config, optimizer, mesh)
     return jax.jit(
@@ -53,7 +53,7 @@ def _train_step(
 ) -> tuple[TrainState, Metrics]:
     loss_sums = partial(microbatch_sums, bind, domains)
     (weighted, sums), gradients = _zeros(loss_sums, state, batch)
-    # Added up over the A microbatches of a batch [A, M, S].
+    # Sums over the A microbatches of the batch [A, M, S].
     (weighted, sums), gradients = jax.lax.scan(
         partial(_add_microbatch, loss_sums, state.trainable, state.frozen),
         ((weighted, sums), gradients),
@@ -86,9 +86,9 @@ def _train_step(
 def microbatch_sums(
     bind: Bind, domains: int, trainable: Tree, frozen: Tree, batch: Batch
 ) -> tuple[jax.Array, Metrics]:
-    """sum(w nll) of a microbatch [M, S], and the sums every metric is made of.
+    """Computes sum(w nll) of a microbatch [M, S], and the sums for all metrics.
 
-    Sums, never means: they add up over microbatches and devices to what one batch gives.
+    They are sums, never means: over microbatches and devices they add up to those of the batch.
     """
     model = bind(trainable, frozen)
     hidden, _ = model.hidden_states(
@@ -96,7 +96,7 @@ def microbatch_sums(
     )
     nll = token_nll(hidden, model.head_kernel(), batch.targets)
     counts = batch.loss_weights > 0
-    # A position whose weight is zero must not reach the sum even as 0 * inf.
+    # A position with weight zero must not change the sum, not even by 0 * inf.
     nll = jnp.where(counts, nll, 0)
     in_domain = batch.domain_ids[..., None] == jnp.arange(domains)
     weighted = jnp.sum(nll * batch.loss_weights.astype(nll.dtype))
@@ -113,13 +113,13 @@ def microbatch_sums(
 def _add_microbatch(
     loss_sums: Callable[..., Any], trainable: Tree, frozen: Tree, total: Any, microbatch: Batch
 ) -> tuple[Any, None]:
-    """The sums and gradients so far, with those of one microbatch added."""
+    """Adds the sums and gradients of one microbatch to the total."""
     new = jax.value_and_grad(loss_sums, has_aux=True)(trainable, frozen, microbatch)
     return jax.tree.map(jnp.add, total, new), None
 
 
 def _zeros(loss_sums: Callable[..., Any], state: TrainState, batch: Batch) -> Any:
-    """What the sums and gradients of no microbatch are; gradients are float32 or wider."""
+    """Returns sums and gradients of zero to add to; gradients are float32 or wider."""
     first = jax.tree.map(lambda x: x[0], batch)
     shapes = jax.eval_shape(loss_sums, state.trainable, state.frozen, first)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

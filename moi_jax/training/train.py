@@ -1,4 +1,4 @@
-"""A whole run as a library function: it may be called many times in a process, or in a notebook."""
+"""A whole run as a library function; a process or notebook may call it many times."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,29 +20,33 @@ from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
-from moi_jax.training.loop import Evaluations, NoEvaluations, fit
+from moi_jax.training.loop import fit
 from moi_jax.training.report import write_report
+from moi_jax.training.run import Evaluations, NoEvaluations
 from moi_jax.training.run_directory import move_aside, run_directory
 from moi_jax.training.start import start_run
 from moi_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-# (experiment, its data, parameters -> model, mesh, run directory) -> what is asked of the model
+# (experiment, its data, parameters -> model, mesh, run directory) -> the evaluations of the model
 # while it trains.
 MakeEvaluations = Callable[[Experiment, Dataset, Bind, Mesh, Path], Evaluations]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands.
+    """The result of a call of `train`.
 
     Attributes:
-      step: global batches seen.
-      finished: whether that is the end of the run; else it was asked to stop, and goes on from
-        `checkpoint` when it is called again.
+      step: the number of global batches seen.
+      finished: whether the run is at its end. If not, it was stopped, and the next call resumes
+        it from `checkpoint`.
       state: parameters and optimizer state, on the mesh.
       metrics: the last record of metrics.jsonl.
+      directory: the run directory.
+      checkpoint: the checkpoint of `step`.
+      report: report.html of the run.
     """
 
     step: int
@@ -63,18 +67,18 @@ def train(
     allow_change: bool = False,
     stop: AbstractContextManager[Callable[[], bool]] | None = None,
 ) -> TrainResult:
-    """Trains as the config says, or goes on with the run in its run directory.
+    """Trains as the config says, or resumes the run in its run directory.
 
     Args:
-      make_evaluations: see `moi_jax.evaluation.while_training`; None measures nothing.
-      devices: what the mesh is made of; None is all of them.
-      fresh: begins anew; an old run is moved aside.
-      allow_change: goes on although optimizer, batch size, length or patience differ.
-      stop: entered when the first step begins. What it yields is asked after each step whether
-        the run is to save and end.
+      make_evaluations: see `moi_jax.evaluation.while_training`; None evaluates nothing.
+      devices: the devices of the mesh; None means all devices.
+      fresh: start over; an old run is moved aside.
+      allow_change: resume although optimizer, batch size, length or patience changed.
+      stop: a context manager, entered before the first step. It yields a function that is called
+        after each step; if it returns true, the run saves and ends.
 
     Raises:
-      UserError: config, data, checkpoint or run directory do not allow it.
+      UserError: config, data, checkpoint or run directory are wrong or do not fit together.
     """
     devices = jax.devices() if devices is None else devices
     with run_directory(config.logging.run_dir, fresh) as directory:
@@ -89,17 +93,17 @@ def train(
             _refuse_to_move(config.model.init_from, directory)
             move_aside(directory)
         opened = RunCheckpoints(directory / "checkpoints", config.checkpoint, experiment.items)
-        # Closed however this ends: a save under way becomes whole first.
+        # Closed in any case, also after an error: this waits for a save that is in progress.
         with closing(opened) as checkpoints, jax.set_mesh(mesh):
             run = start_run(
                 experiment, dataset, bind, mesh, microbatch_rows, checkpoints, evaluations,
                 allow_change,
             )  # fmt: skip
             if run.step == run.steps:
-                log.info("the run in %s is complete; --fresh begins anew", directory)
+                log.info("the run in %s is complete; use --fresh to start over", directory)
             elif run.finished:
                 log.info(
-                    "the run in %s stopped early at step %d: %s; --fresh begins anew",
+                    "the run in %s stopped early at step %d: %s; use --fresh to start over",
                     directory, run.step, run.early_stopping,
                 )  # fmt: skip
             with stop or nullcontext(lambda: False) as should_stop:
@@ -116,7 +120,7 @@ def train(
 
 
 def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tuple[Mesh, Bind, int]:
-    """Mesh, parameters -> model, and the rows of a microbatch.
+    """Returns the mesh, parameters -> model, and the number of rows of a microbatch.
 
     Raises:
       UserError: devices, rows and mesh do not fit together.
@@ -132,12 +136,12 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
 
 
 def _refuse_to_move(init_from: Path | None, directory: Path) -> None:
-    """Raises UserError when --fresh would move aside what the new run begins from."""
+    """Raises UserError if --fresh would move the checkpoint from which the new run starts."""
     if init_from is None:
         return
     source, moved = init_from.expanduser().resolve(), directory.resolve()
     if moved == source or moved in source.parents:
         raise UserError(
-            f"--fresh would move {init_from} aside, which model.init_from names; copy that "
-            f"checkpoint elsewhere first"
+            f"--fresh would move {init_from}, the checkpoint of model.init_from, aside; copy it "
+            f"elsewhere first"
         )

@@ -1,4 +1,4 @@
-"""Attention inside segments: a slow oracle, and invariant I3 (segments do not see each other)."""
+"""Attention inside segments: a slow oracle, and invariant I3 (no segment sees another one)."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ def forward(model, tokens, segment_ids, extend_context):
 
 
 def plain_attention(query, key, value, segment_ids):
-    """Token by token, head by head, in float64."""
+    """Computes attention token by token and head by head, in float64."""
     b, s, h, n = query.shape
     group = h // key.shape[2]
     out = np.zeros(query.shape)
@@ -63,7 +63,7 @@ def test_attention_equals_a_plain_loop_with_grouped_heads_and_segments():
     ours = xla_attention(*map(jnp.asarray, (query, key, value, segment_ids, order)))
     plain = plain_attention(query, key, value, segment_ids)
     np.testing.assert_allclose(ours, plain, atol=1e-6)
-    # The tokens of a row may lie in any order: what they see follows from `order` alone.
+    # The tokens of a row may be in any order: `order` alone decides what they see.
     mixed = rng.permutation(9)
     arrays = (query, key, value, segment_ids, order)
     ours = xla_attention(*(jnp.asarray(array[:, mixed]) for array in arrays))
@@ -72,7 +72,7 @@ def test_attention_equals_a_plain_loop_with_grouped_heads_and_segments():
 
 @pytest.mark.parametrize("extend_context", [False, True])
 def test_chunk_mask_hides_other_chunks(model, extend_context):
-    """Changing any token outside a segment changes no bit inside it."""
+    """A change of any token outside a segment changes no bit inside it."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 97, (1, 14)).astype(np.int32)
     segment_ids = np.array([[1] * 5 + [2] * 6 + [0] * 3], np.int32)
@@ -82,7 +82,7 @@ def test_chunk_mask_hides_other_chunks(model, extend_context):
         changed[:, inside] = tokens[:, inside]
         after = forward(model, changed, segment_ids, extend_context)
         assert np.array_equal(before[:, inside], after[:, inside])
-    # The mask is what does it: with one segment the later tokens do see the earlier ones.
+    # This is due to the mask: in one segment, later tokens do see earlier ones.
     one = np.ones_like(segment_ids)
     changed[:, 5:11] = tokens[:, 5:11]
     assert not np.array_equal(
@@ -99,9 +99,9 @@ def golden_b(golden):
 
 @pytest.mark.parametrize("lengths", [(30, 25, 9), (70, 40, 30), (130, 64)])
 def test_a_segment_in_a_row_equals_the_segment_alone(golden_b, lengths):
-    """I3, training and inference; in inference NTK and log-n follow the segment, not the row.
+    """I3 in training and inference. At inference NTK and log-n depend on the segment, not the row.
 
-    The golden model B has seq_length 64: some of these segments and rows are beyond it.
+    The golden model B has seq_length 64; some of these segments and rows are longer.
     """
     model = golden_b
     rng = np.random.default_rng(2)

@@ -31,7 +31,7 @@ LOGITS_ATOL = 2e-5
 GRADIENTS_ATOL = 1e-6
 LENGTH = 48
 
-# Grouped-query heads everywhere, and no two sizes alike.
+# Grouped-query heads everywhere, and all sizes different.
 SIZES = {
     "vocab_size": 90, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -55,7 +55,7 @@ MODELS = {
 
 
 def transformers_model(kind):
-    """A tiny model of transformers, every parameter random: norms and biases too."""
+    """Makes a tiny transformers model; all its parameters are random, also norms and biases."""
     torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     family, settings = MODELS[kind]
@@ -70,7 +70,7 @@ def transformers_model(kind):
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
-    """The torch model, what we read of its config.json and tensors, and tokens [2, LENGTH]."""
+    """Returns the torch model, its config and tensors as we read them, and tokens [2, LENGTH]."""
     model = transformers_model(request.param)
     config = read_hf_config(model.config.to_json_string(), request.param)
     tensors = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
@@ -84,7 +84,7 @@ def imported(config, tensors, dtype=np.float32):
 
 
 def exported(config, tree, as_family=None):
-    """Published tensors of a tree: parameters or gradients."""
+    """Exports a tree (parameters or gradients) to published tensors."""
     tree = jax.tree.map(np.asarray, tree)
 
     def get(path, layer):
@@ -104,7 +104,7 @@ def torch_logits(model, tokens):
 
 
 def test_logits_equal_transformers(case):
-    """Past the original length of Llama 3's scaling (16) too."""
+    """They do so also past the original length of Llama 3's scaling (16)."""
     model, config, parameters, tokens = case
     logits = make_model(config)(parameters)(tokens)
     np.testing.assert_allclose(logits, torch_logits(model, tokens), atol=LOGITS_ATOL, rtol=0)
@@ -148,7 +148,7 @@ def test_loss_and_gradients_equal_transformers(case):
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_import_then_export_is_bit_identical(case, dtype):
-    """And every tensor of the torch model is accounted for, with its shape."""
+    """Every tensor of the torch model is used, with its shape."""
     model, config, _, _ = case
     tensors = {name: t.numpy().astype(dtype) for name, t in model.state_dict().items()}
     back = exported(config, imported(config, tensors, dtype))
@@ -216,7 +216,7 @@ def test_a_family_that_cannot_express_the_model_is_refused(preset, family):
         in_family(PRESETS[preset], family)
 
 
-# Parameters as their model cards and safetensors headers count them.
+# Numbers of parameters from the model cards and the safetensors headers.
 COUNTS = {
     "qwen-7b": 7_721_324_544, "qwen-1.8b": 1_836_828_672, "qwen-72b": 72_287_920_128,
     "qwen1.5-1.8b": 1_836_828_672, "qwen1.5-4b": 3_950_369_280,
@@ -264,7 +264,7 @@ def test_a_checkpoint_from_before_the_families_is_read():
     assert ModelConfig.from_json(values) == PRESETS["qwen-7b"]
 
 
-# Files as they were published, without the ids of special tokens and versions.
+# The published files, without the ids of special tokens and the versions.
 PUBLISHED = {
     "qwen2.5-1.5b": {
         "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu",
@@ -301,7 +301,7 @@ def test_a_published_config_json_is_the_preset_and_is_written_with_its_keys(name
     published = PUBLISHED[name]
     config = read_hf_config(json.dumps(published), name)
     assert config == PRESETS[name]
-    # What has no effect is left out: windows not in use, the slicing of pretraining.
+    # Keys without effect are left out: windows that are not used, the slicing of pretraining.
     idle = {"max_window_layers", "sliding_window", "pretraining_tp"}
     assert to_hf_config(config) == {k: v for k, v in published.items() if k not in idle}
 
@@ -410,7 +410,7 @@ def test_settings_without_effect_are_read(change):
 
 
 def test_llama_3_scaling_by_hand():
-    """Base 16, width 4: frequencies 1 and 1/4; original length 40 -> 6.37 and 1.59 turns."""
+    """Base 16, width 4: frequencies 1 and 1/4, so 6.37 and 1.59 turns in the original length 40."""
     scaling = dataclasses.replace(
         PRESETS["llama-3.1-8b"].rope_scaling, original_max_position_embeddings=40
     )
@@ -433,7 +433,7 @@ def test_a_tied_model_has_no_head_parameter():
 
 
 def program_and_gradients(config, mesh_axes):
-    """Text of the program a device runs, and the gradients of the loss in all parameters."""
+    """Returns the text of a device's program, and the gradients of the loss in all parameters."""
     from moi_jax import config as config_lib
     from moi_jax.models.parameters import parameter_shardings, random_parameters
     from moi_jax.parallel.mesh import make_mesh
@@ -467,9 +467,9 @@ def on_one_device():
 def test_a_tied_table_and_its_gradient_are_never_whole_on_a_device(
     on_one_device, axes, monkeypatch
 ):
-    """[V, D] serves the lookup split along D and the head split along V, and no shard is more.
+    """The lookup splits [V, D] along D and the head along V; no device holds more than a shard.
 
-    Nor is what was looked up whole, [8 rows, 12, D], on its way from parts of D to parts of B.
+    The result of the lookup, [8 rows, 12, D], is never whole either.
     """
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)  # the loss gathers the rows of a chunk
     text, gradients = program_and_gradients(TIED, axes)
@@ -486,7 +486,7 @@ def test_an_own_head_and_the_embedding_are_never_whole_on_a_device():
     assert not re.findall(r"\w+\[(?:1016,40|40,1016)\]", text)
 
 
-def test_every_block_of_the_page_on_porting_is_run_or_stands_in_the_source():
+def test_every_block_of_the_page_on_porting_is_run_or_is_in_the_source():
     root = Path(__file__).parents[2]
     page = (root / "docs" / "port-a-model.md").read_text(encoding="utf-8")
     files = [Path(__file__), *(root / "moi_jax" / "models").rglob("*.py")]
@@ -516,7 +516,7 @@ def test_biases_and_head_norms_are_declared_where_the_family_has_them():
 
 
 def test_import_holds_one_published_tensor_at_a_time():
-    """What was read is dropped before the next is read."""
+    """Each tensor is freed before the next one is read."""
     import weakref
 
     config = dataclasses.replace(PRESETS["tiny"], num_layers=2, vocab_size=32)
@@ -533,4 +533,4 @@ def test_import_holds_one_published_tensor_at_a_time():
 
 
 class Watched(np.ndarray):
-    """numpy's own arrays take no weak references."""
+    """An array that can have weak references, which numpy's own arrays cannot."""

@@ -1,4 +1,4 @@
-"""The chunked vocabulary loss: equal to the whole one, and never whole itself."""
+"""The chunked vocabulary loss: it equals the unchunked loss and never materialises the logits."""
 
 import jax
 import jax.numpy as jnp
@@ -59,5 +59,5 @@ def test_logits_are_never_whole_forward_or_backward(monkeypatch):
         gradient = jax.grad(lambda h, w: jnp.sum(nll(h, w, targets)), argnums=(0, 1))
         return largest_array(jax.make_jaxpr(gradient)(hidden, head).jaxpr)
 
-    assert of(whole_nll) >= B * S * V  # the check sees whole logits where there are some
+    assert of(whole_nll) >= B * S * V  # the check does find whole logits where they exist
     assert of(token_nll) <= max(16 * V, B * S * D)

@@ -1,8 +1,8 @@
-"""The decoder against a second oracle: transformers' Qwen2 in torch, weights mapped across.
+"""The decoder against a second oracle: transformers' Qwen2 in torch with the same weights.
 
-Qwen v1 equals Qwen2 with fused projections split wherever dynamic NTK and log-n attention are
-inactive, as they are in training. The names are written out here once more, apart from the tables
-that test_families.py maps by.
+Where dynamic NTK and log-n attention are inactive, as in training, Qwen v1 is Qwen2 with fused
+projections. This file has its own list of names, independent of the tables that test_families.py
+uses.
 """
 
 import jax
@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 
 def qwen2_of(config, parameters):
-    """transformers' model holding our parameters, [in, out] -> [out, in]."""
+    """Makes transformers' model with our parameters, [in, out] -> [out, in]."""
     model = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(
             vocab_size=config.vocab_size,
@@ -40,7 +40,7 @@ def qwen2_of(config, parameters):
 
 
 def qwen2_names(tree):
-    """Our tree under Qwen2's tensor names: parameters or gradients."""
+    """Returns our tree (parameters or gradients) under Qwen2's tensor names."""
     tree = jax.tree.map(np.asarray, tree)
     layers = tree["layers"]
     attention, mlp = layers["attention"], layers["mlp"]

@@ -17,7 +17,7 @@ from moi_jax.models.loss import token_nll
 from moi_jax.models.parameters import map_parameters, parameter_specs
 from moi_jax.models.presets import PRESETS
 
-LOGITS_ATOL = 2e-5  # a wrong norm eps moves them 4e-5: nothing looser would see it
+LOGITS_ATOL = 2e-5  # a wrong norm eps changes them by 4e-5: a looser tolerance would not notice
 GRADIENTS_ATOL = 1e-6
 
 
@@ -91,7 +91,7 @@ def test_training_mode_has_neither(fixture_b):
 
 
 def mean_loss(config, parameters, tokens, labels, remat="none"):
-    """The reference's loss: labels unshifted, -100 ignored, mean over the rest."""
+    """Computes the reference's loss: unshifted labels, -100 ignored, mean over the others."""
     model = make_model(config, Compute(remat=remat))(parameters)
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
     positions = rotary.segment_positions(segment_ids)
@@ -127,7 +127,7 @@ def test_ntk_factor_jumps_where_the_reference_does(golden):
     for length in (32, 64, 65, 100, 129, 200):
         expected = report[f"alpha_{length}"][0]
         assert rotary.ntk_alpha(jnp.array([length]), 64).tolist() == [expected]
-    # Where a float log2 is off by one ulp: every power of two times the trained length.
+    # A float log2 may be off by one ulp at every power of two times the trained length.
     lengths = np.array([8192 << k for k in range(12)])
     assert rotary.ntk_alpha(jnp.asarray(lengths), 8192).tolist() == [
         (2 << k) - 1 for k in range(12)
@@ -148,7 +148,7 @@ def test_qwen_7b_has_the_published_number_of_parameters_and_tensors():
 
 
 def test_the_first_published_config_keys_are_read_too():
-    """The release of August 2023 named them otherwise and had seq_length 2048."""
+    """The release of August 2023 used other keys and had seq_length 2048."""
     old = {
         "model_type": "qwen",
         "n_embd": 4096,

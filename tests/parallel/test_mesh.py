@@ -71,7 +71,7 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
     jax.tree.map(np.testing.assert_array_equal, one, eight)
 
 
-def test_parameters_and_moments_lie_in_shards():
+def test_parameters_and_moments_are_sharded():
     trainer = Trainer(EIGHT)
     query = trainer.state.parameters["layers"]["attention"]["query"]["kernel"]  # [L, D, H, N]
     assert query.sharding.shard_shape(query.shape) == (2, 32 // 4, 4 // 2, 8)
@@ -110,7 +110,8 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
 
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     mesh = make_mesh(config_lib.Mesh(fsdp=4, tensor=2), jax.devices())
-    with pytest.raises(UserError, match="global_batch_rows 6 is no multiple of the 4 batch shards"):
+    message = "global_batch_rows 6 is not a multiple of the 4 batch shards"
+    with pytest.raises(UserError, match=message):
         check_rows(6, mesh, "train.global_batch_rows")
 
 
@@ -136,7 +137,7 @@ print("sum", int(jax.jit(lambda x: x.sum())(placed)))
 
 
 def test_two_hosts_read_disjoint_rows_and_place_one_batch():
-    """A true run of two processes with two devices each."""
+    """Runs two real processes with two devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -510,10 +510,10 @@ def test_a_chat_on_a_terminal_streams_and_goes_on_after_an_answer_was_stopped(ma
         (["--prompt-ids", "1", "--stop", "x"], "--stop cuts a text and --prompt-ids prints ids"),
         (["Hi", "--chat-template", "llama3"], r"no special token <\|begin_of_text\|>"),
         (["Hi", "--mesh", "tensor=3,data=3"], "does not fit 8 cpu devices"),
-        (["Hi", "--mesh", "context=2"], "'context=2' is no mesh.*fsdp=2,tensor=4"),
-        (["Hi", "--mesh", "tensor=x"], "is no mesh"),
-        (["Hi", "--mesh", "fsdp=2,fsdp=2"], "is no mesh"),
-        (["Hi", "--mesh", "fsdp=-1,tensor=-1"], "is no mesh"),
+        (["Hi", "--mesh", "context=2"], "'context=2' is not a mesh.*fsdp=2,tensor=4"),
+        (["Hi", "--mesh", "tensor=x"], "is not a mesh"),
+        (["Hi", "--mesh", "fsdp=2,fsdp=2"], "is not a mesh"),
+        (["Hi", "--mesh", "fsdp=-1,tensor=-1"], "is not a mesh"),
     ],
 )
 def test_a_mistake_is_one_clear_line(run, arguments, message):

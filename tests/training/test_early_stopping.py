@@ -1,4 +1,4 @@
-"""Early stopping: what it counts, and that a run that was interrupted stops at the same step."""
+"""Early stopping: what it counts; an interrupted run stops at the same step."""
 
 import contextlib
 import math
@@ -16,8 +16,8 @@ from moi_jax.training.train import train
 from support.runs import records, small_config
 
 METRIC = "eval/mean/loss"
-# Of the evaluations at steps 0, 2, 4, ...: the best is at step 2, so patience 3 ends at step 8.
-# A run that forgot the best would find a new one at each later step.
+# Losses at steps 0, 2, 4, ...: the best is at step 2, so a run with patience 3 ends at step 8.
+# A resumed run that forgets the best finds a new best at each later step.
 LOSSES = (5.0, 3.0, 3.5, 3.25, 3.125, 2.0)
 
 
@@ -36,7 +36,7 @@ def counter(patience, saved=(), **sections):
         ([1, 2, 0, 1], None),
     ],
 )
-def test_a_run_ends_after_so_many_evaluations_in_a_row_without_a_new_best(losses, ends_at):
+def test_a_run_ends_after_patience_evaluations_without_a_new_best(losses, ends_at):
     stopping, never, ended = counter(2), counter(None), []
     for index, loss in enumerate(losses):
         stopping.count({METRIC: loss})
@@ -47,7 +47,7 @@ def test_a_run_ends_after_so_many_evaluations_in_a_row_without_a_new_best(losses
     assert never.to_json() == stopping.to_json()
 
 
-def test_the_count_goes_on_from_what_was_saved_but_not_for_another_metric():
+def test_the_count_is_restored_but_not_for_another_metric():
     before = counter(3)
     for loss in (2.0, 1.0, 1.5, 1.75):
         before.count({METRIC: loss})
@@ -71,7 +71,7 @@ def test_a_metric_that_is_never_a_number_is_refused():
 
 
 class Measure:
-    """Gives LOSSES in turn, or once more the loss of the same parameters."""
+    """Evaluations that return LOSSES in turn; parameters seen before get the same loss again."""
 
     def __init__(self, known, interrupts=()):
         self.known, self.interrupts = known, dict(interrupts)
@@ -136,11 +136,11 @@ def test_an_interrupted_run_stops_at_the_same_step_with_the_same_parameters(tmp_
     result = measure.train(broken)
     assert (result.step, result.finished) == (8, True)
     assert evaluated_steps(result) == [0, 2, 4, 6, 8]
-    assert known == measured  # each evaluation saw parameters of the whole run, bit for bit
+    assert known == measured  # each evaluation saw parameters of the uninterrupted run, bit for bit
     for one, other in zip(jax.tree.leaves(whole.state), jax.tree.leaves(result.state), strict=True):
         np.testing.assert_array_equal(one, other)
 
-    # Started again, it does nothing.
+    # A second call of the finished run does nothing.
     log = (whole.directory / "metrics.jsonl").read_bytes()
     again = Measure(known)
     assert (again.train(path).step, again.calls) == (8, 0)

@@ -1,4 +1,4 @@
-"""The order of the loop: what is dispatched, read, looked at and saved when."""
+"""The order in which the loop dispatches, reads, evaluates and saves."""
 
 from types import SimpleNamespace
 
@@ -8,9 +8,10 @@ import pytest
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.training.early_stopping import EarlyStopping
-from moi_jax.training.loop import Run, fit
+from moi_jax.training.loop import fit
 from moi_jax.training.metrics import MetricsLog
 from moi_jax.training.profiling import StepProfiler
+from moi_jax.training.run import Run
 
 from support.runs import records
 
@@ -18,7 +19,7 @@ STEPS = 6
 
 
 class Metric:
-    """A value on a device: reading it is an event."""
+    """A stand-in for a value on a device: it records when it is read."""
 
     def __init__(self, value, read=lambda: None):
         self.value, self.read = np.asarray(value), read
@@ -29,7 +30,7 @@ class Metric:
 
 
 class State(SimpleNamespace):
-    """Of a state only its parameters matter here: the number of the step that made them."""
+    """A stand-in for a state; its parameters are the number of the step that made them."""
 
     def __init__(self, step):
         super().__init__(parameters=step)
@@ -39,14 +40,14 @@ class State(SimpleNamespace):
 
 
 class Stage:
-    """A run whose step, evaluation and checkpoints only note that they were called."""
+    """A run whose step, evaluations and checkpoints only record that they were called."""
 
     def __init__(
         self, directory, *, not_finite=(), stop_at=None, stop_in_look=None, losses=None, **sections
     ):
         """
         Args:
-          losses: the held-out loss by step; 1.0 where it says nothing.
+          losses: the held-out loss by step; 1.0 for a step that is not in it.
         """
         self.events: list[str] = []
         self.saved: dict[int, dict] = {}
@@ -129,7 +130,7 @@ class Stage:
         self.saved[step], self.scores[step] = position, evaluation
 
     def fit(self):
-        """Whether the run came to its end."""
+        """Trains, and returns whether the run reached its end."""
         fit(self.run, lambda: self.stopping)
         return self.run.finished
 
@@ -137,7 +138,7 @@ class Stage:
         return [r for r in records(self.directory / "metrics.jsonl") if "token_loss" in r]
 
 
-def test_a_step_is_read_after_the_next_was_dispatched_and_before_it_is_looked_at(tmp_path):
+def test_a_step_is_read_after_the_next_is_dispatched_and_before_it_is_evaluated(tmp_path):
     stage = Stage(tmp_path, eval={"every": 2}, checkpoint={"every": 4})
     assert stage.fit()
     assert stage.events == [
@@ -162,13 +163,13 @@ def test_a_checkpoint_keeps_how_many_steps_in_a_row_were_skipped(tmp_path):
         again.fit()
 
 
-def test_who_asks_to_stop_waits_for_the_checkpoint_alone(tmp_path):
+def test_a_run_that_must_stop_only_saves_a_checkpoint(tmp_path):
     stage = Stage(tmp_path, stop_at=4, eval={"every": 2})
     assert not stage.fit()
     assert stage.events[-4:] == ["step 4", "read 3", "read 4", "save 4"]
 
 
-def test_a_signal_during_an_evaluation_gives_it_up_and_saves(tmp_path):
+def test_a_signal_during_an_evaluation_abandons_it_and_saves(tmp_path):
     stage = Stage(tmp_path, stop_in_look=2, eval={"every": 2})
     assert not stage.fit()
     assert stage.events[-2:] == ["look 2", "save 2"]
@@ -186,7 +187,7 @@ def test_benchmarks_have_an_interval_of_their_own_and_are_logged(tmp_path):
     assert scored == [0, 4, 6]
 
 
-def test_no_benchmark_begins_once_a_run_is_asked_to_stop(tmp_path):
+def test_no_benchmark_starts_once_a_run_must_stop(tmp_path):
     stage = Stage(tmp_path, stop_in_look=2, eval={"every": 2, "benchmarks": {"every": 2}})
     assert not stage.fit()
     assert stage.events[-2:] == ["look 2", "save 2"]
@@ -198,7 +199,7 @@ def test_the_steps_before_a_checkpoint_are_logged_with_it(tmp_path):
     assert [(r["step"], r["loss"]) for r in stage.logged()] == [(3, 2.0), (5, 4.5)]
 
 
-def test_a_run_without_a_new_best_ends_as_at_its_last_step(tmp_path):
+def test_a_run_without_a_new_best_ends_like_at_its_last_step(tmp_path):
     stage = Stage(
         tmp_path,
         losses={0: 3.0, 1: 2.0, 2: 2.0, 3: 2.5},
@@ -212,7 +213,7 @@ def test_a_run_without_a_new_best_ends_as_at_its_last_step(tmp_path):
     assert stage.saved[2]["early_stopping"]["without_best"] == 1
 
 
-def test_a_run_that_counts_evaluations_makes_up_for_one_that_was_given_up(tmp_path):
+def test_an_abandoned_evaluation_is_repeated_with_early_stopping(tmp_path):
     stage = Stage(
         tmp_path,
         stop_in_look=2,
@@ -223,7 +224,7 @@ def test_a_run_that_counts_evaluations_makes_up_for_one_that_was_given_up(tmp_pa
     assert stage.events[-2:] == ["look 2", "save 2"]
     stage.events.clear()
     stage.run.log = MetricsLog(tmp_path, [], 2)
-    assert not stage.fit()  # asked to stop again: no step is taken before the evaluation
+    assert not stage.fit()  # stopped again: it takes no step before the evaluation
     assert stage.events == []
     stage.stop_in_look, stage.stopping = None, False
     stage.run.log = MetricsLog(tmp_path, [], 2)
@@ -234,7 +235,7 @@ def test_a_run_that_counts_evaluations_makes_up_for_one_that_was_given_up(tmp_pa
     assert {"eval/mean/loss", "token_loss"} <= log[2].keys()
 
 
-def test_a_run_that_counts_evaluations_saves_step_0_when_the_first_is_given_up(tmp_path):
+def test_step_0_is_saved_when_its_evaluation_is_abandoned_with_early_stopping(tmp_path):
     stage = Stage(
         tmp_path,
         stop_in_look=0,

@@ -1,4 +1,4 @@
-"""Profiles of a run: the trace files are there and hold the steps that were asked for."""
+"""Profiles of a run: the trace files exist and hold the steps of train.profile_steps."""
 
 import jax
 
@@ -10,7 +10,7 @@ from support.runs import small_config
 
 
 def traced_steps(directory):
-    """The step numbers in each trace below a profile directory, the oldest trace first."""
+    """Returns the step numbers in each trace below a profile directory, the oldest trace first."""
     found = []
     for path in sorted(directory.glob("plugins/profile/*/*.xplane.pb")):
         events = [
@@ -24,18 +24,16 @@ def traced_steps(directory):
     return found
 
 
-def test_the_asked_steps_are_traced_also_when_the_run_ends_or_goes_on_among_them(
-    tmp_path, log_text
-):
+def test_the_steps_are_traced_also_when_the_run_stops_or_resumes_among_them(tmp_path, log_text):
     config = small_config(tmp_path, train={"steps": 6, "profile_steps": [2, 5]})
     one = jax.devices()[:1]
     train(load_config(config, ["train.steps=3"]), devices=one)
     train(load_config(config), devices=one, allow_change=True)
     assert traced_steps(tmp_path / "run" / "profile") == [[2, 3], [4, 5]]
-    assert "steps 2 to 3 are profiled in" in log_text.getvalue()
-    assert "steps 4 to 5 are profiled in" in log_text.getvalue()
+    assert "profiled steps 2 to 3 in" in log_text.getvalue()
+    assert "profiled steps 4 to 5 in" in log_text.getvalue()
 
 
-def test_steps_past_the_end_of_the_run_are_told(tmp_path, log_text):
+def test_steps_past_the_end_of_the_run_give_a_warning(tmp_path, log_text):
     assert not StepProfiler((9, 12), 8, tmp_path).starts_before(8)
     assert "begins with step 9, but the run ends with step 8" in log_text.getvalue()

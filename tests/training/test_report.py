@@ -1,4 +1,4 @@
-"""report.html of a small hand-made run directory, checked against figures worked out by hand."""
+"""report.html of a small hand-made run directory, compared with figures computed by hand."""
 
 import json
 import re
@@ -126,7 +126,7 @@ def cards(html: str) -> dict[str, str]:
 
 
 def table_rows(html: str) -> list[str]:
-    """The words of every table row, markup removed."""
+    """Returns the words of every table row, without markup."""
     rows = re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)
     return [" ".join(re.sub(r"<[^>]+>", " ", row).split()) for row in rows]
 
@@ -140,7 +140,7 @@ def test_headline_shows_the_figures_of_the_run(html: str) -> None:
         "fill of rows": "99.61 %",
         "skipped steps": "1",
     }
-    summary = "qwen-7b · strategy moi · rows of 4,096 tokens · 64 rows a step"
+    summary = "qwen-7b · strategy moi · rows of 4,096 tokens · 64 rows per step"
     assert summary in html
     assert "<h1>my_run</h1>" in html
 
@@ -185,7 +185,7 @@ def test_scores_of_benchmarks_are_a_chart_of_their_own(tmp_path: Path, html: str
     page = report(write_run(tmp_path / "run", metrics=[*METRICS, *scored]))
     assert 'aria-label="Benchmarks by step"' in page
     assert ">gsm8k<" in page
-    assert "Benchmarks" not in html  # of a run without them
+    assert "Benchmarks" not in html  # a run without benchmarks
 
 
 def test_text_of_users_is_escaped_and_keeps_its_white_space(html: str) -> None:
@@ -281,7 +281,7 @@ def test_null_in_the_mixture_is_shown_as_a_dash(tmp_path: Path) -> None:
     assert "– of instructions moved" in report(write_run(tmp_path / "run", mixture=mixture))
 
 
-def test_torn_line_is_left_out_and_told(tmp_path: Path, html: str) -> None:
+def test_torn_line_is_left_out_and_counted(tmp_path: Path, html: str) -> None:
     run_dir = write_run(tmp_path / "run")
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "token_lo')
@@ -300,7 +300,7 @@ def test_long_curve_is_drawn_through_means_of_neighbours() -> None:
     assert thin([]) == []
 
 
-def test_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.yaml; name the directory"):
         write_report(tmp_path)
 

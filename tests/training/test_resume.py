@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, gone on with, refused; by signals in processes of their own."""
+"""Runs that are killed, stopped, resumed, refused; signals go to their own processes."""
 
 import os
 import random
@@ -30,7 +30,7 @@ from support.runs import (
 
 
 def parameters(run):
-    """Leaf name -> values of the run's newest checkpoint."""
+    """Returns leaf name -> values of the run's newest checkpoint."""
     model, _ = moi_jax.load(run)
     state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     return {
@@ -59,7 +59,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_killed_at_three_random_steps_ends_bit_identical(tmp_path, log_text):
-    """Kill -9 finds saves under way too: a checkpoint counts only when it is whole."""
+    """Kill -9 also hits saves in progress: only a complete checkpoint counts."""
     (tmp_path / "whole").mkdir()
     train_here(small_config(tmp_path / "whole", **HARD), devices=2)
     whole = records(tmp_path / "whole" / "run" / "metrics.jsonl")
@@ -84,16 +84,16 @@ def test_a_run_killed_at_three_random_steps_ends_bit_identical(tmp_path, log_tex
         }
 
 
-def test_sigterm_saves_the_step_and_the_run_goes_on_exactly(uninterrupted, tmp_path, log_text):
+def test_sigterm_saves_the_step_and_the_run_resumes_exactly(uninterrupted, tmp_path, log_text):
     config = small_config(tmp_path, checkpoint={"every": 100})
     assert train_until(config, 4, signal.SIGTERM) == 128 + signal.SIGTERM
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
     assert len(saved) == 1
     assert 4 <= saved[0] < 10
-    # Another accumulation and other logging may change; the losses may then differ in last bits,
-    # so nothing but the checkpoint interval does here.
+    # Accumulation and logging may change too, but the losses may then differ in their last bits.
+    # So only the checkpoint interval changes here.
     train_here(config, "checkpoint.every=5")
-    assert f"going on from step {saved[0]}" in log_text.getvalue()
+    assert f"resuming from step {saved[0]}" in log_text.getvalue()
     assert "checkpoint.every: 100 -> 5" in log_text.getvalue()
     same_parameters(parameters(tmp_path / "run"), parameters(uninterrupted))
 
@@ -109,15 +109,15 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted, tmp_path, log_text):
     assert (directory / "report.html").exists()
 
 
-def test_a_run_does_not_go_on_before_where_it_stands(uninterrupted, tmp_path):
+def test_a_run_is_not_resumed_with_fewer_steps_than_it_has(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     said = refusal(small_config(tmp_path), "train.steps=7", allow_change=True)
-    assert "stands at step 10, past the 7 steps" in said
+    assert "is at step 10, past the 7 steps of the config" in said
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
-def test_a_damaged_log_or_config_does_not_keep_a_run_from_going_on(uninterrupted, tmp_path):
+def test_a_damaged_log_or_config_does_not_keep_a_run_from_resuming(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text("train: {")
     log = tmp_path / "run" / "metrics.jsonl"
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_one_line(uninterrupted, tmp_path):
 
 
 def test_a_stopped_run_leaves_its_last_save_whole(tmp_path):
-    """The error that ends a run waits for the save that is under way."""
+    """An error that ends a run waits for the save in progress."""
     config = small_config(tmp_path, checkpoint={"every": 1})
     done = train_command(config, "optimizer.learning_rate=1e36", "optimizer.clip_norm=null")
     assert done.returncode == 2
@@ -153,11 +153,11 @@ def test_a_stopped_run_leaves_its_last_save_whole(tmp_path):
         (["train.seed=1"], "train.seed: 0 -> 1"),
         (["data.mask=row"], "data.mask: chunk -> row"),
         (["data.domains.1.prompt=Count."], "data.domains.1.prompt"),
-        (["optimizer.learning_rate=0.5"], "--allow-change goes on with the new one"),
-        (["train.steps=12"], "--allow-change goes on with the new one"),
+        (["optimizer.learning_rate=0.5"], "--allow-change resumes with the new value"),
+        (["train.steps=12"], "--allow-change resumes with the new value"),
     ],
 )
-def test_a_run_does_not_go_on_as_another_one(uninterrupted, tmp_path, overrides, message):
+def test_a_run_is_not_resumed_as_another_run(uninterrupted, tmp_path, overrides, message):
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
     assert message in refusal(small_config(tmp_path), *overrides)
@@ -170,10 +170,10 @@ def test_a_refused_change_is_one_line_and_exit_status_2(uninterrupted, tmp_path)
     done = train_command(config, "train.steps=12")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "train.steps: 10 -> 12; --allow-change goes on with the new one" in done.stderr
+    assert "train.steps: 10 -> 12; --allow-change resumes with the new value" in done.stderr
     done = train_command(config, "train.steps=12", "--allow-change")
     assert done.returncode == 0, done.stderr
-    assert "going on with train.steps: 10 -> 12 (allowed)" in done.stdout
+    assert "resuming with train.steps: 10 -> 12 (allowed)" in done.stdout
 
 
 def test_changed_data_is_refused_though_its_path_is_the_same(uninterrupted, tmp_path):
@@ -183,10 +183,10 @@ def test_changed_data_is_refused_though_its_path_is_the_same(uninterrupted, tmp_
     lines = chat.read_text(encoding="utf-8").splitlines(keepends=True)
     chat.write_text("".join(lines[1:]), encoding="utf-8")
     said = refusal(small_config(tmp_path), f"data.root={tmp_path / 'samples'}")
-    assert "another content of data" in said
+    assert "the content of data has changed" in said
 
 
-def test_a_longer_run_and_another_batch_go_on_when_allowed(uninterrupted, tmp_path):
+def test_a_longer_run_and_another_batch_size_resume_when_allowed(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     changes = ["train.steps=12", "train.global_batch_rows=4"]
     train_here(small_config(tmp_path), *changes, allow_change=True)
@@ -195,12 +195,12 @@ def test_a_longer_run_and_another_batch_go_on_when_allowed(uninterrupted, tmp_pa
     assert [r["row"] for r in last if "row" in r][-1] == 10 * 2 + 2 * 4
 
 
-def test_a_run_goes_on_on_another_mesh_with_other_microbatches(uninterrupted, tmp_path, log_text):
+def test_a_run_resumes_on_another_mesh_with_other_microbatches(uninterrupted, tmp_path, log_text):
     config = small_config(tmp_path)
     assert train_here(config, make_evaluations=None, stop=stop_after(3)).step == 3
     train_here(config, "mesh.tensor=2", "train.microbatch_rows=1", devices=2)
-    assert "going on with mesh.tensor: 1 -> 2" in log_text.getvalue()
-    assert "going on with train.microbatch_rows: None -> 1" in log_text.getvalue()
+    assert "resuming with mesh.tensor: 1 -> 2" in log_text.getvalue()
+    assert "resuming with train.microbatch_rows: None -> 1" in log_text.getvalue()
     whole, ours = (
         [r["loss"] for r in records(run / "metrics.jsonl") if "token_loss" in r]
         for run in (uninterrupted, tmp_path / "run")
@@ -217,7 +217,7 @@ def test_fresh_moves_the_old_run_aside(uninterrupted, tmp_path):
     assert logged_steps(tmp_path / "run" / "metrics.jsonl") == [1]
 
 
-def test_a_checkpoint_stands_alone_wherever_it_is_copied(uninterrupted, tmp_path):
+def test_a_checkpoint_is_complete_wherever_it_is_copied(uninterrupted, tmp_path):
     newest = max((uninterrupted / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     shutil.copytree(newest, tmp_path / "elsewhere")
     model, tokenizer = moi_jax.load(tmp_path / "elsewhere")
@@ -231,7 +231,7 @@ def test_a_checkpoint_stands_alone_wherever_it_is_copied(uninterrupted, tmp_path
 def test_a_foreign_directory_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("precious: thesis")
-    assert "is no run of ours" in refusal(small_config(tmp_path))
+    assert "is not a run directory" in refusal(small_config(tmp_path))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious: thesis"
 
@@ -259,7 +259,7 @@ def test_a_run_directory_below_a_file_is_one_line(tmp_path):
     assert "cannot write the run directory" in said
 
 
-def test_a_live_run_holds_its_directory(tmp_path):
+def test_a_live_run_locks_its_directory(tmp_path):
     import filelock
 
     (tmp_path / "run").mkdir()
@@ -267,4 +267,4 @@ def test_a_live_run_holds_its_directory(tmp_path):
         done = train_command(small_config(tmp_path))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "in use by a live run" in done.stderr
+    assert "in use by another run" in done.stderr

@@ -1,4 +1,4 @@
-"""Whole runs by the command: what they leave, every strategy, and mistakes made on purpose."""
+"""Whole runs with the command: the files they leave, every strategy, deliberate mistakes."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_logged_steps_and_evaluations_have_their_keys(finished):
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, restarts):
-    """Losses 3, 1, 2, 5 at steps 1 to 4: 4 is the newest, 2 the best, also over restarts."""
+    """The losses at steps 1 to 4 are 3, 1, 2, 5: step 4 is the newest, step 2 the best."""
     config = make_config({"checkpoint": {"keep_last": 1, "keep_best": 1}})
     model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
     optimizer = make_optimizer(config.optimizer, model)
@@ -200,7 +200,7 @@ def test_ids_beyond_the_embedding_are_refused(tmp_path):
         open_experiment(config)
 
 
-def test_a_longer_row_is_allowed_when_asked_for(tmp_path):
+def test_a_longer_row_is_allowed_by_its_switch(tmp_path):
     config = load_config(
         small_config(tmp_path), ["data.sequence_length=9000", "model.allow_longer=true"]
     )
@@ -210,12 +210,15 @@ def test_a_longer_row_is_allowed_when_asked_for(tmp_path):
 def test_rows_that_do_not_divide_over_the_mesh_exit_with_2(tmp_path):
     for overrides, message in (
         (["mesh.fsdp=4"], "does not fit 2 cpu devices"),
-        (["train.global_batch_rows=3"], "global_batch_rows 3 is no multiple of the 2 batch shards"),
+        (
+            ["train.global_batch_rows=3"],
+            "global_batch_rows 3 is not a multiple of the 2 batch shards",
+        ),
     ):
         done = train_command(small_config(tmp_path), *overrides, environment=TWO_DEVICES)
         assert done.returncode == 2
         assert message in done.stderr
-        assert not (tmp_path / "cache").exists()  # said before any data was read
+        assert not (tmp_path / "cache").exists()  # refused before any data is read
 
 
 def test_batches_are_those_of_the_run_from_any_row(tmp_path):
@@ -233,7 +236,7 @@ def test_batches_are_those_of_the_run_from_any_row(tmp_path):
 def test_training_starts_from_a_checkpoint_with_its_tokenizer_and_prompt(
     finished, tmp_path, log_text
 ):
-    """init_from: architecture, tokenizer and default prompt come with the checkpoint."""
+    """With init_from, architecture, tokenizer and default prompt come from the checkpoint."""
     source = finished[0] / "checkpoints"
     overrides = [
         f"model.init_from={source}", "model.preset=null", "tokenizer.path=null",
@@ -248,7 +251,7 @@ def test_training_starts_from_a_checkpoint_with_its_tokenizer_and_prompt(
     )
     with pytest.raises(UserError, match="is not the architecture of"):
         open_experiment(other)
-    # The run goes on from its own checkpoint when the one it began with is gone.
+    # The run resumes from its own checkpoint, even if model.init_from no longer exists.
     train_here(small_config(tmp_path), "model.init_from=gone", *overrides[1:])
-    assert f"going on with model.init_from: {source} -> gone" in log_text.getvalue()
+    assert f"resuming with model.init_from: {source} -> gone" in log_text.getvalue()
     assert "is complete" in log_text.getvalue()

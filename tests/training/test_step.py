@@ -1,4 +1,4 @@
-"""The train step against a plain full-batch oracle, and what it does with bad batches."""
+"""The train step against a plain full-batch oracle, and its behaviour on bad batches."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from support.trainer import DOMAINS, MODEL, OPTIMIZER, STEPS, Trainer, random_ba
 
 
 def plain_loss(parameters, batch):
-    """The whole batch at once, whole logits, no remat, no mesh."""
+    """Computes the loss of the whole batch at once: whole logits, no remat, no mesh."""
     model = make_model(MODEL)(parameters)
     hidden, _ = model.hidden_states(
         batch.tokens, batch.positions, batch.segment_ids, extend_context=False
@@ -84,7 +84,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
 
 def test_a_step_whose_gradient_alone_is_not_finite_is_not_applied():
     trainer = Trainer({"fsdp": 1})
-    # Logits of about 1e21: their loss is finite, the squares of the gradient are not.
+    # Logits of about 1e21: the loss is finite, but the squares of the gradient are not.
     trainable = dict(trainer.state.trainable)
     trainable["head"] = jax.tree.map(lambda x: x * 1e22, trainable["head"])
     trainer.state = dataclasses.replace(trainer.state, trainable=trainable)

@@ -12,12 +12,12 @@ from support.runs import records, small_config, stop_after, train_here
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where the runs of this file read their data; it is prepared once."""
+    """The directory with the data of this file's runs, which is prepared once."""
     return tmp_path_factory.mktemp("train")
 
 
 def run(place, name, *overrides, **options):
-    """A run of four steps in place/name, without evaluations."""
+    """Trains four steps in place/name, without evaluations."""
     config = small_config(
         place,
         train={"steps": 4, "global_batch_rows": 2},
@@ -27,7 +27,7 @@ def run(place, name, *overrides, **options):
     return train_here(config, *overrides, make_evaluations=None, **options)
 
 
-def test_the_result_says_where_the_run_stands(place):
+def test_the_result_describes_the_run(place):
     result = run(place, "result")
     assert (result.step, result.finished) == (4, True)
     assert result.directory == place / "result"
@@ -40,7 +40,7 @@ def test_the_result_says_where_the_run_stands(place):
     assert int(result.state.step) == 4
 
 
-def test_runs_in_one_process_do_not_know_each_other(place):
+def test_runs_in_one_process_are_independent(place):
     first = run(place, "first")
     other = run(place, "other", "train.seed=1", "train.steps=2", "model.remat=full")
     again = run(place, "again")
@@ -63,7 +63,7 @@ def test_a_thread_that_is_not_the_main_one_trains(place):
     assert [result.finished for result in results] == [True]
 
 
-def test_stop_is_asked_after_each_step_and_the_run_goes_on_from_there(place):
+def test_stop_is_called_after_each_step_and_the_run_resumes_from_there(place):
     asked, entered = [], []
 
     @contextmanager
@@ -80,7 +80,7 @@ def test_stop_is_asked_after_each_step_and_the_run_goes_on_from_there(place):
     assert stopped.checkpoint.name == "3"
     assert stopped.checkpoint.is_dir()
     assert stopped.metrics["step"] == 3
-    # The directory is free again: the same call goes on.
+    # The directory is free again: the same call resumes the run.
     finished = run(place, "stopped")
     assert (finished.step, finished.finished) == (4, True)
     assert [r["step"] for r in records(finished.directory / "metrics.jsonl")] == [1, 2, 3, 4]

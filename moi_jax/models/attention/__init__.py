@@ -1,4 +1,4 @@
-"""Attention inside segments, one file a backend: chosen here once, and handed to the model."""
+"""Attention inside segments. Each backend is a file; it is chosen here and passed to the model."""
 
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from moi_jax.models.attention.xla import xla_attention
 
 
 class Attention(Protocol):
-    """What every backend computes: causal attention that never leaves a token's segment."""
+    """The signature of every backend: causal attention inside the segment of each token."""
 
     def __call__(
         self,
@@ -20,22 +20,22 @@ class Attention(Protocol):
         segment_ids: jax.Array,
         order: jax.Array,
     ) -> jax.Array:
-        """See `xla.xla_attention`, the reference."""
+        """Computes the same as the reference, `xla.xla_attention`."""
         ...
 
 
 def choose_attention(name: str, platform: str, mesh: Mesh | None) -> Attention:
-    """The implementation that model.attention names, for a platform and a mesh.
+    """Returns the backend that model.attention names, for a platform and a mesh.
 
     Args:
-      name: auto, or a backend.
+      name: auto, or the name of a backend.
       platform: cpu, gpu or tpu.
-      mesh: the mesh that rows and heads are split over; None is one device.
+      mesh: the mesh over which rows and heads are split; None means one device.
 
     Raises:
       UserError: there is no such backend.
     """
-    del platform, mesh  # one backend serves them all, so far
+    del platform, mesh  # so far, one backend serves all of them
     if name in ("auto", "xla"):
         return xla_attention
     raise UserError(f"model.attention {name} is not built yet; use auto or xla")

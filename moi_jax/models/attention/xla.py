@@ -13,16 +13,16 @@ def xla_attention(
     segment_ids: jax.Array,
     order: jax.Array,
 ) -> jax.Array:
-    """Grouped-query causal attention that never looks outside a token's segment.
+    """Computes grouped-query causal attention inside the segment of each token.
 
     Args:
-      query: [B, S, H, N]; key, value: [B, S, K, N], H a multiple of K.
-      segment_ids: int32[B, S]; row, chunk and instruction masks differ in these ids alone.
-      order: int32[B, S], a token's place within its segment: it sees those that do not come
-        after it. The tokens of a row may lie in any order in the arrays.
+      query: [B, S, H, N]; key, value: [B, S, K, N], where H is a multiple of K.
+      segment_ids: int32[B, S]. Row, chunk and instruction masks differ only in these ids.
+      order: int32[B, S], the place of a token within its segment. A token sees the tokens whose
+        place is not after its own. The arrays may hold the tokens of a row in any order.
 
     Returns:
-      [B, S, H, N] in the query's dtype; scores and softmax in float32 or wider.
+      [B, S, H, N] in the query's dtype. Scores and softmax are in float32 or wider.
     """
     b, s, h, n = query.shape
     k = key.shape[2]
@@ -33,7 +33,7 @@ def xla_attention(
     same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
     visible = same_segment & (order[:, :, None] >= order[:, None, :])
     scores = jnp.where(visible[:, None, None], scores / math.sqrt(n), -jnp.inf)
-    # Softmax, divided after the sum over values: S x N divisions instead of S x S.
+    # The softmax divides after the sum over values: S x N divisions instead of S x S.
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)

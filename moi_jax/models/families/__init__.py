@@ -1,4 +1,4 @@
-"""The families of models that can be imported and exported, by `ModelConfig.family`."""
+"""The model families that can be imported and exported, by `ModelConfig.family`."""
 
 from moi_jax.models.families.family import Family
 from moi_jax.models.families.llama import LLAMA

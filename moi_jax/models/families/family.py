@@ -1,4 +1,4 @@
-"""What sets a family's published checkpoints apart: the keys of config.json, the tensors."""
+"""The differences between the families' published checkpoints: keys of config.json, tensors."""
 
 import dataclasses
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
-    """One published tensor; `{}` in its name is the layer's number.
+    """One published tensor; `{}` in its name stands for the number of the layer.
 
-    Its rows are split over our `paths` in order (Qwen v1's c_attn holds q, k, v as whole
-    blocks). A matrix is published as [out, in]: `inputs` counts our leading axes that are its
-    columns.
+    Its rows are split over our `paths`, in order (Qwen v1's c_attn holds q, k and v as whole
+    blocks). A matrix is published as [out, in]: `inputs` is the number of our leading axes that
+    are its columns.
     """
 
     name: str
@@ -24,17 +24,17 @@ class Family:
 
     name: str
     model_type: str  # in config.json
-    architecture: str  # of transformers, or of the family's own code
-    # Field of ModelConfig: the keys of config.json that may hold it, the one we write first.
+    architecture: str  # class name in transformers, or in the family's own code
+    # Field of ModelConfig -> the keys of config.json that may hold it. We write the first one.
     keys: dict[str, tuple[str, ...]]
-    fixed: dict[str, Any]  # fields of ModelConfig that no config.json of the family tells
-    defaults: dict[str, Any]  # what a key means that is missing
-    supported: dict[str, Any]  # keys for which we build one value alone
-    written: dict[str, Any]  # keys of its config.json that are always the same
-    # A tensor none of whose paths the architecture has (a bias, a tied head) is not published.
+    fixed: dict[str, Any]  # fields of ModelConfig that no config.json of the family contains
+    defaults: dict[str, Any]  # key of config.json -> what it means if it is missing
+    supported: dict[str, Any]  # key -> the only value of it that we support
+    written: dict[str, Any]  # keys of config.json that are always the same
+    # A tensor is not published if the architecture has none of its paths (a bias, a tied head).
     tensors: tuple[HFTensor, ...]
-    # Tensors that old files hold besides, and that say nothing the config does not.
+    # Tensors in old files that only repeat what the config says.
     redundant: tuple[str, ...] = ()
-    scales_rope: bool = True  # rope_theta, rope_scaling or rope_parameters are its keys
-    derives_head_dim: bool = True  # a missing head_dim is hidden_size / heads
-    mlp_matrices: int = 1  # of width F that the published MLP width counts
+    scales_rope: bool = True  # its keys are rope_theta, rope_scaling or rope_parameters
+    derives_head_dim: bool = True  # a missing head_dim means hidden_size / heads
+    mlp_matrices: int = 1  # number of matrices of width F that the published MLP width counts

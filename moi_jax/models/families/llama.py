@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1 and 3.2, SmolLM2: the layout the younger Qwens follow too."""
+"""Llama 2, 3, 3.1 and 3.2, and SmolLM2. Qwen1.5 and later use this layout too."""
 
 from moi_jax.models.families.family import Family, HFTensor
 
@@ -16,7 +16,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "norm_eps": ("rms_norm_eps",),
     "initializer_range": ("initializer_range",),
 }
-# Of the attention's four projections.
+# One key for the biases of all four attention projections.
 BIAS_KEYS: dict[str, tuple[str, ...]] = {
     "qkv_bias": ("attention_bias",),
     "out_bias": ("attention_bias",),
@@ -41,7 +41,7 @@ WRITTEN = {"attention_dropout": 0.0, "hidden_act": "silu", "use_cache": True}
 
 
 def _layer(name: str, path: str, inputs: int = 0) -> HFTensor:
-    """A tensor of each layer."""
+    """Returns the `HFTensor` of a tensor that every layer has."""
     return HFTensor(f"model.layers.{{}}.{name}", (f"layers.{path}",), inputs)
 
 
@@ -71,7 +71,7 @@ LLAMA = Family(
     keys=KEYS | BIAS_KEYS,
     fixed=FIXED | {"qk_norm": False},
     defaults=DEFAULTS,
-    # The class has no windows: a file that names one is another model in disguise.
+    # LlamaForCausalLM has no windows: a file that names one is of another model.
     supported=SUPPORTED | {"sliding_window": None},
     written=WRITTEN | {"model_type": "llama", "mlp_bias": False, "rope_scaling": None},
     tensors=TENSORS,

@@ -1,4 +1,4 @@
-"""Qwen1.5, Qwen2 and Qwen2.5: Llama's layout with biases on queries, keys and values."""
+"""Qwen1.5, Qwen2 and Qwen2.5: Llama's layout, with biases on queries, keys and values."""
 
 from moi_jax.models.families import llama
 from moi_jax.models.families.family import Family
@@ -13,7 +13,7 @@ QWEN2 = Family(
         "qkv_bias": True,
         "out_bias": False,
         "qk_norm": False,
-        # Qwen2's. Qwen1.5 and Qwen2.5 have others, which only their chat templates tell.
+        # Qwen2's. Qwen1.5 and Qwen2.5 have others, which only their chat templates contain.
         "default_system_prompt": "You are a helpful assistant.",
     },
     defaults=llama.DEFAULTS | {"max_window_layers": 28},

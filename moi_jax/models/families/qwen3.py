@@ -1,4 +1,4 @@
-"""Qwen3, the dense sizes: RMSNorm over each head of queries and keys, heads of a width apart."""
+"""Qwen3, the dense sizes: RMSNorm over each query and key head, and an independent head_dim."""
 
 from moi_jax.models.families import llama
 from moi_jax.models.families.family import Family, HFTensor

@@ -1,4 +1,4 @@
-"""Qwen (2023): q, k and v in one tensor, names and keys of its own, NTK and log-n attention."""
+"""Qwen (2023): q, k and v in one tensor, its own names and keys, NTK and log-n attention."""
 
 from moi_jax.models.families.family import Family, HFTensor
 
@@ -6,7 +6,7 @@ QWEN_V1 = Family(
     name="qwen_v1",
     model_type="qwen",
     architecture="QWenLMHeadModel",
-    # The second keys are those of the release of August 2023.
+    # The second keys are from the release of August 2023.
     keys={
         "vocab_size": ("vocab_size", "padded_vocab_size"),
         "num_layers": ("num_hidden_layers", "n_layer"),
@@ -44,11 +44,11 @@ QWEN_V1 = Family(
             "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
         },
         "attn_dropout_prob": 0.0,
-        "bf16": False,  # all three false: the precision fits the device
+        "bf16": False,  # if all three are false, the model chooses by the device
         "emb_dropout_prob": 0.0,
         "fp16": False,
         "fp32": False,
-        "max_position_embeddings": 32768,  # which the model does not read
+        "max_position_embeddings": 32768,  # the model does not read it
         "model_type": "qwen",
         "no_bias": True,
         "onnx_safe": None,

@@ -1,0 +1,120 @@
+"""Reads the metrics of dispatched steps: logs them, and stops a run that only skips."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from moi_jax.common.errors import UserError
+from moi_jax.training.metrics import StepWindow, log_step
+from moi_jax.training.run import Run, is_due
+from moi_jax.training.step import Metrics
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class _Dispatched:
+    """A step whose metrics may still be on their way: rows [first_row, next_row)."""
+
+    step: int
+    first_row: int
+    next_row: int
+    metrics: Metrics
+
+
+class StepReader:
+    """Reads the metrics of each step after the next step was dispatched."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._held: _Dispatched | None = None
+        self._read: tuple[_Dispatched, dict[str, Any]] | None = None  # the step read last
+        self._window = StepWindow(run.domains, run.config.data.sequence_length)
+        self._window_step = run.step
+
+    def hold(self, step: int, first_row: int, next_row: int, metrics: Metrics) -> None:
+        """Holds the metrics of a dispatched step until `read_previous`."""
+        self._held = _Dispatched(step, first_row, next_row, metrics)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time of the work inside from the throughput."""
+        started = time.monotonic()
+        yield
+        self._window.pause(time.monotonic() - started)
+
+    def read_previous(self) -> None:
+        """Waits for the held step, logs if a log line is due, and stops a run that only skips.
+
+        Raises:
+          UserError: this is the third step in a row whose loss or gradient is not finite.
+        """
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        metrics = jax.device_get(held.metrics)
+        self._read = held, metrics
+        run = self._run
+        if metrics["applied"]:
+            run.skipped_in_a_row = 0
+            self._window.add(metrics, held.next_row - held.first_row)
+        else:
+            self._report_skip(held, metrics)
+        if held.step == run.steps or is_due(held.step, run.config.logging.every):
+            self.write_window()
+
+    def _report_skip(self, held: _Dispatched, metrics: dict[str, Any]) -> None:
+        run = self._run
+        rows = f"rows {held.first_row} to {held.next_row - 1}"
+        empty = metrics["weights"] == 0
+        record = {
+            "step": held.step,
+            "row": held.next_row,
+            "skipped": True,
+            "reason": "no loss tokens" if empty else "not finite",
+            "first_row": held.first_row,
+            "loss": float(metrics["loss"]),
+            "grad_norm": float(metrics["grad_norm"]),
+        }
+        run.log.write(record)
+        if empty:
+            log.info("step %d: %s have no loss tokens; update skipped", held.step, rows)
+            return
+        run.skipped_in_a_row += 1
+        what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        log.warning("step %d: %s over %s; update skipped", held.step, what, rows)
+        if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last over {rows} "
+                f"(step {held.step}); lower optimizer.learning_rate or check those rows. The last "
+                f"checkpoint in {run.directory} is not affected"
+            )
+
+    def write_window(self) -> None:
+        """Logs the steps since the last logged step: when due, and before every checkpoint.
+
+        A run that is resumed from a checkpoint knows nothing of the steps before it.
+        """
+        if self._read is None or self._window.empty:
+            return
+        run, (held, metrics) = self._run, self._read
+        seconds = self._window.seconds / (held.step - self._window_step)
+        record = {
+            "step": held.step,
+            "epoch": run.epoch_of(held.first_row),
+            "row": held.next_row,
+            "learning_rate": float(metrics["learning_rate"]),
+            "grad_norm": float(metrics["grad_norm"]),
+            **self._window.record(),
+        }
+        run.log.write(record)
+        log_step(record, run.steps, seconds)
+        self._window.restart()
+        self._window_step = held.step
