@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs benchmarks on a checkpoint or on the newest step of a run. It writes "
         "results.json, samples/ and report.html into --out. If the command is killed, the same "
         "command continues. Protocols: docs/evaluation.md.",
-        epilog=f"tasks: {', '.join(TASKS)} (all: the seven of the paper), and {HELD_OUT}: the losses of the run's "
-        f"held-out conversations under their own and other system prompts.",
+        epilog=f"tasks: {', '.join(TASKS)} (all: the seven of the paper), and {HELD_OUT}: the "
+        "losses of the run's held-out conversations under their own and other system prompts.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a step directory, or a run")
     parser.add_argument(

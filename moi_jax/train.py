@@ -52,6 +52,7 @@ def main() -> int:
     result = train(
         config,
         make_evaluations=make_evaluations,
+        devices=jax.devices(),
         fresh=args.fresh,
         allow_change=args.allow_change,
         stop=signals.watching(),

@@ -34,7 +34,7 @@ Evaluate = Callable[[Tree, ShouldStop], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainingEvaluations:
-    """The evaluations of a run, see `moi_jax.training.loop.Evaluations`."""
+    """The evaluations of a run, see `moi_jax.training.run.Evaluations`."""
 
     held_out: Evaluate
     benchmarks: Evaluate | None

@@ -1,11 +1,14 @@
 """The compute settings of a model: they change speed and rounding, never the architecture."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 
-from moi_jax.models.attention import Attention
+from moi_jax.models.attention import AttentionFn
 from moi_jax.models.attention.xla import xla_attention
+
+Remat = Literal["none", "full", "dots"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Compute:
     """
 
     dtype: jax.typing.DTypeLike = "float32"
-    remat: str = "none"
-    attention: Attention = xla_attention
+    remat: Remat = "none"
+    attention: AttentionFn = xla_attention
 
 
 def resolve_dtype(name: str, platform: str) -> str:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from moi_jax.models import rotary
-from moi_jax.models.attention import Attention as AttentionFunction
+from moi_jax.models.attention import AttentionFn
 from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.rotary import Rotary
@@ -159,7 +159,7 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        attend: AttentionFunction,
+        attend: AttentionFn,
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,

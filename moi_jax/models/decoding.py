@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moi_jax.models.attention.cached import cached_attention
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, DecoderLayer, KeysAndValues, Tree
-from moi_jax.models.kv_cache import Cache, cached_attention, write
+from moi_jax.models.kv_cache import Cache, write
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.rotary import position_angles, segment_positions
 from moi_jax.parallel.axes import constrain

@@ -1,6 +1,5 @@
 """The KV cache: it keeps the keys and values of earlier tokens, so a step computes one token."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.axes import constrain
 
-# Logical axes of the keys and of the values of a layer.
-AXES = ("batch", "kv_heads", None, None)
+# The logical axes of a layer's keys, and of its values: [B, K, T, N].
+KV_AXES = ("batch", "kv_heads", None, None)
 
 
 class Cache(NamedTuple):
@@ -49,7 +48,7 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: jax.typing.D
     shape = cache_shape(config, rows, length)
 
     def layers() -> tuple[jax.Array, ...]:
-        return tuple(constrain(jnp.zeros(shape, dtype), *AXES) for _ in range(config.num_layers))
+        return tuple(constrain(jnp.zeros(shape, dtype), *KV_AXES) for _ in range(config.num_layers))
 
     return Cache(layers(), layers(), jnp.zeros((), jnp.int32))
 
@@ -59,7 +58,7 @@ def resize(cache: Cache, length: int) -> Cache:
     places = (cache.newest - jnp.arange(length)[::-1]) % cache.length
 
     def take(old: jax.Array) -> jax.Array:
-        return constrain(jnp.take(old, places, axis=2), *AXES)
+        return constrain(jnp.take(old, places, axis=2), *KV_AXES)
 
     keys, values = (tuple(map(take, layers)) for layers in (cache.keys, cache.values))
     return Cache(keys, values, jnp.asarray(length - 1, jnp.int32))
@@ -83,7 +82,7 @@ def insert(
         # Zeros elsewhere: a value that is not finite would change the new prompt even with
         # attention weight zero (0 * inf is nan).
         there = jnp.where(ours, there, 0).transpose(0, 2, 1, 3)
-        return constrain(old.at[rows].set(there, mode="drop"), *AXES)
+        return constrain(old.at[rows].set(there, mode="drop"), *KV_AXES)
 
     return cache._replace(
         keys=tuple(map(put, cache.keys, keys)), values=tuple(map(put, cache.values, values))
@@ -93,30 +92,4 @@ def insert(
 def write(layer: jax.Array, new: jax.Array, place: jax.Array) -> jax.Array:
     """Writes one token [B, 1, K, N] of every row into a layer's keys or values [B, K, T, N]."""
     new = new.transpose(0, 2, 1, 3)
-    return constrain(jax.lax.dynamic_update_slice_in_dim(layer, new, place, axis=2), *AXES)
-
-
-def cached_attention(
-    query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
-) -> jax.Array:
-    """Computes grouped-query attention of one token in each row over its cache.
-
-    Args:
-      query: [B, 1, H, N]; keys, values: [B, K, T, N].
-      visible: bool[B, T], the places that the row owns.
-
-    Returns:
-      [B, 1, H, N] in the query's dtype; scores and softmax in float32 or wider.
-    """
-    b, _, h, n = query.shape
-    k = keys.shape[1]
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    query = query.reshape(b, k, h // k, n)
-    scores = jnp.einsum("bkgn,bktn->bkgt", query, keys, preferred_element_type=wide)
-    scores = jnp.where(visible[:, None, None], scores / math.sqrt(n), -jnp.inf)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = jnp.einsum(
-        "bkgt,bktn->bkgn", weights.astype(values.dtype), values, preferred_element_type=wide
-    )
-    return (mixed / total).astype(values.dtype).reshape(b, 1, h, n)
+    return constrain(jax.lax.dynamic_update_slice_in_dim(layer, new, place, axis=2), *KV_AXES)

@@ -18,15 +18,17 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device]) -> Mesh:
       devices: the devices of all hosts, such as `jax.devices()`, or of an abstract topology.
 
     Raises:
-      UserError: the mesh does not fit the number of devices.
+      UserError: the mesh does not fit the number of devices, or has an axis that is not built.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
+    if config.context != 1:
+        raise UserError(f"mesh.context {config.context} is not built yet; use 1")
+    wanted = {axis: getattr(config, axis) for axis in MESH_AXES}
+    sizes = list(wanted.values())
     if -1 in sizes:
         known = -math.prod(sizes)
         sizes[sizes.index(-1)] = len(devices) // known
     needed = math.prod(sizes)
     # A mesh without -1 may use fewer devices than there are; a mesh with -1 must use all.
-    wanted = dict(zip(MESH_AXES, (config.data, config.fsdp, config.tensor), strict=True))
     if needed > len(devices) or needed == 0 or (-1 in wanted.values() and needed < len(devices)):
         raise UserError(
             f"mesh {wanted} does not fit {len(devices)} {devices[0].platform} devices; set "

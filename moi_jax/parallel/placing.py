@@ -53,7 +53,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def local_rows(rows: int, microbatch_rows: int, mesh: Mesh) -> np.ndarray:
     """Returns the rows of a global batch that this host's devices hold, in ascending order."""
     count = rows // microbatch_rows
-    indices = batch_sharding(mesh).addressable_devices_indices_map((count, microbatch_rows, 1))
+    by_rows = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+    indices = by_rows.addressable_devices_indices_map((count, microbatch_rows))
     held = {
         row
         for index in indices.values()

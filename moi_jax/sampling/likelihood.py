@@ -15,7 +15,7 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import token_scores
 from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated, round_up
-from moi_jax.sampling.prefill import PREFILL_TOKENS
+from moi_jax.sampling.prompt_batches import PREFILL_TOKENS
 
 # (context ids, continuation ids); neither is empty.
 Pair = tuple[Sequence[int], Sequence[int]]

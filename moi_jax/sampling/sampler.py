@@ -18,10 +18,10 @@ from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.decoding import LayerViews, view_layers
-from moi_jax.models.kv_cache import AXES, Cache, cache_shape, empty_cache, resize
+from moi_jax.models.kv_cache import KV_AXES, Cache, cache_shape, empty_cache, resize
 from moi_jax.models.parameters import abstract_parameters, parameter_specs
 from moi_jax.parallel.placing import batch_shards, bucket, named_sharding, round_up
-from moi_jax.sampling.prefill import RunningRequest, prefill_batches
+from moi_jax.sampling.prompt_batches import RunningRequest, prefill_batches
 from moi_jax.sampling.requests import Completion, Finish, Request
 from moi_jax.sampling.slots import (
     FINISHES,
@@ -196,7 +196,7 @@ class Sampler:
 
     def _bytes(self, rows: int, length: int) -> int:
         """Bytes of a cache of so many rows of this length, on each device."""
-        layer = self._elements(cache_shape(self._config, rows, length), AXES)
+        layer = self._elements(cache_shape(self._config, rows, length), KV_AXES)
         return 2 * self._config.num_layers * layer * self._dtype.itemsize
 
     def _layers_bytes(self) -> int:

@@ -10,10 +10,16 @@ import pytest
 
 from moi_jax import config as config_lib
 from moi_jax.data.loader import Batch
+from moi_jax.models import decoder
 from moi_jax.models.decoder import make_model
-from moi_jax.training.optimizer import make_schedule
+from moi_jax.models.parameters import random_parameters
+from moi_jax.parallel.mesh import make_mesh
+from moi_jax.parallel.placing import place_batch
+from moi_jax.training.optimizer import make_optimizer, make_schedule
+from moi_jax.training.state import TrainState, new_state
+from moi_jax.training.step import make_train_step
 
-from support.trainer import DOMAINS, MODEL, OPTIMIZER, STEPS, Trainer, random_batch
+from support.trainer import DOMAINS, MODEL, OPTIMIZER, ROWS, STEPS, Trainer, random_batch
 
 
 def plain_loss(parameters, batch):
@@ -140,3 +146,34 @@ def test_the_moments_of_bfloat16_parameters_are_float32():
     assert trainer.state.parameters["head"]["kernel"].dtype == jnp.bfloat16
     moments = [x for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim]
     assert {str(x.dtype) for x in moments} == {"float32"}
+
+
+def test_a_frozen_parameter_has_no_moments_and_never_changes(monkeypatch):
+    """What a parameter's module says of it decides: here the embedding is frozen."""
+    declared = decoder.parameter
+
+    def frozen_embedding(value, axes, **known):
+        return declared(value, axes, **known | {"trainable": axes[0] != "vocab"})
+
+    monkeypatch.setattr(decoder, "parameter", frozen_embedding)
+    model = dataclasses.replace(MODEL, mlp_width=40)  # a model that no other test has cached
+    mesh = make_mesh(config_lib.Mesh(fsdp=1), jax.devices())
+    optimizer = make_optimizer(OPTIMIZER, model)
+    parameters = random_parameters(model, 0, "float32", mesh)
+    before = jax.device_get(parameters)
+    state = new_state(model, optimizer, parameters, mesh)
+    table = before["embedding"]["table"]
+    assert [x.shape for x in jax.tree.leaves(state.frozen)] == [table.shape]
+    assert table.shape not in {x.shape for x in jax.tree.leaves(state.opt_state)}
+    schedule = make_schedule(OPTIMIZER, STEPS)
+    step = make_train_step(model, make_model(model), optimizer, schedule, DOMAINS, mesh)
+    with jax.set_mesh(mesh):
+        batch = place_batch(random_batch(0), np.arange(ROWS), ROWS, mesh)
+        state, metrics = step(state, batch)
+    assert metrics["applied"]
+    after = jax.device_get(state.parameters)
+    np.testing.assert_array_equal(after["embedding"]["table"], table)
+    assert np.any(after["head"]["kernel"] != before["head"]["kernel"])
+    # A checkpoint keeps the parameters in one tree; they come apart again as before.
+    again = TrainState.from_items(model, *state.items())
+    jax.tree.map(np.testing.assert_array_equal, again, state)

@@ -9,8 +9,13 @@ from moi_jax.common.errors import UserError
 from moi_jax.models.attention.xla import xla_attention
 
 
-class Attention(Protocol):
-    """The signature of every backend: causal attention inside the segment of each token."""
+class AttentionFn(Protocol):
+    """The signature of every backend: causal attention inside the segment of each token.
+
+    A backend is hashable and equal to itself, since it is part of what a compiled program is
+    cached by. It is traced once for all layers, under scan and rematerialisation, and divides the
+    scores by sqrt(N) itself. Padding has segment 0 and positions 0; what comes out there is unused.
+    """
 
     def __call__(
         self,
@@ -18,13 +23,20 @@ class Attention(Protocol):
         key: jax.Array,
         value: jax.Array,
         segment_ids: jax.Array,
-        order: jax.Array,
+        positions: jax.Array,
     ) -> jax.Array:
-        """Computes the same as the reference, `xla.xla_attention`."""
+        """Computes the same as the reference, `xla.xla_attention`.
+
+        Args:
+          query: [B, S, H, N]; key, value: [B, S, K, N]; segment_ids, positions: int32[B, S].
+
+        Returns:
+          [B, S, H, N] in the query's dtype.
+        """
         ...
 
 
-def choose_attention(name: str, platform: str, mesh: Mesh | None) -> Attention:
+def choose_attention(name: str, platform: str, mesh: Mesh | None) -> AttentionFn:
     """Returns the backend that model.attention names, for a platform and a mesh.
 
     Args:

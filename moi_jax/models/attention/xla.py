@@ -11,15 +11,15 @@ def xla_attention(
     key: jax.Array,
     value: jax.Array,
     segment_ids: jax.Array,
-    order: jax.Array,
+    positions: jax.Array,
 ) -> jax.Array:
     """Computes grouped-query causal attention inside the segment of each token.
 
     Args:
       query: [B, S, H, N]; key, value: [B, S, K, N], where H is a multiple of K.
-      segment_ids: int32[B, S]. Row, chunk and instruction masks differ only in these ids.
-      order: int32[B, S], the place of a token within its segment. A token sees the tokens whose
-        place is not after its own. The arrays may hold the tokens of a row in any order.
+      segment_ids, positions: int32[B, S]. A token sees the tokens of its own segment whose
+        position is not after its own. Row, chunk and instruction masks differ in these two only.
+        The arrays may hold the tokens of a row in any order.
 
     Returns:
       [B, S, H, N] in the query's dtype. Scores and softmax are in float32 or wider.
@@ -31,7 +31,7 @@ def xla_attention(
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkgsn,bktn->bkgst", query, key, preferred_element_type=wide)
     same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-    visible = same_segment & (order[:, :, None] >= order[:, None, :])
+    visible = same_segment & (positions[:, :, None] >= positions[:, None, :])
     scores = jnp.where(visible[:, None, None], scores / math.sqrt(n), -jnp.inf)
     # The softmax divides after the sum over values: S x N divisions instead of S x S.
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
