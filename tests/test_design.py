@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: who imports whom, and light imports."""
+"""The house rules that import-linter (setup.cfg) cannot check: light imports, no backend, links."""
 
 import re
 import subprocess

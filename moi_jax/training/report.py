@@ -57,7 +57,7 @@ STYLE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """The content of a run directory; a missing file is an empty value."""
 
     name: str
@@ -80,7 +80,7 @@ class Line:
     style: str = "-"
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path) -> RunRecord:
     """Reads a run directory; raises UserError if config.yaml or mixture.json is not usable."""
     config_text = _read(run_dir / "config.yaml")
     if not config_text:
@@ -96,7 +96,7 @@ def read_run(run_dir: Path) -> Run:
             f"restore it, or resume the run, which rewrites both"
         ) from error
     name, metrics = run_dir.resolve().name, lines
-    return Run(name, config_text, config, metrics, mixture, samples, torn + torn_samples)
+    return RunRecord(name, config_text, config, metrics, mixture, samples, torn + torn_samples)
 
 
 def _read(path: Path) -> str:
@@ -114,7 +114,7 @@ def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, torn
 
 
-def points(run: Run, key: str) -> list[Point]:
+def points(run: RunRecord, key: str) -> list[Point]:
     """Returns (step, value) for the steps at which a metric is defined and finite."""
     found = [(record["step"], record.get(key)) for record in run.metrics]
     return [(step, value) for step, value in found if value is not None and math.isfinite(value)]
@@ -127,7 +127,7 @@ def thin(curve: Sequence[Point], reduce: Callable[[list[float]], float] = fmean)
     return [(part[-1][0], reduce([value for _, value in part])) for part in stretches]
 
 
-def headline(run: Run) -> list[tuple[str, str]]:
+def headline(run: RunRecord) -> list[tuple[str, str]]:
     """Returns the figures at the head of the page, as (name, value)."""
     figures = []
     if run.metrics:
@@ -145,7 +145,7 @@ def headline(run: Run) -> list[tuple[str, str]]:
     return figures
 
 
-def held_out(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
+def held_out(run: RunRecord, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns for each name its first and last held-out loss, under its own and default prompt."""
     rows = []
     for name in names:
@@ -156,7 +156,7 @@ def held_out(run: Run, names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def sample_answers(run: Run) -> list[dict[str, Any]]:
+def sample_answers(run: RunRecord) -> list[dict[str, Any]]:
     """Returns for each prompt its answers at the first and last step, under both system prompts."""
     prompts: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for sample in run.samples:
@@ -176,7 +176,7 @@ def sample_answers(run: Run) -> list[dict[str, Any]]:
     return groups
 
 
-def charts(run: Run, looks: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
+def charts(run: RunRecord, looks: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
     """Draws the charts as {title, note, svg}; `looks` holds the domains' (colour, marker)."""
 
     def one(key: str, label: str | None = None, *look: str) -> Line:

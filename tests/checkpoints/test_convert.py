@@ -367,3 +367,16 @@ def test_old_checkpoints_without_provenance_are_read(published, tmp_path):
     items = read_items(tmp_path / "ckpt")
     assert items.provenance == {}
     assert isinstance(items.model, ModelConfig)
+
+
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(published, tmp_path):
+    """Checkpoints of the first format have other names of parameters, and do not name a format."""
+    import_checkpoint(published, tmp_path / "ckpt")
+    item = tmp_path / "ckpt" / "model" / "metadata"
+    model = json.loads(item.read_text())
+    assert model.pop("format") == 2
+    item.write_text(json.dumps(model))
+    with pytest.raises(UserError) as error:
+        moi_jax.load(tmp_path / "ckpt")
+    assert "has parameters of format 1, this version reads format 2; import" in str(error.value)
+    assert "\n" not in str(error.value)
