@@ -19,6 +19,7 @@ import numpy as np
 
 from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
+from moi_jax.common.log import show_logs
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.data.loader import PackedInstruction, assemble
@@ -36,6 +37,7 @@ SEEDS = (0, 1, 2)
 
 
 def main() -> None:
+    show_logs(stderr=True)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path)
     parser.add_argument("picture", type=Path)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.common.log import show_logs
 from moi_jax.config import STRATEGIES
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import open_dataset
@@ -14,6 +15,7 @@ HERE = Path(__file__).parent
 
 
 def main(directory: Path) -> None:
+    show_logs(stderr=True)
     for strategy in STRATEGIES:
         config = load_config(
             HERE.parent / "configs" / "quickstart.yaml", [f"data.strategy={strategy}"]

@@ -21,6 +21,7 @@ from moi_jax.evaluation.options import (
     EvaluationRequest,
     HeldOutOptions,
     ModelOptions,
+    check_request,
 )
 from moi_jax.evaluation.tasks import TASKS
 
@@ -30,15 +31,19 @@ PROMPT_TASKS = ("gsm8k", "humaneval")
 
 def main() -> int:
     args = _parser().parse_args()
+    request = _request(args)
+    check_request(request)  # before jax starts, which takes long
 
     import jax
 
     from moi_jax.common.log import show_logs
     from moi_jax.evaluation.evaluate import default_directory, evaluate
 
-    show_logs(process_index=jax.process_index())
-    args.out = args.out or default_directory(args.checkpoint)
-    evaluate(_request(args), jax.devices())
+    show_logs(warnings_to_stderr=True, process_index=jax.process_index)
+    if args.out is None:
+        args.out = default_directory(args.checkpoint)
+        request = _request(args)
+    evaluate(request, jax.devices())
     return 0
 
 

@@ -47,12 +47,11 @@ def main() -> int:
     from moi_jax.evaluation.while_training import make_evaluations
     from moi_jax.training.train import train
 
-    show_logs(process_index=jax.process_index())
+    show_logs(process_index=jax.process_index)
     signals = StopSignals(config.checkpoint.grace_seconds)
     result = train(
         config,
         make_evaluations=make_evaluations,
-        devices=jax.devices(),
         fresh=args.fresh,
         allow_change=args.allow_change,
         stop=signals.watching(),

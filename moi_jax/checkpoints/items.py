@@ -3,7 +3,7 @@
 A checkpoint is one orbax step that holds all a model needs. Its items are `parameters`, `model`
 (architecture), `tokenizer` (its files), `prompts` (default and domain prompts, chat template) and
 `provenance` (of the published weights it began from). A training step also has `optimizer`,
-`position` (data position, seed) and `config`.
+`position` (where the run stands in its data) and `config`.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -
     """Writes a checkpoint without training state, with one parameter in memory at a time.
 
     Args:
-      path: must not exist. A failed call leaves a part of it: write into a `atomic_directory`.
+      path: must not exist. A failed call leaves a part of it: write into an `atomic_directory`.
       stream: (dotted path, array of `dtype`) of every parameter of the model, in any order.
 
     Raises:

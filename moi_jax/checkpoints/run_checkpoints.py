@@ -61,7 +61,7 @@ class RunCheckpoints:
 
         Args:
           optimizer: a pytree of everything else that a step changes, with the step itself.
-          position: the data position and the seed.
+          position: where the run stands in its data.
           evaluation: the metrics of this very step; without the best_metric among them, the
             checkpoint does not compete for keep_best.
         """
@@ -106,7 +106,11 @@ class RunCheckpoints:
         except (KeyError, OSError, ValueError) as error:
             raise damaged(self.directory / str(step), error) from None
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until the last save is complete on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save, and ends the threads that save."""
+        self.wait()
         self._manager.close()

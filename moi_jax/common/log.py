@@ -10,6 +10,7 @@ A command calls `show_logs` once. A notebook or another program adds handlers of
 
 import io
 import logging
+from collections.abc import Callable
 from typing import IO
 
 from rich.console import Console, RenderableType
@@ -53,31 +54,44 @@ class ConsoleHandler(logging.Handler):
     What is written to a file or a pipe has no control codes.
     """
 
-    def __init__(self, stderr: bool = False):
+    def __init__(self, stderr: bool, warnings_to_stderr: bool, process_index: Callable[[], int]):
         super().__init__()
         self._console = _Console(stderr=stderr)
+        self._warnings = _Console(stderr=stderr or warnings_to_stderr)
+        self._process_index = process_index
 
     def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        # Asked now, not before: where jax runs on many hosts, the answer waits for all of them.
+        if not warning and self._process_index() != 0:
+            return
         if isinstance(record.msg, LogTable):
             self._console.print(record.msg.table)
             return
         line = self.format(record)
-        if record.levelno >= logging.WARNING:
+        if warning:
             line = f"{record.levelname.lower()}: {line}"
-        self._console.print(line, soft_wrap=True)
+        (self._warnings if warning else self._console).print(line, soft_wrap=True)
 
 
-def show_logs(*, stderr: bool = False, process_index: int = 0) -> None:
+def show_logs(
+    *,
+    stderr: bool = False,
+    warnings_to_stderr: bool = False,
+    process_index: Callable[[], int] = lambda: 0,
+) -> None:
     """Shows the log on the console; a second call replaces the first.
 
     Args:
       stderr: write to standard error instead of standard output.
-      process_index: process 0 shows every message, the others show warnings only.
+      warnings_to_stderr: write warnings to standard error in any case.
+      process_index: the number of this process, such as `jax.process_index`. Process 0 shows
+        every message, the others show warnings only.
     """
     logger = logging.getLogger(ROOT)
     for handler in [h for h in logger.handlers if isinstance(h, ConsoleHandler)]:
         logger.removeHandler(handler)
-    logger.addHandler(ConsoleHandler(stderr))
+    logger.addHandler(ConsoleHandler(stderr, warnings_to_stderr, process_index))
     # Some libraries give the root logger a handler, which would print each line again.
     logger.propagate = False
-    logger.setLevel(logging.INFO if process_index == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO)

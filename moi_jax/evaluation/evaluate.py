@@ -11,9 +11,8 @@ import jax
 from moi_jax.checkpoints.items import find_step, parameters_fingerprint
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
 from moi_jax.common.atomic_files import check_writable
-from moi_jax.common.errors import UserError
 from moi_jax.evaluation.benchmarks import results_so_far, run_benchmarks
-from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions
+from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions, check_request
 from moi_jax.evaluation.prompt_matrix.benchmarks import run_under_prompts
 from moi_jax.evaluation.prompt_matrix.measure import measure_held_out
 from moi_jax.evaluation.protocol import Item, Task
@@ -70,7 +69,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
       UserError: the checkpoint, the data, the options or the machine do not allow it. Everything
         that was finished before is kept.
     """
-    _check(request)
+    check_request(request)
     out = request.benchmarks.out
     # Everything that can be refused is refused before the checkpoint is read.
     for directory in request.compare:
@@ -88,7 +87,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
     with jax.set_mesh(checkpoint.mesh):
         model, made_by = _chat_model(checkpoint, options)
         check_writable(out)
-        if opened.tasks:
+        if opened.tasks or opened.lm_eval_tasks:
             results_so_far(out, made_by)
         if HELD_OUT in request.tasks:
             held_out = measure_held_out(checkpoint, request.held_out, out)
@@ -125,18 +124,6 @@ def checkpoint_name(step: Path) -> str:
     if step.parent.name == "checkpoints":
         return f"{step.parent.parent.name}-{step.name}"
     return step.name
-
-
-def _check(request: EvaluationRequest) -> None:
-    """Raises UserError where options do not go together."""
-    options = request.benchmarks
-    if options.samples > 1 and not options.temperature:
-        raise UserError("--samples above 1 needs a --temperature: greedy answers are all the same")
-    if not request.tasks and not request.lm_eval_tasks:
-        raise UserError("neither --tasks nor --lm-eval names a task, so there is nothing to do")
-    prompt_given = request.model.system_prompt is not None or not request.model.system_block
-    if request.tasks == (HELD_OUT,) and not request.lm_eval_tasks and prompt_given:
-        raise UserError("held_out has system prompts of its own; --system is for other tasks")
 
 
 def _open_tasks(request: EvaluationRequest) -> _Opened:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 
 # The task of the held-out losses, beside the names of the benchmarks.
@@ -117,3 +118,15 @@ class EvaluationRequest:
     lm_eval_tasks: tuple[str, ...] = ()
     lm_eval_include: Path | None = None
     compare: tuple[Path, ...] = ()
+
+
+def check_request(request: EvaluationRequest) -> None:
+    """Raises UserError where options do not go together."""
+    options = request.benchmarks
+    if options.samples > 1 and not options.temperature:
+        raise UserError("--samples above 1 needs a --temperature: greedy answers are all the same")
+    if not request.tasks and not request.lm_eval_tasks:
+        raise UserError("neither --tasks nor --lm-eval names a task, so there is nothing to do")
+    prompt_given = request.model.system_prompt is not None or not request.model.system_block
+    if request.tasks == (HELD_OUT,) and not request.lm_eval_tasks and prompt_given:
+        raise UserError("held_out has system prompts of its own; --system is for other tasks")

@@ -241,8 +241,9 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Computes float32 logits [B, S, V] for int32 tokens [B, S], as at inference.
 
-        Without segment_ids each row is one segment; without positions they restart with each
-        segment. A Qwen v1 segment longer than seq_length gets dynamic NTK and log-n attention.
+        Without segment_ids each row is one segment. Without positions, positions restart wherever
+        the id changes, so a segment must be one run of equal ids. A Qwen v1
+        segment longer than seq_length gets dynamic NTK and log-n attention.
         """
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -314,9 +315,15 @@ class Decoder(nnx.Module):
 Bind = Callable[..., Decoder]
 
 
-@cache
 def abstract_model(config: ModelConfig, compute: Compute) -> Decoder:
     """Returns the model with abstract float32 parameters: shapes instead of arrays."""
+    return _abstract_model(config, config.default_system_prompt, compute)
+
+
+@cache
+def _abstract_model(config: ModelConfig, prompt: str, compute: Compute) -> Decoder:
+    # The prompt takes no part in the comparison of configs, but a model carries its own.
+    del prompt
     return nnx.eval_shape(lambda: Decoder(config, compute, rngs=nnx.Rngs(0)))
 
 

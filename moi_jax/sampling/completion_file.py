@@ -166,7 +166,8 @@ def complete_file(
         the model gave logits that are not finite (`out` is written, and says in which rows).
     """
     prompts = [render_prompt(row.messages, checkpoint.tokenizer, system) for row in rows]
-    settings = {**dataclasses.asdict(config), "stop_strings": list(config.stop_strings)}
+    settings = dataclasses.asdict(config)
+    settings["stop"] = list(settings.pop("stop_strings"))
     made_by = {
         "parameters": parameters_fingerprint(checkpoint.step),
         "dtype": checkpoint.dtype,

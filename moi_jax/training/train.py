@@ -1,6 +1,7 @@
 """A whole run as a library function; a process or notebook may call it many times."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from moi_jax.training.start import start_run
 from moi_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
+
+# XLA reads it when jax starts.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 # (experiment, its data, parameters -> model, mesh, run directory) -> the evaluations of the model
 # while it trains.
@@ -71,7 +75,8 @@ def train(
 
     Args:
       make_evaluations: see `moi_jax.evaluation.while_training`; None evaluates nothing.
-      devices: the devices of the mesh; None means all devices.
+      devices: the devices of the mesh; None means all devices. jax is asked for them when the
+        run directory is held, since it may wait for other hosts or for the accelerator.
       fresh: start over; an old run is moved aside.
       allow_change: resume although optimizer, batch size, length or patience changed.
       stop: a context manager, entered before the first step. It yields a function that is called
@@ -80,9 +85,14 @@ def train(
     Raises:
       UserError: config, data, checkpoint or run directory are wrong or do not fit together.
     """
-    devices = jax.devices() if devices is None else devices
+    if config.train.deterministic and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        raise UserError(
+            f"train.deterministic needs XLA_FLAGS={DETERMINISTIC} before jax starts; set it in the "
+            f"environment, or train with python -m moi_jax.train, which does"
+        )
     with run_directory(config.logging.run_dir, fresh) as directory:
         experiment = open_experiment(config, None if fresh else directory)
+        devices = jax.devices() if devices is None else devices
         experiment = experiment.on_platform(devices[0].platform)
         mesh, bind, microbatch_rows = _model_on_mesh(experiment, devices)
         dataset = open_dataset(experiment.config, experiment.tokenizer)
@@ -107,7 +117,11 @@ def train(
                     directory, run.step, run.early_stopping,
                 )  # fmt: skip
             with stop or nullcontext(lambda: False) as should_stop:
-                fit(run, should_stop)
+                try:
+                    fit(run, should_stop)
+                finally:
+                    checkpoints.wait()  # while a signal is still noted: it must not cut this off
+                report = write_report(directory)
         return TrainResult(
             step=run.step,
             finished=run.finished,
@@ -115,7 +129,7 @@ def train(
             metrics=run.log.last,
             directory=directory,
             checkpoint=directory / "checkpoints" / str(run.step),
-            report=write_report(directory),
+            report=report,
         )
 
 

@@ -106,7 +106,7 @@ def test_a_warning_says_so(monkeypatch, log):
 
 
 def test_another_process_shows_only_warnings(monkeypatch, log):
-    pipe = show_on(io.StringIO(), monkeypatch, process_index=1)
+    pipe = show_on(io.StringIO(), monkeypatch, process_index=lambda: 1)
     log.info("step 1")
     log.warning("low on memory")
     assert pipe.getvalue() == "warning: low on memory\n"

@@ -22,7 +22,7 @@ from moi_jax.data.loader import Batch
 from moi_jax.evaluation import held_out as held_out_file
 from moi_jax.evaluation.held_out import HeldOut
 from moi_jax.evaluation.options import HeldOutOptions
-from moi_jax.evaluation.prompt_matrix import measure as evaluate_held_out
+from moi_jax.evaluation.prompt_matrix import measure as measure
 from moi_jax.evaluation.prompt_matrix.gaps import summarize
 from moi_jax.evaluation.prompt_matrix.matrix import ItemSums, PromptMatrix
 from moi_jax.evaluation.prompt_matrix.measure import measure_held_out
@@ -451,7 +451,7 @@ def test_the_untrained_model_is_the_one_named_or_left_out(run, tmp_path, monkeyp
     assert told["models"]["untrained"] == told["models"]["trained"]
 
     began = load_config(run / "config.yaml", [f"model.init_from={tmp_path / 'gone'}"])
-    monkeypatch.setattr(evaluate_held_out, "_own_config", lambda step: began)
+    monkeypatch.setattr(measure, "_own_config", lambda step: began)
     told = measure_held_out(opened, HeldOutOptions(limit=1), tmp_path)
     assert told["untrained"] is None
     assert told["models"].keys() == {"trained"}

@@ -182,7 +182,7 @@ class Judge:
                     f"{line}, above --judge-max-cost {self.max_cost:g}; the answers are kept; "
                     "run the same command with a higher limit or a cheaper judge"
                 )
-        log.info(line)
+        log.warning(line)
 
     def _ask_all(
         self, requests: Sequence[JudgeRequest], answered_by: str, kept: Judgments
