@@ -9,6 +9,7 @@ import pytest
 
 from moi_jax import evaluate
 from moi_jax.common.errors import UserError
+from moi_jax.evaluation import evaluate as evaluation
 from moi_jax.evaluation.evaluate import evaluate as evaluate_checkpoint
 from moi_jax.evaluation.options import (
     BenchmarkOptions,
@@ -122,6 +123,11 @@ def test_results_of_another_prompt_are_told_before_anything_is_measured(
     with pytest.raises(UserError, match=r"holds results of another model or system prompt"):
         run(place, monkeypatch, "--tasks", "held_out,gsm8k", *arguments, "--system", "Hi.")
     assert not (tmp_path / "held_out.json").exists()
+    # So are tasks of lm-evaluation-harness alone.
+    opened = evaluation._Opened([], [], lm_eval_tasks=[None])
+    monkeypatch.setattr(evaluation, "_open_tasks", lambda request: opened)
+    with pytest.raises(UserError, match=r"holds results of another model or system prompt"):
+        run(place, monkeypatch, "--lm-eval", "any", *arguments, "--system", "Hi.")
 
 
 @pytest.mark.parametrize(
