@@ -35,7 +35,8 @@ def main() -> None:
         model = make_model(config)(parameters)
         segments = jnp.ones(tokens.shape, jnp.int32)
         positions = rotary.segment_positions(segments)
-        hidden, _ = model.hidden_states(tokens, positions, segments, extend_context=False)[:, :-1]
+        hidden, _ = model.hidden_states(tokens, positions, segments, extend_context=False)
+        hidden = hidden[:, :-1]
         targets = labels[:, 1:]
         nll = token_nll(hidden, model.head_kernel(), np.maximum(targets, 0).astype(np.int32))
         return jnp.sum(jnp.where(targets >= 0, nll, 0)) / np.sum(targets >= 0)
