@@ -101,7 +101,11 @@ def test_a_dimension_that_does_not_divide_stays_whole():
 
 @pytest.mark.parametrize(
     ("mesh", "message"),
-    [({"fsdp": 16}, "does not fit 8 cpu devices"), ({"tensor": 3}, "does not fit 8 cpu devices")],
+    [
+        ({"fsdp": 16}, "does not fit 8 cpu devices"),
+        ({"tensor": 3}, "does not fit 8 cpu devices"),
+        ({"context": 2}, "mesh.context 2 is not built yet"),
+    ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
     with pytest.raises(UserError, match=message):

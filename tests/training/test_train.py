@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from moi_jax.common.errors import UserError
+
 from support.runs import records, small_config, stop_after, train_here
 
 
@@ -38,6 +40,13 @@ def test_the_result_describes_the_run(place):
     assert result.metrics == records(place / "result" / "metrics.jsonl")[-1]
     assert result.metrics["step"] == 4
     assert int(result.state.step) == 4
+
+
+def test_deterministic_is_refused_where_its_flag_is_missing(place):
+    """jax has started already, so a run in this process could not keep the promise."""
+    with pytest.raises(UserError, match=r"needs XLA_FLAGS=--xla_gpu_deterministic_ops=true"):
+        run(place, "deterministic", "train.deterministic=true")
+    assert not (place / "deterministic").exists()
 
 
 def test_runs_in_one_process_are_independent(place):
