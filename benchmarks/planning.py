@@ -16,6 +16,7 @@ import numpy as np
 from moi_jax.config.load import make_config
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import plan_epoch
+from moi_jax.data.planning.placeable import placeable
 
 NAMES = ("chat", "code", "maths", "tools")
 SEQUENCE_LENGTH = 4096
@@ -34,8 +35,12 @@ def measure(instructions: int, sizes: str, switches: dict[str, str]) -> dict[str
     section = {"sequence_length": SEQUENCE_LENGTH, "domains": domains, **switches}
     data = make_config({"data": section}).data
     lengths = [made_up_lengths(rng, int(instructions * s / len(NAMES))) for s in SIZES[sizes]]
-    corpus = Corpus.of(NAMES, lengths, [domain // 2 for domain in lengths])
     start, cpu = time.perf_counter(), time.process_time()
+    corpus = Corpus.of(NAMES, lengths, [domain // 2 for domain in lengths])
+    kept = np.split(placeable(corpus, data), corpus.offsets[1:-1])
+    lengths = [domain[mine] for domain, mine in zip(lengths, kept, strict=True)]
+    unplaceable = len(corpus.lengths) - sum(map(len, lengths))
+    corpus = Corpus.of(NAMES, lengths, [domain // 2 for domain in lengths])
     plan = plan_epoch(corpus, data, seed=0, epoch=0)
     return {
         "sizes": sizes,
@@ -48,6 +53,7 @@ def measure(instructions: int, sizes: str, switches: dict[str, str]) -> dict[str
         "mean_length": round(plan.tokens / len(plan.instructions), 1),
         "fill": round(plan.fill, 5),
         "moved_share": round(plan.moved_instructions / len(plan.instructions), 5),
+        "unplaceable": unplaceable,
         "unplaced_groups": plan.unplaced_groups,
     }
 

@@ -88,6 +88,7 @@ class Data(Section):
     row_system: Literal["append", "replace", "keep", "drop_row"] = "append"
     on_bad_row: Literal["drop", "error"] = "drop"
     max_repeats: Positive = 4
+    max_unplaceable: float = Field(0.05, ge=0, le=1)  # share of instructions that fit no group
     held_out: HeldOut = HeldOut()
     decontaminate: Decontaminate = Decontaminate()
     workers: Positive | None = None  # processes that prepare; null: one per core
@@ -97,6 +98,7 @@ class Data(Section):
     mask: Literal["chunk", "row", "instruction"] | None = None
     packing: Literal["best_fit", "sequential", "none"] | None = None
     chunk_size: Positive | None = None
+    repeat_in_row: Literal["forbid", "allow"] = "forbid"  # the same instruction twice in a row
     epoch_end: Literal["longest", "shortest"] | None = None
     temperature: float = Field(1.0, gt=0)  # under sampling: temperature
     unit: Literal["instructions", "loss_tokens"] = "instructions"  # what the weights share out

@@ -9,6 +9,8 @@ import dataclasses
 import logging
 from typing import Any
 
+import numpy as np
+
 from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.config import Config
 from moi_jax.data.cache.domain import DomainCache
@@ -21,6 +23,7 @@ from moi_jax.data.planning.mixture_report import (
     log_source_table,
     mixture_statistics,
 )
+from moi_jax.data.planning.placeable import check_placeable, log_left_out, placeable
 from moi_jax.data.planning.training_plan import TrainingPlan
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -71,7 +74,7 @@ class Dataset:
             mixture = mixture_statistics(epoch, report, data.of_stage(stage), plan.batch_rows)
             if data.stages:
                 log.info(f"stage {stage}, from row {begins:,}")
-            log_mixture_table(mixture, data.max_repeats)
+            log_mixture_table(mixture, data)
             mixtures.append({"begins": begins, **mixture})
         if plan.empty_rows:
             log.info(f"{plan.empty_rows} empty rows fill up the run's last batch")
@@ -90,9 +93,16 @@ def open_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     """Prepares what the cache lacks, and selects what is trained on.
 
     Raises:
-      UserError: see `prepare` and `select`.
+      UserError: see `prepare`, `select` and `check_placeable`.
     """
     caches = prepare(config.data, tokenizer)
     selections = select(caches, config.data.held_out, config.loss.targets, config.data.domains)
     corpus = Corpus.of_training(caches, selections, config.loss.targets)
+    kept = placeable(corpus, config.data)
+    if not kept.all():
+        check_placeable(corpus, kept, config.data)
+        log_left_out(corpus, kept, config.data)
+        of_domain = np.split(kept, corpus.offsets[1:-1])
+        selections = [s.keep(mine) for s, mine in zip(selections, of_domain, strict=True)]
+        corpus = Corpus.of_training(caches, selections, config.loss.targets)
     return Dataset(config, tokenizer, caches, selections, corpus)

@@ -12,6 +12,7 @@ from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.config import Config
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset
+from moi_jax.data.planning.epoch import PLANNER
 from moi_jax.data.planning.training_plan import TrainingPlan
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ FIRST_POSITION: dict[str, Any] = {
 MAY_CHANGE = (
     "data.cache_dir",
     "data.max_repeats",
+    "data.max_unplaceable",
     "data.on_bad_row",
     "data.root",
     "data.workers",
@@ -77,11 +79,12 @@ def resume_position(
             check_resume(directory, before, experiment.config, allow_change)
         return FIRST_POSITION
     read_items(checkpoints.directory / str(saved_step))  # refuses a checkpoint of another format
+    position = checkpoints.read_json(saved_step, "position")
+    _check_planner(position, directory)
     before = checkpoints.read_json(saved_step, "config")
     # The checkpoint holds everything that came from model.init_from.
     may_change = (*MAY_CHANGE, "model.init_from")
     check_resume(directory, before, experiment.config, allow_change, may_change)
-    position = checkpoints.read_json(saved_step, "position")
     check_fingerprints(directory, position["fingerprints"], fingerprints(experiment, dataset))
     return position
 
@@ -115,6 +118,7 @@ def saved_position(
         "row": row,
         "epoch_rows": plan.epoch_first_rows(max(row - 1, 0)),
         "plan": _plan_fingerprint(plan, row),
+        "planner": PLANNER,
         "fingerprints": fingerprints(experiment, dataset),
     }
 
@@ -129,6 +133,16 @@ def fingerprints(experiment: Experiment, dataset: Dataset) -> dict[str, str]:
         "prompts": json_fingerprint([prompts["default_system_prompt"], prompts["domains"]]),
         "data": dataset.fingerprint,
     }
+
+
+def _check_planner(position: dict[str, Any], directory: Path) -> None:
+    """Raises UserError if another planner planned the rows up to the position."""
+    if (planner := position.get("planner", 1)) != PLANNER:
+        raise UserError(
+            f"the rows of {directory} were planned by planner {planner}, and this version has "
+            f"planner {PLANNER}, which plans others; resume with the version of moi_jax that "
+            f"started the run, or use --fresh to start over"
+        )
 
 
 def _plan_fingerprint(plan: TrainingPlan, row: int) -> str:

@@ -101,9 +101,10 @@ def test_every_row_is_accounted_for(root: Path) -> None:
     report = row_counts(caches, select(caches, config.HeldOut(), "assistant"))
     assert report["a"]["dropped"] == {
         "empty_assistant": 2, "invalid_json": 1, "duplicate": 1, "no_loss_tokens": 1,
+        "unplaceable": 0,
     }  # fmt: skip
     assert report["a"]["trimmed_user_turn"] == 1
-    assert report["b"]["dropped"] == {"duplicate": 1, "no_loss_tokens": 0}
+    assert report["b"]["dropped"] == {"duplicate": 1, "no_loss_tokens": 0, "unplaceable": 0}
     assert report["b"]["empty_files"] == ["b/2.jsonl"]
     for domain in report.values():
         used = domain["held_out"] + domain["train"]

@@ -156,11 +156,23 @@ def test_partners_are_nearly_random():
 SPANS = [(0, 1600), (1600, 2800), (2800, 8800), (8800, 9600)]
 
 
-def test_a_long_instruction_stands_anywhere_in_its_row():
-    """Best fit would put the longest chunk first; the place in the row follows the draw."""
-    plan = plan_epoch(realistic(), data_section(4, 4096), 0, 0)
+def chunk_sizes(corpus: Corpus, row: int) -> list[np.ndarray]:
+    """The tokens of the chunks of each row that holds more than one."""
+    plan = plan_epoch(corpus, data_section(4, row), 0, 0)
     sizes = np.add.reduceat(plan.corpus.lengths[plan.instructions], plan.group_starts[:-1])
-    rows = np.split(sizes, plan.row_starts[1:-1])
-    first_is_longest = [row.argmax() == 0 for row in rows if len(row) > 1]
-    expected = np.mean([1 / len(row) for row in rows if len(row) > 1])
+    return [row for row in np.split(sizes, plan.row_starts[1:-1]) if len(row) > 1]
+
+
+def test_a_long_chunk_stands_anywhere_in_its_row():
+    """Best fit would put the longest chunk first, and swaps would shorten the first one."""
+    rows = chunk_sizes(realistic(), 4096)
+    first_is_longest = [row[0] == row.max() for row in rows]
+    expected = np.mean([np.count_nonzero(row == row.max()) / len(row) for row in rows])
     assert np.mean(first_is_longest) == pytest.approx(expected, abs=0.05)
+
+
+def test_the_first_chunk_of_a_row_is_as_long_as_the_last():
+    rows = [row for row in chunk_sizes(realistic(), 2048) if len(set(row.tolist())) > 1]
+    shorter = np.mean([row[0] < row[-1] for row in rows])
+    longer = np.mean([row[0] > row[-1] for row in rows])
+    assert shorter == pytest.approx(longer, abs=0.07)

@@ -160,7 +160,7 @@ STAGES = [
 
 def staged(**switches):
     corpus = corpus_of([[5, 6, 7, 8] * 20, [9, 10, 11] * 10])
-    return corpus, data_section(2, LENGTH, stages=STAGES, **switches)
+    return corpus, data_section(2, LENGTH, **{"stages": STAGES, **switches})
 
 
 def domains_of_rows(run: TrainingPlan, first: int, end: int) -> np.ndarray:
@@ -186,12 +186,16 @@ def test_a_stage_begins_at_its_row_with_its_mixture(packing):
     assert run.rows_before(len(run.epoch_first_rows(119))) >= 119
 
 
-def test_draws_run_on_over_stages():
-    """Until an epoch is cut by a stage's last row, no instruction is two draws behind another."""
-    corpus, data = staged(packing="none")
+@pytest.mark.parametrize("packing", ["best_fit", "sequential", "none"])
+@pytest.mark.parametrize("begins", [(7, 10), (13, 18), (20, 21), (25, 31)])
+def test_draws_run_on_over_stages(packing, begins):
+    """No instruction is two draws behind another, also where a stage ends inside an epoch."""
+    stages = [{**stage, "begins": row} for stage, row in zip(STAGES, (0, *begins), strict=True)]
+    corpus, data = staged(packing=packing, stages=stages)
     run = TrainingPlan(corpus, data, Train(steps=30, global_batch_rows=4))
+    assert set(begins) < set(run.epoch_first_rows(90))
     counts = np.zeros(len(corpus.lengths), int)
-    for epoch in range(len(run.epoch_first_rows(40))):
+    for epoch in range(len(run.epoch_first_rows(90))):
         counts += np.bincount(run.epoch_plan(epoch).instructions, minlength=len(counts))
         for domain in (counts[:80], counts[80:]):
             assert domain.max() - domain.min() <= 1

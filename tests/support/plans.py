@@ -17,7 +17,7 @@ from moi_jax.data.planning.epoch import EpochPlan, plan_epoch
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-NAMES = ("chat", "code", "maths", "tools", "law")
+NAMES = ("chat", "code", "maths", "tools", "law", "poetry")
 SAMPLINGS = ("balanced", "proportional", "weights", "temperature")
 
 # Groups of four instructions of at most 16 tokens always fit; longer ones may be left out.
@@ -105,6 +105,8 @@ def groups(draw: st.DrawFn, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     members = draw(st.lists(group, min_size=count, max_size=count))
     sizes = draw(st.lists(st.integers(1, capacity), min_size=count, max_size=count))
     members = np.array(members)
+    if width == 1:  # copies of an instruction have one length
+        sizes = [sizes[members[:, 0].tolist().index(member)] for member in members[:, 0]]
     if draw(st.booleans()):
         members[-1, 1:] = -1
     return members, np.array(sizes)

@@ -268,3 +268,9 @@ def test_a_live_run_locks_its_directory(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "in use by another run" in done.stderr
+
+
+def test_a_run_that_another_planner_planned_is_refused_by_name(uninterrupted, monkeypatch):
+    monkeypatch.setattr("moi_jax.training.resume.PLANNER", 3)
+    with pytest.raises(UserError, match="planner 2, and this version has planner 3.*--fresh"):
+        train_here(small_config(uninterrupted.parent))

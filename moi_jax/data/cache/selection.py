@@ -1,5 +1,6 @@
 """Selection: which cached instructions are trained on, which are held out, which are left out."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,19 @@ class Selection:
       train, held_out: int64, ascending indices into the cache.
       duplicates: instructions left out because an equal one is used.
       no_loss_tokens: instructions left out because they have no label.
+      unplaceable: instructions left out because no group can hold them.
     """
 
     train: np.ndarray
     held_out: np.ndarray
     duplicates: int
     no_loss_tokens: int
+    unplaceable: int = 0
+
+    def keep(self, kept: np.ndarray) -> "Selection":
+        """The selection that trains only where bool[train] `kept` is True."""
+        unplaceable = int(np.count_nonzero(~kept))
+        return dataclasses.replace(self, train=self.train[kept], unplaceable=unplaceable)
 
 
 def select(
@@ -121,6 +129,7 @@ def row_counts(
                 **cache.manifest["dropped"],
                 "duplicate": selection.duplicates,
                 "no_loss_tokens": selection.no_loss_tokens,
+                "unplaceable": selection.unplaceable,
             },
             "held_out": len(selection.held_out),
             "train": len(selection.train),

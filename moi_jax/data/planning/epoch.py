@@ -15,9 +15,13 @@ import numpy as np
 
 from moi_jax.common.errors import UserError
 from moi_jax.config import Data
-from moi_jax.data.planning import mixture, packing, swaps
+from moi_jax.data.planning import mixture, packing, small_domains, swaps
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.mixture import RandomStream
+
+# Goes up when the same arguments give another plan. 2 shuffles the groups of a row, deals out small
+# domains, and leaves out alone what no group can hold.
+PLANNER = 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,6 @@ def plan_epoch(
     Raises:
       UserError: there is nothing to plan, or no group fits a row.
     """
-    assert data.packing is not None  # resolved by the config
     counts, lengths, limit = corpus.counts, corpus.lengths, data.sequence_length
     same_column = data.sampling == "balanced"
 
@@ -121,20 +124,17 @@ def plan_epoch(
             f"no group of instructions fits a row of {limit} tokens; raise "
             f"data.sequence_length or lower data.max_instruction_tokens"
         )
-    row_of = packing.pack(members, sizes, limit, data.packing)
-    if data.packing == "best_fit":
-        members, row_of = swaps.fill_rows(
-            members, row_of, lengths, limit, same_column, rng(RandomStream.FILL)
-        )
+    members, row_of = _rows(members, lengths, data, rng(RandomStream.FILL))
     moved = int(np.count_nonzero(members != drawn))
     members = mixture.order_members(members, counts, data, seed, epoch, stage)
     rows = int(row_of.max()) + 1
     row_of = rng(RandomStream.ROWS).permutation(rows)[row_of]
-    # Within a row the groups keep draw order, which is random; the order of best_fit would put the
-    # longest group first.
-    members = members[np.argsort(row_of, kind="stable")]
+    # Length must not tell the place of a group in its row. Sequential rows keep draw order.
+    ranks = np.arange(len(members))
+    if data.packing == "best_fit":
+        ranks = rng(RandomStream.GROUPS).permutation(ranks)
+    members = members[np.lexsort((ranks, row_of))]
     present = members >= 0
-    of_domain = corpus.domain_of(np.concatenate([members[present], unplaced[unplaced >= 0]]))
     return EpochPlan(
         epoch=epoch,
         sequence_length=limit,
@@ -145,36 +145,75 @@ def plan_epoch(
         moved_instructions=moved,
         unplaced=unplaced[unplaced >= 0],
         unplaced_groups=len(unplaced),
-        draws=np.bincount(of_domain, minlength=len(counts)),
+        draws=mixture.draw_counts(corpus, data, seed, epoch, stage, groups),
     )
 
 
-def cut_epoch(plan: EpochPlan, rows: int) -> EpochPlan:
-    """The plan with only its first rows."""
-    groups = plan.row_starts[: rows + 1]
-    instructions = plan.group_starts[: groups[-1] + 1]
-    return dataclasses.replace(
-        plan,
-        instructions=plan.instructions[: instructions[-1]],
-        group_starts=instructions,
-        row_starts=groups,
-    )
+def _rows(
+    members: np.ndarray, lengths: np.ndarray, data: Data, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Puts groups into rows by data.packing and data.repeat_in_row.
+
+    Returns:
+      The members, some of them swapped, and int64[G], the row of each group. best_fit never needs
+      more rows than sequential.
+    """
+    if data.repeat_in_row == "forbid":
+        return _rows_without_copies(members, lengths, data, rng)
+    # As if every place had an instruction of its own.
+    numbers = members[members >= 0]
+    apart = np.full(members.shape, -1)
+    apart[members >= 0] = np.arange(len(numbers))
+    apart, row_of = _rows_without_copies(apart, lengths[numbers], data, rng)
+    return np.where(apart < 0, -1, numbers[apart]), row_of
+
+
+def _rows_without_copies(
+    members: np.ndarray, lengths: np.ndarray, data: Data, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    assert data.packing is not None  # resolved by the config
+    limit, sizes = data.sequence_length, mixture.group_sizes(members, lengths)
+    if data.packing != "best_fit":
+        return members, packing.pack(members, sizes, limit, data.packing)
+    if data.sampling == "balanced":
+        filled, row_of = small_domains.place_chunks(members, lengths, limit, rng)
+    else:
+        row_of = packing.pack(members, sizes, limit, "best_fit")
+        filled, row_of = swaps.fill_rows(members, row_of, lengths, limit, False, rng)
+    in_order = packing.pack(members, sizes, limit, "sequential")
+    if in_order.max() < row_of.max():
+        return members, in_order
+    return filled, row_of
 
 
 def last_epoch(whole: EpochPlan, rows: int, arguments: tuple[Any, ...]) -> EpochPlan:
     """The plan of the epoch in which a stage ends: it draws only as many groups as fill `rows`.
 
-    The draws of the next stage follow on it, so it is not enough to cut the plan of the whole
-    epoch. Only the groups beyond the last row are cut, fewer than a row holds.
+    No group is cut off, since the next stage goes on after the last draw of this one.
 
     Args:
       whole: the plan of the whole epoch, which has more rows.
       arguments: the arguments of `plan_epoch`.
     """
-    groups_a_row = (len(whole.group_starts) - 1 + whole.unplaced_groups) / whole.rows
-    groups, plan = 0, None
-    while plan is None or plan.rows < rows:
-        missing = rows - (plan.rows if plan else 0)
-        groups += max(1, int(missing * groups_a_row))
-        plan = plan_epoch(*arguments, groups=groups)
-    return cut_epoch(plan, rows)
+    few, many = 0, len(whole.group_starts) - 1 + whole.unplaced_groups
+    groups_a_row = many / whole.rows
+    plan, guess = whole, max(1, int(rows * groups_a_row))
+    while few < guess < many:
+        tried = plan_epoch(*arguments, groups=guess)
+        if tried.rows <= rows:
+            few, plan = guess, tried
+        else:
+            many = guess
+        missing = rows - tried.rows
+        if not missing:
+            break
+        step = max(1, int(abs(missing) * groups_a_row))
+        guess = min(max(guess + step if missing > 0 else guess - step, few + 1), many - 1)
+    return _split_rows(plan, rows)
+
+
+def _split_rows(plan: EpochPlan, rows: int) -> EpochPlan:
+    """The plan with some of its rows split between two groups, so that it has `rows` rows."""
+    inside = np.setdiff1d(np.arange(len(plan.group_starts) - 1), plan.row_starts)
+    split = inside[: rows - plan.rows]
+    return dataclasses.replace(plan, row_starts=np.union1d(plan.row_starts, split))

@@ -28,6 +28,7 @@ class RandomStream(IntEnum):
     ROWS = 5  # epoch, stage: the order of the rows
     FILL = 6  # epoch, stage: the partners tried to fill rows
     SOURCES = 7  # domain, block: the order of a domain's weighted sources
+    GROUPS = 8  # epoch, stage: the order of the groups inside a row
 
 
 def generator(seed: int, stream: RandomStream, *key: int) -> np.random.Generator:
@@ -171,6 +172,29 @@ def epoch_counts(corpus: Corpus, data: Data) -> np.ndarray:
     return np.where(drawn, np.maximum(np.rint(total * shares), 1), 0).astype(np.int64)
 
 
+def _labels(
+    counts: np.ndarray, data: Data, seed: int, epoch: int, stage: int, groups: int | None
+) -> np.ndarray:
+    """int16[draws]: the domain of each draw, in the order of the sampled stream."""
+    assert data.chunk_size is not None  # resolved by the config
+    labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+    generator(seed, RandomStream.UNION, epoch, stage).shuffle(labels)
+    return labels if groups is None else labels[: groups * data.chunk_size]
+
+
+def draw_counts(
+    corpus: Corpus, data: Data, seed: int, epoch: int, stage: int, groups: int | None
+) -> np.ndarray:
+    """int64[domains]: how often `draw_groups` draws from each domain."""
+    counts = epoch_counts(corpus, data)
+    if groups is None:
+        return counts
+    if data.sampling == "balanced":
+        return np.full(len(counts), groups)
+    labels = _labels(counts, data, seed, epoch, stage, groups)
+    return np.bincount(labels, minlength=len(counts))
+
+
 def draw_groups(
     corpus: Corpus,
     data: Data,
@@ -213,10 +237,7 @@ def draw_groups(
             members[:, domain] = drawn(domain, chunks)
         return members
     assert data.chunk_size is not None  # resolved by the config
-    labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
-    generator(seed, RandomStream.UNION, epoch, stage).shuffle(labels)
-    if groups is not None:
-        labels = labels[: groups * data.chunk_size]
+    labels = _labels(counts, data, seed, epoch, stage, groups)
     of_domain = np.bincount(labels, minlength=len(counts)).tolist()
     stream = np.empty(len(labels), np.int64)
     stream[np.argsort(labels, kind="stable")] = np.concatenate(
@@ -234,24 +255,40 @@ def draw_groups(
 def _separate_copies(members: np.ndarray, rng: np.random.Generator) -> None:
     """Swaps instructions that occur twice in their group with those of other groups, in place.
 
-    A copy that no other group can take is removed from its group (-1).
+    A copy is left out (-1) if every group holds its instruction: a group of four has no other
+    choice if its domain has only three.
     """
-    width = members.shape[1]
-    for attempt in range(SEPARATING_ROUNDS):
-        order = np.argsort(members, axis=1, kind="stable")
-        ordered = np.take_along_axis(members, order, axis=1)
-        group, place = np.nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0))
+    for _ in range(SEPARATING_ROUNDS):
+        group, column = _copies(members)
         if not len(group):
             return
-        column = order[group, place + 1]
-        if attempt == SEPARATING_ROUNDS - 1:
-            members[group, column] = -1
-            return
-        other, other_column = rng.integers(len(members), size=len(group)), rng.integers(width)
+        other = rng.integers(len(members), size=len(group))
+        other_column = rng.integers(members.shape[1])
         # One after another: two copies may have the same partner.
         for g, c, o in zip(group.tolist(), column.tolist(), other.tolist(), strict=True):
             if members[o, other_column] >= 0:
                 members[g, c], members[o, other_column] = members[o, other_column], members[g, c]
+    group, column = _copies(members)
+    copies = members[group, column]
+    for copy in np.unique(copies):
+        mine = np.flatnonzero(copies == copy)
+        without = rng.permutation(np.flatnonzero((members != copy).all(axis=1)))
+        # A full group without it has a member to give: it has more different ones.
+        for index, other in zip(mine, without, strict=False):
+            g = group[index]
+            c = np.flatnonzero(members[g] == copy)[-1]
+            give = np.flatnonzero(~np.isin(members[other], members[g]))
+            if len(give):
+                members[g, c], members[other, give[0]] = members[other, give[0]], copy
+    members[_copies(members)] = -1
+
+
+def _copies(members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(groups, columns) of the members that occur in their group before."""
+    order = np.argsort(members, axis=1, kind="stable")
+    ordered = np.take_along_axis(members, order, axis=1)
+    group, place = np.nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0))
+    return group, order[group, place + 1]
 
 
 SEPARATING_ROUNDS = 32

@@ -61,6 +61,7 @@ def mixture_statistics(
     return {
         "unit": data.unit.replace("_", " "),
         "fill": plan.fill,
+        "groups": len(plan.group_starts) - 1,
         "rows": plan.rows,
         "steps_per_epoch": -(-plan.rows // batch_rows),
         "tokens": plan.tokens,
@@ -81,8 +82,8 @@ def domains_per_row(plan: EpochPlan) -> float:
     return float(np.count_nonzero(pairs) / plan.rows)
 
 
-def log_mixture_table(statistics: Mapping[str, Any], max_repeats: int) -> None:
-    """Prints the mixture table, and a warning for every domain over data.max_repeats."""
+def log_mixture_table(statistics: Mapping[str, Any], data: Data) -> None:
+    """Logs the mixture table, and warnings: rows that are not full, groups left out, repeats."""
     domains = statistics["domains"]
     rows = figures_table(
         "Rows", "read", "dropped", "held out", "used", "not used", "repeats", "most"
@@ -104,6 +105,9 @@ def log_mixture_table(statistics: Mapping[str, Any], max_repeats: int) -> None:
         f"fill {statistics['fill']:.2%}, {statistics['domains_per_row']:.2f} domains a row, "
         f"{statistics['moved_share']:.2%} of the instructions changed group to fill rows",
     )
+    if statistics["fill"] < FULL:
+        why = _why_not_full(statistics, data)
+        log.warning(f"rows are only {statistics['fill']:.1%} full: {why}")
     if statistics["unplaced_groups"]:
         log.warning(
             f"{statistics['unplaced_groups']:,} groups "
@@ -111,11 +115,40 @@ def log_mixture_table(statistics: Mapping[str, Any], max_repeats: int) -> None:
             f"raise data.sequence_length or lower data.max_instruction_tokens",
         )
     for name, d in domains.items():
-        if d["max_repeats"] > max_repeats:
+        if d["max_repeats"] > data.max_repeats:
             log.warning(
                 f"domain {name} repeats an instruction {d['max_repeats']} times in an epoch, more "
-                f"than data.max_repeats {max_repeats}; add data or set data.epoch_end: shortest",
+                f"than data.max_repeats {data.max_repeats}; add data or set data.epoch_end: "
+                f"shortest",
             )
+
+
+FULL = 0.9  # rows that are fuller are not worth a warning
+
+
+def _why_not_full(statistics: Mapping[str, Any], data: Data) -> str:
+    """What keeps the rows of a plan from being full, and what to do about it."""
+    if data.packing == "none":
+        return "data.packing: none gives each group a row of its own; best_fit fills the rows"
+    rows, domains = statistics["rows"], statistics["domains"]
+    name = max(domains, key=lambda name: domains[name]["max_repeats"])
+    repeats, used = domains[name]["max_repeats"], domains[name]["used"]
+    if data.repeat_in_row == "forbid" and repeats > max(1, FULL * rows):
+        what = "chunks" if data.sampling == "balanced" else "of them"
+        tokens = statistics["tokens"] // rows
+        return (
+            f"domain {name} has only {used:,} instructions, and none stands twice in a row, so a "
+            f"row holds at most {used:,} {what}, here {tokens:,} of {data.sequence_length:,} "
+            f"tokens; set data.repeat_in_row: allow, data.sequence_length to about {tokens:,} or "
+            f"another data.sampling, or add data to {name}"
+        )
+    if data.packing == "sequential":
+        return "data.packing: sequential ends a row at a group that does not fit; best_fit does not"
+    mean = statistics["tokens"] // statistics["groups"]
+    return (
+        f"an epoch has {statistics['groups']:,} groups of {mean:,} tokens on average, which leave "
+        f"gaps in {rows:,} rows; choose another data.sequence_length"
+    )
 
 
 def figures_table(title: str, *figures: str) -> Table:

@@ -113,34 +113,67 @@ class Copies:
         return self._ids[self._starts[group] : self._starts[group + 1]]
 
 
-def best_fit(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> np.ndarray:
+def best_fit(
+    members: np.ndarray, sizes: np.ndarray, sequence_length: int, most: int | None = None
+) -> np.ndarray:
     """Best-fit decreasing: largest group first, each into the open row with the least free tokens.
 
     Groups of equal size keep draw order; among equally tight rows the one used last is taken. A row
     that already holds an instruction of the group is skipped for the next tightest one; after
     ROWS_TRIED rows a new row is opened.
+
+    If each group is one instruction, all rows are tried, and the instructions that many rows must
+    take come first: for their copies there would be no row left at the end.
+
+    Args:
+      most: the largest number of groups in a row; None for any number.
     """
-    order = np.argsort(-sizes, kind="stable")
     copies = Copies(members)
+    order, lone = np.argsort(-sizes, kind="stable"), members.shape[1] == 1
+    if lone:  # copies one after another
+        order = np.lexsort(
+            (members[:, 0], -sizes, ~_wanted_by_many(members, sizes, sequence_length))
+        )
+    # A row that took a copy is held back until the next instruction comes: then no open row holds
+    # one, and none has to be searched. Groups of several instructions are all different.
+    kinds = members[order, 0] if lone else order
+    search = copies.any and not lone
     open_rows = OpenRows(sequence_length)
+    room = array("q")  # how many groups each row still takes
     placed = array("q")
-    rows = 0
-    for group, size in zip(order.data, sizes[order].data, strict=True):
+    held: list[tuple[int, int]] = []
+    last = -1
+    for group, size, kind in zip(order.data, sizes[order].data, kinds.data, strict=True):
+        if kind != last:
+            for row, free in held:
+                open_rows.push(row, free)
+            held, last = [], kind
         free, index = open_rows.tightest(size), -1
-        if free >= 0 and copies.any:
+        if free >= 0 and search:
             free, index = without_copies(open_rows, copies, group, free)
         if free >= 0:
             row = open_rows.pop(free, index)
         else:
-            row, free, rows = rows, sequence_length, rows + 1
-        if free > size:
-            open_rows.push(row, free - size)
-        if copies.any:
+            row, free = len(room), sequence_length
+            room.append(most or len(sizes))
+        room[row] -= 1
+        if free > size and room[row]:
+            held.append((row, free - size))
+        if search:
             copies.add(row, group)
         placed.append(row)
     row_of = np.empty(len(sizes), np.int64)
     row_of[order] = np.frombuffer(placed, np.int64)
     return row_of
+
+
+MANY = 8  # an instruction with copies for at least one row in so many comes first
+
+
+def _wanted_by_many(members: np.ndarray, sizes: np.ndarray, sequence_length: int) -> np.ndarray:
+    """bool[G]: groups of one instruction that occurs in a good part of the rows."""
+    copies = np.bincount(members[:, 0])[members[:, 0]]
+    return (copies > 1) & (copies * sequence_length * MANY >= sizes.sum())
 
 
 def without_copies(open_rows: OpenRows, copies: Copies, group: int, free: int) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class Layout:
     def __post_init__(self) -> None:
         self._order = np.argsort(self.row_of, kind="stable")
         self._starts = np.append(0, np.cumsum(np.bincount(self.row_of, minlength=len(self.sizes))))
+        self.repeats = bool(packing.repeated_members(self.members).any())
 
     @property
     def pairs(self) -> int:
@@ -61,6 +62,11 @@ class Layout:
     def numbers(self, places: np.ndarray) -> np.ndarray:
         """The instructions at places, -1 for none."""
         return np.where(places < 0, -1, self.members.ravel()[places])
+
+
+def row_sizes(members: np.ndarray, row_of: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64[R]: the tokens of each row."""
+    return np.bincount(row_of, weights=lengths[members].sum(axis=1)).astype(np.int64)
 
 
 def shorten(layout: Layout, limit: int, rng: np.random.Generator) -> None:
@@ -99,6 +105,9 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     gain = layout.lengths[a] - layout.lengths[b]
     room = (limit - layout.sizes[partners]).reshape(len(long), each, 1, 1, 1)
     gain[(gain > room) | (a < 0) | (b < 0)] = 0
+    if layout.repeats:  # what stands in both rows stays, or one of them would hold it twice
+        same = a == b
+        gain[same.any(axis=3, keepdims=True) | same.any(axis=2, keepdims=True)] = 0
     shape = gain.shape[1:]
     gain = gain.reshape(len(long), -1)
     enough = gain >= (layout.sizes[long] - limit)[:, None]
@@ -107,12 +116,9 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     partner, i, j, column = np.unravel_index(choice, shape)
     left, right = ours[index, i, column], theirs[index, partner, j, column]
     taken = gain[index, choice]
-    ours_stand, theirs_stand = layout.numbers(ours), layout.numbers(theirs[index, partner])
-    flat = layout.members.reshape(-1)
-    copies = (ours_stand == flat[right][:, None, None]).any(axis=(1, 2))
-    copies |= (theirs_stand == flat[left][:, None, None]).any(axis=(1, 2))
-    done = np.flatnonzero((taken > 0) & ~copies)
+    done = np.flatnonzero(taken > 0)
     left, right, taken = left[done], right[done], taken[done]
+    flat = layout.members.reshape(-1)
     flat[left], flat[right] = flat[right], flat[left]
     layout.sizes[long[done]] -= taken
     layout.sizes[partners.reshape(-1, each)[done, partner[done]]] += taken
@@ -147,7 +153,56 @@ def repair_groups(
     members = members.copy()
     layout = Layout(members, np.arange(len(members)), sizes, lengths, same_column)
     shorten(layout, sequence_length, rng)
+    if same_column:
+        _match_anew(members, lengths, sequence_length, rng)
     return members
+
+
+# How many groups take part, for each one that is too long, until all of these fit.
+TAKE_PART = (8, 32, 128)
+
+
+def _match_anew(
+    members: np.ndarray, lengths: np.ndarray, limit: int, rng: np.random.Generator
+) -> None:
+    """Matches groups that no swap could mend with others anew, long instructions with short ones.
+
+    It changes `members` in place. Groups that still do not fit stay too long.
+    """
+    sizes = lengths[members].sum(axis=1, dtype=np.int64)
+    long = np.flatnonzero(sizes > limit)
+    others = rng.permutation(np.flatnonzero(sizes <= limit))
+    fewest = len(long)
+    for each in TAKE_PART:
+        if not fewest:
+            return
+        chosen = np.append(long, others[: each * len(long)])
+        matched = long_with_short(lengths[members[chosen]])
+        matched = np.take_along_axis(members[chosen], matched, axis=0)
+        still_long = int(np.count_nonzero(lengths[matched].sum(axis=1) > limit))
+        if still_long < fewest:
+            members[chosen], fewest = matched, still_long
+
+
+def long_with_short(lengths: np.ndarray) -> np.ndarray:
+    """Matches the values of columns so that the longest row is short: long ones with short ones.
+
+    The columns are added one after another, the most varied one first. Each gives its shortest
+    value to the row that is the longest so far.
+
+    Args:
+      lengths: int[G, W].
+
+    Returns:
+      int64[G, W]: for `np.take_along_axis(lengths, ..., axis=0)`.
+    """
+    order = np.empty(lengths.shape, np.int64)
+    rows = np.zeros(len(lengths), np.int64)
+    for column in np.argsort(-lengths.std(axis=0)):
+        longest_first = np.argsort(-rows, kind="stable")
+        order[longest_first, column] = np.argsort(lengths[:, column], kind="stable")
+        rows += lengths[order[:, column], column]
+    return order
 
 
 def _by_room(
@@ -177,6 +232,7 @@ def fill_rows(
     sequence_length: int,
     same_column: bool,
     rng: np.random.Generator,
+    most: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Removes rows and makes room for their groups in the other rows, by swaps.
 
@@ -190,6 +246,7 @@ def fill_rows(
       row_of: int64[G], the row of each group.
       lengths: int32[instructions] tokens of each instruction.
       same_column: swap only within a column (balanced: the instructions of one domain).
+      most: the largest number of groups in a row; None for any number.
 
     Returns:
       The new members and row_of.
@@ -199,7 +256,7 @@ def fill_rows(
     emptied = rows - -(-tokens // int(sequence_length * AIM))
     while emptied > 0:
         filled, now = _without_rows(
-            members, row_of, emptied, lengths, sequence_length, same_column, rng
+            members, row_of, emptied, lengths, sequence_length, same_column, rng, most
         )
         saved = rows - 1 - int(now.max())
         if saved >= WORTH * emptied:
@@ -216,6 +273,7 @@ def _without_rows(
     sequence_length: int,
     same_column: bool,
     rng: np.random.Generator,
+    most: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One try of `fill_rows`: the members and row_of after emptying `emptied` rows.
 
@@ -227,6 +285,8 @@ def _without_rows(
     number = np.full(len(by_size), -1)
     number[by_size[emptied:]] = np.arange(len(by_size) - emptied)  # hosts: the emptiest one first
     row_of, hosts = number[row_of], np.arange(len(by_size) - emptied)
+    if most:
+        hosts = hosts[np.bincount(row_of[row_of >= 0], minlength=len(hosts)) < most]
     for _ in range(HOSTS_TRIED):
         guests = _host(members, row_of, lengths, hosts)
         if not len(guests):
@@ -234,7 +294,7 @@ def _without_rows(
         hosts = np.setdiff1d(hosts, row_of[guests])
         placed = np.flatnonzero(row_of >= 0)
         inside = members[placed]
-        sizes = np.bincount(row_of[placed], weights=lengths[inside].sum(axis=1)).astype(np.int64)
+        sizes = row_sizes(inside, row_of[placed], lengths)
         layout = Layout(inside, row_of[placed], sizes, lengths, same_column)
         shorten(layout, sequence_length, rng)
         members[placed] = inside
@@ -243,7 +303,7 @@ def _without_rows(
     outside = np.flatnonzero(row_of < 0)
     if len(outside):
         sizes = lengths[members[outside]].sum(axis=1, dtype=np.int64)
-        own = packing.best_fit(members[outside], sizes, sequence_length)
+        own = packing.best_fit(members[outside], sizes, sequence_length, most)
         row_of[outside] = int(row_of.max()) + 1 + own
     return members, row_of
 

@@ -1,0 +1,147 @@
+"""Which instructions a group can hold: the others are left out before anything is drawn.
+
+A group must fit a row. A long instruction needs short partners, and there may be too few of them.
+Only the long instruction is then left out, never its partners.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from moi_jax.common.errors import UserError
+from moi_jax.config import Data
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.mixture import epoch_counts
+from moi_jax.data.planning.swaps import long_with_short
+
+log = logging.getLogger(__name__)
+
+GROUPS = 4096  # groups that stand for all groups of an epoch
+ROW_STEP = 64  # a proposed row length is a multiple of it
+PLACED = 0.99  # the share of the instructions that a proposed row length places
+
+
+def placeable(corpus: Corpus, data: Data, sequence_length: int | None = None) -> np.ndarray:
+    """bool[instructions]: False for those that no group can hold, in some stage.
+
+    First each instruction is tried with the shortest partners. Then groups of a whole epoch are
+    formed, the long instructions with the short ones. While groups are too long, each leaves out
+    the instruction that is furthest above the shortest one of its domain.
+
+    Args:
+      sequence_length: of the rows; None for data.sequence_length.
+
+    Returns:
+      All True if no group fits at all; planning refuses that.
+    """
+    limit = sequence_length or data.sequence_length
+    kept = np.ones(len(corpus.lengths), bool)
+    for stage in range(max(1, len(data.stages))):
+        for pool in _pools(corpus, data.of_stage(stage), limit):
+            kept[pool.numbers[pool.kept :]] = False
+    return kept
+
+
+@dataclass
+class _Pool:
+    """The instructions that may fill a column of the groups.
+
+    Attributes:
+      numbers: int64[n] global numbers, the shortest instruction first.
+      lengths: int32[n] tokens.
+      weights: float64[n], how often each is drawn in an epoch.
+      kept: only so many of the first are kept.
+    """
+
+    numbers: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray
+    kept: int
+
+    @classmethod
+    def of(cls, numbers: np.ndarray, corpus: Corpus, weights: np.ndarray) -> "_Pool":
+        order = numbers[np.argsort(corpus.lengths[numbers], kind="stable")]
+        return cls(order, corpus.lengths[order], weights[order], len(order))
+
+    def sample(self, count: int) -> np.ndarray:
+        """int32[count]: lengths at equal distances in the distribution of the kept ones."""
+        ends = np.cumsum(self.weights[: self.kept])
+        middles = (np.arange(count) + 0.5) / count * ends[-1]
+        return self.lengths[np.searchsorted(ends, middles)]
+
+
+def _pools(corpus: Corpus, data: Data, limit: int) -> list[_Pool]:
+    """The pool of each column, without the instructions that are left out."""
+    draws = epoch_counts(corpus, data)
+    weights = np.repeat(draws / np.maximum(corpus.counts, 1), corpus.counts)
+    numbers = np.arange(len(weights))
+    if data.sampling == "balanced":
+        pools = [_Pool.of(n, corpus, weights) for n in np.split(numbers, corpus.offsets[1:-1])]
+        groups = int(draws[0])
+    else:
+        assert data.chunk_size is not None  # resolved by the config
+        pools = [_Pool.of(numbers[weights > 0], corpus, weights)] * data.chunk_size
+        groups = max(1, int(draws.sum()) // data.chunk_size)
+    shortest = np.array([pool.lengths[0] for pool in pools])
+    if shortest.sum() <= limit:
+        for pool in pools:
+            longest = limit - shortest.sum() + pool.lengths[0]
+            pool.kept = int(np.searchsorted(pool.lengths, longest, side="right"))
+        _shorten(pools, shortest, min(groups, GROUPS), limit)
+    return pools
+
+
+def _shorten(pools: list[_Pool], shortest: np.ndarray, groups: int, limit: int) -> None:
+    """Leaves out long instructions until groups of those that are kept fit."""
+    while True:
+        samples = np.stack([pool.sample(groups) for pool in pools], axis=1)
+        lengths = np.take_along_axis(samples, long_with_short(samples), axis=0)
+        long = lengths[lengths.sum(axis=1) > limit]
+        if not len(long):
+            return
+        blamed = np.bincount((long - shortest).argmax(axis=1), minlength=len(pools))
+        for pool, count in zip(pools, blamed.tolist(), strict=True):
+            if count:  # half of them: the next groups are matched anew
+                pool.kept -= min(-(-count * pool.kept // (2 * groups)), pool.kept - 1)
+
+
+def check_placeable(corpus: Corpus, kept: np.ndarray, data: Data) -> None:
+    """Raises UserError if more than data.max_unplaceable of the instructions are left out."""
+    lost = len(kept) - int(np.count_nonzero(kept))
+    if lost <= data.max_unplaceable * len(kept):
+        return
+    of_domain = np.bincount(corpus.domain_of(np.flatnonzero(~kept)), minlength=len(corpus.names))
+    most = int(np.argmax(of_domain))
+    raise UserError(
+        f"{lost:,} of {len(kept):,} training instructions ({lost / len(kept):.1%}, most of them of "
+        f"domain {corpus.names[most]}) are too long to share a row of {data.sequence_length:,} "
+        f"tokens with their partners; set data.sequence_length to {_row_length(corpus, data):,}, "
+        f"which places {PLACED:.0%} of all, or data.max_unplaceable to 1 to train without these"
+    )
+
+
+def log_left_out(corpus: Corpus, kept: np.ndarray, data: Data) -> None:
+    """Logs a warning for each domain with instructions that are left out."""
+    lost = np.flatnonzero(~kept)
+    for domain, name in enumerate(corpus.names):
+        lengths = corpus.lengths[lost[corpus.domain_of(lost) == domain]]
+        if len(lengths):
+            log.warning(
+                f"domain {name}: {len(lengths):,} instructions of {lengths.min():,} tokens and "
+                f"more are left out, because no group of {data.sequence_length:,} tokens can hold "
+                f"them; raise data.sequence_length or lower data.max_instruction_tokens"
+            )
+
+
+def _row_length(corpus: Corpus, data: Data) -> int:
+    """The shortest row, in steps of ROW_STEP, that places PLACED of the instructions."""
+    too_short = data.sequence_length // ROW_STEP
+    enough = too_short + -(-int(corpus.lengths.max()) * len(corpus.names) // ROW_STEP)
+    while enough - too_short > 1:
+        middle = (too_short + enough) // 2
+        if placeable(corpus, data, middle * ROW_STEP).mean() >= PLACED:
+            enough = middle
+        else:
+            too_short = middle
+    return enough * ROW_STEP

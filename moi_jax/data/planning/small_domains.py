@@ -1,0 +1,180 @@
+"""Small domains: their few instructions are dealt out so that no row holds one of them twice.
+
+A domain of n instructions allows n chunks in a row. If rows hold nearly as many, a search for a row
+without copies fails for most chunks. So the rows are made first, as if all instructions were
+different, with at most n chunks each. Then the places of the small domain in these rows are filled
+again: each instruction goes to as many rows as it was drawn times. If draw counts differ by at most
+one, that is always possible (Gale 1957, Ryser 1957).
+"""
+
+import numpy as np
+
+from moi_jax.data.planning import packing, swaps
+
+# A search finds rows without copies if the domain has this many times the chunks of a row.
+SMALL = 4
+# Once a domain is small, all domains up to this many times the chunks of a row are dealt out.
+DEALT = 64
+JITTER = (
+    0.1  # of the mean length: among rows that suit an instruction about equally, chance decides
+)
+
+
+def place_chunks(
+    members: np.ndarray, lengths: np.ndarray, limit: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Best fit of balanced chunks; a row holds no instruction twice, however small a domain is.
+
+    Args:
+      members: int64[G, W] global instruction numbers, a domain in each column; not changed.
+      lengths: int32[instructions] tokens of each instruction.
+      limit: the tokens of a row.
+
+    Returns:
+      The new members, and int64[G], the row of each chunk.
+    """
+    chunks, tokens = len(members), int(lengths[members].sum(dtype=np.int64))
+    a_row = min(chunks, chunks * limit / tokens)
+    distinct = [int(np.count_nonzero(np.bincount(column))) for column in members.T]
+    cycled = [column for column, n in enumerate(distinct) if n < chunks]
+    most = min((distinct[column] for column in cycled), default=chunks)
+    if most >= SMALL * a_row:
+        return _fitted(members, lengths, limit, None, rng)
+    dealt = [column for column in cycled if distinct[column] < DEALT * a_row]
+    # As if all were different: every place that is dealt out has a number of its own.
+    apart, apart_lengths = members.copy(), [lengths]
+    for number, column in enumerate(dealt):
+        apart[:, column] = len(lengths) + number * chunks + np.arange(chunks)
+        apart_lengths.append(lengths[members[:, column]])
+    of_place = np.concatenate([np.arange(len(lengths)), *members[:, dealt].T])
+    by_rule, by_tokens = -(-chunks // most), -(-tokens // int(limit * swaps.AIM))
+    best = None
+    for arrange in (_evenly_spread, _fitted) if by_rule > by_tokens else (_fitted, _evenly_spread):
+        chosen, row_of = arrange(apart, np.concatenate(apart_lengths), limit, most, rng)
+        chosen = of_place[chosen]
+        for column in dealt:
+            chosen[:, column] = deal(chosen[:, column], row_of, lengths, rng)
+        if (lengths[chosen].sum(axis=1) > limit).any():
+            continue  # other partners made a chunk longer than a row
+        chosen, row_of = _mended(chosen, row_of, lengths, limit, most, rng)
+        if best is None or row_of.max() < best[1].max():
+            best = chosen, row_of
+        if row_of.max() < max(by_rule, by_tokens):
+            break
+    return best or _fitted(members, lengths, limit, None, rng)
+
+
+def _fitted(
+    members: np.ndarray,
+    lengths: np.ndarray,
+    limit: int,
+    most: int | None,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as full as best fit and swaps make them, with at most `most` chunks."""
+    sizes = lengths[members].sum(axis=1, dtype=np.int64)
+    row_of = packing.best_fit(members, sizes, limit, most)
+    return swaps.fill_rows(members, row_of, lengths, limit, True, rng, most)
+
+
+def _evenly_spread(
+    members: np.ndarray, lengths: np.ndarray, limit: int, most: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The fewest rows that `most` and `limit` allow, with equal numbers of chunks and of tokens.
+
+    A row may be too long.
+    """
+    sizes = lengths[members].sum(axis=1, dtype=np.int64)
+    rows = max(-(-len(sizes) // most), -(-int(sizes.sum()) // int(limit * swaps.AIM)))
+    order = np.argsort(-sizes, kind="stable")
+    row_of, tokens = np.empty(len(sizes), np.int64), np.zeros(rows, np.int64)
+    for start in range(0, len(sizes), rows):  # a chunk for every row, the longest to the emptiest
+        batch = order[start : start + rows]
+        emptiest = np.argsort(tokens, kind="stable")[: len(batch)]
+        row_of[batch] = emptiest
+        tokens[emptiest] += sizes[batch]
+    return members, row_of
+
+
+def deal(
+    column: np.ndarray, row_of: np.ndarray, lengths: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Deals the instructions of a column to its places again, so that no row holds one twice.
+
+    Each row keeps about the tokens that it has. If draw counts differ by more than one, a few
+    instructions may still stand twice in a row.
+
+    Args:
+      column: int64[G] instructions, many of them several times.
+      row_of: int64[G], the row of each place.
+    """
+    instructions, index, counts = np.unique(column, return_inverse=True, return_counts=True)
+    n, of = len(instructions), lengths[instructions]
+    before, place = np.unique(row_of * n + index, return_index=True)  # the pairs (row, instruction)
+    places, wanted = np.bincount(row_of), np.bincount(row_of, weights=lengths[column])
+    dealt = []
+    longest_first = np.lexsort((rng.random(n), -of))
+    for left, i in zip(range(n, 0, -1), longest_first, strict=True):
+        suits = wanted / np.maximum(places, 1) + JITTER * of.mean() * rng.random(len(places))
+        suits[before[before % n == i] // n] += of[0] + of.max()  # where it stands already
+        suits[places == left] = np.inf  # this row needs each of the instructions that are left
+        suits[places == 0] = -np.inf
+        rows = np.argsort(-suits)[: counts[i]]
+        rows = rows[places[rows] > 0]
+        dealt.append(rows * n + i)
+        places[rows] -= 1
+        wanted[rows] -= of[i]
+    pairs = np.concatenate(dealt)
+    # What is left, where draw counts differ by more than one.
+    over = np.repeat(np.arange(n), counts - np.bincount(pairs % n, minlength=n))
+    kept = np.isin(before, pairs)
+    pairs = pairs[~np.isin(pairs, before)]
+    pairs = np.append(pairs, np.repeat(np.arange(len(places)), places) * n + over)
+    filled = np.full_like(column, -1)
+    filled[place[kept]] = column[place[kept]]
+    empty = np.flatnonzero(filled < 0)
+    empty = empty[np.lexsort((rng.random(len(empty)), row_of[empty]))]
+    filled[empty] = instructions[pairs[np.argsort(pairs // n, kind="stable")] % n]
+    return filled
+
+
+def _mended(
+    members: np.ndarray,
+    row_of: np.ndarray,
+    lengths: np.ndarray,
+    limit: int,
+    most: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows within the limit and without copies: by swaps, then by moving chunks to other rows."""
+    layout = swaps.Layout(
+        members.copy(), row_of, swaps.row_sizes(members, row_of, lengths), lengths, True
+    )
+    swaps.shorten(layout, limit, rng)
+    members, row_of = layout.members, row_of.copy()
+    moved = _misplaced(members, row_of, lengths, limit)
+    if len(moved):
+        sizes = lengths[members[moved]].sum(axis=1, dtype=np.int64)
+        row_of[moved] = row_of.max() + 1 + packing.best_fit(members[moved], sizes, limit, most)
+        _, row_of = np.unique(row_of, return_inverse=True)
+    return swaps.fill_rows(members, row_of, lengths, limit, True, rng, most)
+
+
+def _misplaced(
+    members: np.ndarray, row_of: np.ndarray, lengths: np.ndarray, limit: int
+) -> np.ndarray:
+    """The chunks to move, so that the others fit their rows and no row holds a copy."""
+    keys = row_of[:, None] * len(lengths) + members
+    _, first = np.unique(keys, return_index=True)
+    copy = np.ones(keys.size, bool)
+    copy[first] = False
+    moved = np.any(copy.reshape(keys.shape), axis=1)
+    sizes = lengths[members].sum(axis=1, dtype=np.int64)
+    # The longest chunks of a row stay, as many as fit.
+    order = np.lexsort((-sizes, row_of))
+    order = order[~moved[order]]
+    ends = np.cumsum(sizes[order])
+    starts = np.searchsorted(row_of[order], np.arange(row_of.max() + 1))
+    before = np.append(0, ends)[starts][row_of[order]]
+    moved[order[ends - before > limit]] = True
+    return np.flatnonzero(moved)
