@@ -13,7 +13,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Source
 from moi_jax.data.sources.formats import FORMATS, to_conversation
 from moi_jax.data.sources.readers import SourceFile
-from moi_jax.data.sources.rows import SourceRow, convert, detect_format, expand
+from moi_jax.data.sources.rows import SourceRow, detect_format, expand, source_rows
 from moi_jax.text.conversations import BadRow, Conversation, Message, content_hash
 
 # A slow machine is no failure.
@@ -45,7 +45,7 @@ def file_of(path: Path, content: bytes) -> SourceFile:
 
 
 def rows_of(file: SourceFile, form: str | None) -> list[SourceRow]:
-    return [convert(row, form) for row in file.rows()]
+    return list(source_rows(file, form))
 
 
 def read(path: Path, content: bytes) -> list[SourceRow]:
@@ -246,10 +246,8 @@ def test_format_is_detected_behind_a_row_of_another_shape(tmp_path: Path) -> Non
 
 
 def test_unknown_keys_are_refused_with_the_formats_known(tmp_path: Path) -> None:
-    file = file_of(tmp_path / "a.jsonl", b'{"prompt": "a", "completion": "b"}')
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:1: .*'completion', 'prompt'.*messages.*text_code"
-    ):
+    file = file_of(tmp_path / "a.jsonl", b'{"ask": "a", "reply": "b"}')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*'ask', 'reply'.*messages.*text_code"):
         detect_format(file)
 
 

@@ -11,6 +11,9 @@ from moi_jax.text.conversations import BadRow, Message, Role
 CHAT_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES: dict[str, Role] = {**CHAT_ROLES, "human": "user", "gpt": "assistant"}
 CALLING, RETURNING = "function_call", {"tool", "function", "observation"}
+# The keys of an assistant's turn that hold its reasoning, under the names that APIs give it.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+WEIGHTS = ("weight", "loss_weight")  # of OpenAI, of LLaMA-Factory
 
 Reader = Callable[[Mapping[str, Any]], list[Event]]
 
@@ -46,13 +49,12 @@ def _part(part: Any) -> tuple[str, str]:
 
 
 def is_trained(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn is trained on, by its keys `weight` and `train`."""
-    weight, train = turn.get("weight"), turn.get("train")
-    if weight not in (None, 0, 1) or train not in (None, False, True):
-        raise BadRow(
-            "bad_weight", f"weight {shown(weight)}, train {shown(train)}; use 0 or 1, true or false"
-        )
-    return weight != 0 and train is not False
+    """Whether a turn is trained on, by its keys `weight`, `loss_weight` and `train`."""
+    weights, train = [turn.get(key) for key in WEIGHTS], turn.get("train")
+    if any(weight not in (None, 0, 1) for weight in weights) or train not in (None, False, True):
+        given = ", ".join(f"{key} {shown(turn[key])}" for key in (*WEIGHTS, "train") if key in turn)
+        raise BadRow("bad_weight", f"{given}; use 0 or 1, true or false")
+    return 0 not in weights and train is not False
 
 
 def turns(key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> Reader:
@@ -94,8 +96,9 @@ def _assistant(turn: Mapping[str, Any], key: str) -> Iterator[Event]:
     calls: list[Call] = []
     if listed := turn.get("tool_calls") or turn.get("function_call"):
         calls += _calls(listed, train)
-    if turn.get("reasoning_content"):
-        yield Thought(text_of(turn, "reasoning_content"), train)
+    # Some APIs give the same text under two names.
+    reasoning = [text_of(turn, name) for name in REASONING if turn.get(name)]
+    yield from (Thought(text, train) for text in dict.fromkeys(reasoning))
     text = ""
     if isinstance(content, list):
         parts = [_part(part) for part in content]
