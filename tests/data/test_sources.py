@@ -274,10 +274,10 @@ def test_expand_sorts_below_the_root_and_refuses_an_empty_match(
 ROLES = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", "function_call"])
 TEXTS = st.text(max_size=5) | st.sampled_from(['{"name": "f", "arguments": {}}', "[]", "text"])
 KEYS = sorted({key for form in FORMATS.values() for s in form.signatures for key in s})
-KEYS += ["tools", "functions", "system", "history", "input"]
+KEYS += ["tools", "functions", "system", "system_prompt", "history", "input", "context"]
 INNER = ["role", "from", "content", "value", "weight", "reasoning_content", "tool_calls"]
 INNER += ["function_call", "function", "name", "arguments", "type", "text", "replies", "rank"]
-INNER += ["train_messages", "output"]
+INNER += ["train_messages", "output", "reasoning", "thinking", "loss_weight", "label"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | ROLES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(INNER), inner),

@@ -55,9 +55,10 @@ def _tell_unread(path: str, files: list[str], folders: list[str]) -> None:
     """Warns of directories that a glob matches, but no file in them."""
     entered = {str(parent) for name in files for parent in Path(name).parents}
     if unread := [folder for folder in folders if str(Path(folder)) not in entered]:
+        listed = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if unread[3:] else "")
         log.warning(
-            f"{path!r} matches {len(unread)} directories whose files are not read, such as "
-            f"{unread[0]}; to read them, give the directory itself as a path"
+            f"{path!r} matches directories, whose files are not read: {listed}; to read them, give "
+            f"the directory itself as a path"
         )
 
 

@@ -42,7 +42,7 @@ def table_rows(
         except StopIteration:
             return
         except csv.Error as error:
-            bad, size = BadRow("bad_table", f"{error}"), text.size - before
+            bad, size = BadRow("bad_table", str(error)), text.size - before
             # In the middle of a cell nobody knows where the next row begins.
             if not names or size > most:
                 raise bad from None
