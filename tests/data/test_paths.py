@@ -62,6 +62,7 @@ def test_glob_tells_the_directories_that_it_does_not_read(
 @pytest.mark.parametrize("path", ["d", "d/**/*.jsonl", "**"])
 def test_links_in_a_circle_are_refused_by_name(root: Path, path: str) -> None:
     (root / "d" / "e" / "up").symlink_to(root / "d")
+    (root / "d" / "e" / "itself").symlink_to("itself")
     with pytest.raises(UserError, match=r"a symbolic link leads from .*d/e/up back to .*/d, which"):
         files(root, path)
     assert files(root, "d/*.jsonl") == ["d/b.jsonl"]

@@ -102,6 +102,14 @@ def test_table_whose_columns_have_no_names_is_one_bad_row(
     assert read(file_of(tmp_path / "a.csv", header + b"1,2\n3,4\n")) == [(1, reason)]
 
 
+def test_compressed_table_cut_short_keeps_the_rows_before_and_tells(tmp_path: Path) -> None:
+    rows = [{"question": f"{n} + 1?", "answer": str(hash((n, n)))} for n in range(500)]
+    whole = gzip.compress(table(rows))
+    found = read(file_of(tmp_path / "a.csv.gz", whole[: len(whole) // 2]))
+    assert [row for _, row in found] == [*rows[: len(found) - 1], "cut_short"]
+    assert len(found) > 100
+
+
 def test_content_goes_before_the_name(tmp_path: Path) -> None:
     lines = b'{"question": "1", "answer": "2"}\n' * 2
     file = file_of(tmp_path / "a.csv", lines)

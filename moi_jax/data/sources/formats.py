@@ -34,7 +34,8 @@ class Format(NamedTuple):
     Attributes:
       signatures: a row has the format if it has all keys of one of these sets.
       events: turns a row into events.
-      optional: keys that are read too, besides `SYSTEM` and the keys of tools.
+      optional: keys that are read too, besides `SYSTEM` and the keys of tools, or that are known
+        to hold nothing to train on.
       turns: the keys that hold lists of turns.
       unwrap: first turns a nested row into the plain row that it holds.
       join: before that, joins the rows of a file that belong together.
@@ -161,8 +162,18 @@ FORMATS = {
         pairs.prompt_completion,
         turns=("prompt", "completion", "response"),
     ),
-    "toolbench": Format(_keys("answer_generation"), _messages, unwrap=nested.toolbench),
-    "oasst": Format(_keys("message_tree_id prompt"), _messages, unwrap=nested.oasst),
+    "toolbench": Format(
+        _keys("answer_generation"),
+        _messages,
+        optional=frozenset({"compare_candidates"}),
+        unwrap=nested.toolbench,
+    ),
+    "oasst": Format(
+        _keys("message_tree_id prompt"),
+        _messages,
+        optional=frozenset({"tree_state"}),
+        unwrap=nested.oasst,
+    ),
     "oasst_messages": Format(
         _keys("message_id parent_id role text"),
         _messages,

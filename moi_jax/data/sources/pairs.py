@@ -80,17 +80,24 @@ def multiple_choice(row: Row) -> list[Event]:
 
 
 def _choices(value: Any) -> tuple[list[str], list[str]]:
-    """(labels, texts) of a list of texts, of {"label": [...], "text": [...]}, or of their JSON."""
+    """(labels, texts) of the choices, or of their JSON text.
+
+    They are ["3", "4"], {"A": "3", "B": "4"} or {"label": ["A", "B"], "text": ["3", "4"]}.
+    """
     if isinstance(value, str):
         value = decode(value, "bad_choices")
-    texts = value.get("text") if isinstance(value, dict) else value
-    if not _are_texts(texts):
+    labels: Any = None
+    if isinstance(value, dict) and "text" in value:
+        labels, value = value.get("label"), value["text"]
+    elif isinstance(value, dict):
+        labels, value = list(value), list(value.values())
+    if not _are_texts(value):
         raise BadRow("bad_choices", f"the choices are not texts: {shown(value)}")
-    letters = list(string.ascii_uppercase[: len(texts)])
-    labels = value.get("label", letters) if isinstance(value, dict) else letters
-    if not _are_texts(labels) or len(labels) != len(texts):
-        raise BadRow("bad_choices", f"not every one of the {len(texts)} choices has a label")
-    return labels, texts
+    if labels is None:
+        labels = list(string.ascii_uppercase[: len(value)])
+    if not _are_texts(labels) or len(labels) != len(value):
+        raise BadRow("bad_choices", f"not every one of the {len(value)} choices has a label")
+    return labels, value
 
 
 def _are_texts(value: Any) -> TypeGuard[list[str]]:

@@ -78,7 +78,7 @@ def _refuse_loops_below(directory: Path, above: frozenset[Path]) -> None:
             f"the link, or name the files of the source without '**'"
         )
     try:
-        folders = [Path(entry) for entry in os.scandir(directory) if entry.is_dir()]
+        folders = [path for path in directory.iterdir() if path.is_dir()]
     except OSError:  # a glob passes over what it may not read
         return
     for folder in folders:

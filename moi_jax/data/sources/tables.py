@@ -13,7 +13,7 @@ SEPARATORS = {"csv": ",", "tsv": "\t"}
 
 
 def table_kind(path: Path) -> str | None:
-    """ "csv" or "tsv" by the ending of the name, before .gz or .zst; None for another file."""
+    """The ending csv or tsv of a name, perhaps before .gz or .zst; None for another ending."""
     endings = [ending.lower() for ending in path.suffixes]
     if endings and endings[-1] in (".gz", ".zst"):
         endings.pop()

@@ -13,7 +13,8 @@ SHAREGPT_ROLES: dict[str, Role] = {**CHAT_ROLES, "human": "user", "gpt": "assist
 CALLING, RETURNING = "function_call", {"tool", "function", "observation"}
 # The keys of an assistant's turn that hold its reasoning, under the names that APIs give it.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-WEIGHTS = ("weight", "loss_weight")  # of OpenAI, of LLaMA-Factory
+# The keys that say whether a turn is trained on: of OpenAI, of LLaMA-Factory, of Axolotl.
+MARKS = ("weight", "loss_weight", "train")
 
 Reader = Callable[[Mapping[str, Any]], list[Event]]
 
@@ -50,11 +51,11 @@ def _part(part: Any) -> tuple[str, str]:
 
 def is_trained(turn: Mapping[str, Any]) -> bool:
     """Whether a turn is trained on, by its keys `weight`, `loss_weight` and `train`."""
-    weights, train = [turn.get(key) for key in WEIGHTS], turn.get("train")
-    if any(weight not in (None, 0, 1) for weight in weights) or train not in (None, False, True):
-        given = ", ".join(f"{key} {shown(turn[key])}" for key in (*WEIGHTS, "train") if key in turn)
+    marks = {key: turn[key] for key in MARKS if key in turn}
+    if any(mark not in (None, 0, 1) for mark in marks.values()):
+        given = ", ".join(f"{key} {shown(mark)}" for key, mark in marks.items())
         raise BadRow("bad_weight", f"{given}; use 0 or 1, true or false")
-    return 0 not in weights and train is not False
+    return 0 not in marks.values()
 
 
 def turns(key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> Reader:
