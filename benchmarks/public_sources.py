@@ -15,7 +15,16 @@ from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import detect_format, expand, source_rows
 from moi_jax.text.conversations import BadRow, content_hash
 
-PATTERNS = ("**/*.json", "**/*.jsonl", "**/*.gz", "**/*.zst", "**/*.parquet", "**/*array_record*")
+PATTERNS = (
+    "**/*.json",
+    "**/*.jsonl",
+    "**/*.csv",
+    "**/*.tsv",
+    "**/*.gz",
+    "**/*.zst",
+    "**/*.parquet",
+    "**/*array_record*",
+)
 
 
 def table_row(file: SourceFile, seen: set[int]) -> str:
