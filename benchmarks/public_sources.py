@@ -12,10 +12,19 @@ from pathlib import Path
 from moi_jax.common.errors import UserError
 from moi_jax.config import Source
 from moi_jax.data.sources.readers import SourceFile
-from moi_jax.data.sources.rows import convert, detect_format, expand
+from moi_jax.data.sources.rows import detect_format, expand, source_rows
 from moi_jax.text.conversations import BadRow, content_hash
 
-PATTERNS = ("**/*.json", "**/*.jsonl", "**/*.gz", "**/*.zst", "**/*.parquet", "**/*array_record*")
+PATTERNS = (
+    "**/*.json",
+    "**/*.jsonl",
+    "**/*.csv",
+    "**/*.tsv",
+    "**/*.gz",
+    "**/*.zst",
+    "**/*.parquet",
+    "**/*array_record*",
+)
 
 
 def table_row(file: SourceFile, seen: set[int]) -> str:
@@ -26,7 +35,7 @@ def table_row(file: SourceFile, seen: set[int]) -> str:
         return f"| {file.name} | refused | | | {str(error).split(': ', 1)[1].split(';')[0]} |"
     read = trimmed = 0
     dropped: Counter[str] = Counter()
-    for row in (convert(raw, form) for raw in file.rows()):
+    for row in source_rows(file, form):
         read += 1
         trimmed += row.trimmed
         if isinstance(row.conversation, BadRow):

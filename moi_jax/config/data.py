@@ -22,7 +22,7 @@ class HeldOut(Section):
 class Source(Section):
     """Rows of one domain: files, a TFDS builder or a Hugging Face dataset (exactly one)."""
 
-    path: str | None = None  # a glob below data.root
+    path: str | None = None  # a glob or a directory below data.root
     tfds: str | None = None  # a TFDS builder: name or name/config
     hf: str | None = None  # a dataset of the Hugging Face hub by its id, or a local directory
     manual_dir: Path | None = None  # tfds only: local copies of its files, below data.root

@@ -12,7 +12,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Source
 from moi_jax.config.load import make_config
 from moi_jax.data.sources.readers import SourceFile, parse
-from moi_jax.data.sources.rows import convert, detect_format, expand
+from moi_jax.data.sources.rows import detect_format, expand, source_rows
 from moi_jax.text.conversations import Conversation, Message
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="the extra tfds is not installed")
@@ -112,7 +112,7 @@ def test_rows_come_in_order_numbered_from_one_with_their_keys(source, tmp_path):
     assert total / 3 < file.size < total * 3
     assert not file.splittable
     assert detect_format(file) == "question_answer"
-    row = convert(next(file.rows()), "question_answer")
+    row = next(source_rows(file, "question_answer"))
     assert row.conversation == Conversation(
         (Message("user", ROWS[0]["question"]), Message("assistant", "#### 0"))
     )

@@ -1,6 +1,7 @@
 """Formats: what each becomes, tool calls in ReAct form, and the page that documents them."""
 
 import json
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -92,8 +93,105 @@ def test_alpaca_history_is_the_earlier_turns() -> None:
 def test_reasoning_without_tools_is_a_think_block() -> None:
     expected = "<think>\nTwo and two.\n</think>\n\n4"
     parts = [{"type": "reasoning", "value": "Two and two."}, {"type": "text", "value": "4"}]
-    assert answer(chat({**GPT, "reasoning_content": "Two and two."})) == expected
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        assert answer(chat({**GPT, key: "Two and two."})) == expected
     assert answer(chat({**GPT, "content": parts})) == expected
+
+
+def test_reasoning_under_two_keys_is_used_once_if_it_is_equal() -> None:
+    both = {**GPT, "reasoning": "Add.", "reasoning_content": "Add."}
+    assert answer(chat(both)) == "<think>\nAdd.\n</think>\n\n4"
+    both["reasoning"] = "Then check."
+    assert answer(chat(both)) == "<think>\nAdd.\n\nThen check.\n</think>\n\n4"
+
+
+NOVEL = "Emma is a novel by Jane Austen."
+CHOICES = {"question": "2 + 2?", "choices": ["3", "4", "22"]}
+LETTERS = "2 + 2?\n\nA. 3\nB. 4\nC. 22"
+LABELLED = {"text": ["3", "4"], "label": ["1", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "expected"),
+    [
+        ({"instruction": "Who?", "context": NOVEL, "response": "Jane", "category": "closed_qa"},
+         f"Who?\n\n{NOVEL}", "Jane"),
+        ({"instruction": "Who?", "context": "", "response": "Jane"}, "Who?", "Jane"),
+        ({"instruction": "Who?", "input": " \n", "output": "Jane"}, "Who?", "Jane"),
+        ({"instruction": "Who?", "input": "Say.", "context": NOVEL, "output": "Jane"},
+         f"Who?\n\nSay.\n\n{NOVEL}", "Jane"),
+        ({"context": NOVEL, "question": "Who?", "answer": "Jane"}, f"{NOVEL}\n\nWho?", "Jane"),
+        ({"question": "Who?", "answer": None, "response": "Jane"}, "Who?", "Jane"),
+        ({"question": "Who?", "output": "Jane"}, "Who?", "Jane"),
+        ({**CHOICES, "answer": 1, "subject": "maths"}, LETTERS, "B. 4"),
+        ({**CHOICES, "answer": "C"}, LETTERS, "C. 22"),
+        ({**CHOICES, "answer": " 22"}, LETTERS, "C. 22"),
+        ({**CHOICES, "answer": "0"}, LETTERS, "A. 3"),
+        ({**CHOICES, "choices": '["3", "4", "22"]', "answer": "4"}, LETTERS, "B. 4"),
+        ({**CHOICES, "choices": LABELLED, "answerKey": "2"}, "2 + 2?\n\n1. 3\n2. 4", "2. 4"),
+        ({"question": "2 + 2?", "options": {"X": "3", "Y": "4"}, "answer": "4"},
+         "2 + 2?\n\nX. 3\nY. 4", "Y. 4"),
+        ({"question": "2 + 2?", "options": ["3", "4", "22"], "answer": "B", "context": "Add."},
+         f"Add.\n\n{LETTERS}", "B. 4"),
+        ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", " 4"),
+        ({"prompt": "2 + 2?", "response": "4"}, "2 + 2?", "4"),
+    ],
+)  # fmt: skip
+def test_row_of_a_known_form_is_its_question_and_answer(
+    row: dict[str, Any], question: str, expected: str
+) -> None:
+    assert turns_of(row) == (Message("user", question), Message("assistant", expected))
+
+
+@pytest.mark.parametrize("keys", ["instruction output", "question response", "prompt completion"])
+def test_system_prompt_of_a_row_is_its_system_text(keys: str) -> None:
+    row = dict(zip(keys.split(), ["2 + 2?", "4"], strict=True))
+    assert turns_of({**row, "system_prompt": "Be brief."}) == (
+        Message("system", "Be brief."), *PLAIN,
+    )  # fmt: skip
+    assert turns_of({**row, "system_prompt": "", "system": None}) == PLAIN
+    with pytest.raises(BadRow, match="system_not_first"):
+        turns_of({**row, "system_prompt": "One.", "system": "Two."})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**CHOICES, "answer": 3},
+        {**CHOICES, "answer": -1},
+        {**CHOICES, "answer": True},
+        {**CHOICES, "answer": None},
+        {**CHOICES, "answer": "D"},
+        {**CHOICES, "choices": None, "answer": 0},
+        {**CHOICES, "choices": [], "answer": 0},
+        {**CHOICES, "choices": {}, "answer": 0},
+        {**CHOICES, "choices": [3, 4], "answer": 0},
+        {**CHOICES, "choices": "3, 4", "answer": 0},
+        {**CHOICES, "choices": {"text": ["3", "4"], "label": ["A"]}, "answer": 0},
+        {**CHOICES, "choices": [str(n) for n in range(27)], "answer": 0},
+    ],
+)
+def test_answer_that_is_none_of_the_choices_is_bad(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRow, match="bad_choices"):
+        turns_of(row)
+
+
+def test_prompt_and_completion_of_turns_train_the_completion_alone() -> None:
+    row = {"prompt": [USER, GPT, USER], "completion": [GPT, USER, GPT]}
+    untrained = Message("assistant", "4", train=False)
+    assert turns_of(row) == (PLAIN[0], untrained, *PLAIN, *PLAIN)
+    called = chat(calling(CALL), tool("4"), {**GPT, "content": "It is 4."}, USER)["messages"]
+    (_, trajectory, _, last) = turns_of({"prompt": called, "completion": "4"})
+    assert (trajectory.train, last) == (False, PLAIN[1])
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight"])
+def test_turn_with_a_weight_of_zero_is_not_trained(key: str) -> None:
+    row = chat({**GPT, key: 0.0}, {**USER, key: 0.0}, {**GPT, key: 1.0}, {**USER, key: 1}, GPT)
+    trained = [m.train for m in turns_of(row) if m.role == "assistant"]
+    assert trained == [False, True, True]
+    with pytest.raises(BadRow, match=f"bad_weight: {key} 0.5; use 0 or 1"):
+        turns_of(chat({**GPT, key: 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +335,50 @@ def test_oasst_tree_is_its_best_ranked_path_up_to_an_assistant() -> None:
     assert [m.content for m in turns_of(row)] == ["2 + 2?", "4", "Sure?", "No."]
 
 
+def flat(tree: dict[str, Any], parent: str | None = None) -> list[dict[str, Any]]:
+    """The messages of a tree, one in each row, as OpenAssistant's flat files have them."""
+    name = f"{parent or ''}/{tree['text']}"
+    row = {"message_id": name, "parent_id": parent, "message_tree_id": "t", **tree}
+    replies = row.pop("replies")
+    return [row, *(message for reply in replies for message in flat(reply, name))]
+
+
+def test_flat_messages_are_read_as_the_trees_that_they_form(tmp_path: Path) -> None:
+    trees = [
+        node("2 + 2?", None, node("22", 1), node("4", 0, node("Sure?", None, node("Yes.", None)))),
+        node("Hi?", None, node("Bye.", math.nan), node("Hello.", 0), node("No.", 1, deleted=True)),
+        node("Alone?"),
+    ]
+    nested = [
+        to_conversation({"message_tree_id": "t", "prompt": tree}, FORMATS["oasst"])
+        for tree in trees[:2]
+    ]
+    rows_ = [message for tree in trees for message in flat(tree)]
+    lost = {"message_id": "x", "parent_id": "gone", "role": "assistant", "text": "Lost."}
+    lines = [json.dumps(row).replace("NaN", "null") for row in [*rows_[:3], lost, *rows_[3:]]]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{oops"]))
+    file = SourceFile("a.jsonl", tmp_path / "a.jsonl")
+    assert rows.detect_format(file) == "oasst_messages"
+    assert not rows.splittable(file, "oasst_messages")
+    found = list(rows.source_rows(file, "oasst_messages"))
+    kept = [
+        (row.conversation, row.trimmed)
+        for row in found
+        if isinstance(row.conversation, Conversation)
+    ]
+    assert kept == nested
+    bad = [
+        (row.line, row.conversation.reason) for row in found if isinstance(row.conversation, BadRow)
+    ]
+    assert sorted(bad) == [(4, "unknown_parent"), (11, "no_assistant"), (12, "invalid_json")]
+    assert sum(row.size for row in found) == file.size
+
+
+def test_rank_that_pandas_wrote_as_nan_is_no_rank() -> None:
+    tree = node("2 + 2?", None, node("22", math.nan), node("4", 0.0))
+    assert turns_of({"message_tree_id": "x", "prompt": tree}) == PLAIN
+
+
 def test_oasst_tree_of_any_depth_is_read() -> None:
     tree: dict[str, Any] = {}
     for depth in range(20_000, 0, -1):
@@ -289,8 +431,8 @@ def test_row_of_the_page_is_read_as_the_page_says(
     (tmp_path / "row.json").write_text(row, encoding="utf-8")
     file = SourceFile("row.json", tmp_path / "row.json")
     assert rows.detect_format(file) == name
-    (raw,) = file.rows()
-    conversation = rows.convert(raw, name).conversation
+    (found,) = rows.source_rows(file, name)
+    conversation = found.conversation
     assert isinstance(conversation, Conversation), conversation
     assert rendered(conversation) == text
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from moi_jax.common.errors import UserError
 from moi_jax.data.sources import containers
 from moi_jax.data.sources.readers import SourceFile, parse
-from moi_jax.data.sources.rows import convert, detect_format
+from moi_jax.data.sources.rows import detect_format, source_rows
 from moi_jax.text.conversations import BadRow
 
 ROWS = [{"question": f"{n} + 1?\n", "answer": "é" * n} for n in range(40)]
@@ -155,7 +155,7 @@ def test_damaged_compressed_file_is_told(tmp_path: Path) -> None:
 def test_rows_before_a_cut_convert_and_the_cut_is_a_bad_row(tmp_path: Path) -> None:
     file = written(tmp_path / "a", gzip.compress(LINES)[:-12])
     form = detect_format(file)
-    rows = [convert(row, form).conversation for row in file.rows()]
+    rows = [row.conversation for row in source_rows(file, form)]
     assert form == "question_answer"
     assert rows[-1].reason == "cut_short"
 
@@ -276,8 +276,8 @@ def test_giant_row_is_never_held_whole(
 
 
 def test_parquet_without_known_columns_is_refused_by_its_columns(tmp_path: Path) -> None:
-    parquet(tmp_path / "a.parquet", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(UserError, match=r"a\.parquet:1: no known format has the keys 'completion'"):
+    parquet(tmp_path / "a.parquet", [{"ask": "a", "reply": "b"}])
+    with pytest.raises(UserError, match=r"a\.parquet:1: no known format has the keys 'ask'"):
         detect_format(SourceFile("a.parquet", tmp_path / "a.parquet"))
 
 
@@ -290,8 +290,8 @@ def test_nested_columns_of_parquet_are_a_chat(tmp_path: Path) -> None:
         {"role": "assistant", "content": "4", "tool_calls": None},
     ]  # fmt: skip
     parquet(tmp_path / "a", [{"messages": turns}])
-    (row,) = SourceFile("a", tmp_path / "a").rows()
-    user, assistant = convert(row, "messages").conversation.messages
+    (row,) = source_rows(SourceFile("a", tmp_path / "a"), "messages")
+    user, assistant = row.conversation.messages
     assert user.content == "2 + 2?"
     assert 'Action Input: {"a": 2}\nObservation: 4\n' in assistant.content
 

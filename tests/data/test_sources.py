@@ -13,7 +13,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Source
 from moi_jax.data.sources.formats import FORMATS, to_conversation
 from moi_jax.data.sources.readers import SourceFile
-from moi_jax.data.sources.rows import SourceRow, convert, detect_format, expand
+from moi_jax.data.sources.rows import SourceRow, detect_format, expand, source_rows
 from moi_jax.text.conversations import BadRow, Conversation, Message, content_hash
 
 # A slow machine is no failure.
@@ -45,7 +45,7 @@ def file_of(path: Path, content: bytes) -> SourceFile:
 
 
 def rows_of(file: SourceFile, form: str | None) -> list[SourceRow]:
-    return [convert(row, form) for row in file.rows()]
+    return list(source_rows(file, form))
 
 
 def read(path: Path, content: bytes) -> list[SourceRow]:
@@ -246,10 +246,8 @@ def test_format_is_detected_behind_a_row_of_another_shape(tmp_path: Path) -> Non
 
 
 def test_unknown_keys_are_refused_with_the_formats_known(tmp_path: Path) -> None:
-    file = file_of(tmp_path / "a.jsonl", b'{"prompt": "a", "completion": "b"}')
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:1: .*'completion', 'prompt'.*messages.*text_code"
-    ):
+    file = file_of(tmp_path / "a.jsonl", b'{"ask": "a", "reply": "b"}')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*'ask', 'reply'.*messages.*text_code"):
         detect_format(file)
 
 
@@ -276,10 +274,10 @@ def test_expand_sorts_below_the_root_and_refuses_an_empty_match(
 ROLES = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", "function_call"])
 TEXTS = st.text(max_size=5) | st.sampled_from(['{"name": "f", "arguments": {}}', "[]", "text"])
 KEYS = sorted({key for form in FORMATS.values() for s in form.signatures for key in s})
-KEYS += ["tools", "functions", "system", "history", "input"]
+KEYS += ["tools", "functions", "system", "system_prompt", "history", "input", "context"]
 INNER = ["role", "from", "content", "value", "weight", "reasoning_content", "tool_calls"]
 INNER += ["function_call", "function", "name", "arguments", "type", "text", "replies", "rank"]
-INNER += ["train_messages", "output"]
+INNER += ["train_messages", "output", "reasoning", "thinking", "loss_weight", "label"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | ROLES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(INNER), inner),

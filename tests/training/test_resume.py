@@ -272,5 +272,5 @@ def test_a_live_run_locks_its_directory(tmp_path):
 
 def test_a_run_that_another_planner_planned_is_refused_by_name(uninterrupted, monkeypatch):
     monkeypatch.setattr("moi_jax.training.resume.PLANNER", 3)
-    with pytest.raises(UserError, match="planner 2, and this version has planner 3.*--fresh"):
+    with pytest.raises(UserError, match=r"planner 2, and this version has planner 3.*--fresh"):
         train_here(small_config(uninterrupted.parent))

@@ -24,7 +24,7 @@ from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
 from moi_jax.data.sources.readers import SourceFile
-from moi_jax.data.sources.rows import SourceRow, convert
+from moi_jax.data.sources.rows import SourceRow, source_rows, splittable
 from moi_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ class Block:
     key: str
 
     def rows(self) -> Iterator[SourceRow]:
-        whole = not self.file.splittable
-        raw = self.file.rows() if whole else self.file.rows(self.start, self.end)
-        return (convert(row, self.format) for row in raw)
+        return source_rows(self.file, self.format, self.start, self.end)
 
     def lines(self) -> int:
         """The number of lines that begin in the block, including blank ones."""
@@ -83,11 +81,11 @@ def full_blocks(size: int) -> int:
     return -(-size // BLOCK_BYTES)
 
 
-def ranges(file: SourceFile) -> list[tuple[int, int]]:
-    """The byte range [start, end) of each block of a file."""
+def ranges(file: SourceFile, form: str | None) -> list[tuple[int, int]]:
+    """The byte range [start, end) of each block of a file in the format `form`."""
     size = file.size
     width = min(BLOCK_BYTES, max(LEAST_BYTES, size // 16))
-    if not file.splittable or size <= width:
+    if size <= width or not splittable(file, form):
         return [(0, size)]
     return [(start, min(start + width, size)) for start in range(0, size, width)]
 

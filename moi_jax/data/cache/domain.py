@@ -170,7 +170,7 @@ def write_domain(directory: Path, sources: Sequence[Sequence[Found]]) -> None:
 
 
 def _manifest(sources: Sequence[Sequence[Found]]) -> dict[str, Any]:
-    """The sums of the blocks' counts, and examples of dropped rows with their lines in files."""
+    """The sums of the blocks' counts; examples of dropped rows and of ignored keys in each file."""
     files: dict[str, dict[str, Any]] = {}
     sums: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
@@ -188,6 +188,9 @@ def _manifest(sources: Sequence[Sequence[Found]]) -> dict[str, Any]:
         file["kept"] += counts["kept"]
         sums.update({key: counts[key] for key in ("read", "kept", *NOTES)})
         dropped.update(counts["dropped"])
+        for key, found in counts["ignored"].items():
+            first = {**found, "rows": 0, "line": lines[name] + found["line"]}
+            file.setdefault("ignored", {}).setdefault(key, first)["rows"] += found["rows"]
         for row in counts["examples"]:
             seen[row["reason"]] += 1
             if seen[row["reason"]] <= EXAMPLES:

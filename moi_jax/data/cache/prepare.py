@@ -34,6 +34,7 @@ from moi_jax.data.cache.blocks import (
 )
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.cache.domain import DomainCache, open_domain, write_domain
+from moi_jax.data.cache.notices import counts_text, log_notices, no_usable_row
 from moi_jax.data.cache.workers import run_work
 from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error
 from moi_jax.data.decontamination import Benchmarks
@@ -44,7 +45,7 @@ from moi_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 ABANDONED_SECONDS = 24 * 3600
 
 
@@ -70,10 +71,9 @@ def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
         if data.on_bad_row == "error":
             _refuse_bad_rows(job, cache.manifest)
         if not len(cache.lengths):
-            raise _no_usable_row(job, cache.manifest)
+            raise no_usable_row(job.domain, job.files, cache.manifest)
         log.info(f"{cache.name}: {how}, {_summary(cache)}")
-        if contaminated := cache.manifest["contaminated"]:
-            log.warning(_contamination(cache, contaminated))
+        log_notices(cache.name, cache.manifest)
         caches.append(cache)
     return caches
 
@@ -138,7 +138,7 @@ class _Job:
             form = detect_format(file)
         return [
             Block(file, form, *part, _hash([self.recipe, form, digest, *part]))
-            for part in ranges(file)
+            for part in ranges(file, form)
         ]
 
 
@@ -263,24 +263,12 @@ def _refuse_bad_rows(job: _Job, manifest: dict[str, Any]) -> None:
         raise UserError(f"{paths[name]} is empty; remove it or set data.on_bad_row: drop")
 
 
-def _no_usable_row(job: _Job, manifest: dict[str, Any]) -> UserError:
-    names = ", ".join(file.name for file in chain(*job.files))
-    return UserError(
-        f"domain {job.domain.name} has no usable row in {names}: "
-        f"{manifest['read']:,} read, dropped {_counts(manifest['dropped'])}"
-    )
-
-
-def _counts(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in dropped.items()) or "none"
-
-
 def _summary(cache: DomainCache) -> str:
     manifest = cache.manifest
     tokens, loss_tokens, _ = cache.lengths.sum(axis=0, dtype=np.int64).tolist()
     return (
         f"{manifest['kept']:,} of {manifest['read']:,} rows kept, {tokens:,} tokens, "
-        f"{loss_tokens:,} with loss; dropped: {_counts(manifest['dropped'])}"
+        f"{loss_tokens:,} with loss; dropped: {counts_text(manifest['dropped'])}"
     )
 
 
@@ -288,11 +276,3 @@ def _log_benchmarks(benchmarks: Benchmarks) -> None:
     log.info(f"looking for copies of {benchmarks.questions:,} benchmark questions")
     if benchmarks.skipped:
         log.warning(f"found no question in {', '.join(benchmarks.skipped)}")
-
-
-def _contamination(cache: DomainCache, count: int) -> str:
-    (row, *_) = (row for row in cache.manifest["examples"] if row["reason"] == "contaminated")
-    return (
-        f"domain {cache.name} keeps {count:,} rows that hold a benchmark question, for example "
-        f"{row['file']}:{row['line']}: {row['detail']}"
-    )

@@ -137,6 +137,7 @@ def row_counts(
             "trimmed_user_turn": cache.manifest["trimmed_user_turn"],
             "truncated_turns": cache.manifest["truncated_turns"],
             "contaminated": cache.manifest["contaminated"],
+            "unfilled": cache.manifest["unfilled"],
             "empty_files": cache.manifest["empty_files"],
         }
         for cache, selection in zip(caches, selections, strict=True)

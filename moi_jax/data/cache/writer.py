@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,10 +29,12 @@ RECORDS, LENGTHS, HASHES = "instructions.array_record", "lengths.npy", "hashes.n
 COUNTS = "counts.json"
 BATCH, BATCH_BYTES = 1_000, 2**22  # most rows rendered at once, and about how many bytes of them
 EXAMPLES = 5  # rows that the manifest shows for each reason
-# Reasons that come from the config: the row itself is not bad.
-BY_CONFIG = {"has_system", "too_long", "contaminated"}
+# Reasons that come from the config, or of rows that are kept: the row itself is not bad.
+BY_CONFIG = {"has_system", "too_long", "contaminated", "unfilled"}
 # Counts of rows that are kept.
-NOTES = ("own_system", "trimmed_user_turn", "truncated_turns", "contaminated")
+NOTES = ("own_system", "trimmed_user_turn", "truncated_turns", "contaminated", "unfilled")
+# A variable of a template that was not filled in. One letter may be LaTeX: \frac{{a}}{{b}}.
+HOLE = re.compile(r"\{\{ ?[A-Za-z_][\w.]+ ?\}\}")
 
 
 def to_record(instruction: Instruction) -> bytes:
@@ -80,6 +83,7 @@ class BlockWriter:
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, Any]]] = {}
         self.notes = dict.fromkeys(NOTES, 0)
+        self.ignored: dict[str, dict[str, Any]] = {}  # by key: rows, and the first with its line
 
     def add(self, rows: Iterable[SourceRow], max_rows: int | None) -> None:
         """Adds rows until `max_rows` are kept.
@@ -142,6 +146,18 @@ class BlockWriter:
         self.notes["trimmed_user_turn"] += row.trimmed
         self.notes["truncated_turns"] += conversation is not row.conversation
         self.notes["contaminated"] += contaminated
+        self.notes["unfilled"] += self._unfilled(row.line, conversation)
+        for key, text in row.ignored.items():
+            first = {"rows": 0, "line": row.line, "example": text}
+            self.ignored.setdefault(key, first)["rows"] += 1
+
+    def _unfilled(self, line: int, conversation: Conversation) -> bool:
+        """Whether the row has a template's variable in its text, such as {{name}}."""
+        for message in conversation.messages:
+            if "{{" in message.content and (hole := HOLE.search(message.content)):
+                self._note(line, BadRow("unfilled", f"holds {hole.group()}"))
+                return True
+        return False
 
     def _contaminated(self, line: int, conversation: Conversation) -> bool:
         """Whether the row holds a benchmark question; raises BadRow if it is dropped for that."""
@@ -183,6 +199,7 @@ class BlockWriter:
             "lines": lines,
             "dropped": self.dropped,
             **self.notes,
+            "ignored": self.ignored,
             "examples": sorted(chain(*self.examples.values()), key=lambda row: row["line"]),
             # Shows whether the folder is complete.
             "bytes": {

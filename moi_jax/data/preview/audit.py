@@ -18,7 +18,7 @@ from moi_jax.config import Data, Domain
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.loader import Batch, BatchReader
 from moi_jax.data.planning.epoch import EpochPlan
-from moi_jax.data.sources.rows import convert, detect_format, expand
+from moi_jax.data.sources.rows import detect_format, expand, source_rows
 from moi_jax.text.conversations import BadRow, Conversation, Message
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -120,10 +120,9 @@ def read_domain(
         kept = 0
         for file in part:
             form = detect_format(file) if source.format == "auto" else source.format
-            for raw in file.rows():
+            for row in source_rows(file, form):
                 if kept == source.max_rows:
                     break
-                row = convert(raw, form)
                 rendered = _usable(row.conversation, data, domain, render, benchmarks)
                 if rendered is None:
                     continue

@@ -1,9 +1,10 @@
 """Containers: recognises how a file stores its rows, and streams them.
 
-JSON Lines, a JSON array, one JSON object (each plain, gzip or zstd), Parquet, ArrayRecord. The
-content decides, not the name of the file.
+JSON Lines, a JSON array, one JSON object, CSV, TSV (each plain, gzip or zstd), Parquet,
+ArrayRecord. The content decides; only CSV and TSV are known by the name of the file.
 """
 
+import functools
 import io
 import json
 import re
@@ -14,10 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moi_jax.common.errors import UserError
+from moi_jax.data.sources.tables import BOM, table_kind, table_rows
 from moi_jax.text.conversations import BadRow
 
-BOM = b"\xef\xbb\xbf"
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+# What no row can be read from, by its first bytes, and what to do.
+REFUSED = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or export it as CSV",
+    b"BZh": "compressed by bzip2; unpack it, or use gzip or zstd",
+    b"\xfd7zXZ\x00": "compressed by xz; unpack it, or use gzip or zstd",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{"), "text in UTF-16; save it as UTF-8"),
+}
 RIEGELI = bytes.fromhex("83af70d10d884a3f")  # the first bytes of an ArrayRecord
 
 MAX_ROW = 2**24  # bytes of the longest row; a longer one is never held in memory
@@ -48,7 +56,9 @@ def in_lines(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(8)
         file.seek(0)
-        return not head.startswith((GZIP, ZSTD, PARQUET, RIEGELI)) and _layout(file) == "lines"
+        if head.startswith((GZIP, ZSTD, PARQUET, RIEGELI, *REFUSED)):
+            return False
+        return _layout(file, path) == "lines"
 
 
 def read_rows(path: Path, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
@@ -63,6 +73,9 @@ def read_rows(path: Path, start: int = 0, end: int | None = None) -> Iterator[Ra
     try:
         with open(path, "rb") as file:
             head = file.read(8)
+        for first, what in REFUSED.items():
+            if head.startswith(first):
+                raise BadRow("unknown_container", f"the file is {what}")
         if head.startswith(PARQUET):
             rows = _parquet_rows(path)
         elif head.startswith(RIEGELI):
@@ -80,7 +93,7 @@ def read_rows(path: Path, start: int = 0, end: int | None = None) -> Iterator[Ra
 
 def _plain_rows(path: Path, start: int, end: int | None) -> Iterator[RawRow]:
     with open(path, "rb") as file:
-        layout = _layout(file)
+        layout = _layout(file, path)
     with open(path, "rb") as file:
         yield from _lines(file, start, end) if layout == "lines" else READERS[layout](file)
 
@@ -90,7 +103,7 @@ def _compressed_rows(path: Path, head: bytes) -> Iterator[RawRow]:
     new = _zstd(path) if head.startswith(ZSTD) else lambda: zlib.decompressobj(wbits=31)
     layout = "lines"
     with open(path, "rb") as file, suppress(BadRow):
-        layout = _layout(io.BufferedReader(_Inflated(file, new), PIECE))
+        layout = _layout(io.BufferedReader(_Inflated(file, new), PIECE), path)
     with open(path, "rb") as file:
         position = 0
         for row in READERS[layout](io.BufferedReader(_Inflated(file, new), PIECE)):
@@ -145,14 +158,14 @@ class _Inflated(io.RawIOBase):
         return size
 
 
-def _layout(file: io.BufferedReader) -> str:
-    """How a text stores its rows: "lines", "array" or "object"."""
+def _layout(file: io.BufferedReader, path: Path) -> str:
+    """How a text stores its rows: "lines", "array", "object", "csv" or "tsv"."""
     first = file.readline(MAX_ROW).removeprefix(BOM)
     while first.isspace():
         first = file.readline(MAX_ROW)
     first = first.lstrip()
     if not first.startswith((b"[", b"{")):
-        return "lines"
+        return table_kind(path) or "lines"
     whole = _is_json(first)
     if first.startswith(b"["):
         return "lines" if whole and file.read(PIECE).strip() else "array"
@@ -251,7 +264,24 @@ def _elements(file: io.BufferedReader) -> Iterator[RawRow]:
         rest = b""
 
 
-READERS = {"lines": _lines, "array": _elements, "object": _object}
+def _table(kind: str, file: io.BufferedReader) -> Iterator[RawRow]:
+    return (RawRow(*row) for row in table_rows(_whole_lines(file), kind, MAX_ROW))
+
+
+def _whole_lines(file: io.BufferedReader) -> Iterator[bytes]:
+    while line := file.readline(MAX_ROW + 1):
+        if len(line) > MAX_ROW:
+            raise BadRow("row_too_large", f"a line has more than {MAX_ROW:,} bytes")
+        yield line
+
+
+READERS: dict[str, Callable[[io.BufferedReader], Iterator[RawRow]]] = {
+    "lines": _lines,
+    "array": _elements,
+    "object": _object,
+    "csv": functools.partial(_table, "csv"),
+    "tsv": functools.partial(_table, "tsv"),
+}
 
 
 def _parquet_rows(path: Path) -> Iterator[RawRow]:

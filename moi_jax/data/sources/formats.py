@@ -6,15 +6,17 @@
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from moi_jax.data.sources import nested, react
+from moi_jax.data.sources import message_trees, nested, pairs, react
+from moi_jax.data.sources.containers import RawRow
 from moi_jax.data.sources.react import Event
 from moi_jax.data.sources.turns import CHAT_ROLES, SHAREGPT_ROLES, Reader, text_of, turns
 from moi_jax.text.conversations import BadRow, Conversation, Message, Role
 
+SYSTEM = ("system", "system_prompt")  # keys of a row's own system text, in every format
 CONTROL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|extra_\d+)\|>")
 
 
@@ -32,12 +34,19 @@ class Format(NamedTuple):
     Attributes:
       signatures: a row has the format if it has all keys of one of these sets.
       events: turns a row into events.
+      optional: keys that are read too, besides `SYSTEM` and the keys of tools, or that are known
+        to hold nothing to train on.
+      turns: the keys that hold lists of turns.
       unwrap: first turns a nested row into the plain row that it holds.
+      join: before that, joins the rows of a file that belong together.
     """
 
     signatures: tuple[frozenset[str], ...]
     events: Reader
+    optional: frozenset[str] = frozenset()
+    turns: tuple[str, ...] = ()
     unwrap: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    join: Callable[[Iterable[RawRow]], Iterator[RawRow]] | None = None
 
 
 def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation, bool]:
@@ -74,9 +83,9 @@ def _messages_of(row: Mapping[str, Any], form: Format) -> list[Message]:
     if form.unwrap:
         row = form.unwrap(row)
     tools = react.tool_list(row)
-    events = form.events(row)
-    if row.get("system") is not None:
-        events = [Message("system", text_of(row, "system")), *events]
+    systems = [text_of(row, key) for key in SYSTEM if row.get(key) is not None]
+    events: list[Event] = [Message("system", text) for text in systems if text.strip()]
+    events += form.events(row)
     messages = [event for event in events if isinstance(event, Message)]
     if tools or len(messages) < len(events):
         messages = react.to_messages(events, tools)
@@ -115,55 +124,63 @@ def _check_order(roles: Sequence[Role]) -> None:
             raise BadRow("roles_not_alternating", f"turns {turn} and {turn + 1} are both {role}'s")
 
 
-def _pair(question_key: str, answer_key: str) -> Reader:
-    """A reader of rows with one question and one answer."""
-
-    def events(row: Mapping[str, Any]) -> list[Event]:
-        return [
-            Message("user", text_of(row, question_key)),
-            Message("assistant", text_of(row, answer_key)),
-        ]
-
-    return events
-
-
-def _alpaca(row: Mapping[str, Any]) -> list[Event]:
-    instruction = text_of(row, "instruction")
-    text = "" if row.get("input") is None else text_of(row, "input")
-    question = f"{instruction}\n\n{text}" if text else instruction
-    answer = text_of(row, "response" if "response" in row and "output" not in row else "output")
-    return [*_history(row), Message("user", question), Message("assistant", answer)]
-
-
-def _history(row: Mapping[str, Any]) -> list[Event]:
-    """The earlier turns of an Alpaca row, which are pairs of question and answer."""
-    events: list[Event] = []
-    history = row.get("history") or []
-    for pair in history if isinstance(history, list) else [None]:
-        if not (
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
-        ):
-            raise BadRow("bad_history", "'history' is not a list of pairs of texts")
-        events += [Message("user", pair[0]), Message("assistant", pair[1])]
-    return events
+def _keys(*signatures: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(signature.split()) for signature in signatures)
 
 
 _messages = turns("messages", "role", "content", CHAT_ROLES)
+_CONTEXT = frozenset({"context"})
 
 FORMATS = {
-    "messages": Format((frozenset({"messages"}),), _messages),
+    "messages": Format(_keys("messages"), _messages, turns=("messages",)),
     "sharegpt": Format(
-        (frozenset({"conversations"}),), turns("conversations", "from", "value", SHAREGPT_ROLES)
+        _keys("conversations"),
+        turns("conversations", "from", "value", SHAREGPT_ROLES),
+        turns=("conversations",),
     ),
     "alpaca": Format(
-        (frozenset({"instruction", "output"}), frozenset({"instruction", "response"})), _alpaca
+        _keys("instruction output", "instruction response"),
+        pairs.alpaca,
+        optional=frozenset({"input", "context", "history"}),
     ),
-    "question_answer": Format((frozenset({"question", "answer"}),), _pair("question", "answer")),
-    "problem_solution": Format((frozenset({"problem", "solution"}),), _pair("problem", "solution")),
-    "text_code": Format((frozenset({"text", "code"}),), _pair("text", "code")),
-    "toolbench": Format((frozenset({"answer_generation"}),), _messages, nested.toolbench),
-    "oasst": Format((frozenset({"message_tree_id", "prompt"}),), _messages, nested.oasst),
+    "multiple_choice": Format(
+        _keys(*(f"question {c} {a}" for c in pairs.CHOICES for a in pairs.RIGHT)),
+        pairs.multiple_choice,
+        optional=_CONTEXT,
+    ),
+    "question_answer": Format(
+        _keys("question answer", "question response", "question output"),
+        pairs.pair("question", "answer", "response", "output"),
+        optional=_CONTEXT,
+    ),
+    "problem_solution": Format(
+        _keys("problem solution"), pairs.pair("problem", "solution"), optional=_CONTEXT
+    ),
+    "text_code": Format(_keys("text code"), pairs.pair("text", "code"), optional=_CONTEXT),
+    "prompt_completion": Format(
+        _keys("prompt completion", "prompt response"),
+        pairs.prompt_completion,
+        turns=("prompt", "completion", "response"),
+    ),
+    "toolbench": Format(
+        _keys("answer_generation"),
+        _messages,
+        optional=frozenset({"compare_candidates"}),
+        unwrap=nested.toolbench,
+    ),
+    "oasst": Format(
+        _keys("message_tree_id prompt"),
+        _messages,
+        optional=frozenset({"tree_state"}),
+        unwrap=nested.oasst,
+    ),
+    "oasst_messages": Format(
+        _keys("message_id parent_id role text"),
+        _messages,
+        unwrap=nested.oasst,
+        join=message_trees.join,
+    ),
     "self_instruct": Format(
-        (frozenset({"instruction", "instances"}),), _alpaca, nested.self_instruct
+        _keys("instruction instances"), pairs.alpaca, unwrap=nested.self_instruct
     ),
 }

@@ -1,5 +1,6 @@
 """Nested rows: extracts plain rows from ToolBench answers, OASST trees and seed tasks."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +76,9 @@ def oasst(row: JsonObject) -> JsonObject:
 
 def _rank(reply: JsonObject) -> float:
     rank = reply.get("rank")
-    return rank if isinstance(rank, int | float) else float("inf")
+    if isinstance(rank, int | float) and not math.isnan(rank):  # pandas writes no rank as NaN
+        return rank
+    return float("inf")
 
 
 def self_instruct(row: JsonObject) -> JsonObject:

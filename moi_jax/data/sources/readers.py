@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moi_jax.data.sources.containers import RawRow, in_lines, read_rows
+from moi_jax.data.sources.tables import table_kind
 from moi_jax.text.conversations import BadRow
 
 
@@ -35,9 +36,11 @@ class SourceFile:
         return in_lines(self.path)
 
     def digest(self) -> str:
-        """sha256 hex of the content."""
+        """sha256 hex of the content; for a table also of its kind, which the name tells."""
         with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update((table_kind(self.path) or "").encode())
+        return digest.hexdigest()
 
     def rows(self, start: int = 0, end: int | None = None) -> Iterator[RawRow]:
         """The rows that are not blank; of a splittable file, those that begin in [start, end).

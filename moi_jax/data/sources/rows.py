@@ -1,10 +1,10 @@
 """Source rows: finds the files of a config, detects their format, and converts their rows."""
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moi_jax.common.errors import UserError
@@ -12,7 +12,9 @@ from moi_jax.config import Source
 from moi_jax.data.sources import formats
 from moi_jax.data.sources.containers import RawRow
 from moi_jax.data.sources.datasets import open_dataset
-from moi_jax.data.sources.formats import FORMATS
+from moi_jax.data.sources.formats import FORMATS, Format
+from moi_jax.data.sources.ignored import ignored_content
+from moi_jax.data.sources.paths import find_files
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.text.conversations import BadRow, Conversation
 
@@ -20,12 +22,19 @@ ROWS_TO_DETECT = 100  # how many readable rows are looked at to detect the forma
 
 
 class SourceRow(NamedTuple):
-    """A row of a source file: its line, its size in bytes, and its conversation."""
+    """A row of a source file.
+
+    Attributes:
+      line, size: see `RawRow`.
+      trimmed: whether a user turn at the end was removed.
+      ignored: what looks like content and is not read, see `ignored_content`.
+    """
 
     line: int
     size: int
     conversation: Conversation | BadRow
-    trimmed: bool = False  # whether a user turn at the end was removed
+    trimmed: bool = False
+    ignored: Mapping[str, str] = MappingProxyType({})
 
 
 def expand(root: Path, sources: Sequence[Source], cache_dir: Path) -> list[list[SourceFile]]:
@@ -36,7 +45,7 @@ def expand(root: Path, sources: Sequence[Source], cache_dir: Path) -> list[list[
       cache_dir: data.cache_dir; a source of kind tfds that is missing is built below it.
 
     Raises:
-      UserError: a pattern matches no file, or a format is unknown.
+      UserError: a path names no file, see `find_files`; or a format is unknown.
     """
     root = root.expanduser()
     found = []
@@ -50,14 +59,7 @@ def expand(root: Path, sources: Sequence[Source], cache_dir: Path) -> list[list[
         if source.path is None:
             found.append([open_dataset(root, source, cache_dir)])
             continue
-        names = glob.glob(source.path, root_dir=root, recursive=True)
-        files = sorted({name for name in names if (root / name).is_file()})
-        if not files:
-            raise UserError(
-                f"no file matches {source.path!r} below data.root ({root}); "
-                f"correct the source's path or data.root"
-            )
-        found.append([SourceFile(name, root / name) for name in files])
+        found.append([SourceFile(name, root / name) for name in find_files(root, source.path)])
     return found
 
 
@@ -87,12 +89,30 @@ def _readable(file: SourceFile) -> Iterator[tuple[int, dict[str, Any]]]:
             yield row.line, parse(row.raw)
 
 
-def convert(row: RawRow, format_name: str | None) -> SourceRow:
-    """Converts a row; `format_name` comes from `detect_format` or from the config."""
+def splittable(file: SourceFile, format_name: str | None) -> bool:
+    """Whether `source_rows` can read a byte range of the file."""
+    return file.splittable and not (format_name and FORMATS[format_name].join)
+
+
+def source_rows(
+    file: SourceFile, format_name: str | None, start: int = 0, end: int | None = None
+) -> Iterator[SourceRow]:
+    """The rows of a file; of a splittable one, those that begin in the bytes [start, end).
+
+    Args:
+      format_name: from `detect_format` or from the config; None if no row is readable.
+    """
+    form = FORMATS[format_name] if format_name else None
+    raw = file.rows(start, end) if splittable(file, format_name) else file.rows()
+    return (_convert(row, form) for row in (form.join(raw) if form and form.join else raw))
+
+
+def _convert(row: RawRow, form: Format | None) -> SourceRow:
     try:
         content = parse(row.raw)
-        # If the format is None, no row is readable, and parse has raised.
-        conversation, trimmed = formats.to_conversation(content, FORMATS[format_name or ""])
-        return SourceRow(row.line, row.size, conversation, trimmed)
+        assert form  # or no row is readable, and parse has raised
+        conversation, trimmed = formats.to_conversation(content, form)
+        ignored = ignored_content(content, form)
+        return SourceRow(row.line, row.size, conversation, trimmed, ignored)
     except BadRow as bad:
         return SourceRow(row.line, row.size, bad)

@@ -11,6 +11,10 @@ from moi_jax.text.conversations import BadRow, Message, Role
 CHAT_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES: dict[str, Role] = {**CHAT_ROLES, "human": "user", "gpt": "assistant"}
 CALLING, RETURNING = "function_call", {"tool", "function", "observation"}
+# The keys of an assistant's turn that hold its reasoning, under the names that APIs give it.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# The keys that say whether a turn is trained on: of OpenAI, of LLaMA-Factory, of Axolotl.
+MARKS = ("weight", "loss_weight", "train")
 
 Reader = Callable[[Mapping[str, Any]], list[Event]]
 
@@ -46,13 +50,12 @@ def _part(part: Any) -> tuple[str, str]:
 
 
 def is_trained(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn is trained on, by its keys `weight` and `train`."""
-    weight, train = turn.get("weight"), turn.get("train")
-    if weight not in (None, 0, 1) or train not in (None, False, True):
-        raise BadRow(
-            "bad_weight", f"weight {shown(weight)}, train {shown(train)}; use 0 or 1, true or false"
-        )
-    return weight != 0 and train is not False
+    """Whether a turn is trained on, by its keys `weight`, `loss_weight` and `train`."""
+    marks = {key: turn[key] for key in MARKS if key in turn}
+    if any(mark not in (None, 0, 1) for mark in marks.values()):
+        given = ", ".join(f"{key} {shown(mark)}" for key, mark in marks.items())
+        raise BadRow("bad_weight", f"{given}; use 0 or 1, true or false")
+    return 0 not in marks.values()
 
 
 def turns(key: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> Reader:
@@ -94,8 +97,9 @@ def _assistant(turn: Mapping[str, Any], key: str) -> Iterator[Event]:
     calls: list[Call] = []
     if listed := turn.get("tool_calls") or turn.get("function_call"):
         calls += _calls(listed, train)
-    if turn.get("reasoning_content"):
-        yield Thought(text_of(turn, "reasoning_content"), train)
+    # Some APIs give the same text under two names.
+    reasoning = [text_of(turn, name) for name in REASONING if turn.get(name)]
+    yield from (Thought(text, train) for text in dict.fromkeys(reasoning))
     text = ""
     if isinstance(content, list):
         parts = [_part(part) for part in content]
