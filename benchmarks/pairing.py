@@ -6,8 +6,9 @@ Plans the first epoch of a balanced config for twenty seeds and prints
 * the total variation distance from independence of the lengths of two partners in a chunk, in
   fifths of their domain (the largest over pairs of domains), and the same for the chunks as
   drawn, which is pure chance;
-* the correlation between the length of an instruction and the place of its chunk in the row, in
-  tokens.
+* the correlation between the length of an instruction and the place of its chunk among those of
+  its row, counted from the middle. (The tokens before the chunk would not do: a long chunk leaves
+  less room for others before it, in whatever order they stand.)
 """
 
 import argparse
@@ -65,11 +66,11 @@ def distance(lengths: list[np.ndarray]) -> float:
 
 
 def place_correlations(plan: EpochPlan, lengths: np.ndarray) -> list[float]:
-    """Returns by column the correlation of lengths with the tokens before the chunk in the row."""
-    ends = np.cumsum(lengths.sum(axis=1))
-    starts = np.append(0, ends[:-1])
-    before = starts - np.repeat(starts[plan.row_starts[:-1]], np.diff(plan.row_starts))
-    return [float(np.corrcoef(before, column)[0, 1]) for column in lengths.T]
+    """Returns by column the correlation of lengths with the place of the chunk in its row."""
+    chunks = np.diff(plan.row_starts)
+    places = np.arange(len(lengths)) - np.repeat(plan.row_starts[:-1], chunks)
+    from_middle = places - np.repeat((chunks - 1) / 2, chunks)
+    return [float(np.corrcoef(from_middle, column)[0, 1]) for column in lengths.T]
 
 
 if __name__ == "__main__":
