@@ -123,6 +123,8 @@ def test_the_import_gives_the_published_logits(golden, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     add_tokenizer(tmp_path / "tokenizer")
     config = begin_from(golden / "A", tmp_path, data={"sequence_length": 64})
+    with pytest.raises(UserError, match="name a directory with the tokenizer of this model: tok"):
+        open_experiment(load_config(config))
     config = load_config(config, [f"tokenizer.path={tmp_path / 'tokenizer'}"])
     experiment = open_experiment(config)
     model, tokenizer = moi_jax.load(experiment.start.checkpoint(config.data.cache_dir))

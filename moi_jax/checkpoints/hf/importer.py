@@ -63,10 +63,7 @@ def published_items(
       UserError: there is no tokenizer, or it does not fit the embedding.
     """
     model = published.config
-    if published.tokenizer_files and not tokenizer:
-        files = Tokenizer.from_files(published.tokenizer_files)
-    else:
-        files = load_tokenizer(tokenizer or source.path)
+    files = _tokenizer(source, published, tokenizer)
     if files.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {files.vocab_size} ids, the embedding in {source.path} only "
@@ -78,6 +75,21 @@ def published_items(
         log.info(f"chat template: {report.template} is the nearest; {report.difference}")
     prompts = prompts_metadata(default, report.template)
     return ModelItems(model, files.files, prompts, read_provenance(source, published.token_ids))
+
+
+def _tokenizer(source: PublishedSource, published: PublishedModel, named: Path | None) -> Tokenizer:
+    """The tokenizer in the directory `named` or, without one, that of the published model."""
+    if named:
+        return load_tokenizer(named)
+    if published.tokenizer_files:
+        return Tokenizer.from_files(published.tokenizer_files)
+    try:
+        return load_tokenizer(source.path)
+    except UserError as error:
+        raise UserError(
+            f"{error}; name a directory with the tokenizer of this model: tokenizer.path in a "
+            f"config, --tokenizer of convert import"
+        ) from None
 
 
 def write_checkpoint(
