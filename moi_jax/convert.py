@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moi_jax.common.errors import run_command
+from moi_jax.config.section import full_dtype
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
 DTYPES = ("float32", "bfloat16")
@@ -22,10 +23,13 @@ def main() -> int:
     importer = commands.add_parser(
         "import",
         help="published weights -> checkpoint",
-        description="Reads a directory with config.json, *.safetensors and a tokenizer, or a .gguf "
-        "file, and writes a checkpoint. Licence files are copied too.",
+        description="Reads a directory with config.json, *.safetensors and a tokenizer, a .gguf "
+        "file, or a repository of the Hugging Face hub, and writes a checkpoint. Licence files are "
+        "copied too.",
     )
-    importer.add_argument("source", type=Path, metavar="SRC", help="directory or .gguf file")
+    importer.add_argument(
+        "source", type=Path, metavar="SRC", help="directory, .gguf file or OWNER/NAME[@REVISION]"
+    )
     importer.add_argument("--out", type=Path, required=True, metavar="CKPT", help="must not exist")
     importer.add_argument(
         "--tokenizer",
@@ -34,7 +38,10 @@ def main() -> int:
         help="directory of the tokenizer files, if they are not in SRC",
     )
     importer.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the stored parameters (default: as published)"
+        "--dtype",
+        type=full_dtype,
+        choices=DTYPES,
+        help="dtype of the stored parameters (default: as published)",
     )
     importer.set_defaults(run=_import)
 
@@ -47,7 +54,10 @@ def main() -> int:
     exporter.add_argument("checkpoint", type=Path, metavar="CKPT")
     exporter.add_argument("--out", type=Path, required=True, metavar="DIR", help="must not exist")
     exporter.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the published tensors (default: as stored)"
+        "--dtype",
+        type=full_dtype,
+        choices=DTYPES,
+        help="dtype of the published tensors (default: as stored)",
     )
     exporter.add_argument(
         "--max-shard-size", type=parse_size, default=5 * 10**9, metavar="SIZE", help="default: 5GB"

@@ -2,11 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from moi_jax.checkpoints.items import ModelItems, newest_step, read_items
+from moi_jax.checkpoints.hf.source import HUB_FORM, PublishedSource, find_source
+from moi_jax.checkpoints.items import ModelItems, newest_step
+from moi_jax.checkpoints.start import Start, continued_start, open_start
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.models.compute import resolve_dtype
@@ -21,22 +22,23 @@ class Experiment:
     """A config with the model, tokenizer and prompts that it names.
 
     Attributes:
-      config: with all values that a checkpoint decides. `on_platform` fills in what the platform
-        decides (dtype `auto`).
-      provenance: where the weights in model.init_from came from; empty without any.
+      config: with all values that a checkpoint decides, and ids of the hub with their commits.
+        `on_platform` fills in what the platform decides (dtype `auto`).
+      start: what model.init_from names; None for random parameters.
     """
 
     config: Config
     model: ModelConfig
     tokenizer: Tokenizer
-    provenance: dict[str, Any]
+    start: Start | None
 
     @property
     def items(self) -> ModelItems:
         """What every checkpoint of the experiment holds beside its parameters."""
         data = self.config.data
         prompts = prompts_metadata(data.default_system_prompt, self.tokenizer.template.name, data)
-        return ModelItems(self.model, self.tokenizer.files, prompts, self.provenance)
+        provenance = self.start.items.provenance if self.start else {}
+        return ModelItems(self.model, self.tokenizer.files, prompts, provenance)
 
     def on_platform(self, platform: str) -> "Experiment":
         """The experiment with the choices that depend on the platform: cpu, gpu or tpu.
@@ -58,50 +60,86 @@ class Experiment:
 def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
     """Reads what the config names: a preset, or the checkpoint that the run begins from.
 
-    It starts no jax backend, so data can be prepared on machines without an accelerator.
+    It starts no jax backend, so data can be prepared on machines without an accelerator. Of
+    published weights it reads everything but the weights.
 
     Args:
       run_dir: the directory of a run that may continue. Its newest checkpoint then replaces
         model.init_from, which need not exist any more.
 
     Raises:
-      UserError: preset and checkpoint disagree, there is no tokenizer, its ids do not fit the
-        embedding, the checkpoint was made with another version of its chat template, or rows are
-        longer than the model was made for.
+      UserError: there is nothing of that name, preset and checkpoint disagree, there is no
+        tokenizer, its ids do not fit the embedding, the checkpoint was made with another version
+        of its chat template, or rows are longer than the model was made for.
     """
-    items = None
-    if base := config.model.init_from:
+    source = _tokenizer_source(config.tokenizer.path) if config.tokenizer.path else None
+    directory = source.path if source else None
+    start = None
+    if named := config.model.init_from:
         own = newest_step(run_dir / "checkpoints") if run_dir else None
-        items = read_items(own or base)
-    if items is None:
+        start = continued_start(named, own) if own else open_start(named, directory)
+    model, default_prompt = _model(config, start)
+    tokenizer = _tokenizer(config, start, directory)
+    _check_fit(config, model, tokenizer)
+    config = _resolved(config, start, source, default_prompt)
+    return Experiment(config, model, tokenizer, start)
+
+
+def _tokenizer_source(path: Path) -> PublishedSource:
+    """The directory that tokenizer.path names; a repository of the hub is fetched."""
+    source = find_source(path)
+    if not source.path.is_dir():
+        raise UserError(
+            f"tokenizer.path: there is no directory {path}; give one with tokenizer files, or "
+            f"{HUB_FORM}"
+        )
+    return source
+
+
+def _model(config: Config, start: Start | None) -> tuple[ModelConfig, str | None]:
+    """The architecture and its default system prompt, from a preset or from where a run begins."""
+    if start is None:
         model = preset(config.model.preset or "")
-        default_prompt = model.default_system_prompt
-    else:
-        model, default_prompt = items.model, items.prompts["default_system_prompt"]
-        if config.model.preset and preset(config.model.preset) != model:
-            raise UserError(
-                f"model.preset {config.model.preset} is not the architecture of "
-                f"{config.model.init_from}; leave out preset to use the checkpoint's"
-            )
+        return model, model.default_system_prompt
+    if config.model.preset and preset(config.model.preset) != start.items.model:
+        raise UserError(
+            f"model.preset {config.model.preset} is not the architecture of "
+            f"{config.model.init_from}; leave out preset to use the checkpoint's"
+        )
+    return start.items.model, start.items.prompts["default_system_prompt"]
+
+
+def _tokenizer(config: Config, start: Start | None, directory: Path | None) -> Tokenizer:
+    """The tokenizer in tokenizer.path or, without one, in the checkpoint that a run begins from."""
     asked = config.tokenizer.chat_template
     template: str | None = None if asked == "from_checkpoint" else asked
-    if items and not template:
-        template = saved_template(items.prompts, own or base)
-    if config.tokenizer.path:
-        tokenizer = load_tokenizer(config.tokenizer.path, template)
-    elif items:
-        tokenizer = Tokenizer.from_files(items.tokenizer, template)
-    else:
-        raise UserError(
-            "there is no tokenizer: set tokenizer.path to a directory with tokenizer.json or "
-            "qwen.tiktoken (or model.init_from to a checkpoint, which holds one)"
-        )
-    _check_fit(config, model, tokenizer)
-    data = config.data
+    if start and not template:
+        template = saved_template(start.items.prompts, start.read)
+    if directory:
+        return load_tokenizer(directory, template)
+    if start:
+        return Tokenizer.from_files(start.items.tokenizer, template)
+    raise UserError(
+        f"there is no tokenizer: set tokenizer.path to a directory with tokenizer.json or "
+        f"qwen.tiktoken or to {HUB_FORM}, or set model.init_from, which brings one"
+    )
+
+
+def _resolved(
+    config: Config, start: Start | None, source: PublishedSource | None, default_prompt: str | None
+) -> Config:
+    """The config with the default prompt, and with the commits of the hub's repositories.
+
+    A repository may change; a run that is started again must not begin from other weights.
+    """
+    model, tokenizer, data = config.model, config.tokenizer, config.data
+    if start:
+        model = model.model_copy(update={"init_from": start.name})
+    if source and source.pinned:
+        tokenizer = tokenizer.model_copy(update={"path": source.pinned})
     if data.default_system_prompt is None:
         data = data.model_copy(update={"default_system_prompt": default_prompt})
-    provenance = items.provenance if items else {}
-    return Experiment(config.model_copy(update={"data": data}), model, tokenizer, provenance)
+    return config.model_copy(update={"model": model, "tokenizer": tokenizer, "data": data})
 
 
 def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -63,6 +63,11 @@ def find_step(path: Path) -> Path:
     for folder in (path, path / "checkpoints"):
         if step := newest_step(folder):
             return step
+    if (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is no checkpoint of moi_jax but published weights; make one of them with "
+            f"python -m moi_jax.convert import {path} --out CKPT"
+        )
     raise UserError(
         f"{path} is no checkpoint (no 'parameters' inside); give one that was written by training "
         f"or by python -m moi_jax.convert import"

@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 
+from moi_jax.config.section import full_dtype
 from moi_jax.text.templates import TEMPLATES
 
 LARGEST = 2**31 - 1  # the largest int32
@@ -62,6 +63,7 @@ def add_model(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--dtype",
+        type=full_dtype,
         choices=DTYPES,
         default="auto",
         help="dtype of parameters and cache (default: float32 on a CPU, bfloat16 elsewhere)",

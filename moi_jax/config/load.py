@@ -47,10 +47,13 @@ def make_config(values: dict[str, Any], where: str = "config") -> Config:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value not in built:
-            raise UserError(
-                f"{where}: {key}={value} is not built yet; use {' or '.join(map(str, built))}"
-            )
+            raise UserError(f"{where}: {key}={value} is not built yet; use {_built(key)}")
     return config
+
+
+def _built(key: str) -> str:
+    """The values of a key of BUILT, for a message."""
+    return " or ".join(map(str, BUILT[key]))
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -94,6 +97,8 @@ def describe(error: ValidationError) -> str:
         near = [renamed] if renamed else difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key {key!r} in {'.'.join(section) or 'the top level'}; {hint}"
+    if first["type"] == "literal_error" and place in BUILT:
+        return f"{place}: use {_built(place)} (got {first['input']!r})"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{place}: {message}" if place else message

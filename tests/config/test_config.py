@@ -1,11 +1,14 @@
 """The config: strictness, strategies, overrides, and the resolved text of what is shipped."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from moi_jax.cli.arguments import add_model
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config, make_config
 
@@ -116,6 +119,11 @@ def test_a_switch_set_beside_the_strategy_wins():
         ({"train": {"profile_steps": [0, 3]}}, "train.profile_steps.0: Input should be greater"),
         ({"train": {"profile_steps": [3]}}, "train.profile_steps"),
         ({"model": {"attention": "splash"}}, "model.attention=splash is not built yet"),
+        ({"model": {"attention": "flash"}}, "model.attention: use auto or xla (got 'flash')"),
+        (
+            {"model": {"compute_dtype": "fp16"}},
+            "model.compute_dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float64' (got",
+        ),
         ({"train": {"steps": 1, "epochs": 2}}, "exactly one of steps, epochs, loss_tokens"),
         (data(chunk_size=2), "chunk_size 2 is refused with sampling: balanced"),
         (
@@ -148,6 +156,22 @@ def test_a_mistake_is_one_line_with_the_way_out(values, message):
     assert message in str(error.value)
     assert str(error.value).startswith("my.yaml: ")
     assert "\n" not in str(error.value)
+
+
+def test_a_dtype_may_be_written_short_and_is_shown_in_full():
+    model = {"param_dtype": "fp32", "compute_dtype": "bf16"}
+    config = make_config({"model": model, "optimizer": {"moment_dtype": "f64"}})
+    resolved = yaml.safe_load(config.to_yaml())
+    assert resolved["model"]["param_dtype"] == "float32"
+    assert resolved["model"]["compute_dtype"] == "bfloat16"
+    assert resolved["optimizer"]["moment_dtype"] == "float64"
+
+
+@pytest.mark.parametrize(("short", "full"), [("bf16", "bfloat16"), ("fp32", "float32")])
+def test_a_command_takes_a_short_dtype(short, full):
+    parser = argparse.ArgumentParser()
+    add_model(parser.add_argument_group())
+    assert parser.parse_args(["--dtype", short]).dtype == full
 
 
 def test_overrides_reach_sections_and_list_elements(tmp_path):

@@ -13,11 +13,11 @@ from support.xla import QUICK_COMPILATION
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["train.steps=1", "train.sample_max_new_tokens=2"]
-# Run by .ci/run itself, or in need of files that are not ours to ship (the weights of Qwen-7B,
-# public sets and benchmarks): their parts are tested in test_convert.py, test_run.py and
-# test_evaluate_command.py.
+# Run by .ci/run itself, or in need of files that are not ours to ship (the weights of Qwen,
+# public sets and benchmarks): their parts are tested in test_convert.py, test_start.py, test_run.py
+# and test_evaluate_command.py.
 NOT_HERE = (
-    *("Qwen-7B-Chat", "qwen_7b", "data.root=", "CKPT"),
+    *("Qwen-7B-Chat", "qwen_7b", "qwen2.5_0.5b", "data.root=", "CKPT"),
     *("make ", "runs/quickstart", "python docs/", "python benchmarks/"),
 )
 

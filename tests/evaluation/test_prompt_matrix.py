@@ -38,6 +38,7 @@ from moi_jax.text.rendering import label_mask, with_system_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 from moi_jax.training.train import train
 
+from support.published import tiny_published
 from support.runs import SAMPLES, TWO_DEVICES, records, small_config
 
 DEFAULT = "You are a helpful assistant."
@@ -457,6 +458,17 @@ def test_the_untrained_model_is_the_one_named_or_left_out(run, tmp_path, monkeyp
     assert told["models"].keys() == {"trained"}
     assert told["models"]["trained"]["chat"]["gap"]["interval"] is None
     assert "is left out: " in log_text.getvalue()
+
+
+def test_a_run_that_began_from_published_weights_is_compared_with_them(run, tmp_path, monkeypatch):
+    opened = open_checkpoint(run, mesh="fsdp=1", devices=jax.devices())
+    published = tiny_published(tmp_path / "Tiny", np.float32)
+    overrides = [f"model.init_from={published}", "model.preset=null", "tokenizer.path=null"]
+    began = load_config(run / "config.yaml", [*overrides, f"data.cache_dir={tmp_path}"])
+    monkeypatch.setattr(measure, "_own_config", lambda step: began)
+    told = measure_held_out(opened, HeldOutOptions(limit=1), tmp_path / "out")
+    assert told["untrained"] == str(published)
+    assert len(list((tmp_path / "imported").glob("Tiny-*/parameters"))) == 1
 
 
 def test_pictures_and_tables_take_any_domains(tmp_path, log_text):

@@ -189,6 +189,12 @@ def test_a_mistake_is_named_before_any_work(tmp_path, overrides, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_unknown_preset_is_told_before_anything_is_made(tmp_path):
+    config = small_config(tmp_path)
+    assert "model.preset 'qwen-8b' is unknown" in refusal(config, "model.preset=qwen-8b")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_ids_beyond_the_embedding_are_refused(tmp_path):
     from tokenizers import Tokenizer
 

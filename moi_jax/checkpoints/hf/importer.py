@@ -9,7 +9,8 @@ import numpy as np
 
 from moi_jax.checkpoints.hf.model_card import model_card
 from moi_jax.checkpoints.hf.provenance import read_provenance
-from moi_jax.checkpoints.hf.reader import PublishedCheckpoint, open_published
+from moi_jax.checkpoints.hf.reader import PublishedCheckpoint, PublishedModel, open_published
+from moi_jax.checkpoints.hf.source import PublishedSource, find_source
 from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.checkpoints.items import ModelItems
 from moi_jax.checkpoints.parameters import save_model
@@ -33,7 +34,8 @@ def import_checkpoint(
         import_checkpoint(Path("Qwen-7B-Chat"), Path("checkpoints/qwen-7b-chat"))
 
     Args:
-      source: a directory with config.json, safetensors and a tokenizer, or a .gguf file.
+      source: a directory with config.json, safetensors and a tokenizer, a .gguf file, or the id of
+        a Hugging Face repository (OWNER/NAME or OWNER/NAME@REVISION).
       tokenizer: a directory with tokenizer files, if they are not in `source`.
       dtype: of the stored parameters, float32 or bfloat16; None keeps the published one.
 
@@ -42,29 +44,67 @@ def import_checkpoint(
         left behind.
     """
     check_new(out)
-    published = open_published(source)
+    found = find_source(source)
+    found.fetch_weights()
+    published = open_published(found.path)
+    write_checkpoint(published, published_items(found, published, tokenizer), out, dtype)
+
+
+def published_items(
+    source: PublishedSource, published: PublishedModel, tokenizer: Path | None = None
+) -> ModelItems:
+    """Everything but the parameters of the checkpoint that is made from `source`.
+
+    Args:
+      published: `source`, opened with its weights or without them.
+      tokenizer: a directory with tokenizer files, if they are not in `source`.
+
+    Raises:
+      UserError: there is no tokenizer, or it does not fit the embedding.
+    """
     model = published.config
-    if published.tokenizer_files and not tokenizer:
-        files = Tokenizer.from_files(published.tokenizer_files)
-    else:
-        files = load_tokenizer(tokenizer or source)
+    files = _tokenizer(source, published, tokenizer)
     if files.vocab_size > model.vocab_size:
         raise UserError(
-            f"the tokenizer has {files.vocab_size} ids, the embedding in {source} only "
+            f"the tokenizer has {files.vocab_size} ids, the embedding in {source.path} only "
             f"{model.vocab_size} rows; is it the tokenizer of this model?"
         )
-    wanted = np.dtype(dtype or published.common_dtype)
     report = check_template(files.files, files)
     default = report.default_system_prompt if report.own else model.default_system_prompt
     if report.difference:
         log.info(f"chat template: {report.template} is the nearest; {report.difference}")
     prompts = prompts_metadata(default, report.template)
-    provenance = read_provenance(source, published.token_ids)
-    items = ModelItems(model, files.files, prompts, provenance)
+    return ModelItems(model, files.files, prompts, read_provenance(source, published.token_ids))
+
+
+def _tokenizer(source: PublishedSource, published: PublishedModel, named: Path | None) -> Tokenizer:
+    """The tokenizer in the directory `named` or, without one, that of the published model."""
+    if named:
+        return load_tokenizer(named)
+    if published.tokenizer_files:
+        return Tokenizer.from_files(published.tokenizer_files)
+    try:
+        return load_tokenizer(source.path)
+    except UserError as error:
+        raise UserError(
+            f"{error}; name a directory with the tokenizer of this model: tokenizer.path in a "
+            f"config, --tokenizer of convert import"
+        ) from None
+
+
+def write_checkpoint(
+    published: PublishedCheckpoint, items: ModelItems, out: Path, dtype: str | None = None
+) -> None:
+    """Writes published weights, a tensor at a time, and their items as a checkpoint of ours.
+
+    Raises:
+      UserError: a file is damaged, or `out` exists or cannot be written. Nothing is left behind.
+    """
+    model, wanted = items.model, np.dtype(dtype or published.common_dtype)
     with atomic_directory(out) as staging, _reading(published) as read:
         save_model(staging, import_parameters(model, read, wanted), wanted, items)
         (staging / "README.md").write_text(model_card(items), encoding="utf-8")
-        write_texts(staging, provenance["files"])
+        write_texts(staging, items.provenance["files"])
     log.info(f"wrote {out}: {model.num_layers} layers, width {model.hidden_size}, {wanted}")
 
 

@@ -9,31 +9,33 @@ from typing import Any
 import yaml
 
 from moi_jax.checkpoints.hf.safetensors_reader import read_bytes
+from moi_jax.checkpoints.hf.source import PublishedSource
 
 # LICENSE, LICENSE.txt, NOTICE.md, USE_POLICY.md, "Tongyi Qianwen LICENSE AGREEMENT", ...
 _CARRIED = re.compile(r"licen[cs]e|notice|copying|use_policy", re.IGNORECASE)
 
 
-def read_provenance(source: Path, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+def read_provenance(source: PublishedSource, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """The provenance item of a checkpoint that is made from `source`.
 
     Args:
-      source: a directory, or a file in one.
       token_ids: bos_token_id and the like, of config.json.
 
     Returns:
-      base (name of the source), license (from its model card, or None), files (name -> text of
-      licence and notice files), generation_config (or None), token_ids.
+      base (name of the source), commit (of a repository of the hub, or None), license (from its
+      model card, or None), files (name -> text of licence and notice files), generation_config
+      (or None), token_ids.
 
     Raises:
       UserError: one of the files cannot be read.
     """
-    directory = source if source.is_dir() else source.parent
+    directory = source.path if source.path.is_dir() else source.path.parent
     card = _card(directory / "README.md")
     license_name = card.get("license_name") or card.get("license")
     generation = directory / "generation_config.json"
     return {
-        "base": source.resolve().name,
+        "base": source.base,
+        "commit": source.commit,
         "license": str(license_name) if license_name else None,
         "files": {
             path.name: read_bytes(path).decode(errors="replace")

@@ -5,7 +5,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,20 +16,32 @@ from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import map_parameters
 
 
-class PublishedCheckpoint(ABC):
-    """A published checkpoint that holds exactly the tensors of its architecture.
+class PublishedModel:
+    """What is known of a published model without its weights.
 
     Attributes:
       config: the architecture.
-      dtypes: name -> dtype of every tensor.
       token_ids: bos_token_id and the like, as config.json has them.
       tokenizer_files: name -> text, if the weight file itself holds a tokenizer (GGUF).
     """
 
-    config: ModelConfig
-    dtypes: dict[str, np.dtype]
-    token_ids: dict[str, Any]
     tokenizer_files: Mapping[str, str] = {}
+
+    def __init__(self, config_json: str | bytes, path: Path):
+        """Raises UserError if the text, which comes from `path`, is no supported config.json."""
+        self.config: ModelConfig = read_hf_config(config_json, str(path))
+        values = json.loads(config_json)
+        self.token_ids = {key: value for key, value in values.items() if key.endswith("_token_id")}
+
+
+class PublishedCheckpoint(PublishedModel, ABC):
+    """A published checkpoint that holds exactly the tensors of its architecture.
+
+    Attributes:
+      dtypes: name -> dtype of every tensor.
+    """
+
+    dtypes: dict[str, np.dtype]
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray:
@@ -55,9 +66,7 @@ class SafetensorsCheckpoint(PublishedCheckpoint):
     def __init__(self, directory: Path):
         """Raises UserError as `open_published` does."""
         path = directory / "config.json"
-        text = read_bytes(path)
-        self.config = read_hf_config(text, str(path))
-        self.token_ids = _token_ids(json.loads(text))
+        super().__init__(read_bytes(path), path)
         expected = published_shapes(self.config)
         self._files = TensorFiles(directory)
         headers = self._files.headers
@@ -93,8 +102,7 @@ class GgufPublished(PublishedCheckpoint):
 
         self._path = path
         self._file = open_gguf(path)
-        self.config = read_hf_config(json.dumps(self._file.config_json), str(path))
-        self.token_ids = _token_ids(self._file.config_json)
+        super().__init__(json.dumps(self._file.config_json), path)
         self._expected = published_shapes(self.config)
         check_names(path, self._file.names, self._expected)
         self.dtypes = {name: np.dtype(np.float32) for name in self._expected}
@@ -126,6 +134,18 @@ def open_published(source: Path) -> PublishedCheckpoint:
     return SafetensorsCheckpoint(source)
 
 
+def describe_published(source: Path) -> PublishedModel:
+    """Reads the architecture of a published checkpoint; its weights need not be there.
+
+    Raises:
+      UserError: config.json, or the .gguf file, is missing, damaged or not supported.
+    """
+    if source.is_file():
+        return open_published(source)  # a .gguf file holds everything
+    path = source / "config.json"
+    return PublishedModel(read_bytes(path), path)
+
+
 def read_published(source: Path, dtype: np.typing.DTypeLike | None) -> tuple[ModelConfig, Tree]:
     """Architecture and all parameters (numpy) of a published checkpoint.
 
@@ -148,7 +168,3 @@ def check_names(source: Path, found: Iterable[str], expected: Iterable[str]) -> 
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise UserError(f"{source} {what} {len(names)} tensors by its config: {shown}")
-
-
-def _token_ids(config_json: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config_json.items() if key.endswith("_token_id")}

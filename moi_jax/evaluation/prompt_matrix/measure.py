@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from moi_jax.checkpoints.experiment import open_experiment
-from moi_jax.checkpoints.items import parameters_fingerprint, read_items, read_json_item
+from moi_jax.checkpoints.items import parameters_fingerprint, read_json_item
 from moi_jax.checkpoints.opener import OpenCheckpoint
 from moi_jax.checkpoints.parameters import read_parameters
+from moi_jax.checkpoints.start import open_start
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
@@ -66,7 +67,7 @@ def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path)
             f"{opened.step} was not written by training, so it names no data; give the config of "
             f"the held-out conversations with --config"
         )
-    untrained = _untrained(opened, began, options.untrained)
+    untrained = _untrained(opened, began, options.untrained, config.data.cache_dir)
     dataset = _open_dataset(opened, config)
     table = _prompt_table(dataset, options.paraphrases)
     matrix = _make_matrix(opened, dataset, table, options)
@@ -119,9 +120,12 @@ def _open_dataset(opened: OpenCheckpoint, config: Config) -> Dataset:
 
 
 def _untrained(
-    opened: OpenCheckpoint, began: Config | None, named: Path | None
+    opened: OpenCheckpoint, began: Config | None, named: Path | None, cache_dir: Path
 ) -> tuple[str, Tree] | None:
-    """The name and the parameters that training started from; None where they are gone."""
+    """The name and the parameters that training started from; None where they are gone.
+
+    Published weights are read from their import in `cache_dir`.
+    """
     source = named
     if source is None and began is not None:
         source = began.model.init_from
@@ -137,19 +141,20 @@ def _untrained(
             lambda p: p.astype(opened.dtype), parameters
         )
     try:
-        items = read_items(source)
+        start = open_start(source, began.tokenizer.path if began else None)
     except UserError as error:
         if named:
             raise
         log.info(f"the untrained model is left out: {error}")
         return None
-    if items.model != opened.config or items.tokenizer != opened.tokenizer.files:
+    if start.items.model != opened.config or start.items.tokenizer != opened.tokenizer.files:
         differs = f"{source} has another architecture or tokenizer than {opened.step}"
         if named:
             raise UserError(f"{differs}, so its losses cannot be compared; name another one")
         log.info(f"the untrained model is left out: {differs}")
         return None
-    return str(source), read_parameters(source, opened.config, opened.dtype, opened.mesh)
+    checkpoint = start.checkpoint(cache_dir)
+    return str(source), read_parameters(checkpoint, opened.config, opened.dtype, opened.mesh)
 
 
 def _prompt_table(dataset: Dataset, paraphrases: Mapping[str, str]) -> PromptTable:
