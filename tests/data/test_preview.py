@@ -19,6 +19,7 @@ from moi_jax.data.preview.audit import audit
 from moi_jax.data.preview.picture import attention, draw_lengths, draw_row
 from moi_jax.data.preview.row import print_row, view_row
 from moi_jax.data.preview.statistics import accounts
+from moi_jax.text.rendering import label_mask
 
 from support.runs import ROOT, SAMPLES, open_data
 
@@ -53,6 +54,8 @@ def ragged_rows(rng: random.Random) -> list[dict]:
         elif kind == 4:
             messages[rng.choice([0, -2])]["train"] = False
         elif kind == 5:
+            if number % 4 == 1:  # the others only look like a call of a tool
+                messages[-2]["content"] = f"Action: one of [look]\n\nQuestion: {text(5)}"
             messages[-1]["content"] = (
                 f"Thought: {text(3)}\nAction: look\nAction Input: {text(3)}\nObservation: {text(9)}"
                 f"\nObservation:{text(2)}\nThought: {text(3)}\nFinal Answer: {text(4)}"
@@ -193,6 +196,10 @@ def test_the_ragged_rows_are_of_every_kind(ragged):
     read = {file["name"]: file["kept"] for m in manifests for file in m["files"]}
     assert read["sums.jsonl"] == 20  # of 30
     assert read["chat_1.jsonl"] + read["chat_2.jsonl"] == 80
+    tools = inputs.caches[2].read(range(len(inputs.caches[2].lengths)))
+    trained = [inputs.tokenizer.decode(r.tokens[label_mask(r, "assistant")]) for r in tools]
+    react = [text for text in trained if "Action: look" in text]
+    assert {"Observation:\nThought:" in text for text in react} == {True, False}
 
 
 @pytest.mark.parametrize("array", loader.Batch._fields)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from moi_jax.data.sources import nested, react
+from moi_jax.data.sources import nested, react, trajectories
 from moi_jax.data.sources.react import Event
 from moi_jax.data.sources.turns import CHAT_ROLES, SHAREGPT_ROLES, Reader, text_of, turns
 from moi_jax.text.conversations import BadRow, Conversation, Message, Role
@@ -80,6 +80,7 @@ def _messages_of(row: Mapping[str, Any], form: Format) -> list[Message]:
     messages = [event for event in events if isinstance(event, Message)]
     if tools or len(messages) < len(events):
         messages = react.to_messages(events, tools)
+    messages = trajectories.mark(messages)
     for message in messages:
         _check_text(message.content)
     if messages and messages[0].role == "system" and not messages[0].content.strip():
