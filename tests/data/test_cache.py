@@ -418,6 +418,18 @@ def test_row_without_loss_does_not_displace_its_trainable_twin(root: Path) -> No
     assert (selection.no_loss_tokens, selection.duplicates) == (1, 0)
 
 
+def test_of_equal_conversations_the_one_with_most_labels_stays(root: Path) -> None:
+    turns = ("Hi", "Hello.", "And?", "Well.", "Bye", "Bye.")
+    half = chat(*turns)
+    half["messages"][1]["weight"] = 0
+    write(root / "a" / "1.jsonl", half, chat("Other", "text"))
+    write(root / "b" / "1.jsonl", half, chat(*turns), chat(*turns), chat("Other", "text"))
+    caches = run(section(root, "a", "b"))
+    first, second = select(caches, config.HeldOut(), "assistant")
+    assert (first.train.tolist(), first.duplicates) == ([1], 1)
+    assert (second.train.tolist(), second.duplicates) == ([1], 3)
+
+
 def test_cached_hash_is_the_content_hash(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
     (cache,) = run(section(root, "a"))

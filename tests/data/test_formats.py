@@ -363,6 +363,21 @@ def rendered(conversation: Conversation) -> str:
     return text
 
 
+def test_observations_of_a_trajectory_carry_no_loss_and_an_explanation_carries_loss_whole() -> None:
+    def of(question: str, text: str) -> str:
+        row = {"question": question, "answer": text}
+        conversation, _ = to_conversation(row, FORMATS["question_answer"])
+        return rendered(conversation).partition("assistant\n")[2]
+
+    masked = TRACE.replace(": Action Input: cold\nObservation: snow", ":")
+    masked = masked.replace("12:00", "")
+    found = of(DECLARED + "Question: Is it cold?", TRACE)
+    labels = "".join(re.findall(r"⟦(.*?)⟧", found, re.S))
+    assert labels == masked.replace(": \n", ":\n") + "<|im_end|>"
+    for question in ("What is ReAct?", DECLARED + "Question: What is ReAct?"):
+        assert of(question, f"So:\n{TRACE}") == f"⟦So:\n{TRACE}<|im_end|>⟧\n"
+
+
 SECTIONS = re.findall(r"^### `(\w+)`(.*?)(?=^##)", PAGE, re.M | re.S)
 EXAMPLES = [
     (name, row, text)

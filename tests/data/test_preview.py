@@ -6,6 +6,7 @@ import random
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from moi_jax.data.preview.row import print_row, view_row
 from moi_jax.data.preview.statistics import accounts
 from moi_jax.text.rendering import label_mask
 
-from support.runs import ROOT, SAMPLES, open_data
+from support.runs import ROOT, SAMPLES, open_data, small_config
 
 # An "e" with a combining accent, which the tokenizer composes, and a line separator among them.
 WORDS = "red blue café naïve drei\nvier fünf 六 seven ٩ ten \u2028 e\u0301 eight"
@@ -438,6 +439,32 @@ def test_the_account_of_a_domain_is_told(tiny, monkeypatch, capsys):
     dropped = "2 dropped (no_assistant 1, duplicate 1)"
     assert f"chat: 4 read = {dropped} + 0 held out + 2 used + 0 unplaced + 0 not drawn" in out
     assert "chat: dropped 1 no_assistant, for example chat.jsonl:4" in out
+
+
+def long_chat(directory: Path) -> Path:
+    """A config of one chat of 300 turns and a question, which is cut to fit a row."""
+    text = [turn(r, f"{n}: one two three") for n in range(150) for r in ("user", "assistant")]
+    row = {"messages": [*text, turn("user", "Bye")], "system": "Be brief."}
+    (directory / "chat.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    data = {"domains": [{"name": "chat", "sources": [{"path": "chat.jsonl"}]}]}
+    return small_config(directory, data={**data, "root": str(directory)})
+
+
+def test_what_rows_that_are_kept_have_lost_is_told(tmp_path, monkeypatch, capsys):
+    config = long_chat(tmp_path)
+    inputs, _ = opened(config)
+    (row,) = inputs.caches[0].read([0])
+    cut = 300 - np.count_nonzero(row.tokens == inputs.tokenizer.template.turn) + 1
+    changed = f"1 truncated by {cut} turns, 1 without their last user turn, "
+    changed += "1 with a system text of their own"
+    status, out, err = preview(monkeypatch, capsys, "--config", config, "--stats")
+    assert status == 0
+    assert cut > 250
+    assert f"chat: cached, 1 of 1 rows kept ({changed}), " in err.replace("\n", "")
+    assert f"chat: rows kept: {changed}\n" in out
+    _, out, _ = preview(monkeypatch, capsys, "--config", config, "--stats", "--json")
+    counts = {"own_system": 1, "trimmed_user_turn": 1, "truncated_turns": 1, "cut_turns": cut}
+    assert json.loads(out)["domains"]["chat"].items() >= {**counts, "contaminated": 0}.items()
 
 
 def test_json_is_alone_on_standard_output_and_keeps_its_contract(ragged, monkeypatch, capsys):

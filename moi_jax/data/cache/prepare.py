@@ -35,7 +35,7 @@ from moi_jax.data.cache.blocks import (
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.cache.domain import DomainCache, open_domain, write_domain
 from moi_jax.data.cache.workers import run_work
-from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error
+from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error, changes
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import detect_format, expand
@@ -44,7 +44,7 @@ from moi_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 ABANDONED_SECONDS = 24 * 3600
 
 
@@ -278,8 +278,10 @@ def _counts(dropped: dict[str, int]) -> str:
 def _summary(cache: DomainCache) -> str:
     manifest = cache.manifest
     tokens, loss_tokens, _ = cache.lengths.sum(axis=0, dtype=np.int64).tolist()
+    changed = changes(manifest)
     return (
-        f"{manifest['kept']:,} of {manifest['read']:,} rows kept, {tokens:,} tokens, "
+        f"{manifest['kept']:,} of {manifest['read']:,} rows kept"
+        f"{f' ({changed})' if changed else ''}, {tokens:,} tokens, "
         f"{loss_tokens:,} with loss; dropped: {_counts(manifest['dropped'])}"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,22 @@ BATCH, BATCH_BYTES = 1_000, 2**22  # most rows rendered at once, and about how m
 EXAMPLES = 5  # rows that the manifest shows for each reason
 # Reasons that come from the config: the row itself is not bad.
 BY_CONFIG = {"has_system", "too_long", "contaminated"}
-# Counts of rows that are kept.
-NOTES = ("own_system", "trimmed_user_turn", "truncated_turns", "contaminated")
+# Counts of rows that are kept; cut_turns counts the turns that truncated rows have lost.
+NOTES = ("own_system", "trimmed_user_turn", "truncated_turns", "cut_turns", "contaminated")
+
+
+def changes(counts: Mapping[str, Any]) -> str:
+    """What rows that are kept have lost or bring along, in words; "" if there is nothing to tell.
+
+    Args:
+      counts: with the keys of `NOTES`.
+    """
+    texts = {
+        "truncated_turns": f"truncated by {counts['cut_turns']:,} turns",
+        "trimmed_user_turn": "without their last user turn",
+        "own_system": "with a system text of their own",
+    }
+    return ", ".join(f"{counts[name]:,} {text}" for name, text in texts.items() if counts[name])
 
 
 def to_record(instruction: Instruction) -> bytes:
@@ -141,6 +155,7 @@ class BlockWriter:
         self.notes["own_system"] += bool(instruction.row_system)
         self.notes["trimmed_user_turn"] += row.trimmed
         self.notes["truncated_turns"] += conversation is not row.conversation
+        self.notes["cut_turns"] += len(row.conversation.turns) - len(conversation.turns)
         self.notes["contaminated"] += contaminated
 
     def _contaminated(self, line: int, conversation: Conversation) -> bool:
