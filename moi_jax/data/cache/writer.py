@@ -15,6 +15,7 @@ from array_record.python import array_record_module
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
+from moi_jax.data.cache.checksums import write_sums
 from moi_jax.data.sources.rows import SourceRow
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
@@ -205,6 +206,7 @@ class BlockWriter:
             },
         }
         (self.directory / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+        write_sums(self.directory, (LENGTHS, HASHES, COUNTS))
 
 
 def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
