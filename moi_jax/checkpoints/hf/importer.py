@@ -18,7 +18,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.common.progress import byte_bar
 from moi_jax.text.jinja_templates import check_template
 from moi_jax.text.prompts import prompts_metadata
-from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
+from moi_jax.text.tokenizer import Tokenizer, check_whole, load_tokenizer
 
 MOST_WARNINGS = 5
 
@@ -48,6 +48,7 @@ def import_checkpoint(
         files = Tokenizer.from_files(published.tokenizer_files)
     else:
         files = load_tokenizer(tokenizer or source)
+    check_whole(files, model.vocab_size, tokenizer or source)
     if files.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {files.vocab_size} ids, the embedding in {source} only "
