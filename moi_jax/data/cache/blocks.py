@@ -247,6 +247,7 @@ class BlockBuilder:
 
 
 def _open_whole(directory: Path) -> FinishedBlock | None:
+    """Opens a block and looks at its arrays, too; None if it cannot be used."""
     block = FinishedBlock.open(directory)
     return block if block and block.has_whole_arrays() else None
 

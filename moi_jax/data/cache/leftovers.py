@@ -62,8 +62,12 @@ def _sweep(folders: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
     for path in chain(*(folder.glob(f"*{end}") for folder in folders for end in (PART, LOCK))):
         with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            if time.time() - path.stat().st_mtime < ABANDONED_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _remove_parts(folders: Sequence[Path], run: str) -> None:

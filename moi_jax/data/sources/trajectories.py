@@ -19,7 +19,7 @@ from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import FINAL_ANSWER
 
 # How a prompt in ReAct form declares its tools.
-DECLARED = re.compile(r"^Action:.*\[(.+)\]", re.MULTILINE)
+DECLARED = re.compile(r"^Action:.*?\[(.+?)\]", re.MULTILINE)
 KEYWORD = re.compile(r"^(Thought|Action|Action Input|Observation):(.*)", re.MULTILINE)
 # The keywords before the final answer, each as a letter. An observation may hold lines that begin
 # like an input or an observation, and the last call may have no observation.
