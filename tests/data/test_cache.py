@@ -563,12 +563,12 @@ def test_folders_of_a_killed_run_are_swept_at_once_and_those_of_a_living_one_sta
         for folder in (cache, blocks):
             for name in ("living", "dead", "elsewhere"):
                 (folder / f"key.1.{name}.part").mkdir()
-        (cache / f"dead.{leftovers._boot()}.lock").touch()
-        (cache / "elsewhere.another-boot.lock").touch()
+        (cache / f"dead.{leftovers._boot()}.alive").touch()
+        (cache / "elsewhere.another-boot.alive").touch()
         run(section(root, "a"))
         left = sorted(path.name for path in cache.rglob("*.part"))
         assert left == [f"key.1.{name}.part" for name in ("elsewhere", "living") for _ in "12"]
-    assert {path.name.split(".")[0] for path in cache.glob("*.lock")} == {"elsewhere"}
+    assert {path.name.split(".")[0] for path in cache.glob("*.alive")} == {"elsewhere"}
     assert len([*cache.rglob("*.part")]) == 2
 
 

@@ -1,7 +1,7 @@
 """Leftovers: the unfinished folders of killed runs, told apart from those that are being built.
 
 A run builds folders named `<name>.<id>.<run>.part`. Meanwhile it holds the lock of the file
-`<run>.<boot>.lock`, which the kernel frees when the process ends, however it ends. Machines that
+`<run>.<boot>.alive`, which the kernel frees when the process ends, however it ends. Machines that
 share a disk may not see each other's locks, so a run trusts only the locks of its own machine,
 which the boot id names. All other leftovers are removed when they are a day old.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import filelock
 
-PART, LOCK = ".part", ".lock"
+PART, ALIVE = ".part", ".alive"
 ABANDONED_SECONDS = 24 * 3600
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux only; all containers have the same
 
@@ -39,7 +39,7 @@ def running(folders: Sequence[Path], run: str) -> Iterator[None]:
     """
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folders[0] / f"{run}.{_boot()}{LOCK}")
+    lock = filelock.FileLock(folders[0] / f"{run}.{_boot()}{ALIVE}")
     with lock:
         try:
             _sweep(folders)
@@ -56,11 +56,11 @@ def _boot() -> str:
 
 def _sweep(folders: Sequence[Path]) -> None:
     boot = _boot()
-    for path in folders[0].glob(f"*.{boot}{LOCK}") if boot else ():
+    for path in folders[0].glob(f"*.{boot}{ALIVE}") if boot else ():
         with suppress(filelock.Timeout), filelock.FileLock(path, timeout=0):
             _remove_parts(folders, path.name.partition(".")[0])
             path.unlink(missing_ok=True)
-    for path in chain(*(folder.glob(f"*{end}") for folder in folders for end in (PART, LOCK))):
+    for path in chain(*(folder.glob(f"*{end}") for folder in folders for end in (PART, ALIVE))):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime < ABANDONED_SECONDS:
                 continue
