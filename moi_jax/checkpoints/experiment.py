@@ -14,7 +14,7 @@ from moi_jax.models.compute import resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.presets import preset
 from moi_jax.text.prompts import prompts_metadata, saved_template
-from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
+from moi_jax.text.tokenizer import Tokenizer, check_whole, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,7 @@ def _resolved(
 
 
 def _check_fit(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    check_whole(tokenizer, model.vocab_size, config.tokenizer.path or config.model.init_from)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model's embedding only "

@@ -16,6 +16,7 @@ from moi_jax.config import Config
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import Selection, row_counts, select
+from moi_jax.data.cache.writer import NOTES
 from moi_jax.data.loader import BatchReader
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.mixture_report import (
@@ -72,6 +73,8 @@ class Dataset:
                 break
             epoch = plan.epoch_plan(plan.locate(begins)[0])
             mixture = mixture_statistics(epoch, report, data.of_stage(stage), plan.batch_rows)
+            for name, domain in mixture["domains"].items():
+                domain |= {note: report[name][note] for note in NOTES}
             if data.stages:
                 log.info(f"stage {stage}, from row {begins:,}")
             log_mixture_table(mixture, data)

@@ -28,11 +28,17 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn; with `train=False` an assistant's text carries no loss."""
+    """One turn.
+
+    Attributes:
+      train: with False an assistant's text carries no loss.
+      trajectory: the text calls tools in ReAct form, so a tool wrote its observations.
+    """
 
     role: Role
     content: str
     train: bool = True
+    trajectory: bool = False
 
 
 @dataclass(frozen=True, slots=True)

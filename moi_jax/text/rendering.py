@@ -23,12 +23,10 @@ from moi_jax.text.tokenizer import Tokenizer
 ASSISTANT, QWEN_OFFICIAL = 1, 2
 TARGETS = {"assistant": ASSISTANT, "qwen_official": QWEN_OFFICIAL}
 
-# In a ReAct answer, which calls tools, the model writes "Observation:" and the tool writes what
-# follows, up to the model's next thought, call or answer.
-TOOL_CALL = "Action Input:"
-OBSERVATION = re.compile(
-    r"\nObservation:(.*?)(?=\nThought:|\nAction:|\nFinal Answer:|\Z)", re.DOTALL
-)
+# In a trajectory, which calls tools in ReAct form, the model writes "Observation:" and the tool
+# writes what follows, up to the model's next thought, call or answer. The answer comes last.
+FINAL_ANSWER = "\nFinal Answer:"
+OBSERVATION = re.compile(r"\nObservation:(.*?)(?=\nThought:|\nAction:|\Z)", re.DOTALL)
 
 Span = tuple[int, int, int]
 
@@ -119,8 +117,8 @@ def render(
             end = len(tokens)
             tokens += template.footer
             if message.role == "assistant" and message.train:
-                spans += _answer_spans(template.text(message.content), start, end + 1, tokenizer)
                 end += 1
+                spans += _answer_spans(message, start, end, tokenizer)
             if labels and end < len(tokens):
                 spans.append((end, len(tokens), QWEN_OFFICIAL))
         instructions.append(
@@ -134,18 +132,21 @@ def render(
     return instructions
 
 
-def _answer_spans(content: str, start: int, end: int, tokenizer: Tokenizer) -> list[Span]:
+def _answer_spans(message: Message, start: int, end: int, tokenizer: Tokenizer) -> list[Span]:
     """The spans of an answer at tokens [start, end), which include the token that ends the turn."""
     both = ASSISTANT | QWEN_OFFICIAL
-    if TOOL_CALL not in content or "\nObservation:" not in content:
+    if not message.trajectory:
         return [(start, end, both)]
-    _, offsets = tokenizer.encode_with_offsets(content)
-    begins = np.array([begin for begin, _ in offsets])
+    content = tokenizer.template.text(message.content)
+    steps = tokenizer.normalize(content).partition(FINAL_ANSWER)[0]
+    begins = np.array([begin for begin, _ in tokenizer.encode_with_offsets(content)[1]])
     spans: list[Span] = []
-    for observation in OBSERVATION.finditer(tokenizer.normalize(content)):
+    written = start  # up to here the spans are complete
+    for observation in OBSERVATION.finditer(steps):
         first, last = (start + np.searchsorted(begins, observation.span(1))).tolist()
-        spans += [(spans[-1][1] if spans else start, first, both), (first, last, QWEN_OFFICIAL)]
-    return [*spans, (spans[-1][1], end, both)]
+        spans += [(written, first, both), (first, last, QWEN_OFFICIAL)]
+        written = last
+    return [*spans, (written, end, both)]
 
 
 def with_system_prompt(

@@ -23,7 +23,8 @@ from moi_jax.text.byte_level import QWEN_PATTERN
 from moi_jax.text.templates import TEMPLATES, Template, find_template
 from moi_jax.text.vocabulary_files import from_ranks, from_vocabulary_files
 
-# Qwen v1's special tokens; their ids follow the last rank.
+# Qwen v1's tokens, and its special tokens, whose ids follow the last rank.
+QWEN_RANKS = 151_643
 QWEN_SPECIALS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{n}|>" for n in range(205)),
@@ -255,6 +256,26 @@ KINDS: dict[str, type[Tokenizer]] = {
     "tokenizer.json": JsonTokenizer,
     "qwen.tiktoken": TiktokenTokenizer,
 }
+
+
+def check_whole(tokenizer: Tokenizer, rows: int, where: Path | None) -> None:
+    """Checks that a qwen.tiktoken was not cut at the end of a line, which the file itself hides.
+
+    Args:
+      rows: of the model's embedding; small ones belong to vocabularies of their own.
+      where: what the file is part of, for the message.
+
+    Raises:
+      UserError: it has not all tokens, so the ids of its special tokens are wrong.
+    """
+    if not isinstance(tokenizer, TiktokenTokenizer) or rows < QWEN_RANKS + len(QWEN_SPECIALS):
+        return
+    found = tokenizer.special("<|endoftext|>")
+    if found != QWEN_RANKS:
+        raise UserError(
+            f"qwen.tiktoken of {where} has {found:,} tokens, not the {QWEN_RANKS:,} of Qwen, so "
+            f"its special tokens have wrong ids; copy the whole file again"
+        )
 
 
 def load_tokenizer(directory: Path, template: str | None = None) -> Tokenizer:

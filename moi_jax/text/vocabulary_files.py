@@ -40,6 +40,13 @@ def from_vocabulary_files(files: Mapping[str, str]) -> str:
     if numbers != set(range(len(numbers))):
         raise UserError("the ids of vocab.json and the added tokens have gaps")
     merges = _merges(files["merges.txt"])
+    made = {left + right for left, right in merges}
+    for token in vocabulary.keys() - made - added.keys():
+        if len(token) > 1:
+            raise UserError(
+                f"merges.txt is not a tokenizer's: no merge makes {token!r} of vocab.json, so it "
+                f"was cut short or is damaged; copy it again"
+            )
     return tokenizer_json(vocabulary, merges, SPLITS[SPLIT_OF_CLASS[kind]], added)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset, open_dataset
@@ -15,19 +16,23 @@ from moi_jax.parallel.placing import local_rows, place_batch
 
 
 def batches(config: Config | str | Path, start_row: int = 0) -> Iterator[Batch]:
-    """Yields the numpy batches of a run from a global row on: rows [start_row, start_row + B), ...
+    """The numpy batches of a run from a global row on: rows [start_row, start_row + B), ...
 
     Args:
       config: a Config, or the path of a config file.
+      start_row: 0 or more. After the run's last row there are no batches.
 
     Raises:
-      UserError: config, data or checkpoint are wrong, as in the training command.
+      UserError: config, data or checkpoint are wrong, as in the training command, or there is no
+        such row.
     """
+    if start_row < 0:
+        raise UserError(f"start_row {start_row} is below 0; rows are counted from 0")
     if not isinstance(config, Config):
         config = load_config(config)
     experiment = open_experiment(config)
     dataset = open_dataset(experiment.config, experiment.tokenizer)
-    yield from batch_dataset(dataset.batch_reader(dataset.plan()), start_row)
+    return iter(batch_dataset(dataset.batch_reader(dataset.plan()), start_row))
 
 
 def placed_batches(

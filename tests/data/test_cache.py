@@ -20,6 +20,7 @@ from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache import domain as domain_cache
+from moi_jax.data.cache import leftovers
 from moi_jax.data.cache.prepare import DomainCache
 from moi_jax.data.cache.selection import row_counts, select
 from moi_jax.data.cache.writer import BlockWriter, from_record, to_record
@@ -419,6 +420,18 @@ def test_row_without_loss_does_not_displace_its_trainable_twin(root: Path) -> No
     assert (selection.no_loss_tokens, selection.duplicates) == (1, 0)
 
 
+def test_of_equal_conversations_the_one_with_most_labels_stays(root: Path) -> None:
+    turns = ("Hi", "Hello.", "And?", "Well.", "Bye", "Bye.")
+    half = chat(*turns)
+    half["messages"][1]["weight"] = 0
+    write(root / "a" / "1.jsonl", half, chat("Other", "text"))
+    write(root / "b" / "1.jsonl", half, chat(*turns), chat(*turns), chat("Other", "text"))
+    caches = run(section(root, "a", "b"))
+    first, second = select(caches, config.HeldOut(), "assistant")
+    assert (first.train.tolist(), first.duplicates) == ([1], 1)
+    assert (second.train.tolist(), second.duplicates) == ([1], 3)
+
+
 def test_cached_hash_is_the_content_hash(root: Path) -> None:
     write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
     (cache,) = run(section(root, "a"))
@@ -480,6 +493,53 @@ def test_a_cache_that_was_cut_short_is_made_anew(root: Path, name: str) -> None:
     assert texts(again) == expected
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("{domain}/manifest.json", "{domain}/blocks.json", "{domain}/lengths.npy"),
+        *("{domain}/hashes.npy", "{domain}/SHA256SUMS", "{block}/counts.json"),
+        *("{block}/lengths.npy", "{block}/hashes.npy", "{block}/SHA256SUMS"),
+    ],
+)
+def test_one_flipped_bit_anywhere_is_noticed_and_mended(
+    root: Path, log_text: io.StringIO, name: str
+) -> None:
+    write(root / "a" / "1.jsonl", chat("Hi", "Hello."), chat("Bye", "Bye."))
+    (first,) = run(section(root, "a"))
+    path = Path(name.format(domain=first.directory, block=first.blocks[0]))
+    right = path.read_bytes()
+    for place in range(0, len(right), 7):
+        wrong = bytearray(right)
+        wrong[place] ^= 1 << place % 8
+        path.write_bytes(wrong)
+        if "{block}" in name:  # its arrays are looked at where a domain is put together
+            shutil.rmtree(first.directory)
+        log_text.truncate(0)
+        (again,) = run(section(root, "a"))
+        assert "is damaged and is made anew" in log_text.getvalue().replace("\n", " "), place
+        assert path.read_bytes() == right, place
+        assert texts(again) == texts(first)
+
+
+def test_one_flipped_bit_of_a_record_is_noticed_when_it_is_read(root: Path) -> None:
+    write(root / "a" / "1.jsonl", *(chat(f"Question {n}", f"Answer {n}") for n in range(5)))
+    (cache,) = run(section(root, "a"))
+    expected = texts(cache)
+    path = cache.blocks[0] / "instructions.array_record"
+    right = path.read_bytes()
+    noticed = 0
+    for place in range(0, len(right), 501):  # most of the file is padding that nobody reads
+        wrong = bytearray(right)
+        wrong[place] ^= 1
+        path.write_bytes(wrong)
+        domain_cache._reader.cache_clear()
+        try:
+            assert texts(cache) == expected
+        except UserError as error:
+            noticed += "is damaged" in str(error)
+    assert noticed > 1
+
+
 def test_a_cache_damaged_inside_is_named_when_it_is_read(root: Path) -> None:
     write(root / "a" / "1.jsonl", *(chat(f"Question {n}", f"Answer {n}") for n in range(200)))
     (cache,) = run(section(root, "a"))
@@ -491,6 +551,26 @@ def test_a_cache_damaged_inside_is_named_when_it_is_read(root: Path) -> None:
     domain_cache._reader.cache_clear()
     with pytest.raises(UserError, match=f"cache of domain a is damaged.*delete {cache.blocks[0]}"):
         cache.read(range(200))
+
+
+@pytest.mark.skipif(not leftovers.BOOT_ID.exists(), reason="only Linux tells which machine it is")
+def test_folders_of_a_killed_run_are_swept_at_once_and_those_of_a_living_one_stay(
+    root: Path,
+) -> None:
+    write(root / "a" / "1.jsonl", chat("Hi", "Hello."))
+    cache, blocks = root.parent / "cache", root.parent / "cache" / "blocks"
+    living = leftovers.running([cache, blocks], "living")
+    with living:
+        for folder in (cache, blocks):
+            for name in ("living", "dead", "elsewhere"):
+                (folder / f"key.1.{name}.part").mkdir()
+        (cache / f"dead.{leftovers._boot()}.alive").touch()
+        (cache / "elsewhere.another-boot.alive").touch()
+        run(section(root, "a"))
+        left = sorted(path.name for path in cache.rglob("*.part"))
+        assert left == [f"key.1.{name}.part" for name in ("elsewhere", "living") for _ in "12"]
+    assert {path.name.split(".")[0] for path in cache.glob("*.alive")} == {"elsewhere"}
+    assert len([*cache.rglob("*.part")]) == 2
 
 
 def test_a_folder_left_by_a_killed_process_is_swept_after_a_day(root: Path) -> None:

@@ -237,8 +237,101 @@ def test_calls_made_together_are_written_one_after_another_with_their_own_result
     second = "Thought: I need to call subtract.\nAction: subtract\nAction Input: {}\nObservation: 0"
     both = calling(CALL, other, content="Both.")
     assert answer(chat(both, tool("4"), tool("0"), GPT)) == f"{first}\n{second}{END}"
+    # Results in another order belong to the calls that they name.
     named = [tool("0", tool_call_id="1"), tool("4", tool_call_id="0")]
-    assert answer(chat(both, *named, GPT)) == f"{second}\n{first}{END}"
+    assert answer(chat(both, *named, GPT)) == f"{first}\n{second}{END}"
+
+
+def test_numbers_are_ids_of_calls_too() -> None:
+    both = calling(CALL, {"name": "subtract", "arguments": ""})
+    for number, call in enumerate(both["tool_calls"]):
+        call["id"] = number
+    turns = [both, tool("0", tool_call_id=1), tool("4", tool_call_id=0), GPT]
+    assert f"Action: subtract\nAction Input: {{}}\nObservation: 0{END}" in answer(chat(*turns))
+
+
+def test_each_of_calls_made_together_keeps_the_thought_before_it() -> None:
+    def part(number: int) -> dict[str, Any]:
+        call = {"name": "add", "arguments": {"a": number}}
+        return {"type": "tool_call", "value": json.dumps(call)}
+
+    def step(thought: str, number: int, result: str) -> str:
+        head = f'Thought: {thought}\nAction: add\nAction Input: {{"a": {number}}}'
+        return f"{head}\nObservation: {result}\n"
+
+    reasoning = {"type": "reasoning", "value": "Hm."}
+    text = [{"type": "text", "value": value} for value in ("First.", "Then.", "Done.")]
+    content = [reasoning, text[0], part(1), text[1], part(2), part(3), text[2]]
+    turns = [{"role": "assistant", "content": content}, *map(tool, "123")]
+    expected = step("Hm.\n\nFirst.", 1, "1") + step("Then.", 2, "2") + step("Done.", 3, "3")
+    assert answer(chat(*turns, GPT)) == expected.removesuffix("\n") + END
+
+
+DECLARED = "Use tools.\n\nAction: the tool to use, one of [weather, now]\nAction Input: JSON\n\n"
+TRACE = (
+    "Thought: Look.\nAction: weather\nAction Input: {}\nObservation: Action Input: cold\n"
+    "Observation: snow\nThought: Now.\nAction: now\nAction Input:\n{}\nObservation: 12:00\n"
+    "Thought: Done.\nFinal Answer: Cold at\nObservation: noon"
+)
+
+
+def is_trajectory(question: str, text: str, **keys: Any) -> bool:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    return turns_of({"messages": turns, **keys})[-1].trajectory
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TRACE,
+        "\n" + TRACE,
+        TRACE.removeprefix("Thought: Look.\n"),
+        TRACE.partition("\nFinal Answer:")[0],
+        TRACE.partition(" 12:00")[0],
+        TRACE.partition("\nObservation: 12:00")[0],
+    ],
+)
+def test_react_text_with_declared_tools_is_a_trajectory(text: str) -> None:
+    assert is_trajectory(DECLARED + "Question: Is it cold?", text)
+    assert is_trajectory("Is it cold?", text, system=DECLARED)
+    assert is_trajectory("Is it cold?", text, tools=[{"name": "weather"}, {"name": "now"}])
+    assert not is_trajectory("What is ReAct?", text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"This is how it looks:\n\n{TRACE}",
+        TRACE.replace("Action: now", "Action: calendar"),
+        TRACE.replace("Action: now", "Action: the tool to use"),
+        TRACE.replace("Action Input: {}\nObs", "Obs"),
+        TRACE.replace("\nAction: weather", ""),
+        TRACE.replace("\nObservation: 12:00", ""),
+        TRACE.replace("\n", "\n> "),
+        "Thought: each step holds an Action Input:, and then comes\nObservation: its text",
+    ],
+)
+def test_answer_that_only_explains_the_form_is_no_trajectory(text: str) -> None:
+    assert not is_trajectory(DECLARED + "Question: What is ReAct?", text)
+
+
+def test_answer_may_go_on_with_the_thought_that_ends_the_question() -> None:
+    text = TRACE.removeprefix("Thought:")
+    assert is_trajectory(DECLARED + "Question: Is it cold?\nThought:", text)
+    assert not is_trajectory(DECLARED + "Question: Is it cold?", text)
+
+
+def test_calls_are_a_trajectory_without_any_declared_tool() -> None:
+    (_, first, _, second) = turns_of(chat(calling(CALL), tool("4"), GPT, USER, GPT))
+    assert (first.trajectory, second.trajectory) == (True, False)
+
+
+def test_trajectories_of_the_samples_are_recognised() -> None:
+    lines = (ROOT / "moi_jax" / "data" / "samples" / "tools.jsonl").read_text(encoding="utf-8")
+    answers = [turns_of(json.loads(line))[-1] for line in lines.splitlines()]
+    assert len(answers) > 100
+    for message in answers:
+        assert message.trajectory == ("\nObservation:" in message.content)
 
 
 def test_last_call_may_stay_unanswered_and_ends_where_generation_stops() -> None:
@@ -410,6 +503,21 @@ def rendered(conversation: Conversation) -> str:
             text += f"⟦{piece}⟧" if labels[begin] else piece
             begin = end
     return text
+
+
+def test_observations_of_a_trajectory_carry_no_loss_and_an_explanation_carries_loss_whole() -> None:
+    def of(question: str, text: str) -> str:
+        row = {"question": question, "answer": text}
+        conversation, _ = to_conversation(row, FORMATS["question_answer"])
+        return rendered(conversation).partition("assistant\n")[2]
+
+    masked = TRACE.replace(": Action Input: cold\nObservation: snow", ":")
+    masked = masked.replace("12:00", "")
+    found = of(DECLARED + "Question: Is it cold?", TRACE)
+    labels = "".join(re.findall(r"⟦(.*?)⟧", found, re.S))
+    assert labels == masked.replace(": \n", ":\n") + "<|im_end|>"
+    for question in ("What is ReAct?", DECLARED + "Question: What is ReAct?"):
+        assert of(question, f"So:\n{TRACE}") == f"⟦So:\n{TRACE}<|im_end|>⟧\n"
 
 
 SECTIONS = re.findall(r"^### `(\w+)`(.*?)(?=^##)", PAGE, re.M | re.S)

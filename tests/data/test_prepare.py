@@ -284,6 +284,7 @@ def test_a_killed_prepare_takes_its_workers_along_and_goes_on(
     assert 3 <= len(finished) < len(cache.blocks)
     assert finished.items() <= blocks_of(root).items()
     assert len(cache.lengths) == 80
+    assert not [*(root.parent / "cache").rglob("*.part"), *(root.parent / "cache").rglob("*.alive")]
 
 
 def test_two_at_once_end_well(

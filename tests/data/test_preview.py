@@ -6,6 +6,7 @@ import random
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from moi_jax.data.preview.audit import audit
 from moi_jax.data.preview.picture import attention, draw_lengths, draw_row
 from moi_jax.data.preview.row import print_row, view_row
 from moi_jax.data.preview.statistics import accounts
+from moi_jax.text.rendering import label_mask
 
-from support.runs import ROOT, SAMPLES, open_data
+from support.runs import ROOT, SAMPLES, open_data, small_config
 
 # An "e" with a combining accent, which the tokenizer composes, and a line separator among them.
 WORDS = "red blue café naïve drei\nvier fünf 六 seven ٩ ten \u2028 e\u0301 eight"
@@ -53,6 +55,8 @@ def ragged_rows(rng: random.Random) -> list[dict]:
         elif kind == 4:
             messages[rng.choice([0, -2])]["train"] = False
         elif kind == 5:
+            if number % 4 == 1:  # the others only look like a call of a tool
+                messages[-2]["content"] = f"Action: one of [look]\n\nQuestion: {text(5)}"
             messages[-1]["content"] = (
                 f"Thought: {text(3)}\nAction: look\nAction Input: {text(3)}\nObservation: {text(9)}"
                 f"\nObservation:{text(2)}\nThought: {text(3)}\nFinal Answer: {text(4)}"
@@ -193,6 +197,10 @@ def test_the_ragged_rows_are_of_every_kind(ragged):
     read = {file["name"]: file["kept"] for m in manifests for file in m["files"]}
     assert read["sums.jsonl"] == 20  # of 30
     assert read["chat_1.jsonl"] + read["chat_2.jsonl"] == 80
+    tools = inputs.caches[2].read(range(len(inputs.caches[2].lengths)))
+    trained = [inputs.tokenizer.decode(r.tokens[label_mask(r, "assistant")]) for r in tools]
+    react = [text for text in trained if "Action: look" in text]
+    assert {"Observation:\nThought:" in text for text in react} == {True, False}
 
 
 @pytest.mark.parametrize("array", loader.Batch._fields)
@@ -431,6 +439,32 @@ def test_the_account_of_a_domain_is_told(tiny, monkeypatch, capsys):
     dropped = "2 dropped (no_assistant 1, duplicate 1)"
     assert f"chat: 4 read = {dropped} + 0 held out + 2 used + 0 unplaced + 0 not drawn" in out
     assert "chat: dropped 1 no_assistant, for example chat.jsonl:4" in out
+
+
+def long_chat(directory: Path) -> Path:
+    """A config of one chat of 300 turns and a question, which is cut to fit a row."""
+    text = [turn(r, f"{n}: one two three") for n in range(150) for r in ("user", "assistant")]
+    row = {"messages": [*text, turn("user", "Bye")], "system": "Be brief."}
+    (directory / "chat.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    data = {"domains": [{"name": "chat", "sources": [{"path": "chat.jsonl"}]}]}
+    return small_config(directory, data={**data, "root": str(directory)})
+
+
+def test_what_rows_that_are_kept_have_lost_is_told(tmp_path, monkeypatch, capsys):
+    config = long_chat(tmp_path)
+    inputs, _ = opened(config)
+    (row,) = inputs.caches[0].read([0])
+    cut = 300 - np.count_nonzero(row.tokens == inputs.tokenizer.template.turn) + 1
+    changed = f"1 truncated by {cut} turns, 1 without their last user turn, "
+    changed += "1 with a system text of their own"
+    status, out, err = preview(monkeypatch, capsys, "--config", config, "--stats")
+    assert status == 0
+    assert cut > 250
+    assert f"chat: cached, 1 of 1 rows kept ({changed}), " in err.replace("\n", "")
+    assert f"chat: rows kept: {changed}\n" in out
+    _, out, _ = preview(monkeypatch, capsys, "--config", config, "--stats", "--json")
+    counts = {"own_system": 1, "trimmed_user_turn": 1, "truncated_turns": 1, "cut_turns": cut}
+    assert json.loads(out)["domains"]["chat"].items() >= {**counts, "contaminated": 0}.items()
 
 
 def test_json_is_alone_on_standard_output_and_keeps_its_contract(ragged, monkeypatch, capsys):

@@ -39,6 +39,11 @@ CALL = {"name": "f", "arguments": "{}"}
 TOOL = {"role": "tool", "content": "7"}
 
 
+def named(*ids: str) -> dict:
+    """A turn that makes a call with each id."""
+    return {**calls(), "tool_calls": [{"id": id, "function": CALL} for id in ids]}
+
+
 def file_of(path: Path, content: bytes) -> SourceFile:
     path.write_bytes(content)
     return SourceFile(path.name, path)
@@ -121,6 +126,16 @@ BAD_ROWS = [
     ("bad_arguments", messages(USER, calls({"name": "f", "arguments": 7}))),
     ("observation_without_call", messages(USER, TOOL, GPT)),
     ("observation_without_call", messages(USER, calls(CALL), TOOL, TOOL, GPT)),
+    ("observation_without_call", messages(USER, calls(CALL), {**TOOL, "tool_call_id": "b"}, GPT)),
+    (
+        "observation_without_call",
+        messages(USER, named("a", "b"), *[{**TOOL, "tool_call_id": "a"}] * 2, GPT),
+    ),
+    (
+        "call_without_observation",
+        messages(USER, named("a", "b"), {**TOOL, "tool_call_id": "b"}),
+    ),
+    ("bad_call", messages(USER, parts("assistant", {"type": "tool_call", "text": "[]"}))),
     ("call_without_observation", messages(USER, calls(CALL), GPT)),
     ("call_without_observation", messages(USER, calls(CALL), USER, GPT)),
     ("call_without_observation", messages(USER, calls(CALL, CALL))),

@@ -35,10 +35,14 @@ REACT = (
 )
 
 
-def conversation(*turns: str, system: str | None = None) -> Conversation:
+def conversation(*turns: str, system: str | None = None, trajectory: bool = False) -> Conversation:
     head = [] if system is None else [Message("system", system)]
     roles = ["user", "assistant"] * len(turns)
-    return Conversation((*head, *(Message(r, t) for r, t in zip(roles, turns, strict=False))))  # type: ignore[arg-type]
+    messages = (
+        Message(role, text, trajectory=trajectory and role == "assistant")  # type: ignore[arg-type]
+        for role, text in zip(roles, turns, strict=False)
+    )
+    return Conversation((*head, *messages))
 
 
 def one(
@@ -162,8 +166,8 @@ def test_untrained_message_carries_no_loss() -> None:
     )
 
 
-def test_observations_of_a_react_answer_carry_no_assistant_loss() -> None:
-    row = one(conversation("q\nObservation: mine", REACT))
+def test_observations_of_a_trajectory_carry_no_assistant_loss() -> None:
+    row = one(conversation("q\nObservation: mine", REACT, trajectory=True))
     labels = labelled(row, "assistant")
     assert labels.split("|", 1)[0].endswith("\nObservation:")
     for written in ("Thought: look", "Input: y\nObservation:", "Thought: done\nFinal Answer: 12"):
@@ -175,15 +179,27 @@ def test_observations_of_a_react_answer_carry_no_assistant_loss() -> None:
 
 
 def test_a_call_right_after_an_observation_is_the_models() -> None:
-    row = one(conversation("q", "Action Input: x\nObservation: 7\nAction: f\nAction Input: y"))
+    text = "Action Input: x\nObservation: 7\nAction: f\nAction Input: y"
+    row = one(conversation("q", text, trajectory=True))
     assert labelled(row, "assistant").endswith(
         "Observation:|\nAction: f\nAction Input: y<|im_end|>"
     )
 
 
 def test_observation_at_the_end_leaves_only_the_end_mark() -> None:
-    row = one(conversation("q", "Action Input: x\nObservation: 7 apples\n"))
+    row = one(conversation("q", "Action Input: x\nObservation: 7 apples\n", trajectory=True))
     assert labelled(row, "assistant") == "Action Input: x\nObservation:|<|im_end|>"
+
+
+def test_an_answer_that_is_no_trajectory_carries_loss_whole() -> None:
+    assert labelled(one(conversation("q", REACT)), "assistant") == REACT + "<|im_end|>"
+
+
+def test_final_answer_carries_loss_whole() -> None:
+    text = "Action Input: x\nObservation: 7\nFinal Answer: it says\nObservation: 7"
+    row = one(conversation("q", text, trajectory=True))
+    expected = "Observation:|\nFinal Answer: it says\nObservation: 7<|im_end|>"
+    assert labelled(row, "assistant").endswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -232,14 +248,14 @@ def conversations(draw: st.DrawFn) -> Conversation:
     messages = [] if system is None else [Message("system", system)]
     for _ in range(draw(st.integers(1, 3))):
         messages.append(Message("user", draw(TEXTS)))
-        messages.append(Message("assistant", draw(TEXTS), draw(st.booleans())))
+        messages.append(Message("assistant", draw(TEXTS), *draw(st.tuples(*[st.booleans()] * 2))))
     return Conversation(tuple(messages))
 
 
 PROMPTS = st.none() | st.text(max_size=8)
 
 
-MODEL_LINES = ("\nThought:", "\nAction:", "\nFinal Answer:")
+MODEL_LINES = ("\nThought:", "\nAction:")
 TOKENIZERS = st.sampled_from([TOKENIZER, LLAMA3])
 
 
@@ -281,13 +297,14 @@ def slow_oracle(
         for token, (begin, _) in zip(ids, offsets, strict=True):
             # Observed: the last "\nObservation:" that ends before the token opened an
             # observation, or an earlier one did, and nothing in MODEL_LINES has begun since.
-            # Without a tool call nothing is observed.
+            # Only in the steps of a trajectory is anything observed.
             observed = False
-            at = 0 if "Action Input:" in content else len(content)
-            while (found := content.find("\nObservation:", at)) >= 0:
+            steps = content.split("\nFinal Answer:")[0] if message.trajectory else ""
+            at = 0
+            while (found := steps.find("\nObservation:", at)) >= 0:
                 opened = found + len("\nObservation:")
-                ends = [content.find(end, opened) for end in MODEL_LINES]
-                closed = min([end for end in ends if end >= 0], default=len(content))
+                ends = [steps.find(end, opened) for end in MODEL_LINES]
+                closed = min([end for end in ends if end >= 0], default=len(steps))
                 observed |= opened <= begin < closed
                 at = closed
             put([token], trained and not observed, trained)

@@ -11,9 +11,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.common.errors import UserError
-from moi_jax.text.tokenizer import QWEN_PATTERN, TiktokenTokenizer, Tokenizer, load_tokenizer
+from moi_jax.config.load import load_config
+from moi_jax.text.tokenizer import (
+    QWEN_PATTERN,
+    TiktokenTokenizer,
+    Tokenizer,
+    check_whole,
+    load_tokenizer,
+)
 
+from support.runs import small_config
 from support.tokenizers import llama3_tokenizer
 
 # A slow machine is no failure.
@@ -226,12 +235,16 @@ def changed(name: str, text: str | None) -> dict[str, str]:
     return {name: text for name, text in files.items() if text is not None}
 
 
+MERGES = vocabulary_files("Qwen2Tokenizer")["merges.txt"]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         (changed("merges.txt", None), "merges.txt is missing beside vocab.json"),
         (changed("merges.txt", "a b c\n"), "merges.txt is damaged: 'a b c' is not a pair"),
         (changed("merges.txt", "zz zz\n"), "is not a tokenizer"),
+        (changed("merges.txt", MERGES[: MERGES.rindex("\n", 0, -1)]), "so it was cut short"),
         (changed("vocab.json", "{"), "vocab.json is not valid JSON"),
         (changed("vocab.json", "[]"), "vocab.json is not a JSON object"),
         (changed("vocab.json", '{"a": "b"}'), "not an object of tokens and their ids"),
@@ -290,6 +303,28 @@ def test_broken_file_is_refused_by_name(tmp_path: Path, name: str, text: str) ->
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=f"{name} is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_qwen_file_cut_at_a_line_end_is_refused_where_the_model_has_qwens_vocabulary(
+    tmp_path: Path,
+) -> None:
+    directory = qwen_directory()
+    if directory is None:
+        pytest.skip("qwen.tiktoken comes with the package dashscope, which is not installed")
+    lines = (directory / "qwen.tiktoken").read_text().splitlines(keepends=True)
+    (tmp_path / "qwen.tiktoken").write_text("".join(lines[:-1]))
+    open_experiment(load_config(small_config(tmp_path), qwen_at(directory)))
+    message = rf"qwen\.tiktoken of {tmp_path} has 151,642 tokens, not the 151,643 of Qwen"
+    with pytest.raises(UserError, match=message):
+        open_experiment(load_config(small_config(tmp_path), qwen_at(tmp_path)))
+    with pytest.raises(UserError, match=message):
+        check_whole(load_tokenizer(tmp_path), 152_064, tmp_path)
+    # A small model has a vocabulary of its own.
+    check_whole(Tokenizer.from_files({"qwen.tiktoken": TINY_RANKS}), 2048, tmp_path)
+
+
+def qwen_at(directory: Path) -> list[str]:
+    return ["model.preset=qwen-1.8b", f"tokenizer.path={directory}"]
 
 
 def test_vocabulary_without_the_templates_tokens_encodes_but_renders_nothing() -> None:

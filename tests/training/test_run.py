@@ -235,6 +235,8 @@ def test_batches_are_those_of_the_run_from_any_row(tmp_path):
     whole = [batch.tokens for batch in moi_jax.batches(config)]
     assert [len(tokens) for tokens in whole] == [2] * 10
     rows = np.concatenate(whole)
+    with pytest.raises(UserError, match="start_row -5 is below 0"):
+        moi_jax.batches(config, start_row=-5)
     later = next(moi_jax.batches(config, start_row=5))
     np.testing.assert_array_equal(later.tokens, rows[5:7])
 

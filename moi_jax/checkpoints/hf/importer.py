@@ -19,7 +19,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.common.progress import byte_bar
 from moi_jax.text.jinja_templates import check_template
 from moi_jax.text.prompts import prompts_metadata
-from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
+from moi_jax.text.tokenizer import Tokenizer, check_whole, load_tokenizer
 
 MOST_WARNINGS = 5
 
@@ -64,6 +64,7 @@ def published_items(
     """
     model = published.config
     files = _tokenizer(source, published, tokenizer)
+    check_whole(files, model.vocab_size, tokenizer or source.path)
     if files.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {files.vocab_size} ids, the embedding in {source.path} only "

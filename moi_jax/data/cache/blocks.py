@@ -9,6 +9,7 @@ that have the same key.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 import uuid
@@ -22,6 +23,8 @@ import numpy as np
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
+from moi_jax.data.cache.checksums import check_sums
+from moi_jax.data.cache.leftovers import part_of
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import SourceRow, source_rows, splittable
@@ -30,11 +33,12 @@ from moi_jax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from moi_jax.data.decontamination import Benchmarks
 
+log = logging.getLogger(__name__)
+
 # The size of a block. Files of fewer than sixteen such blocks get smaller ones, but not below
 # LEAST_BYTES, so that the last blocks keep all cores busy.
 BLOCK_BYTES = 2**23
 LEAST_BYTES = 2**21
-PART = ".part"  # suffix of a folder that is being built
 
 
 @dataclass(frozen=True)
@@ -132,15 +136,26 @@ class FinishedBlock:
 
     @classmethod
     def open(cls, directory: Path) -> FinishedBlock | None:
-        """Opens a block; None if the folder is missing or incomplete."""
+        """Opens a block; None if the folder is missing, incomplete or damaged.
+
+        The content of the arrays and records is not looked at: see `has_whole_arrays`, and
+        `DomainCache.read`.
+        """
         try:
+            check_sums(directory, [COUNTS])
             counts = json.loads((directory / COUNTS).read_text(encoding="utf-8"))
-            whole = all(
-                (directory / name).stat().st_size == size for name, size in counts["bytes"].items()
-            )
-        except (OSError, ValueError, KeyError, AttributeError):
+            sizes = {name: (directory / name).stat().st_size for name in counts["bytes"]}
+        except (OSError, ValueError):
             return None
-        return cls(directory, counts) if whole else None
+        return cls(directory, counts) if sizes == counts["bytes"] else None
+
+    def has_whole_arrays(self) -> bool:
+        """Whether the arrays equal their checksums."""
+        try:
+            check_sums(self.directory, [LENGTHS, HASHES])
+        except (OSError, ValueError):
+            return False
+        return True
 
     @property
     def records(self) -> Path:
@@ -157,7 +172,7 @@ class BlockBuilder:
 
     Attributes:
       folder: holds a folder for each block.
-      run: an id in the temporary names of the folders that this run builds.
+      run: an id in the temporary names of the folders that this run builds, see `leftovers`.
     """
 
     folder: Path
@@ -175,7 +190,7 @@ class BlockBuilder:
         try:
             with domain_errors(item.domain):
                 for block, max_rows, directory in self._walk(item):
-                    if FinishedBlock.open(directory) is None:
+                    if _open_whole(directory) is None:
                         self._write(item, block, max_rows, directory)
         except RuntimeError as error:  # from ArrayRecord, for example when the disk is full
             raise UserError(
@@ -183,10 +198,12 @@ class BlockBuilder:
             ) from None
 
     def finished(self, item: WorkItem) -> list[FinishedBlock] | None:
-        """The blocks of the item, up to its max_rows; None if one of them is missing."""
+        """The blocks of the item, up to its max_rows; None if one of them is missing or damaged."""
         found = []
         for _, _, directory in self._walk(item):
-            if (block := FinishedBlock.open(directory)) is None:
+            if (block := _open_whole(directory)) is None:
+                if directory.exists():
+                    log.warning(f"the cache in {directory} is damaged and is made anew")
                 return None
             found.append(block)
         return found
@@ -207,29 +224,30 @@ class BlockBuilder:
                 left -= done.counts["kept"] if done else 0
 
     def _write(self, item: WorkItem, block: Block, max_rows: int | None, directory: Path) -> None:
-        part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}.{self.run}{PART}")
+        part = part_of(directory, self.run)
         part.mkdir(parents=True)
         writer = BlockWriter(
             part, self.data, item.prompt, self.tokenizer, self.benchmarks, block.place
         )
         writer.add(block.rows(), max_rows)
         writer.close(block.lines())
-        if directory.exists() and FinishedBlock.open(directory) is None:
+        if directory.exists() and _open_whole(directory) is None:
             shutil.rmtree(directory)
         move_into_place(part, directory)
 
     def save(self) -> Path:
-        """Pickles the builder to a file for other processes; `clear` removes the file."""
-        part = self.folder / f"builder.{self.run}{PART}"
+        """Pickles the builder to a file for other processes, which ends with the run."""
+        part = part_of(self.folder / "builder", self.run)
         part.mkdir(parents=True)
         path = part / "builder.pickle"
         path.write_bytes(pickle.dumps(self))
         return path
 
-    def clear(self) -> None:
-        """Removes the incomplete folders of this run."""
-        for part in self.folder.glob(f"*.{self.run}{PART}"):
-            shutil.rmtree(part, ignore_errors=True)
+
+def _open_whole(directory: Path) -> FinishedBlock | None:
+    """Opens a block and looks at its arrays, too; None if it cannot be used."""
+    block = FinishedBlock.open(directory)
+    return block if block and block.has_whole_arrays() else None
 
 
 def move_into_place(part: Path, directory: Path) -> None:

@@ -13,6 +13,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from moi_jax.data.cache.leftovers import PART
 from moi_jax.data.sources.readers import SourceFile
 
 REMEMBERED_BYTES = 2**23  # smaller files are hashed each time
@@ -54,7 +55,7 @@ class Digests:
             return
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}")
+            part = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}{PART}")
             part.write_text(json.dumps({**self._known, **self._new}), encoding="utf-8")
             part.replace(self._path)
 

@@ -2,8 +2,8 @@
 
 import functools
 import json
+import logging
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,17 @@ import numpy as np
 from array_record.python import array_record_module
 
 from moi_jax.common.errors import UserError
-from moi_jax.data.cache.blocks import PART, Block, FinishedBlock, move_into_place
+from moi_jax.data.cache.blocks import Block, FinishedBlock, move_into_place
+from moi_jax.data.cache.checksums import check_sums, write_sums
+from moi_jax.data.cache.leftovers import part_of
 from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
 from moi_jax.text import rendering
 from moi_jax.text.rendering import Instruction
 
+log = logging.getLogger(__name__)
+
 MANIFEST, BLOCKS = "manifest.json", "blocks.json"
+FILES = (LENGTHS, HASHES, MANIFEST, BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class DomainCache:
 
     Attributes:
       name: the domain.
-      directory: holds lengths.npy, hashes.npy, manifest.json, blocks.json.
+      directory: holds lengths.npy, hashes.npy, manifest.json, blocks.json, SHA256SUMS.
       key: sha256 hex of everything that decides the content.
       lengths: int32[n, 3]: tokens, loss tokens under `assistant`, loss tokens under
         `qwen_official`.
@@ -97,7 +102,7 @@ def loss_column(targets: str) -> int:
 def open_domain(
     name: str, directory: Path, folder: Path, files: Sequence[str]
 ) -> DomainCache | None:
-    """Opens a domain's cache; None if it is missing or damaged. A damaged one is removed.
+    """Opens a domain's cache; None if it is missing or damaged. A damaged one is told and removed.
 
     Args:
       folder: the folder of the blocks.
@@ -106,19 +111,22 @@ def open_domain(
     if not directory.exists():
         return None
     try:
+        check_sums(directory, FILES)
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         names = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
         lengths, hashes = np.load(directory / LENGTHS), np.load(directory / HASHES)
-        blocks = [FinishedBlock.open(folder / block) for block in names]
-        kept = [block.counts["kept"] if block else -1 for block in blocks]
-        if -1 in kept or not len(lengths) == len(hashes) == sum(kept) == manifest["kept"]:
-            raise ValueError("the files of the cache differ in length")
-        _rename(manifest, files)
-        source_starts = np.cumsum([0, *manifest["sources"]], dtype=np.int64)
-    except (EOFError, KeyError, OSError, ValueError):
-        # Incomplete, after a full disk or a broken copy. The cache can always be built again.
+    except (OSError, ValueError) as error:
+        # After a full disk, a broken copy or a fault of the disk. It can always be built again.
+        log.warning(f"the cache of domain {name} is damaged and is made anew: {error}")
         shutil.rmtree(directory)
         return None
+    blocks = [FinishedBlock.open(folder / block) for block in names]
+    kept = [block.counts["kept"] for block in blocks if block]
+    if None in blocks or sum(kept) != len(lengths):
+        shutil.rmtree(directory)
+        return None
+    _rename(manifest, files)
+    source_starts = np.cumsum([0, *manifest["sources"]], dtype=np.int64)
     # A folder that was built again must not be read through a reader of the old one.
     _reader.cache_clear()
     return DomainCache(
@@ -147,8 +155,11 @@ def _rename(manifest: dict[str, Any], names: Sequence[str]) -> None:
 Found = tuple[Block, FinishedBlock | None]  # None for a block that is not read because of max_rows
 
 
-def write_domain(directory: Path, sources: Sequence[Sequence[Found]]) -> None:
+def write_domain(directory: Path, sources: Sequence[Sequence[Found]], run: str) -> None:
     """Writes a domain's folder from the blocks of its sources; it is renamed when complete.
+
+    Args:
+      run: the id of the run that builds it, see `leftovers`.
 
     Raises:
       OSError: the folder cannot be written.
@@ -156,7 +167,7 @@ def write_domain(directory: Path, sources: Sequence[Sequence[Found]]) -> None:
     blocks = [block for _, block in chain(*sources) if block]
     arrays = [(np.zeros((0, 3), np.int32), np.zeros((0, 2), np.uint64))]
     arrays += [block.arrays() for block in blocks]
-    part = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}{PART}")
+    part = part_of(directory, run)
     part.mkdir(parents=True)
     try:
         for name, content in zip((LENGTHS, HASHES), zip(*arrays, strict=True), strict=True):
@@ -164,6 +175,7 @@ def write_domain(directory: Path, sources: Sequence[Sequence[Found]]) -> None:
         names = [block.directory.name for block in blocks]
         for name, values in ((MANIFEST, _manifest(sources)), (BLOCKS, names)):
             (part / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_sums(part, FILES)
         move_into_place(part, directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)

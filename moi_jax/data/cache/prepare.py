@@ -1,6 +1,6 @@
 """Preparing the tokenised cache: each domain is rendered once and kept under a key of its content.
 
-<cache_dir>/<key of the domain>/  lengths.npy, hashes.npy, manifest.json, blocks.json
+<cache_dir>/<key of the domain>/  lengths.npy, hashes.npy, manifest.json, blocks.json, SHA256SUMS
 <cache_dir>/blocks/<key>/         the tokens of a block of the sources
 """
 
@@ -9,9 +9,9 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -23,7 +23,6 @@ from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.common.progress import progress_bars
 from moi_jax.data.cache.blocks import (
-    PART,
     Block,
     BlockBuilder,
     FinishedBlock,
@@ -34,9 +33,10 @@ from moi_jax.data.cache.blocks import (
 )
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.cache.domain import DomainCache, open_domain, write_domain
+from moi_jax.data.cache.leftovers import running
 from moi_jax.data.cache.notices import counts_text, log_notices, no_usable_row
 from moi_jax.data.cache.workers import run_work
-from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error
+from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error, changes
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import detect_format, expand
@@ -46,7 +46,6 @@ from moi_jax.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 CACHE_FORMAT = 5
-ABANDONED_SECONDS = 24 * 3600
 
 
 def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
@@ -62,19 +61,15 @@ def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
     if builder.benchmarks:
         _log_benchmarks(builder.benchmarks)
     opened = [job.open(builder) for job in jobs]
-    missing = [job for job, cache in zip(jobs, opened, strict=True) if cache is None]
-    _run([item for job in missing for item in chain(*job.items)], builder)
-    caches = []
-    for job, cache in zip(jobs, opened, strict=True):
-        how = "cached" if cache else "prepared"
-        cache = cache or _assemble(job, builder)
+    caches = _with_missing(jobs, opened, builder)
+    for job, known, cache in zip(jobs, opened, caches, strict=True):
+        how = "cached" if known else "prepared"
         if data.on_bad_row == "error":
             _refuse_bad_rows(job, cache.manifest)
         if not len(cache.lengths):
             raise no_usable_row(job.domain, job.files, cache.manifest)
         log.info(f"{cache.name}: {how}, {_summary(cache)}")
         log_notices(cache.name, cache.manifest)
-        caches.append(cache)
     return caches
 
 
@@ -89,7 +84,8 @@ def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: i
     jobs, builder = _jobs(data, tokenizer)
     items = [item for job in jobs for item in chain(*job.items)]
     mine = items[shard - 1 :: shards]
-    _run(mine, builder)
+    with _running(jobs, builder):
+        _build(mine, builder)
     log.info(f"shard {shard} of {shards}: {len(mine)} of {len(items)} blocks are prepared")
 
 
@@ -192,32 +188,44 @@ def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[Sou
             seen[path] = domain.name
 
 
-def _run(items: list[WorkItem], builder: BlockBuilder) -> None:
+def _with_missing(
+    jobs: Sequence[_Job], opened: Sequence[DomainCache | None], builder: BlockBuilder
+) -> list[DomainCache]:
+    """The caches of all jobs; those that are None are built."""
+    missing = [job for job, cache in zip(jobs, opened, strict=True) if cache is None]
+    if not missing:
+        return [cache for cache in opened if cache]
+    with _running(missing, builder):
+        _build([item for job in missing for item in chain(*job.items)], builder)
+        return [cache or _assemble(job, builder) for job, cache in zip(jobs, opened, strict=True)]
+
+
+@contextmanager
+def _running(jobs: Sequence[_Job], builder: BlockBuilder) -> Iterator[None]:
+    """Marks this run as alive while it builds the jobs, see `leftovers`."""
+    names = ", ".join(job.domain.name for job in jobs)
+    with domain_errors(names), running([builder.folder.parent, builder.folder], builder.run):
+        yield
+
+
+def _build(items: list[WorkItem], builder: BlockBuilder) -> None:
     """Builds the blocks that are missing, in at most one process for each full block."""
     left = [item for item in items if builder.finished(item) is None]
     if not left:
         return
-    _sweep(builder.folder)
-    _sweep(builder.folder.parent)
     most = builder.data.workers or _cores()
     useful = full_blocks(sum(item.size for item in left))
     workers = max(1, min(most, useful, len(left)))
     sizes: Counter[str] = Counter()
     for item in left:
         sizes[item.domain] += item.size
-    try:
-        with (
-            domain_errors(", ".join(sizes)),
-            progress_bars() as progress,
-        ):
-            bars = {name: progress.add_task(name, total=size) for name, size in sizes.items()}
+    with domain_errors(", ".join(sizes)), progress_bars() as progress:
+        bars = {name: progress.add_task(name, total=size) for name, size in sizes.items()}
 
-            def advance(item: WorkItem) -> None:
-                progress.advance(bars[item.domain], item.size)
+        def advance(item: WorkItem) -> None:
+            progress.advance(bars[item.domain], item.size)
 
-            run_work(left, builder, workers, advance)
-    finally:
-        builder.clear()
+        run_work(left, builder, workers, advance)
 
 
 def _cores() -> int:
@@ -227,18 +235,11 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _sweep(folder: Path) -> None:
-    """Removes incomplete folders of processes that were killed more than a day ago."""
-    for part in folder.glob(f"*{PART}"):
-        if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(part, ignore_errors=True)
-
-
 def _assemble(job: _Job, builder: BlockBuilder) -> DomainCache:
     """Builds the domain's cache from its finished blocks."""
     with domain_errors(job.domain.name):
         found = [[pair for item in items for pair in _found(item, builder)] for items in job.items]
-        write_domain(job.directory, found)
+        write_domain(job.directory, found, builder.run)
     cache = job.open(builder)
     if cache is None:
         raise UserError(f"{job.directory} was changed while it was in use; run again")
@@ -266,8 +267,10 @@ def _refuse_bad_rows(job: _Job, manifest: dict[str, Any]) -> None:
 def _summary(cache: DomainCache) -> str:
     manifest = cache.manifest
     tokens, loss_tokens, _ = cache.lengths.sum(axis=0, dtype=np.int64).tolist()
+    changed = changes(manifest)
     return (
-        f"{manifest['kept']:,} of {manifest['read']:,} rows kept, {tokens:,} tokens, "
+        f"{manifest['kept']:,} of {manifest['read']:,} rows kept"
+        f"{f' ({changed})' if changed else ''}, {tokens:,} tokens, "
         f"{loss_tokens:,} with loss; dropped: {counts_text(manifest['dropped'])}"
     )
 

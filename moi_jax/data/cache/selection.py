@@ -11,6 +11,7 @@ import numpy as np
 from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.domain import DomainCache, loss_column
+from moi_jax.data.cache.writer import NOTES
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ def select(
 ) -> list[Selection]:
     """Leaves out duplicates and instructions without labels, and holds some out by content.
 
-    Of equal conversations in any domain the first is used. A share of each source is held out. The
-    hash of a conversation's turns alone decides whether it is held out, never its position or the
-    seed. Conversations with the same turns are either all held out, in every domain and under every
+    Of equal conversations in any domain the one with the most labels is used (a turn may have the
+    weight 0), and of these the first. A share of each source is held out. The hash of a
+    conversation's turns alone decides whether it is held out, never its position or the seed.
+    Conversations with the same turns are either all held out, in every domain and under every
     system text, or all trained on.
 
     Args:
@@ -61,16 +63,16 @@ def select(
     column = loss_column(targets)
     candidates = [np.flatnonzero(cache.lengths[:, column]) for cache in caches]
     hashes = [cache.hashes[rows, 0] for cache, rows in zip(caches, candidates, strict=True)]
-    first = np.zeros(sum(map(len, hashes)), bool)
-    first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
+    labels = [cache.lengths[rows, column] for cache, rows in zip(caches, candidates, strict=True)]
+    used = _one_of_equals(np.concatenate(hashes), np.concatenate(labels))
     offsets = np.cumsum([len(rows) for rows in candidates])[:-1]
     kept_rows = []
-    for cache, rows, unique in zip(caches, candidates, np.split(first, offsets), strict=True):
+    for cache, rows, unique in zip(caches, candidates, np.split(used, offsets), strict=True):
         kept_rows.append(rows[unique])
         if not unique.any():
             raise UserError(
                 f"domain {cache.name} has nothing to train on: {len(cache.hashes) - len(rows)} "
-                f"rows without loss tokens, {len(rows)} equal to rows of earlier domains"
+                f"rows without loss tokens, {len(rows)} equal to rows of other domains"
             )
     turns = [cache.hashes[kept, 1] for cache, kept in zip(caches, kept_rows, strict=True)]
     shares = [[source.held_out or held_out for source in domain.sources] for domain in domains]
@@ -92,6 +94,17 @@ def select(
             )
         )
     return selections
+
+
+def _one_of_equals(hashes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """bool[n]: True for one row of each hash, the first of those with the most labels."""
+    order = np.lexsort((-labels, hashes))  # stable
+    in_order = hashes[order]
+    begins = np.ones(len(hashes), bool)  # of a run of equal hashes
+    begins[1:] = in_order[1:] != in_order[:-1]
+    used = np.zeros(len(hashes), bool)
+    used[order[begins]] = True
+    return used
 
 
 def _held_out_turns(turns: np.ndarray, held_out: config.HeldOut) -> np.ndarray:
@@ -133,11 +146,7 @@ def row_counts(
             },
             "held_out": len(selection.held_out),
             "train": len(selection.train),
-            "own_system": cache.manifest["own_system"],
-            "trimmed_user_turn": cache.manifest["trimmed_user_turn"],
-            "truncated_turns": cache.manifest["truncated_turns"],
-            "contaminated": cache.manifest["contaminated"],
-            "unfilled": cache.manifest["unfilled"],
+            **{note: cache.manifest[note] for note in NOTES},
             "empty_files": cache.manifest["empty_files"],
         }
         for cache, selection in zip(caches, selections, strict=True)

@@ -6,7 +6,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from array_record.python import array_record_module
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
+from moi_jax.data.cache.checksums import write_sums
 from moi_jax.data.sources.rows import SourceRow
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
@@ -31,10 +32,27 @@ BATCH, BATCH_BYTES = 1_000, 2**22  # most rows rendered at once, and about how m
 EXAMPLES = 5  # rows that the manifest shows for each reason
 # Reasons that come from the config, or of rows that are kept: the row itself is not bad.
 BY_CONFIG = {"has_system", "too_long", "contaminated", "unfilled"}
-# Counts of rows that are kept.
-NOTES = ("own_system", "trimmed_user_turn", "truncated_turns", "contaminated", "unfilled")
+# Counts of rows that are kept; cut_turns counts the turns that truncated rows have lost.
+NOTES = (
+    *("own_system", "trimmed_user_turn", "truncated_turns", "cut_turns"),
+    *("contaminated", "unfilled"),
+)
 # A variable of a template that was not filled in. One letter may be LaTeX: \frac{{a}}{{b}}.
 HOLE = re.compile(r"\{\{ ?[A-Za-z_][\w.]+ ?\}\}")
+
+
+def changes(counts: Mapping[str, Any]) -> str:
+    """What rows that are kept have lost or bring along, in words; "" if there is nothing to tell.
+
+    Args:
+      counts: with the keys of `NOTES`.
+    """
+    texts = {
+        "truncated_turns": f"truncated by {counts['cut_turns']:,} turns",
+        "trimmed_user_turn": "without their last user turn",
+        "own_system": "with a system text of their own",
+    }
+    return ", ".join(f"{counts[name]:,} {text}" for name, text in texts.items() if counts[name])
 
 
 def to_record(instruction: Instruction) -> bytes:
@@ -145,6 +163,7 @@ class BlockWriter:
         self.notes["own_system"] += bool(instruction.row_system)
         self.notes["trimmed_user_turn"] += row.trimmed
         self.notes["truncated_turns"] += conversation is not row.conversation
+        self.notes["cut_turns"] += len(row.conversation.turns) - len(conversation.turns)
         self.notes["contaminated"] += contaminated
         self.notes["unfilled"] += self._unfilled(row.line, conversation)
         for key, text in row.ignored.items():
@@ -207,6 +226,7 @@ class BlockWriter:
             },
         }
         (self.directory / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+        write_sums(self.directory, (LENGTHS, HASHES, COUNTS))
 
 
 def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:

@@ -225,7 +225,7 @@ def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
             add(fixed(begin), trained and (number > 0 or system is not None))
             add(fixed(message.role, *middle), False)
             if answer and not official:
-                for token, observed in _answer(strip(message.content), tokenizer):
+                for token, observed in _answer(message, strip(message.content), tokenizer):
                     add([token], not observed)
             else:
                 add(tokenizer.encode(strip(message.content)), answer)
@@ -236,18 +236,19 @@ def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
     return render
 
 
-def _answer(content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
+def _answer(message: Message, content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
     """The ids of an answer, and whether each begins inside an observation written by a tool."""
     ids, offsets = tokenizer.encode_with_offsets(content)
     observations = []
-    if "Action Input:" in content:
+    if message.trajectory:
         text, position = tokenizer.normalize(content), 0
-        while (at := text.find("\nObservation:", position)) >= 0:
+        answer = text.find("\nFinal Answer:")
+        last = answer if answer >= 0 else len(text)
+        while 0 <= (at := text.find("\nObservation:", position)) < last:
             begin = at + len("\nObservation:")
-            nexts = ("\nThought:", "\nAction:", "\nFinal Answer:")
-            ends = [end for mark in nexts if (end := text.find(mark, begin)) >= 0]
-            position = min(ends, default=len(text))
-            observations.append(range(begin, position))
+            ends = [text.find(mark, begin) for mark in ("\nThought:", "\nAction:")]
+            position = min([end for end in ends if end >= 0], default=last)
+            observations.append(range(begin, min(position, last)))
     for token, (first, _) in zip(ids, offsets, strict=True):
         yield token, any(first in observation for observation in observations)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moi_jax.common.log import LogTable
+from moi_jax.data.cache.writer import changes
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.mixture_report import figures_table
 
@@ -41,9 +42,11 @@ def accounts(statistics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def log_accounts(statistics: Mapping[str, Any]) -> None:
-    """Logs the `accounts`, one line for each domain."""
+    """Logs the `accounts`, one line for each domain, and what the rows kept have lost."""
     for name, line in accounts(statistics).items():
         log.info(f"{name}: {line}")
+        if changed := changes(statistics["domains"][name]):
+            log.info(f"{name}: rows kept: {changed}")
 
 
 def length_statistics(corpus: Corpus) -> dict[str, dict[str, float]]:

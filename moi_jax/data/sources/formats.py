@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from moi_jax.data.sources import message_trees, nested, pairs, react
+from moi_jax.data.sources import message_trees, nested, pairs, react, trajectories
 from moi_jax.data.sources.containers import RawRow
 from moi_jax.data.sources.react import Event
 from moi_jax.data.sources.turns import CHAT_ROLES, SHAREGPT_ROLES, Reader, text_of, turns
@@ -89,6 +89,7 @@ def _messages_of(row: Mapping[str, Any], form: Format) -> list[Message]:
     messages = [event for event in events if isinstance(event, Message)]
     if tools or len(messages) < len(events):
         messages = react.to_messages(events, tools)
+    messages = trajectories.mark(messages)
     for message in messages:
         _check_text(message.content)
     if messages and messages[0].role == "system" and not messages[0].content.strip():

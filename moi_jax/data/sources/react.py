@@ -13,6 +13,8 @@ The first user turn describes the tools and this form, and then asks the questio
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from reprlib import repr as shown  # an id may be of any length
 from typing import Any, NamedTuple
 
 from moi_jax.data.sources.readers import decode
@@ -32,16 +34,23 @@ class Thought(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of a tool; `arguments` is a JSON object on one line, `id` is "" if there is none."""
+    """A call of a tool.
+
+    Attributes:
+      arguments: a JSON object on one line.
+      id: "" if there is none.
+      thought: what the assistant says between this call and the one made together with it before.
+    """
 
     name: str
     arguments: str
     id: str = ""
     train: bool = True
+    thought: str = ""
 
 
 class Observation(NamedTuple):
-    """The result of a tool."""
+    """The result of a tool; `id` is that of its call, "" if there is none."""
 
     text: str
     id: str = ""
@@ -155,6 +164,15 @@ def to_messages(events: Sequence[Event], tools: Sequence[Tool]) -> list[Message]
     return messages
 
 
+@dataclass
+class _OpenCall:
+    """A call that is not written yet: its own result, or that of an earlier call, is missing."""
+
+    thought: str
+    call: Call
+    result: str | None = None
+
+
 class _Turn:
     """An assistant turn that is being written."""
 
@@ -163,7 +181,7 @@ class _Turn:
         self.steps: list[str] = []
         self.thoughts: list[str] = []
         self.said: str | None = None
-        self.calls: list[tuple[str, Call]] = []  # calls without a result yet, with their thoughts
+        self.calls: list[_OpenCall] = []
         self.train: bool | None = None
 
     def add(self, event: Event) -> None:
@@ -177,10 +195,12 @@ class _Turn:
             if self.said is not None:
                 self.thoughts.append(self.said)
                 self.said = None
-            self.calls.append((self._thought(f"I need to call {event.name}."), event))
+            self.thoughts.append(event.thought)
+            thought = self._thought(f"I need to call {event.name}.")
+            self.calls.append(_OpenCall(thought, event))
             return
         if self.calls:
-            raise BadRow("call_without_observation", f"{self.calls[0][1].name} returned nothing")
+            raise self._unanswered()
         if isinstance(event, Thought):
             if event.text.strip():
                 self.thoughts.append(event.text)
@@ -196,17 +216,29 @@ class _Turn:
         return _inside("\n\n".join(filter(None, texts))) or otherwise
 
     def _answer_call(self, observation: Observation) -> None:
-        if not self.calls:
+        """Gives the result to its call; calls are written in the order in which they were made."""
+        waiting = [call for call in self.calls if call.result is None]
+        if not waiting:
             raise BadRow("observation_without_call", "a tool returns a result without a call")
-        ids = [call.id for _, call in self.calls]
-        number = ids.index(observation.id) if observation.id in ids else 0
-        self._step(*self.calls.pop(number), f" {_inside(observation.text.strip())}")
+        if observation.id:
+            waiting = [call for call in waiting if call.call.id == observation.id]
+        if not waiting:
+            raise BadRow(
+                "observation_without_call", f"no open call has the id {shown(observation.id)}"
+            )
+        waiting[0].result = f" {_inside(observation.text.strip())}"
+        while self.calls and self.calls[0].result is not None:
+            self._step(self.calls.pop(0))
 
-    def _step(self, thought: str, call: Call, observation: str) -> None:
+    def _step(self, open_call: _OpenCall) -> None:
+        call = open_call.call
         self.steps.append(
-            f"Thought: {thought}\nAction: {call.name}\nAction Input: {call.arguments}\n"
-            f"Observation:{observation}"
+            f"Thought: {open_call.thought}\nAction: {call.name}\n"
+            f"Action Input: {call.arguments}\nObservation:{open_call.result or ''}"
         )
+
+    def _unanswered(self) -> BadRow:
+        return BadRow("call_without_observation", f"{self.calls[0].call.name} returned nothing")
 
     def close(self, last: bool) -> Iterator[Message]:
         """Yields the finished turn, or nothing if the assistant had no turn.
@@ -215,12 +247,11 @@ class _Turn:
         """
         if self.train is None:
             return
+        calls_tools = bool(self.steps or self.calls)
         if self.calls:
             if not last or len(self.calls) > 1:
-                raise BadRow(
-                    "call_without_observation", f"{self.calls[0][1].name} returned nothing"
-                )
-            self._step(*self.calls[0], "")
+                raise self._unanswered()
+            self._step(self.calls[0])
         elif self.said is None:
             if self.steps:
                 raise BadRow("unanswered_observation", "no call or answer follows an observation")
@@ -235,7 +266,7 @@ class _Turn:
             self.steps.append(f"<think>\n{thought}\n</think>\n\n{self.said}")
         else:
             self.steps.append(self.said)
-        yield Message("assistant", "\n".join(self.steps), self.train)
+        yield Message("assistant", "\n".join(self.steps), self.train, calls_tools)
 
 
 def _inside(text: str) -> str:

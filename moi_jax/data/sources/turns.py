@@ -103,15 +103,35 @@ def _assistant(turn: Mapping[str, Any], key: str) -> Iterator[Event]:
     text = ""
     if isinstance(content, list):
         parts = [_part(part) for part in content]
-        yield from (Thought(text, train) for kind, text in parts if kind == "reasoning")
-        text = "\n".join(text for kind, text in parts if kind == "text")
-        for kind, call in parts:
-            calls += _calls(call, train) if kind == "tool_call" else ()
+        first = next((n for n, (kind, _) in enumerate(parts) if kind == "tool_call"), None)
+        yield from (Thought(text, train) for kind, text in parts[:first] if kind == "reasoning")
+        text = "\n".join(text for kind, text in parts[:first] if kind == "text")
+        calls += [] if first is None else _called(parts[first:], train)
     elif content is not None or not calls:
         text = text_of(turn, key)
     if text or not calls:
         yield Message("assistant", text, train)
     yield from calls
+
+
+def _called(parts: list[tuple[str, str]], train: bool) -> list[Call]:
+    """The calls of parts, of which the first is a call.
+
+    The text before a call is its thought. Text after the last call belongs to that call.
+    """
+    calls: list[Call] = []
+    texts: list[str] = []
+    for kind, text in parts:
+        if kind != "tool_call":
+            texts.append(text)
+            continue
+        for call in _calls(text, train):
+            calls.append(call._replace(thought="\n\n".join(texts)))
+            texts = []
+    if not calls:
+        raise BadRow("bad_call", "a part of type tool_call has no call")
+    thought = "\n\n".join([calls[-1].thought, *texts])
+    return [*calls[:-1], calls[-1]._replace(thought=thought)]
 
 
 def _calls(value: Any, train: bool) -> Iterator[Call]:
@@ -133,4 +153,4 @@ def _arguments(value: Any) -> str:
 
 
 def _id(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    return str(value) if isinstance(value, str | int) else ""
