@@ -13,7 +13,7 @@ from moi_jax.cli.arguments import (
     add_model,
     text,
 )
-from moi_jax.common.errors import run_command
+from moi_jax.cli.command import run_command
 from moi_jax.config.load import load_config
 from moi_jax.evaluation.options import (
     HELD_OUT,
