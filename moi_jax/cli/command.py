@@ -15,6 +15,7 @@ from moi_jax.common.errors import UserError, is_full, reason
 
 # What the user's machine refuses.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+CANNOT_PRINT = "error: cannot write standard output: {}"
 READER_LEFT = 128 + signal.SIGPIPE
 
 Outcome = tuple[int | str | None, str]  # exit status, line on standard error
@@ -37,11 +38,11 @@ def run_command(main: Callable[[], int | None]) -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with ending_on_signals():
         status, line = _outcome(main)
-    failure = _flush(sys.stdout)
+    failure = _flush(sys.stdout) or _log_failure()
     if isinstance(failure, BrokenPipeError):
         status = READER_LEFT
     elif failure and not status:
-        status, line = 2, f"error: cannot write standard output: {reason(failure)}"
+        status, line = 2, CANNOT_PRINT.format(reason(failure))
     if line and sys.stderr:
         with suppress(OSError):
             print(line, file=sys.stderr)
@@ -72,10 +73,18 @@ def _outcome(main: Callable[[], int | None]) -> Outcome:
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        if _flush(sys.stdout):
-            return 2, f"error: cannot write standard output: {reason(error)}"
+        if not error.filename:  # files of ours are told before they get here
+            return 2, CANNOT_PRINT.format(reason(error))
         way_out = "free some space" if is_full(error) else "get access to it, or name another"
-        return 2, f"error: {error.filename or 'a file'}: {reason(error)}; {way_out}"
+        return 2, f"error: {error.filename}: {reason(error)}; {way_out}"
+
+
+def _log_failure() -> OSError | None:
+    """Why the log is incomplete, where the last of it could not be written."""
+    from moi_jax.common.log import ConsoleHandler  # imports rich, which `--help` can do without
+
+    handlers = logging.getLogger("moi_jax").handlers
+    return next((h.failure for h in handlers if isinstance(h, ConsoleHandler)), None)
 
 
 def _flush(stream: TextIO | None) -> OSError | None:

@@ -61,6 +61,7 @@ class ConsoleHandler(logging.Handler):
         self._console = _Console(stderr=stderr)
         self._warnings = _Console(stderr=stderr or warnings_to_stderr)
         self._process_index = process_index
+        self.failure: OSError | None = None  # of the last message
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
@@ -69,10 +70,11 @@ class ConsoleHandler(logging.Handler):
             return
         try:
             self._show(record, self._warnings if warning else self._console)
+            self.failure = None
         except BrokenPipeError:
             raise
-        except OSError:
-            return
+        except OSError as error:
+            self.failure = error
 
     def _show(self, record: logging.LogRecord, console: Console) -> None:
         # Captured: rich would keep what it cannot write, more and more of it.

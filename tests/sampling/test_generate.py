@@ -38,6 +38,7 @@ from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import Tokenizer
 
+from support.processes import start
 from support.published import add_tokenizer
 from support.runs import ENVIRONMENT, ROOT, SAMPLES
 
@@ -435,7 +436,7 @@ class Terminal:
     def __init__(self, *arguments):
         self.master, slave = pty.openpty()
         environment = {**ENVIRONMENT, "TERM": "dumb", "INPUTRC": "/dev/null"}
-        self.process = subprocess.Popen(
+        self.process = start(
             [sys.executable, "-m", "moi_jax.generate", *map(str, arguments)],
             stdin=slave, stdout=slave, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
             start_new_session=True, close_fds=True,

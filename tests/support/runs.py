@@ -24,6 +24,7 @@ from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.evaluation.while_training import make_evaluations
 from moi_jax.training.train import TrainResult, train
 
+from support.processes import start
 from support.xla import xla_flags
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,7 @@ def train_until(
 ) -> int:
     """Starts a run, sends it a signal once `step` is logged, and returns its exit status."""
     log = Path(yaml.safe_load(config.read_text())["logging"]["run_dir"]) / "metrics.jsonl"
-    process = subprocess.Popen(
+    process = start(
         command(config), cwd=ROOT, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
