@@ -108,7 +108,9 @@ def test_a_command_ends_in_one_line_where_its_output_is_full(work, status, told,
 @pytest.mark.parametrize("options", [[], ["-u"]])
 def test_work_goes_on_where_its_log_cannot_be_written(options):
     """Neither a warning nor a thousand lines stop it, and an exit status of its own stays."""
-    work = "[log.warning('x' * 100) for _ in range(1000)]; print('done', file=sys.stderr); return {}"
+    work = (
+        "[log.warning('x' * 100) for _ in range(1000)]; print('done', file=sys.stderr); return {}"
+    )
     with open("/dev/full", "w") as full:
         assert outcome(work.format(0), *options, stdout=full)[::2] == (2, f"done\n{FULL}")
         assert outcome(work.format(143), *options, stdout=full)[::2] == (143, "done\n")

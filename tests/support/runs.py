@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import yaml
+from flax import nnx
 
+import moi_jax
 from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
@@ -134,3 +137,20 @@ def records(log: Path) -> list[dict]:
 
 def logged_steps(log: Path) -> list[int]:
     return [record["step"] for record in records(log) if "token_loss" in record]
+
+
+def parameters(run: Path) -> dict[str, np.ndarray]:
+    """Returns leaf name -> values of the run's newest checkpoint."""
+    model, _ = moi_jax.load(run)
+    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def same_parameters(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    """Asserts that they are bit-identical."""
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
