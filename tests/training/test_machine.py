@@ -99,7 +99,7 @@ def test_tensorboard_tells_a_full_disk(tmp_path):
 
 @pytest.fixture
 def foreign() -> Iterator[Path]:
-    """A directory whose `run` and `cache` this process may read but not write; `mine` is its own."""
+    """A directory with `run` and `cache` that this process may only read, and its own `mine`."""
     user = os.geteuid()
     with tempfile.TemporaryDirectory() as name:  # tmp_path is below one that nobody else may enter
         place = Path(name)
