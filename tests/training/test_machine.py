@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,11 @@ from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.training.run_directory import run_directory
 
+from support.processes import start
 from support.runs import (
     ENVIRONMENT,
     ROOT,
+    command,
     logged_steps,
     parameters,
     refusal,
@@ -148,3 +151,17 @@ def test_no_home_directory_is_one_line(tmp_path, monkeypatch):
         assert "~/x begins in a home directory that is not known" in refusal(config, f"{key}=~/x")
     with pytest.raises(UserError, match="set the environment variable HOME"):
         expand_home(Path("~nobody-of-this-name"))
+
+
+def test_a_signal_before_the_first_step_is_one_line_and_the_run_starts_anew(tmp_path):
+    config = small_config(tmp_path)
+    process = start(
+        command(config),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("chat: prepared")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors == "stopped by SIGTERM; to go on, give the same command again\n"
+    assert train_here(config, "train.steps=1").finished
