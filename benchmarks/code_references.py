@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from moi_jax.common.errors import run_command
+from moi_jax.cli.command import run_command
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Response
 from moi_jax.evaluation.tasks import mbpp

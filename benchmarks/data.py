@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from moi_jax.common.errors import UserError, run_command
+from moi_jax.cli.command import run_command
+from moi_jax.common.errors import UserError
 from moi_jax.config import Data
 from moi_jax.config.load import load_config, make_config
 from moi_jax.data.cache.prepare import prepare

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.opener import open_checkpoint
-from moi_jax.common.errors import run_command
+from moi_jax.cli.command import run_command
 from moi_jax.evaluation.harness.adapter import CheckpointLM
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, evenly_spaced

@@ -17,7 +17,7 @@ from itertools import combinations
 import numpy as np
 
 from moi_jax.checkpoints.experiment import open_experiment
-from moi_jax.common.errors import run_command
+from moi_jax.cli.command import run_command
 from moi_jax.config.load import load_config
 from moi_jax.data.dataset import open_dataset
 from moi_jax.data.planning import mixture

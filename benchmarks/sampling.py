@@ -21,7 +21,7 @@ import numpy as np
 from moi_jax.checkpoints.hf.weights import export_tensors
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.parameters import read_parameters
-from moi_jax.common.errors import run_command
+from moi_jax.cli.command import run_command
 from moi_jax.models.config import ModelConfig, to_hf_config
 from moi_jax.models.decoder import Decoder, Tree
 from moi_jax.sampling.requests import Request

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from moi_jax.common.errors import run_command
+from moi_jax.cli.command import run_command
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Response, Task
 from moi_jax.evaluation.tasks import make_task

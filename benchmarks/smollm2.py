@@ -21,7 +21,8 @@ import moi_jax
 from moi_jax.checkpoints.hf.gguf import GgufCheckpoint, open_gguf
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.parameters import read_parameters
-from moi_jax.common.errors import UserError, run_command
+from moi_jax.cli.command import run_command
+from moi_jax.common.errors import UserError
 from moi_jax.models.decoder import Decoder
 from moi_jax.sampling.requests import Request
 from moi_jax.sampling.sampler import Sampler

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moi_jax.common.errors import run_command
+from moi_jax.cli.command import run_command
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json, Response
 from moi_jax.evaluation.tasks.teval import TEval

@@ -4,12 +4,10 @@ import argparse
 import ctypes
 import json
 import re
-import signal
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-from moi_jax.common.errors import run_command
+from moi_jax.cli.command import run_command
 from moi_jax.config.section import full_dtype
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
@@ -97,8 +95,6 @@ def main() -> int:
     from moi_jax.common.log import show_logs
 
     show_logs(stderr=True)  # standard output is for reports
-    # A half-written directory is removed on SIGTERM, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     _return_freed_memory()
     return args.run(args) or 0
 

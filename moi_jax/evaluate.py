@@ -13,8 +13,7 @@ from moi_jax.cli.arguments import (
     add_model,
     text,
 )
-from moi_jax.common.errors import run_command
-from moi_jax.config.load import load_config
+from moi_jax.cli.command import run_command
 from moi_jax.evaluation.options import (
     HELD_OUT,
     BenchmarkOptions,
@@ -49,6 +48,8 @@ def main() -> int:
 
 def _request(args: argparse.Namespace) -> EvaluationRequest:
     """The evaluation that the arguments ask for."""
+    from moi_jax.config.load import load_config
+
     tasks = args.tasks
     if tasks is None:
         tasks = () if args.lm_eval is not None else (HELD_OUT,)

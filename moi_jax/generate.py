@@ -1,7 +1,6 @@
 """python -m moi_jax.generate CKPT [PROMPT]: answers of a checkpoint, or a chat with it."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -14,24 +13,13 @@ from moi_jax.cli.arguments import (
     chosen_system,
     text,
 )
-from moi_jax.common.errors import UserError, run_command
-
-INTERRUPTED = 128 + signal.SIGINT
+from moi_jax.cli.command import run_command
+from moi_jax.cli.signals import interrupts_end_answers
+from moi_jax.common.errors import UserError
 
 
 def main() -> int:
     args = _arguments()
-    # An answer may hold any character, and the terminal's encoding may not.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    try:
-        _generate(args)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return INTERRUPTED
-    return 0
-
-
-def _generate(args: argparse.Namespace) -> None:
     chats = args.prompt is None and args.prompt_ids is None and args.conversations is None
     if chats and not (sys.stdin and sys.stdin.isatty()):  # it is None where it was closed
         args.prompt, chats = _standard_input(), False
@@ -74,6 +62,7 @@ def _generate(args: argparse.Namespace) -> None:
             system=system, slots=args.slots, context=args.context,
         )  # fmt: skip
     elif chats:
+        interrupts_end_answers()
         start_chat(checkpoint, config, system=system, context=args.context)
     else:
         prompt, show = args.prompt_ids, None
@@ -84,6 +73,7 @@ def _generate(args: argparse.Namespace) -> None:
         print("" if show else ",".join(map(str, completion.tokens)))
         if note := describe_cut(completion):
             print(note, file=sys.stderr)
+    return 0
 
 
 def _arguments() -> argparse.Namespace:

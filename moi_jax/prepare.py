@@ -4,8 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from moi_jax.common.errors import UserError, run_command
-from moi_jax.config.load import load_config
+from moi_jax.cli.arguments import text
+from moi_jax.cli.command import run_command
+from moi_jax.common.errors import UserError
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -25,7 +26,11 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+        "overrides",
+        nargs="*",
+        type=text,
+        metavar="section.key=value",
+        help="settings that win over FILE",
     )
     parser.add_argument(
         "--workers", metavar="N", help="number of processes, data.workers; 1 works in this process"
@@ -51,6 +56,9 @@ def main() -> None:
         raise UserError("a --shard does not know the mixture, which --report writes; leave one out")
     if args.report and not args.report.absolute().parent.is_dir():
         raise UserError(f"--report {args.report}: there is no such directory")
+
+    from moi_jax.config.load import load_config
+
     options = {"workers": args.workers, "decontaminate.path": args.decontaminate}
     overrides = [f"data.{key}={value}" for key, value in options.items() if value is not None]
     config = load_config(args.config, [*args.overrides, *overrides])

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from moi_jax.common.errors import UserError, run_command
-from moi_jax.config.load import load_config
+from moi_jax.cli.arguments import text
+from moi_jax.cli.command import run_command
+from moi_jax.common.errors import UserError
 
 ROWS = 2  # shown when neither --rows nor --row is given
 # Options that go with another one only.
@@ -15,6 +15,9 @@ ONLY_WITH = {"json": "stats", "histogram": "stats", "seed": "audit"}
 
 def main() -> int:
     args = _arguments()
+
+    from moi_jax.config.load import load_config
+
     config = load_config(args.config, args.overrides)
 
     from moi_jax.checkpoints.experiment import open_experiment
@@ -26,8 +29,6 @@ def main() -> int:
     for picture in (args.png, args.histogram):
         if picture:
             check_picture(picture)
-    # The data may hold any character, and the terminal's encoding may not.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     show_logs(stderr=True)  # standard output is for what was asked for
     experiment = open_experiment(config)
     dataset = open_dataset(experiment.config, experiment.tokenizer)
@@ -60,7 +61,11 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that win over FILE"
+        "overrides",
+        nargs="*",
+        type=text,
+        metavar="section.key=value",
+        help="settings that win over FILE",
     )
     parser.add_argument(
         "--rows", type=_positive, metavar="N", help=f"how many rows (default: {ROWS})"

@@ -1,11 +1,17 @@
 """python -m moi_jax.train --config FILE [section.key=value ...]: fine-tune with MoI."""
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
-from moi_jax.common.errors import run_command
-from moi_jax.config.load import load_config
+from moi_jax.cli.arguments import text
+from moi_jax.cli.command import run_command
+from moi_jax.cli.signals import StopSignals
+
+# Not __name__, which is __main__ in a command. A line that cannot be written is left out of the
+# log, while print() would raise: the run ends as it should, whatever became of standard output.
+log = logging.getLogger("moi_jax.train")
 
 
 def main() -> int:
@@ -18,7 +24,11 @@ def main() -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that override FILE"
+        "overrides",
+        nargs="*",
+        type=text,
+        metavar="section.key=value",
+        help="settings that override FILE",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved config and exit"
@@ -32,6 +42,9 @@ def main() -> int:
         help="resume although optimizer, batch size, length or patience of the run changed",
     )
     args = parser.parse_args()
+
+    from moi_jax.config.load import load_config
+
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(config.to_yaml(), end="")
@@ -42,7 +55,6 @@ def main() -> int:
 
     import jax
 
-    from moi_jax.cli.signals import StopSignals
     from moi_jax.common.log import show_logs
     from moi_jax.evaluation.while_training import make_evaluations
     from moi_jax.training.train import train
@@ -57,18 +69,18 @@ def main() -> int:
         stop=signals.watching(),
     )
     if not result.finished:
-        print(
+        log.info(
             f"saved step {result.step} to {result.directory}; give the same command again to resume"
         )
         return signals.exit_status
-    _print_answers(result.directory)
-    print(f"checkpoint {result.checkpoint}")
-    print(f"report     {result.report}")
+    _log_answers(result.directory)
+    log.info(f"checkpoint {result.checkpoint}")
+    log.info(f"report     {result.report}")
     return 0
 
 
-def _print_answers(directory: Path) -> None:
-    """Prints the sample answers before and after training, by prompt."""
+def _log_answers(directory: Path) -> None:
+    """Logs the sample answers before and after training, by prompt."""
     import json
 
     path = directory / "samples.jsonl"
@@ -80,10 +92,10 @@ def _print_answers(directory: Path) -> None:
         key = (answer["domain"], answer["system"], answer["prompt"])
         prompts.setdefault(key, []).append(answer)
     for (domain, system, prompt), given in prompts.items():
-        print(f"{domain}, {system} system prompt")
-        print(f"  user: {prompt}")
+        log.info(f"{domain}, {system} system prompt")
+        log.info(f"  user: {prompt}")
         for answer in given if len(given) == 1 else (given[0], given[-1]):
-            print(f"  step {answer['step']}: {answer['answer']}")
+            log.info(f"  step {answer['step']}: {answer['answer']}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 from moi_jax.models.config import ModelConfig
 
-# orbax logs several lines at every save, which would bury the run's own.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# orbax logs several lines at every save, which would bury the run's own, and a traceback in each
+# thread of a save that fails. The error itself is raised.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 Json = dict[str, Any]
 
@@ -57,7 +59,7 @@ def find_step(path: Path) -> Path:
     Raises:
       UserError: there is no checkpoint.
     """
-    path = path.expanduser()
+    path = expand_home(path)
     if (path / "parameters").is_dir():
         return path
     for folder in (path, path / "checkpoints"):

@@ -1,6 +1,11 @@
 """The checkpoints of a run: saved in the background; the newest and the best are kept."""
 
+import gc
 import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +14,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moi_jax import config as config_lib
-from moi_jax.checkpoints.items import Json, ModelItems, damaged
+from moi_jax.checkpoints.items import Json, ModelItems, damaged, newest_step
 from moi_jax.checkpoints.parameter_files import save_args
+from moi_jax.common.errors import UserError, reason
 from moi_jax.models.decoder import Tree
 
 
@@ -36,6 +42,7 @@ class RunCheckpoints:
             policies.append(best)
         self.directory = directory
         self._items = items
+        self._last_save = (0, 0)  # its step and its bytes
         self._best_metric = config.best_metric
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
@@ -47,6 +54,7 @@ class RunCheckpoints:
                 cleanup_tmp_directories=True,
             ),
         )
+        self._unraisable_hook, sys.unraisablehook = sys.unraisablehook, _tell_unless_cut_off
 
     def save(
         self,
@@ -64,6 +72,9 @@ class RunCheckpoints:
           position: where the run stands in its data.
           evaluation: the metrics of this very step; without the best_metric among them, the
             checkpoint does not compete for keep_best.
+
+        Raises:
+          UserError: this save or the one before cannot be written.
         """
         score = evaluation.get(self._best_metric, math.nan)
         scores = {self._best_metric: score} if math.isfinite(score) else None
@@ -76,7 +87,11 @@ class RunCheckpoints:
             config=ocp.args.JsonSave(config),
             **self._items.to_args(),
         )
-        self._manager.save(step, args=items, metrics=scores, force=True)
+        self.wait()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((parameters, optimizer)))
+        self._last_save = step, size
+        with self._writing():
+            self._manager.save(step, args=items, metrics=scores, force=True)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -107,10 +122,57 @@ class RunCheckpoints:
             raise damaged(self.directory / str(step), error) from None
 
     def wait(self) -> None:
-        """Waits until the last save is complete on disk."""
-        self._manager.wait_until_finished()
+        """Waits until the last save is complete on disk; raises UserError if it cannot be."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises UserError if the last save has failed. It does not wait for one in progress."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def close(self) -> None:
         """Waits for the last save, and ends the threads that save."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+            self._manager.close()
+        finally:
+            sys.unraisablehook = self._unraisable_hook
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns a save that the system refuses into a UserError."""
+        failed = None
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # tensorstore raises ValueError, with the system's reason and number in its text.
+            if isinstance(error, ValueError) and "os_error_code" not in str(error):
+                raise
+            failed = self._cannot_save(error)
+        if failed:
+            # Now, when the error holds them no longer: at the end of Python each of the writes
+            # that orbax has cut off would print a traceback.
+            gc.collect()
+            raise failed from None
+
+    def _cannot_save(self, error: Exception) -> UserError:
+        step, size = self._last_save
+        for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)
+        kept = newest_step(self.directory)
+        return UserError(
+            f"cannot save checkpoint {step} in {self.directory}: "
+            f"{reason(error, self.directory, size)}; "
+            f"{f'checkpoint {kept.name} is whole' if kept else 'there is none before it'}. Free "
+            f"some space, then give the same command again"
+        )
+
+
+def _tell_unless_cut_off(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Keeps quiet about the writes that orbax cuts off when one of them has failed.
+
+    It closes the event loop to which tensorstore then reports each of them.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

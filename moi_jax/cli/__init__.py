@@ -1,1 +1,1 @@
-"""What the commands share: arguments and stop signals."""
+"""What the commands share: how they end, stop signals, and arguments."""

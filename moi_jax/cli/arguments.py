@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 
 from moi_jax.config.section import full_dtype
@@ -36,12 +37,11 @@ PROBABILITY = _number(float, lambda n: 0 < n <= 1, "probability above 0")
 
 
 def text(given: str) -> str:
-    """An argparse type for texts: Python hides bytes that are no UTF-8 in surrogates."""
+    """An argparse type for texts, which are UTF-8 whatever the locale's encoding is."""
     try:
-        given.encode()
-    except UnicodeEncodeError:
+        return os.fsencode(given).decode()
+    except UnicodeError:
         raise argparse.ArgumentTypeError("it is not valid UTF-8") from None
-    return given
 
 
 def add_model(group: "argparse._ArgumentGroup") -> None:

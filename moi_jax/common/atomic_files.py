@@ -8,6 +8,15 @@ from pathlib import Path
 
 from moi_jax.common.errors import UserError, cannot_write
 
+# Staging directories of this process.
+_unfinished: set[Path] = set()
+
+
+def remove_unfinished() -> None:
+    """Removes what is half written, before a signal ends the process."""
+    for directory in list(_unfinished):
+        shutil.rmtree(directory, ignore_errors=True)
+
 
 def check_new(path: Path) -> None:
     """Checks that `path` does not exist and can be written; raises UserError otherwise."""
@@ -46,6 +55,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     check_new(path)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _unfinished.add(beside)
     try:
         yield beside / "whole"
         (beside / "whole").rename(path)
@@ -53,6 +63,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        _unfinished.remove(beside)
 
 
 def write_texts(directory: Path, files: Mapping[str, str]) -> None:

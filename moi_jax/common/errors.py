@@ -1,11 +1,15 @@
-"""Errors and exit status: 0 done, 2 a mistake of the user, 1 a fault of ours."""
+"""Errors that a user can fix, each in one line, and the reasons that the system gives."""
 
-import os
-import select
-import signal
-import sys
-from collections.abc import Callable
+import errno
+import shutil
 from pathlib import Path
+
+from rich.filesize import decimal
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# How libraries say it: the system, tensorstore and ArrayRecord, and numpy ("9 requested and 4
+# written").
+FULL_TEXTS = ("No space left", "Disk quota exceeded", "requested and")
 
 
 class UserError(Exception):
@@ -13,41 +17,28 @@ class UserError(Exception):
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
-    """The error for a failed write, in one line, also where a library wraps the system's reason."""
-    reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-    if "No space left" in reason:
-        reason = "no space left on the device"
-    return UserError(f"cannot write {path}: {reason[:200]}; nothing was left behind")
+    """The error for a failed write that left nothing behind."""
+    return UserError(f"cannot write {path}: {reason(error)}; nothing was left behind")
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main and leaves the process with its exit status.
+def reason(error: Exception, directory: Path | None = None, needed: int = 0) -> str:
+    """The system's reason for an error, also where a library wraps it.
 
-    A `UserError` is printed as one line on standard error, and the exit status is 2. Any other
-    error is a fault of ours: Python prints its traceback and exits with 1. If the reader of
-    standard output has closed it, as `head` does, the command ends silently, as after SIGPIPE.
+    Args:
+      directory: if the disk is full, the reason says what is free there. It need not exist.
+      needed: about how many bytes were to be written there, if that is known.
     """
-    try:
-        try:
-            status: int | str | None = main() or 0
-        except SystemExit as leaving:  # from argparse
-            status = leaving.code
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-        if sys.stdout:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not (sys.stdout and _reader_has_left()):
-            raise
-        # Python flushes standard output once more at exit, and must not fail there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
-    sys.exit(status)
+    if not is_full(error):
+        return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
+    sizes = [f"about {decimal(needed)} are needed"] * bool(needed)
+    if directory:
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        sizes.append(f"{decimal(shutil.disk_usage(existing).free)} are free")
+    return "no space left on the device" + f" ({', '.join(sizes)})" * bool(sizes)
 
 
-def _reader_has_left() -> bool:
-    """Whether the broken pipe is standard output, and not a pipe of our own."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # errors are reported whatever the mask says
-    return bool(poll.poll(0))
+def is_full(error: Exception) -> bool:
+    """Whether a write failed because the disk, or the user's share of it, is full."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return any(text in str(error) for text in FULL_TEXTS)

@@ -51,7 +51,9 @@ class _Console(Console):
 class ConsoleHandler(logging.Handler):
     """Prints one line for each message, without breaking it, and tables as tables.
 
-    What is written to a file or a pipe has no control codes.
+    What is written to a file or a pipe has no control codes. A message that cannot be written, as
+    where the disk is full, is left out: the work goes on without it. `run_command` tells it at the
+    end. Only a reader that has left, as `head` does, is told at once, by BrokenPipeError.
     """
 
     def __init__(self, stderr: bool, warnings_to_stderr: bool, process_index: Callable[[], int]):
@@ -59,19 +61,32 @@ class ConsoleHandler(logging.Handler):
         self._console = _Console(stderr=stderr)
         self._warnings = _Console(stderr=stderr or warnings_to_stderr)
         self._process_index = process_index
+        self.failure: OSError | None = None  # of the last message
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
         # Asked now, not before: where jax runs on many hosts, the answer waits for all of them.
         if not warning and self._process_index() != 0:
             return
-        if isinstance(record.msg, LogTable):
-            self._console.print(record.msg.table)
-            return
-        line = self.format(record)
-        if warning:
-            line = f"{record.levelname.lower()}: {line}"
-        (self._warnings if warning else self._console).print(line, soft_wrap=True)
+        try:
+            self._show(record, self._warnings if warning else self._console)
+            self.failure = None
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.failure = error
+
+    def _show(self, record: logging.LogRecord, console: Console) -> None:
+        # Captured: rich would keep what it cannot write, more and more of it.
+        with console.capture() as shown:
+            if isinstance(record.msg, LogTable):
+                console.print(record.msg.table)
+            else:
+                warning = record.levelno >= logging.WARNING
+                level = f"{record.levelname.lower()}: " if warning else ""
+                console.print(level + self.format(record), soft_wrap=True)
+        console.file.write(shown.get())
+        console.file.flush()
 
 
 def show_logs(

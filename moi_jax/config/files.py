@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 
 # PyYAML raises a plain ValueError on an impossible date, RecursionError on deep nesting.
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -36,7 +37,7 @@ def read_files(path: Path, above: tuple[Path, ...] = ()) -> tuple[Values, list[P
     base = values.pop("base")
     if not isinstance(base, str):
         raise UserError(f"{path}: base must be the path of another config file, found {base!r}")
-    below, read = read_files(path.parent / Path(base).expanduser(), files)
+    below, read = read_files(path.parent / expand_home(Path(base)), files)
     return merge(below, values), [path, *read]
 
 

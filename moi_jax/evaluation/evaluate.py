@@ -11,6 +11,7 @@ import jax
 from moi_jax.checkpoints.items import find_step, parameters_fingerprint
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
 from moi_jax.common.atomic_files import check_writable
+from moi_jax.common.home import expand_home
 from moi_jax.evaluation.benchmarks import results_so_far, run_benchmarks
 from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions, check_request
 from moi_jax.evaluation.prompt_matrix.benchmarks import run_under_prompts
@@ -120,7 +121,7 @@ def default_directory(checkpoint: Path) -> Path:
 
 def checkpoint_name(step: Path) -> str:
     """A short name of a step directory: "RUN-STEP" within a run, else its own name."""
-    step = step.expanduser().resolve()
+    step = expand_home(step).resolve()
     if step.parent.name == "checkpoints":
         return f"{step.parent.parent.name}-{step.name}"
     return step.name

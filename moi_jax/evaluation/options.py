@@ -1,12 +1,16 @@
 """What an evaluation is asked to do. Light to import: the command builds it before jax starts."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moi_jax.common.errors import UserError
-from moi_jax.config import Config
+
+if TYPE_CHECKING:
+    from moi_jax.config import Config
 
 # The task of the held-out losses, beside the names of the benchmarks.
 HELD_OUT = "held_out"

@@ -19,6 +19,7 @@ import tiktoken
 import tokenizers
 
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 from moi_jax.text.byte_level import QWEN_PATTERN
 from moi_jax.text.templates import TEMPLATES, Template, find_template
 from moi_jax.text.vocabulary_files import from_ranks, from_vocabulary_files
@@ -288,7 +289,7 @@ def load_tokenizer(directory: Path, template: str | None = None) -> Tokenizer:
       UserError: the directory or the files are missing or hold no tokenizer, or the tokenizer
         lacks the template's special tokens.
     """
-    directory = directory.expanduser()
+    directory = expand_home(directory)
     wanted = (*KINDS, *COMPANIONS)
     try:
         files = {

@@ -35,6 +35,7 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
             run.row = min(first_row + config.train.global_batch_rows, run.total_rows)
             reader.read_previous()
             reader.hold(run.step, first_row, run.row, metrics)
+            run.checkpoints.check()
             if run.profiler.ends_after(run.step):
                 reader.read_previous()
                 with reader.paused():

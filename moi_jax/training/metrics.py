@@ -76,13 +76,22 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 def _tensorboard(run_dir: Path, step: int) -> Tracker:
-    from tensorboardX import SummaryWriter
+    # Not SummaryWriter: its thread ends where the disk is full, and its flush() then waits forever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
 
-    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=30)
+    directory = run_dir / "tensorboard"
+    directory.mkdir(exist_ok=True)
+    writer = EventsWriter(str(directory / "events"))
+    # TensorBoard then hides what a killed run wrote past `step`.
+    writer.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def track(record: Record) -> None:
         for name, value in _numbers(record).items():
-            writer.add_scalar(name, value, record["step"])
+            summary = scalar(name, value)
+            event = Event(wall_time=time.time(), step=record["step"], summary=summary)
+            writer.write_event(event)
         writer.flush()
 
     return track

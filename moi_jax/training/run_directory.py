@@ -8,7 +8,8 @@ from pathlib import Path
 
 import filelock
 
-from moi_jax.common.errors import UserError
+from moi_jax.common.errors import UserError, is_full, reason
+from moi_jax.common.home import expand_home
 
 # The lock file in every run directory. A directory without it is not a run directory.
 LOCK = ".moi_jax.lock"
@@ -16,13 +17,13 @@ LOCK = ".moi_jax.lock"
 
 @contextmanager
 def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
-    """Locks the directory of a run for this process.
+    """Locks the directory of a run for this process while the block runs.
 
     Raises:
       UserError: another process trains in it; it holds files but no run (and `fresh` is false);
-        or it cannot be written.
+        or it cannot be written, now or later in the block.
     """
-    run_dir = run_dir.expanduser()
+    run_dir = expand_home(run_dir)
     with _writing(run_dir):
         if not fresh and _entries(run_dir) and not (run_dir / LOCK).exists():
             raise UserError(
@@ -39,7 +40,8 @@ def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
                 f"logging.run_dir"
             ) from None
     try:
-        yield run_dir
+        with _writing(run_dir):
+            yield run_dir
     finally:
         lock.release()
 
@@ -58,12 +60,22 @@ def move_aside(run_dir: Path) -> None:
 
 @contextmanager
 def _writing(run_dir: Path) -> Iterator[None]:
+    """Turns a write that the system refuses into a UserError."""
     try:
         yield
     except OSError as error:
+        # The files that are open here, whose errors have no name, are those of the run.
+        place = Path(error.filename or run_dir)
+        inside = place == run_dir or run_dir in place.parents or place in run_dir.parents
+        if not inside or not (error.filename or is_full(error)):
+            raise
+        named = f" ({place.name})" if run_dir in place.parents else ""
+        what = reason(error, directory=run_dir)
+        way_out = "choose another logging.run_dir, or get write access to this one"
+        if is_full(error):
+            way_out = "free some space, then give the same command again"
         raise UserError(
-            f"cannot write the run directory {run_dir}: {error.strerror}; choose another "
-            f"logging.run_dir"
+            f"cannot write the run directory {run_dir}{named}: {what}; {way_out}"
         ) from None
 
 

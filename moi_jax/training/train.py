@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.experiment import Experiment, open_experiment
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.models.attention import choose_attention
@@ -156,7 +157,7 @@ def _refuse_to_move(init_from: Path | None, directory: Path) -> None:
     """Raises UserError if --fresh would move the checkpoint from which the new run starts."""
     if init_from is None:
         return
-    source, moved = init_from.expanduser().resolve(), directory.resolve()
+    source, moved = expand_home(init_from).resolve(), directory.resolve()
     if moved == source or moved in source.parents:
         raise UserError(
             f"--fresh would move {init_from}, the checkpoint of model.init_from, aside; copy it "

@@ -26,6 +26,7 @@ from moi_jax.data.cache.writer import BlockWriter
 from moi_jax.data.sources.readers import SourceFile
 
 from support.hostile_matcher import hostile
+from support.processes import start
 from support.runs import SAMPLES
 from support.sources import TOKENIZER, chat, run, section, texts, write
 
@@ -235,12 +236,12 @@ if __name__ == "__main__":
 """
 
 
-def start(root: Path, text: str = SCRIPT) -> subprocess.Popen:
+def start_prepare(root: Path, text: str = SCRIPT) -> subprocess.Popen:
     """A slow prepare in a process with two workers."""
     script = root.parent / "script.py"
     script.write_text(text)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    return subprocess.Popen(
+    return start(
         [sys.executable, str(script), str(root)],
         env=environment, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
@@ -269,7 +270,7 @@ def test_a_killed_prepare_takes_its_workers_along_and_goes_on(
     root: Path, tiny_blocks: None, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
     write(root / "a" / "1.jsonl", *rows(80))
-    process = start(root)
+    process = start_prepare(root)
     wait_for(lambda: len(blocks_of(root)) >= 3)
     workers = children(process.pid)
     assert len(workers) >= 2
@@ -291,7 +292,7 @@ def test_two_at_once_end_well(
     root: Path, tiny_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(root / "a" / "1.jsonl", *rows(30))
-    processes = [start(root) for _ in range(2)]
+    processes = [start_prepare(root) for _ in range(2)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -304,7 +305,7 @@ def test_two_at_once_end_well(
 
 def test_a_script_without_a_guard_is_told_and_does_not_hang(root: Path) -> None:
     write(root / "a" / "1.jsonl", *rows(30))
-    process = start(root, SCRIPT.replace('__name__ == "__main__"', "True"))
+    process = start_prepare(root, SCRIPT.replace('__name__ == "__main__"', "True"))
     _, errors = process.communicate(timeout=120)
     assert b"UserError: a worker process died" in errors
     assert b"(your own script needs `if __name__" in errors

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import yaml
+from flax import nnx
 
+import moi_jax
 from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
@@ -24,6 +27,7 @@ from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.evaluation.while_training import make_evaluations
 from moi_jax.training.train import TrainResult, train
 
+from support.processes import start
 from support.xla import xla_flags
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +115,7 @@ def train_until(
 ) -> int:
     """Starts a run, sends it a signal once `step` is logged, and returns its exit status."""
     log = Path(yaml.safe_load(config.read_text())["logging"]["run_dir"]) / "metrics.jsonl"
-    process = subprocess.Popen(
+    process = start(
         command(config), cwd=ROOT, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -133,3 +137,20 @@ def records(log: Path) -> list[dict]:
 
 def logged_steps(log: Path) -> list[int]:
     return [record["step"] for record in records(log) if "token_loss" in record]
+
+
+def parameters(run: Path) -> dict[str, np.ndarray]:
+    """Returns leaf name -> values of the run's newest checkpoint."""
+    model, _ = moi_jax.load(run)
+    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def same_parameters(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
+    """Asserts that they are bit-identical."""
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)

@@ -5,10 +5,8 @@ import random
 import shutil
 import signal
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import moi_jax
 from moi_jax.common.errors import UserError
@@ -19,31 +17,16 @@ from support.runs import (
     SAMPLES,
     TWO_DEVICES,
     logged_steps,
+    parameters,
     records,
     refusal,
+    same_parameters,
     small_config,
     stop_after,
     train_command,
     train_here,
     train_until,
 )
-
-
-def parameters(run):
-    """Returns leaf name -> values of the run's newest checkpoint."""
-    model, _ = moi_jax.load(run)
-    state = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
-
-
-def same_parameters(left, right):
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
-
 
 # Two epochs and a last batch that is not full, in microbatches, over two devices.
 HARD = {

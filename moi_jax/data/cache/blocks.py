@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moi_jax import config
-from moi_jax.common.errors import UserError
+from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.data.cache.checksums import check_sums
 from moi_jax.data.cache.leftovers import part_of
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
@@ -70,14 +70,18 @@ class Block:
 
 
 @contextmanager
-def domain_errors(domain: str) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the domain and the file."""
+def domain_errors(domain: str, cache_dir: Path) -> Iterator[None]:
+    """Turns an error of the sources or the cache into a UserError that names domain and file."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"domain {domain}: cannot read or write {error.filename}: {error.strerror}"
-        ) from None
+        file = Path(error.filename or cache_dir)
+        what, way_out = reason(error, cache_dir), ""
+        if is_full(error):
+            file, way_out = cache_dir, "; free some space, or choose another data.cache_dir"
+        elif file == cache_dir or cache_dir in file.parents or file in cache_dir.parents:
+            way_out = "; choose another data.cache_dir, or get write access to this one"
+        raise UserError(f"domain {domain}: cannot read or write {file}: {what}{way_out}") from None
 
 
 def full_blocks(size: int) -> int:
@@ -187,15 +191,10 @@ class BlockBuilder:
         Raises:
           UserError: a row or a file is refused, or cannot be read or written.
         """
-        try:
-            with domain_errors(item.domain):
-                for block, max_rows, directory in self._walk(item):
-                    if _open_whole(directory) is None:
-                        self._write(item, block, max_rows, directory)
-        except RuntimeError as error:  # from ArrayRecord, for example when the disk is full
-            raise UserError(
-                f"domain {item.domain}: cannot write below {self.folder}: {error}"
-            ) from None
+        with domain_errors(item.domain, self.folder.parent):
+            for block, max_rows, directory in self._walk(item):
+                if _open_whole(directory) is None:
+                    self._write(item, block, max_rows, directory)
 
     def finished(self, item: WorkItem) -> list[FinishedBlock] | None:
         """The blocks of the item, up to its max_rows; None if one of them is missing or damaged."""
@@ -229,8 +228,11 @@ class BlockBuilder:
         writer = BlockWriter(
             part, self.data, item.prompt, self.tokenizer, self.benchmarks, block.place
         )
-        writer.add(block.rows(), max_rows)
-        writer.close(block.lines())
+        try:
+            writer.add(block.rows(), max_rows)
+            writer.close(block.lines())
+        except RuntimeError as error:  # from ArrayRecord, for example when the disk is full
+            raise OSError(str(error)) from None
         if directory.exists() and _open_whole(directory) is None:
             shutil.rmtree(directory)
         move_into_place(part, directory)

@@ -21,6 +21,7 @@ import numpy as np
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 from moi_jax.common.progress import progress_bars
 from moi_jax.data.cache.blocks import (
     Block,
@@ -108,14 +109,14 @@ class _Job:
 
     def open(self, builder: BlockBuilder) -> DomainCache | None:
         names = [file.name for file in chain(*self.files)]
-        with domain_errors(self.domain.name):
+        with domain_errors(self.domain.name, self.directory.parent):
             return open_domain(self.domain.name, self.directory, builder.folder, names)
 
     @functools.cached_property
     def items(self) -> list[list[WorkItem]]:
         """The work items of each source."""
         by_source = []
-        with domain_errors(self.domain.name):
+        with domain_errors(self.domain.name, self.directory.parent):
             for source, *pairs in zip(self.domain.sources, self.files, self.digests, strict=True):
                 blocks = tuple(
                     block
@@ -147,9 +148,9 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockBui
         raise UserError("data.domains is empty; name at least one domain with its sources")
     expanded = [expand(data.root, domain.sources, data.cache_dir) for domain in data.domains]
     _refuse_files_standing_twice(data, expanded)
-    cache_dir, benchmarks = data.cache_dir.expanduser(), None
+    cache_dir, benchmarks = expand_home(data.cache_dir), None
     if data.decontaminate.path:
-        benchmarks = Benchmarks.read(data.decontaminate.path.expanduser())
+        benchmarks = Benchmarks.read(expand_home(data.decontaminate.path))
     builder = BlockBuilder(cache_dir / "blocks", data, tokenizer, benchmarks)
     digests, jobs = Digests(cache_dir), []
     for domain, files in zip(data.domains, expanded, strict=True):
@@ -165,7 +166,7 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockBui
             "limit": data.max_instruction_tokens or data.sequence_length,
             "decontaminate": benchmarks and [benchmarks.fingerprint, data.decontaminate.on_hit],
         }
-        with domain_errors(domain.name):
+        with domain_errors(domain.name, cache_dir):
             found = [[digests.of(file) for file in part] for part in files]
         wanted = [
             (s.format, s.max_rows, part) for s, part in zip(domain.sources, found, strict=True)
@@ -219,7 +220,10 @@ def _build(items: list[WorkItem], builder: BlockBuilder) -> None:
     sizes: Counter[str] = Counter()
     for item in left:
         sizes[item.domain] += item.size
-    with domain_errors(", ".join(sizes)), progress_bars() as progress:
+    with (
+        domain_errors(", ".join(sizes), builder.folder.parent),
+        progress_bars() as progress,
+    ):
         bars = {name: progress.add_task(name, total=size) for name, size in sizes.items()}
 
         def advance(item: WorkItem) -> None:
@@ -237,7 +241,7 @@ def _cores() -> int:
 
 def _assemble(job: _Job, builder: BlockBuilder) -> DomainCache:
     """Builds the domain's cache from its finished blocks."""
-    with domain_errors(job.domain.name):
+    with domain_errors(job.domain.name, job.directory.parent):
         found = [[pair for item in items for pair in _found(item, builder)] for items in job.items]
         write_domain(job.directory, found, builder.run)
     cache = job.open(builder)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moi_jax.common.home import expand_home
 from moi_jax.config import Data, Domain
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.loader import Batch, BatchReader
@@ -114,7 +115,7 @@ def read_domain(
     render = _renderer(tokenizer, targets)
     benchmarks = None
     if data.decontaminate.path and data.decontaminate.on_hit == "drop":
-        benchmarks = Benchmarks.read(data.decontaminate.path.expanduser())
+        benchmarks = Benchmarks.read(expand_home(data.decontaminate.path))
     files = expand(data.root, domain.sources, data.cache_dir)
     for source, part in zip(domain.sources, files, strict=True):
         kept = 0

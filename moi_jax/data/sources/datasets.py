@@ -16,6 +16,7 @@ import numpy as np
 from filelock import FileLock
 
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 from moi_jax.config import Source
 from moi_jax.data import tfds_datasets
 from moi_jax.data.sources.containers import RawRow
@@ -36,7 +37,7 @@ def open_dataset(root: Path, source: Source, cache_dir: Path) -> SourceFile:
       UserError: a library is missing; or the dataset, subset, split or network is.
     """
     if source.tfds is not None:
-        return _open_tfds(root, source, source.tfds, cache_dir.expanduser() / "tfds")
+        return _open_tfds(root, source, source.tfds, expand_home(cache_dir) / "tfds")
     assert source.hf is not None
     return _open_hf(root, source, source.hf)
 
@@ -122,7 +123,7 @@ def _open_tfds(root: Path, source: Source, name: str, data_dir: Path) -> SourceF
         ) from None
     manual_dir = None
     if source.manual_dir is not None:
-        manual_dir = root / source.manual_dir.expanduser()
+        manual_dir = root / expand_home(source.manual_dir)
         if not manual_dir.is_dir():
             raise UserError(f"tfds: {name}: manual_dir {manual_dir} is not a directory")
         # Data from other files goes to another folder.

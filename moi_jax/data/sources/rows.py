@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 from moi_jax.config import Source
 from moi_jax.data.sources import formats
 from moi_jax.data.sources.containers import RawRow
@@ -47,7 +48,7 @@ def expand(root: Path, sources: Sequence[Source], cache_dir: Path) -> list[list[
     Raises:
       UserError: a path names no file, see `find_files`; or a format is unknown.
     """
-    root = root.expanduser()
+    root = expand_home(root)
     found = []
     for source in sources:
         if source.format != "auto" and source.format not in FORMATS:
