@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.hf.importer import import_checkpoint
+from moi_jax.checkpoints.hf.model_card import model_card
 from moi_jax.checkpoints.hf.reader import open_published
 from moi_jax.checkpoints.hf.safetensors_writer import plan_shards
-from moi_jax.checkpoints.items import find_step
+from moi_jax.checkpoints.items import ModelItems, find_step
 from moi_jax.common.errors import UserError
 from moi_jax.convert import parse_size
+from moi_jax.models.presets import preset
 from moi_jax.text.conversations import Message
+from moi_jax.text.prompts import prompts_metadata
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
@@ -59,6 +62,12 @@ def trained(tmp_path_factory):
     )
     train_here(config)
     return folder
+
+
+def test_the_card_of_parameters_that_began_at_random_names_no_base():
+    card = model_card(ModelItems(preset("tiny"), {}, prompts_metadata(None, "chatml")))
+    assert "The weights were trained from a random initialisation." in card
+    assert "base_model" not in card
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
