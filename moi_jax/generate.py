@@ -58,6 +58,7 @@ def _generate(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         mesh=args.mesh,
         chat_template=args.chat_template,
+        verify=args.verify,
     )
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,

@@ -31,6 +31,11 @@ def main() -> int:
         action="store_true",
         help="resume although optimizer, batch size, length or patience of the run changed",
     )
+    parser.add_argument(
+        "--strict-resume",
+        action="store_true",
+        help="stop if the newest checkpoint is damaged; else the run resumes from the one before",
+    )
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     if args.print_config:
@@ -54,6 +59,7 @@ def main() -> int:
         make_evaluations=make_evaluations,
         fresh=args.fresh,
         allow_change=args.allow_change,
+        strict_resume=args.strict_resume,
         stop=signals.watching(),
     )
     if not result.finished:

@@ -101,5 +101,6 @@ def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:
     """Reads the parameters of model.init_from, or makes random parameters."""
     section, model = experiment.config.model, experiment.model
     if section.init_from:
-        return read_parameters(section.init_from, model, section.param_dtype, mesh)
+        verify = experiment.config.checkpoint.verify
+        return read_parameters(section.init_from, model, section.param_dtype, mesh, verify)
     return random_parameters(model, experiment.config.train.seed, section.param_dtype, mesh)
