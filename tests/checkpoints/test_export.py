@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.checkpoints.hf.model_card import model_card
@@ -264,6 +265,7 @@ def without_files_of_the_store(step):
 def with_another_width(step):
     path = step / "model" / "metadata"
     path.write_text(path.read_text().replace('"mlp_width": 128', '"mlp_width": 64'))
+    write_checksums(step)  # so that the width is what is wrong
 
 
 @pytest.mark.parametrize(
