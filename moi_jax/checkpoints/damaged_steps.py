@@ -72,5 +72,6 @@ def _set_aside(damaged: DamagedCheckpoint, sound: Path) -> None:
     repeated = int(step.name) - int(sound.name)
     then = ""
     if repeated > 0:
-        then = f"; the run goes on from step {sound.name} and repeats {repeated} steps"
+        steps = "1 step" if repeated == 1 else f"{repeated} steps"
+        then = f"; the run goes on from step {sound.name} and repeats {steps}"
     log.warning(f"checkpoint {step.name} is damaged ({damaged.reason}), moved to {aside}{then}")

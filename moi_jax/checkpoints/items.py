@@ -3,7 +3,7 @@
 A checkpoint is one orbax step that holds all a model needs. Its items are `parameters`, `model`
 (architecture), `tokenizer` (its files), `prompts` (default and domain prompts, chat template) and
 `provenance` (of the published weights it began from). A training step also has `optimizer`,
-`position` (where the run stands in its data) and `config`. The last file is that of the checksums.
+`position` (where the run stands in its data) and `config`. Its checksums are written last.
 """
 
 import dataclasses
