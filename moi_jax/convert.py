@@ -7,6 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from moi_jax.cli.arguments import add_no_verify
 from moi_jax.cli.command import run_command
 from moi_jax.config.section import full_dtype
 
@@ -72,6 +73,7 @@ def main() -> int:
     exporter.add_argument(
         "--public", action="store_true", help="with --push: make the repository public"
     )
+    add_no_verify(exporter)
     exporter.set_defaults(run=_export)
 
     verifier = commands.add_parser(
@@ -133,7 +135,9 @@ def _export(args: argparse.Namespace) -> None:
 
     if args.push:
         check_token()  # before an hour of writing
-    export_checkpoint(args.checkpoint, args.out, args.dtype, args.max_shard_size, args.as_family)
+    export_checkpoint(
+        args.checkpoint, args.out, args.dtype, args.max_shard_size, args.as_family, args.verify
+    )
     if args.push:
         print(f"uploaded {push(args.out, args.push, private=not args.public)}")
 

@@ -66,6 +66,7 @@ def _request(args: argparse.Namespace) -> EvaluationRequest:
             dtype=args.dtype,
             mesh=args.mesh,
             chat_template=args.chat_template,
+            verify=args.verify,
             system_prompt=args.system,
             system_block=not args.no_system,
             slots=args.slots,

@@ -46,6 +46,7 @@ def main() -> int:
         dtype=args.dtype,
         mesh=args.mesh,
         chat_template=args.chat_template,
+        verify=args.verify,
     )
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,

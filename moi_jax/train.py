@@ -41,6 +41,11 @@ def main() -> int:
         action="store_true",
         help="resume although optimizer, batch size, length or patience of the run changed",
     )
+    parser.add_argument(
+        "--strict-resume",
+        action="store_true",
+        help="stop if the newest checkpoint is damaged; else the run resumes from the one before",
+    )
     args = parser.parse_args()
 
     from moi_jax.config.load import load_config
@@ -66,6 +71,7 @@ def main() -> int:
         make_evaluations=make_evaluations,
         fresh=args.fresh,
         allow_change=args.allow_change,
+        strict_resume=args.strict_resume,
         stop=signals.watching(),
     )
     if not result.finished:

@@ -3,7 +3,7 @@
 A checkpoint is one orbax step that holds all a model needs. Its items are `parameters`, `model`
 (architecture), `tokenizer` (its files), `prompts` (default and domain prompts, chat template) and
 `provenance` (of the published weights it began from). A training step also has `optimizer`,
-`position` (where the run stands in its data) and `config`.
+`position` (where the run stands in its data) and `config`. Its checksums are written last.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from moi_jax.checkpoints.checksums import SUMS, verify_small_items
+from moi_jax.checkpoints.damage import DamagedCheckpoint, reading
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.models.config import ModelConfig
@@ -25,8 +27,10 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 Json = dict[str, Any]
 
-# Goes up when the names of the parameters change: 1 had a flat table, 2 has those of the modules.
-FORMAT = 2
+# Goes up when what is on disk changes: 1 had a flat table of parameters, 2 has the names of the
+# modules, 3 has checksums.
+FORMAT = 3
+READABLE = (2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +81,24 @@ def find_step(path: Path) -> Path:
 
 
 def newest_step(folder: Path) -> Path | None:
-    """The newest complete step among the checkpoints in a folder; None if there is none."""
-    steps = [
-        int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()
-    ]
-    return folder / str(max(steps)) if steps else None
+    """The newest step among the checkpoints in a folder, sound or not; None if there is none."""
+    steps = all_steps(folder)
+    return steps[0] if steps else None
+
+
+def all_steps(folder: Path) -> list[Path]:
+    """The steps among the checkpoints in a folder, the newest first.
+
+    A save that was cut off has another name, so it is not among them.
+    """
+    steps = [path for path in folder.glob("*") if path.name.isdigit() and path.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name), reverse=True)
 
 
 def read_items(path: Path) -> ModelItems:
     """Architecture, tokenizer files, prompts and provenance of a checkpoint.
+
+    All of its files but those of the arrays are verified.
 
     Args:
       path: a step, or a run (its newest step).
@@ -95,30 +108,30 @@ def read_items(path: Path) -> ModelItems:
     """
     names = ["model", "tokenizer", "prompts"]
     step = find_step(path)
+    verified = verify_small_items(step)
     if (step / "provenance").is_dir():
         names.append("provenance")
     items = {name: read_json_item(step, name) for name in names}
-    try:
-        if (written := items["model"].pop("format", 1)) != FORMAT:
+    with reading(step, "model"):
+        if (written := items["model"].pop("format", 1)) not in READABLE:
             raise UserError(
-                f"{step} has parameters of format {written}, this version reads format {FORMAT}; "
-                f"import the published weights again, or export {step.name} with the version of "
-                f"moi_jax that wrote it and import that"
+                f"{step} is of format {written}, this version reads formats {READABLE[0]} and "
+                f"{READABLE[1]}; import the published weights again, or export {step.name} with "
+                f"the version of moi_jax that wrote it and import that"
             )
-        model, files = ModelConfig.from_json(items["model"]), items["tokenizer"]["files"]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise damaged(step, error) from None
+        if written == FORMAT and not verified:
+            raise DamagedCheckpoint(step, f"{SUMS} is missing")
+        model = ModelConfig.from_json(items["model"])
+    with reading(step, "tokenizer"):
+        files = items["tokenizer"]["files"]
     return ModelItems(model, files, items["prompts"], items.get("provenance", {}))
 
 
 def read_json_item(step: Path, name: str) -> Json:
     """One JSON item of a step; raises UserError when it is missing or damaged."""
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
-            return checkpointer.restore(step.absolute(), args)[name]
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        raise damaged(step, error) from None
+    with reading(step, name), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+        return checkpointer.restore(step.absolute(), args)[name]
 
 
 def parameters_fingerprint(step: Path) -> str:
@@ -130,9 +143,3 @@ def parameters_fingerprint(step: Path) -> str:
         if file.is_file()
     )
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-
-
-def damaged(step: Path, error: Exception) -> UserError:
-    """The error of a step that cannot be read."""
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"{step} is damaged or incomplete ({reason}); use another checkpoint")

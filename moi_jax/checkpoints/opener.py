@@ -55,6 +55,7 @@ def open_checkpoint(
     dtype: str = "auto",
     mesh: str | None = None,
     chat_template: str | None = None,
+    verify: bool = True,
 ) -> OpenCheckpoint:
     """Reads a step directory, or the newest step of a run.
 
@@ -64,10 +65,11 @@ def open_checkpoint(
       mesh: devices along the axes, such as "fsdp=2,tensor=4"; an axis that is not named has 1.
         None splits the model over all devices (tensor).
       chat_template: its name; None for the one that the checkpoint was made with.
+      verify: compare the files of the parameters with their checksums first.
 
     Raises:
-      UserError: there is no checkpoint, it is damaged, it has no tokenizer, its chat template is
-        unknown or has changed since, or the mesh does not fit the devices.
+      UserError: there is no checkpoint, it is damaged or not finite, it has no tokenizer, its chat
+        template is unknown or has changed since, or the mesh does not fit the devices.
     """
     axes = parse_mesh(mesh) if mesh else config_lib.Mesh(data=1, fsdp=1, tensor=-1)
     placed_on = make_mesh(axes, devices)  # refused before the parameters are read
@@ -80,7 +82,7 @@ def open_checkpoint(
         raise UserError(f"{step}: {error}") from None
     platform = devices[0].platform
     dtype = resolve_dtype(dtype, platform)
-    bind, parameters = _read_model(step, items.model, dtype, platform, placed_on)
+    bind, parameters = _read_model(step, items.model, dtype, platform, placed_on, verify)
     return OpenCheckpoint(
         step=step,
         config=items.model,
@@ -98,6 +100,7 @@ def load(
     dtype: jax.typing.DTypeLike = "float32",
     mesh: Mesh | None = None,
     chat_template: str | None = None,
+    verify: bool = True,
 ) -> tuple[Decoder, Tokenizer]:
     """A model in inference mode and its tokenizer, from a checkpoint of moi_jax.
 
@@ -109,23 +112,31 @@ def load(
       dtype: of the parameters and the computation.
       mesh: where the parameters are laid out; None is one device.
       chat_template: its name; None for the one that the checkpoint was made with, if any.
+      verify: compare the files of the parameters with their checksums first, which reads them once
+        more. All other files are always verified.
 
     Raises:
-      UserError: `path` holds no checkpoint, or its chat template has changed since.
+      UserError: `path` holds no checkpoint, it is damaged or not finite, or its chat template has
+        changed since.
     """
     step = find_step(Path(path))
     items = read_items(step)
     if chat_template is None and items.prompts["chat_template"] is not None:
         chat_template = saved_template(items.prompts, path, "chat_template")
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    bind, parameters = _read_model(step, items.model, dtype, platform, mesh)
+    bind, parameters = _read_model(step, items.model, dtype, platform, mesh, verify)
     return bind(parameters), Tokenizer.from_files(items.tokenizer, chat_template)
 
 
 def _read_model(
-    step: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, platform: str, mesh: Mesh | None
+    step: Path,
+    config: ModelConfig,
+    dtype: jax.typing.DTypeLike,
+    platform: str,
+    mesh: Mesh | None,
+    verify: bool,
 ) -> tuple[Bind, Tree]:
     """A function parameters -> model for the platform, and the parameters on the mesh."""
     attention = choose_attention("auto", platform, mesh)
     bind = make_model(config, Compute(dtype, attention=attention))
-    return bind, read_parameters(step, config, dtype, mesh)
+    return bind, read_parameters(step, config, dtype, mesh, verify)

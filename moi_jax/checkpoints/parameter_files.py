@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from moi_jax.checkpoints.damage import reading
+from moi_jax.checkpoints.finite import check_finite_array
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import Parameter, map_parameters, parameter_specs
@@ -124,6 +126,7 @@ class StoredParameters:
         """Raises KeyError, OSError or ValueError when the files are missing or damaged."""
         context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
         directory = epath.Path(step.absolute() / "parameters")
+        self.step = step
         self.arrays: dict[str, ts.TensorStore] = {}
         for path in parameter_specs(config):
             info = ocp.type_handlers.ParamInfo(name=path, parent_dir=directory)
@@ -136,6 +139,13 @@ class StoredParameters:
         return np.result_type(*(stored.dtype.numpy_dtype for stored in self.arrays.values()))
 
     def get(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A parameter by its dotted path, or one layer of a stacked one."""
+        """A parameter by its dotted path, or one layer of a stacked one.
+
+        Raises:
+          UserError: its files are damaged, or a value is not finite.
+        """
         stored = self.arrays[path]
-        return (stored if layer is None else stored[layer]).read().result()
+        with reading(self.step, f"parameters/{path}"):
+            array = (stored if layer is None else stored[layer]).read().result()
+        check_finite_array(self.step, array, path)
+        return array

@@ -8,7 +8,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from moi_jax.checkpoints.items import ModelItems, damaged, find_step
+from moi_jax.checkpoints.checksums import verify_arrays, write_checksums
+from moi_jax.checkpoints.damage import reading
+from moi_jax.checkpoints.finite import check_finite
+from moi_jax.checkpoints.items import ModelItems, find_step
 from moi_jax.checkpoints.parameter_files import StoredParameters, Stream, save_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
@@ -29,31 +32,45 @@ def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(path.absolute(), ocp.args.Composite(**items.to_args()))
     save_parameters(path / "parameters", items.model, stream, dtype)
+    write_checksums(path)
 
 
-def stored_parameters(step: Path, config: ModelConfig) -> StoredParameters:
+def stored_parameters(step: Path, config: ModelConfig, verify: bool = True) -> StoredParameters:
     """The parameters of a step, for reading one at a time.
+
+    Args:
+      verify: compare the files with their checksums first.
 
     Raises:
       UserError: files are missing or damaged, or the stored shapes are not those of `config`.
     """
-    try:
+    if verify:
+        verify_arrays(step, ["parameters"])
+    with reading(step, "parameters"):
         stored = StoredParameters(step, config)
-    except (KeyError, OSError, ValueError) as error:
-        raise damaged(step, error) from None
     _check_shapes(step, stored.arrays, parameter_specs(config))
     return stored
 
 
 def read_parameters(
-    path: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None
+    path: Path,
+    config: ModelConfig,
+    dtype: jax.typing.DTypeLike,
+    mesh: Mesh | None,
+    verify: bool = True,
 ) -> Tree:
     """Parameters of a checkpoint, cast to `dtype`, laid out on `mesh` (None: one device).
 
+    Args:
+      verify: compare the files with their checksums first.
+
     Raises:
-      UserError: files are missing or damaged, or the stored shapes are not those of `config`.
+      UserError: files are missing or damaged, the stored shapes are not those of `config`, or a
+        value is not finite.
     """
     step = find_step(path).absolute()
+    if verify:
+        verify_arrays(step, ["parameters"])
     abstract = abstract_parameters(config, dtype)
     if mesh is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -63,15 +80,15 @@ def read_parameters(
     wanted = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    try:
+    with reading(step, "parameters"):
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(step / "parameters").item_metadata.tree
         _check_shapes(step, stored, abstract)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             args = ocp.args.Composite(parameters=ocp.args.StandardRestore(wanted))
-            return checkpointer.restore(step, args)["parameters"]
-    except (AttributeError, KeyError, OSError, ValueError) as error:
-        raise damaged(step, error) from None
+            parameters = checkpointer.restore(step, args)["parameters"]
+    check_finite(step, parameters, "parameters")
+    return parameters
 
 
 def _check_shapes(step: Path, stored: Any, expected: Tree) -> None:

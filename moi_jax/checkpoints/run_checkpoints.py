@@ -11,13 +11,51 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.path import atomicity
 
 from moi_jax import config as config_lib
-from moi_jax.checkpoints.items import Json, ModelItems, damaged, newest_step
+from moi_jax.checkpoints.checksums import write_checksums
+from moi_jax.checkpoints.damage import reading
+from moi_jax.checkpoints.finite import check_finite
+from moi_jax.checkpoints.items import Json, ModelItems, newest_step
 from moi_jax.checkpoints.parameter_files import save_args
 from moi_jax.common.errors import UserError, reason
 from moi_jax.models.decoder import Tree
+
+
+class ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
+    """The temporary path of a step, which gets its name once its checksums are written.
+
+    orbax commits a step by renaming it. Here it renames the step to another temporary name, so
+    that the checksums cover the files of its commit, too. A process that is killed at any point
+    leaves a whole step, or a temporary one that the next manager deletes.
+    """
+
+    def __init__(self, temporary_path: epath.Path, final_path: epath.Path, **options: Any):
+        committed = temporary_path.with_name(f"{temporary_path.name}-committed")
+        super().__init__(temporary_path, committed, **options)
+        self._step = final_path
+
+    @classmethod
+    def from_final(
+        cls, final_path: epath.Path, **options: Any
+    ) -> atomicity.AtomicRenameTemporaryPath:
+        """The temporary path of a step, or of an item, which the step's checksums cover."""
+        if atomicity.TMP_DIR_SUFFIX in final_path.parent.name:
+            return atomicity.AtomicRenameTemporaryPath.from_final(final_path, **options)
+        return super().from_final(final_path, **options)
+
+    def get_final(self) -> epath.Path:
+        return self._step
+
+    async def finalize(self) -> None:
+        # orbax calls this in one process, when all of them have written their files.
+        await super().finalize()
+        committed = super().get_final()
+        write_checksums(Path(committed))
+        committed.rename(self._step)
 
 
 class RunCheckpoints:
@@ -52,6 +90,7 @@ class RunCheckpoints:
                 # metrics, and a continued run would not know its best checkpoints.
                 best_fn=score,
                 cleanup_tmp_directories=True,
+                temporary_path_class=ChecksummedPath,
             ),
         )
         self._unraisable_hook, sys.unraisablehook = sys.unraisablehook, _tell_unless_cut_off
@@ -101,25 +140,24 @@ class RunCheckpoints:
         """Parameters and optimizer of a step, with the shardings and dtypes of these two trees.
 
         Raises:
-          UserError: files of the step are missing or damaged.
+          UserError: files of the step are missing or damaged, or a value is not finite.
         """
         args = ocp.args.Composite(
             parameters=ocp.args.StandardRestore(parameters),
             optimizer=ocp.args.StandardRestore(optimizer),
         )
-        try:
+        folder = self.directory / str(step)
+        with reading(folder, "parameters or optimizer"):
             restored = self._manager.restore(step, args=args)
-        except (KeyError, OSError, ValueError) as error:
-            raise damaged(self.directory / str(step), error) from None
+        for item in ("parameters", "optimizer"):
+            check_finite(folder, restored[item], item)
         return restored["parameters"], restored["optimizer"]
 
     def read_json(self, step: int, item: str) -> Json:
         """One JSON item of a step; raises UserError when it is missing or damaged."""
         args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-        try:
+        with reading(self.directory / str(step), item):
             return self._manager.restore(step, args=args)[item]
-        except (KeyError, OSError, ValueError) as error:
-            raise damaged(self.directory / str(step), error) from None
 
     def wait(self) -> None:
         """Waits until the last save is complete on disk; raises UserError if it cannot be."""

@@ -73,6 +73,17 @@ def add_model(group: "argparse._ArgumentGroup") -> None:
         metavar="AXES",
         help="devices along the mesh axes, such as fsdp=2,tensor=4 (default: tensor=-1, all)",
     )
+    add_no_verify(group)
+
+
+def add_no_verify(group: "argparse._ActionsContainer") -> None:
+    """Adds the option that leaves the checksums of the parameters out."""
+    group.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not compare the parameters with their checksums (which reads a checkpoint twice)",
+    )
 
 
 def chosen_system(args: argparse.Namespace, saved: str | None) -> str | None:

@@ -14,6 +14,7 @@ class Checkpoint(Section):
     keep_best: Count = 1
     best_metric: str = "eval/mean/loss"  # lower is better
     grace_seconds: Positive = 120
+    verify: bool = True  # compares the arrays with their checksums before they are read
 
 
 class Logging(Section):

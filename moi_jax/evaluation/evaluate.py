@@ -83,6 +83,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         dtype=options.dtype,
         mesh=options.mesh,
         chat_template=options.chat_template,
+        verify=options.verify,
     )
     results = held_out = lm_eval = report = None
     with jax.set_mesh(checkpoint.mesh):

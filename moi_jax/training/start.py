@@ -101,7 +101,8 @@ def _write_description(directory: Path, experiment: Experiment, mixture: dict) -
 def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:
     """Reads the parameters of model.init_from, or makes random parameters."""
     config, model = experiment.config, experiment.model
+    dtype = config.model.param_dtype
     if experiment.start:
         checkpoint = experiment.start.checkpoint(config.data.cache_dir)
-        return read_parameters(checkpoint, model, config.model.param_dtype, mesh)
-    return random_parameters(model, config.train.seed, config.model.param_dtype, mesh)
+        return read_parameters(checkpoint, model, dtype, mesh, config.checkpoint.verify)
+    return random_parameters(model, config.train.seed, dtype, mesh)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from moi_jax.checkpoints.damaged_steps import set_aside_damaged_steps
 from moi_jax.checkpoints.experiment import Experiment, open_experiment
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
@@ -71,6 +72,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     fresh: bool = False,
     allow_change: bool = False,
+    strict_resume: bool = False,
     stop: AbstractContextManager[Callable[[], bool]] | None = None,
 ) -> TrainResult:
     """Trains as the config says, or resumes the run in its run directory.
@@ -81,6 +83,7 @@ def train(
         run directory is held, since it may wait for other hosts or for the accelerator.
       fresh: start over; an old run is moved aside.
       allow_change: resume although optimizer, batch size, length or patience changed.
+      strict_resume: refuse if the newest checkpoint is damaged; else resume from the one before.
       stop: a context manager, entered before the first step. It yields a function that is called
         after each step; if it returns true, the run saves and ends.
 
@@ -95,6 +98,10 @@ def train(
     if config.model.preset:
         preset(config.model.preset)  # an unknown one is refused before the run directory is made
     with run_directory(config.logging.run_dir, fresh) as directory:
+        if not fresh:
+            set_aside_damaged_steps(
+                directory / "checkpoints", config.checkpoint.verify, strict_resume
+            )
         experiment = open_experiment(config, None if fresh else directory)
         devices = jax.devices() if devices is None else devices
         experiment = experiment.on_platform(devices[0].platform)

@@ -33,7 +33,7 @@ from support.published import (
     tiny_published,
     write,
 )
-from support.runs import ENVIRONMENT, ROOT
+from support.runs import ENVIRONMENT, ROOT, forget_checksums
 
 
 @pytest.fixture
@@ -365,6 +365,7 @@ def test_a_tied_head_may_come_as_a_copy_but_not_as_another(tmp_path):
 def test_old_checkpoints_without_provenance_are_read(published, tmp_path):
     import_checkpoint(published, tmp_path / "ckpt")
     shutil.rmtree(tmp_path / "ckpt" / "provenance")
+    forget_checksums(tmp_path / "ckpt")
     items = read_items(tmp_path / "ckpt")
     assert items.provenance == {}
     assert isinstance(items.model, ModelConfig)
@@ -375,9 +376,10 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(published, tmp_pa
     import_checkpoint(published, tmp_path / "ckpt")
     item = tmp_path / "ckpt" / "model" / "metadata"
     model = json.loads(item.read_text())
-    assert model.pop("format") == 2
+    assert model.pop("format") == 3
     item.write_text(json.dumps(model))
+    (tmp_path / "ckpt" / "SHA256SUMS").unlink()  # the first format had none
     with pytest.raises(UserError) as error:
         moi_jax.load(tmp_path / "ckpt")
-    assert "has parameters of format 1, this version reads format 2; import" in str(error.value)
+    assert "is of format 1, this version reads formats 2 and 3; import" in str(error.value)
     assert "\n" not in str(error.value)

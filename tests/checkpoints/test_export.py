@@ -13,14 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.hf.importer import import_checkpoint
+from moi_jax.checkpoints.hf.model_card import model_card
 from moi_jax.checkpoints.hf.reader import open_published
 from moi_jax.checkpoints.hf.safetensors_writer import plan_shards
-from moi_jax.checkpoints.items import find_step
+from moi_jax.checkpoints.items import ModelItems, find_step
 from moi_jax.common.errors import UserError
 from moi_jax.convert import parse_size
+from moi_jax.models.presets import preset
 from moi_jax.text.conversations import Message
+from moi_jax.text.prompts import prompts_metadata
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
@@ -59,6 +63,12 @@ def trained(tmp_path_factory):
     )
     train_here(config)
     return folder
+
+
+def test_the_card_of_parameters_that_began_at_random_names_no_base():
+    card = model_card(ModelItems(preset("tiny"), {}, prompts_metadata(None, "chatml")))
+    assert "The weights were trained from a random initialisation." in card
+    assert "base_model" not in card
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
@@ -255,6 +265,7 @@ def without_files_of_the_store(step):
 def with_another_width(step):
     path = step / "model" / "metadata"
     path.write_text(path.read_text().replace('"mlp_width": 128', '"mlp_width": 64'))
+    write_checksums(step)  # so that the width is what is wrong
 
 
 @pytest.mark.parametrize(

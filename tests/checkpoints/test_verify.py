@@ -11,6 +11,7 @@ from moi_jax.checkpoints.hf import compare, verify
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.checkpoints.hf.verify import verify_checkpoint
+from moi_jax.common.errors import UserError
 
 from support.published import add_tokenizer, convert, same_bits
 
@@ -35,6 +36,18 @@ def test_a_true_copy_is_equal_and_what_was_not_checked_is_said(made):
     assert [report["tensors"][k] for k in ("missing", "unexpected", "mismatched")] == [[], [], []]
     assert (report["verdict"], report["logits"]["max_abs"]) == ("equal", None)
     assert "Qwen v1" in report["not_checked"][0] or "torch" in report["not_checked"][0]
+
+
+def test_the_checksums_of_the_checkpoint_are_verified_too(made, tmp_path):
+    shutil.copytree(made / "ckpt", tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "README.md").write_text("Files for people may be edited.")
+    report = verify_checkpoint(tmp_path / "ckpt", made / "one", tensors_only=True)
+    listed = len((tmp_path / "ckpt" / "SHA256SUMS").read_text().splitlines())
+    assert f"checksums: {listed} files are as they were written" in verify.describe(report)
+    data = next((tmp_path / "ckpt" / "parameters" / "d").iterdir())
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"parameters/d/{data.name} has changed since"):
+        verify_checkpoint(tmp_path / "ckpt", made / "one", tensors_only=True)
 
 
 def damaged(made, tmp_path, edit):

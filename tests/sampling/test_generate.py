@@ -607,13 +607,21 @@ def remade(made: Path, path: Path, value: float, **changes) -> Path:
 
 
 def test_logits_that_are_not_finite_are_told(made, run, tmp_path, asked):
-    path = remade(made, tmp_path / "nan", np.nan)
+    path = remade(made, tmp_path / "nan", 1e18)  # whose products exceed float32
     with pytest.raises(UserError, match=r"logits of .*nan in float32 are not finite"):
         run("Hi", checkpoint=path)
     arguments, out = asked
     with pytest.raises(UserError, match="3 of 4 rows have no complete answer: the logits"):
         run(*arguments, checkpoint=path)
     assert [row["finish"] for row in read_rows(out)] == ["not_finite"] * 3 + ["too_long"]
+
+
+def test_a_checkpoint_that_was_added_to_is_asked_only_without_verifying(made, run, tmp_path):
+    shutil.copytree(made, tmp_path / "more")
+    (tmp_path / "more" / "parameters" / "more").write_text("")
+    with pytest.raises(UserError, match="parameters/more was not written with the checkpoint"):
+        run("Hi", *SHORT, checkpoint=tmp_path / "more")
+    assert run("Hi", *SHORT, "--no-verify", checkpoint=tmp_path / "more") == run("Hi", *SHORT)
 
 
 def test_a_checkpoint_that_cannot_be_asked_says_why(made, run, tmp_path):

@@ -112,8 +112,9 @@ def test_a_damaged_log_or_config_does_not_keep_a_run_from_resuming(uninterrupted
 def test_a_damaged_checkpoint_is_one_line(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "10" / "optimizer")
-    said = refusal(small_config(tmp_path), "train.steps=11", allow_change=True)
-    assert "is damaged or incomplete" in said
+    resumed = {"allow_change": True, "strict_resume": True}
+    said = refusal(small_config(tmp_path), "train.steps=11", **resumed)
+    assert "checkpoints/10 is damaged (optimizer is missing), and a strict resume" in said
     with pytest.raises(UserError, match="is no checkpoint"):
         moi_jax.load(tmp_path / "nothing")
     (tmp_path / "only" / "parameters").mkdir(parents=True)

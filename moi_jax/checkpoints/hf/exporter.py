@@ -27,6 +27,7 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     as_family: str | None = None,
+    verify: bool = True,
 ) -> None:
     """Writes the parameters of a checkpoint in their family's published layout, with all files.
 
@@ -37,6 +38,7 @@ def export_checkpoint(
       dtype: of the tensors, float32 or bfloat16; None keeps the stored one.
       max_shard_size: bytes of a safetensors file; only a single larger tensor exceeds it.
       as_family: "qwen2" writes a Qwen v1 model with the names of Qwen2.
+      verify: compare the files of the parameters with their checksums first.
 
     Raises:
       UserError: `checkpoint` is damaged, or `out` exists or cannot be written. Nothing is left
@@ -46,7 +48,7 @@ def export_checkpoint(
     step = find_step(checkpoint)
     items = read_items(step)
     model = in_family(items.model, as_family or items.model.family)
-    stored = stored_parameters(step, items.model)
+    stored = stored_parameters(step, items.model, verify)
     wanted = np.dtype(dtype or stored.dtype)
     shapes = published_shapes(model)
     total = sum(math.prod(shape) for shape in shapes.values()) * wanted.itemsize

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moi_jax.checkpoints.finite import count_not_finite
 from moi_jax.checkpoints.hf.model_card import model_card
 from moi_jax.checkpoints.hf.provenance import read_provenance
 from moi_jax.checkpoints.hf.reader import PublishedCheckpoint, PublishedModel, open_published
@@ -121,22 +122,15 @@ def _reading(published: PublishedCheckpoint) -> Iterator[Callable[[str], np.ndar
             if name not in seen:  # a tensor that holds several parameters is read for each of them
                 seen.add(name)
                 progress(value.size * published.dtypes[name].itemsize)
-                if count := _count_not_finite(value):
+                if count := count_not_finite(value):
                     damaged[name] = count
             return value
 
         yield read
     for name, count in list(damaged.items())[:MOST_WARNINGS]:
         log.warning(f"{name} has {count} values that are NaN or infinite")
-    if len(damaged) > MOST_WARNINGS:
-        log.warning(f"{len(damaged)} tensors in all have values that are NaN or infinite")
-
-
-def _count_not_finite(tensor: np.ndarray) -> int:
-    """How many values are NaN or infinite."""
-    flat = tensor.reshape(-1)
-    block = 1 << 22  # the flags of a large tensor would take half of its own memory
-    return sum(
-        int(np.count_nonzero(~np.isfinite(flat[start : start + block])))
-        for start in range(0, len(flat), block)
-    )
+    if damaged:
+        log.warning(
+            f"{len(damaged)} tensors have values that are NaN or infinite; the checkpoint is "
+            f"refused wherever its parameters are read"
+        )

@@ -11,6 +11,9 @@ from moi_jax.checkpoints.items import ModelItems, read_json_item
 # The sections of a run's config that the card shows; config.yaml has the rest.
 SETTINGS = ("model", "loss", "optimizer", "train")
 
+# Of parameters that began at random.
+NO_PROVENANCE: dict[str, Any] = {"base": None, "license": None, "files": {}}
+
 
 def model_card(items: ModelItems, step: Path | None = None) -> str:
     """README.md of a checkpoint, with the front matter that the hub reads.
@@ -30,7 +33,7 @@ def model_card(items: ModelItems, step: Path | None = None) -> str:
     page = environment.get_template("model_card.md.jinja").render(
         model=items.model,
         prompts=items.prompts,
-        provenance=items.provenance,
+        provenance=items.provenance or NO_PROVENANCE,
         training=training,
     )
     return page.rstrip() + "\n"

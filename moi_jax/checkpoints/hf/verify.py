@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from moi_jax.checkpoints.checksums import verify_arrays, verify_small_items
 from moi_jax.checkpoints.hf.compare import (
     PROMPT_TOKENS,
     Report,
@@ -38,24 +39,27 @@ def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = Fa
       tensors_only: leaves the logits out, which need a whole model in memory.
 
     Returns:
-      checkpoint and against (paths), config, tensors and logits (see the functions of compare.py),
+      checkpoint and against (paths), checksums (how many files are as they were written; 0 where
+      the checkpoint has none), config, tensors and logits (see the functions of compare.py),
       not_checked (reasons), verdict ("equal" or "different").
 
     Raises:
       UserError: one of the two is missing or damaged, or they are of different families.
     """
     step = find_step(checkpoint)
+    checksums = verify_small_items(step) + verify_arrays(step)
     items = read_items(step)
     path = directory / "config.json"
     theirs = read_hf_config(read_bytes(path), str(path))
     ours = in_family(items.model, theirs.family)
-    stored = stored_parameters(step, items.model)
+    stored = stored_parameters(step, items.model, verify=False)
     files, ignored = TensorFiles(directory), redundant_tensors(theirs)
     with byte_bar("comparing", total_bytes(files)) as progress:
         tensors = export_tensors(items.model, stored.get, theirs.family)
         report = {
             "checkpoint": str(step),
             "against": str(directory),
+            "checksums": checksums,
             "config": compare_configs(ours, theirs),
             "tensors": compare_tensors(tensors, files, ignored, progress),
             "logits": {"max_abs": None, "mean_kl": None},
@@ -64,7 +68,7 @@ def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = Fa
     if reason is None:
         # Under another family's names the models are equal up to seq_length only.
         longest = PROMPT_TOKENS if ours == items.model else ours.seq_length
-        model, tokenizer = load(step, chat_template=items.prompts["chat_template"])
+        model, tokenizer = load(step, chat_template=items.prompts["chat_template"], verify=False)
         ids = prompt_ids(tokenizer, longest)
         logits = [
             np.asarray(model(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids)))
@@ -104,6 +108,8 @@ def describe(report: Report) -> str:
     """The report as text for people."""
     tensors, logits = report["tensors"], report["logits"]
     lines = [f"{report['checkpoint']} against {report['against']}"]
+    if report["checksums"]:
+        lines.append(f"checksums: {report['checksums']} files are as they were written")
     for field, values in report["config"].items():
         lines.append(f"config: {field} is {values['ours']} here, {values['theirs']} there")
     cast = ""

@@ -205,7 +205,8 @@ def _with_missing(
 def _running(jobs: Sequence[_Job], builder: BlockBuilder) -> Iterator[None]:
     """Marks this run as alive while it builds the jobs, see `leftovers`."""
     names = ", ".join(job.domain.name for job in jobs)
-    with domain_errors(names), running([builder.folder.parent, builder.folder], builder.run):
+    cache_dir = builder.folder.parent
+    with domain_errors(names, cache_dir), running([cache_dir, builder.folder], builder.run):
         yield
 
 

@@ -1,0 +1,113 @@
+"""Checksums of a checkpoint: written as its last file, verified before the others are read.
+
+The file has the form of coreutils: `sha256sum --check SHA256SUMS` verifies a copy anywhere.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from moi_jax.checkpoints.damage import DamagedCheckpoint
+
+SUMS = "SHA256SUMS"
+LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+# The items with almost all bytes of a checkpoint. All others are small, and always verified.
+ARRAYS = ("parameters", "optimizer")
+
+log = logging.getLogger(__name__)
+
+
+def write_checksums(step: Path) -> None:
+    """Writes the checksums of all files of a step; no file of an item may change after it.
+
+    Raises:
+      OSError: a file cannot be read or written.
+    """
+    names = sorted(_files(step))
+    lines = [f"{digest}  {name}\n" for name, digest in _digests(step, names)]
+    (step / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def verify_small_items(step: Path) -> int:
+    """Verifies all files of a step but those of `ARRAYS`; returns how many it verified.
+
+    Raises:
+      DamagedCheckpoint: a file is missing, has changed, or was not written with the checkpoint.
+    """
+    return _verify(step, lambda item: item not in ARRAYS)
+
+
+def verify_arrays(step: Path, items: Collection[str] = ARRAYS) -> int:
+    """Verifies all files of these `ARRAYS`; returns how many it verified.
+
+    Warns where the step has no checksums, because an older version has written it.
+
+    Raises:
+      DamagedCheckpoint: a file is missing, has changed, or was not written with the checkpoint.
+    """
+    verified = _verify(step, lambda item: item in items)
+    if not verified:
+        log.warning(f"{step} has no checksums, so damage to its parameters would go unnoticed")
+    return verified
+
+
+def _verify(step: Path, chosen: Callable[[str], bool]) -> int:
+    sums = _read(step)
+    if sums is None:
+        return 0
+    expected = {name: digest for name, digest in sums.items() if chosen(_item(name))}
+    for name in expected:
+        if not (step / name).is_file():
+            raise DamagedCheckpoint(step, f"{name} is missing")
+    for name in _files(step):
+        # Beside the items lie files for people, such as a licence, which may come and go.
+        if "/" in name and name not in sums and chosen(_item(name)):
+            raise DamagedCheckpoint(step, f"{name} was not written with the checkpoint")
+    try:
+        for name, digest in _digests(step, expected):
+            if digest != expected[name]:
+                raise DamagedCheckpoint(step, f"{name} has changed since it was written")
+    except OSError as error:
+        raise DamagedCheckpoint(step, f"{error.filename}: {error.strerror}") from None
+    return len(expected)
+
+
+def _read(step: Path) -> dict[str, str] | None:
+    """File name -> checksum; None where the step has no checksums."""
+    try:
+        text = (step / SUMS).read_bytes().decode()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        raise DamagedCheckpoint(step, f"{SUMS} cannot be read") from None
+    matches = [LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
+    if not all(matches):
+        raise DamagedCheckpoint(step, f"{SUMS} is not a list of checksums")
+    return {match[2]: match[1] for match in matches if match}
+
+
+def _files(step: Path) -> Iterator[str]:
+    """The names of all files of a step but the checksums, relative to it."""
+    for path in step.rglob("*"):
+        if path.is_file() and path != step / SUMS:
+            yield path.relative_to(step).as_posix()
+
+
+def _item(name: str) -> str:
+    """The item that a file belongs to: the first folder of its name."""
+    return name.split("/")[0]
+
+
+def _digests(step: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """File name and checksum, in the order of the names; threads hash several files at a time."""
+
+    def digest(name: str) -> tuple[str, str]:
+        with (step / name).open("rb") as file:
+            return name, hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as threads:
+        yield from threads.map(digest, names)
