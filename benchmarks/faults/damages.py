@@ -1,5 +1,6 @@
 """Faults in files: each file of the newest checkpoint, of the cache and of the run is damaged."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -46,15 +47,15 @@ ARRAY_FILES = (
 )
 JSON_ITEMS = ("config", "model", "position", "prompts", "provenance", "tokenizer")
 CHECKPOINT_FILES = (
-    *("_CHECKPOINT_METADATA", "commit_success.txt"),
+    *("_CHECKPOINT_METADATA", "commit_success.txt", "SHA256SUMS"),
     *(f"{item}/{name}" for item in ("parameters", "optimizer") for name in ARRAY_FILES),
     *(f"{item}/{name}" for item in JSON_ITEMS for name in ("metadata", "commit_success.txt")),
     *("metrics/metrics", "metrics/commit_success.txt"),
 )
 CACHE_FILES = (
     *(f"domain/{name}" for name in ("lengths.npy", "hashes.npy", "manifest.json", "blocks.json")),
-    *("block/instructions.array_record", "block/lengths.npy", "block/hashes.npy"),
-    "block/counts.json",
+    *("domain/SHA256SUMS", "block/instructions.array_record", "block/lengths.npy"),
+    *("block/hashes.npy", "block/counts.json", "block/SHA256SUMS"),
 )
 
 
@@ -66,13 +67,31 @@ def raise_number(key: str, metadata: Path) -> None:
 
 
 def write_nan(item: Path) -> None:
-    """Writes a NaN into an array of a checkpoint, as a program would that saved one."""
+    """Writes a NaN into an array of a checkpoint."""
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": f"file://{item}/", "path": "final_norm.scale/"},
     }
     array = tensorstore.open(spec).result()
     array[0].write(np.float32("nan")).result()
+
+
+def save_nan(step: Path) -> None:
+    """Makes a checkpoint that was saved with a NaN: its checksums are right."""
+    sums = step / "SHA256SUMS"
+    if not sums.exists():
+        raise Skip("there are no checksums")
+    write_nan(step / "parameters")
+    files = sorted(path for path in step.rglob("*") if path.is_file() and path != sums)
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(step)}\n"
+        for path in files
+    ]
+    sums.write_text("".join(lines), encoding="utf-8")
+
+
+def add_file(item: Path) -> None:
+    (item / "d" / "more").write_bytes(b"more")
 
 
 def empty_folder(folder: Path) -> None:
@@ -100,25 +119,32 @@ def leave_part(checkpoints: Path) -> None:
     shutil.rmtree(part / "optimizer")
 
 
+def leave_empty_step(checkpoints: Path) -> None:
+    (checkpoints / "999").mkdir()
+
+
 def leave_cache_part(cache: Path) -> None:
-    domain = find(cache, f"{'[0-9a-f]' * 8}*/lengths.npy").parent
+    domain = find(cache, "*/lengths.npy").parent
     shutil.copytree(domain, cache / f"{domain.name}.{'0' * 32}.part")
 
 
 NEWEST = "checkpoints/{newest}"
 POSITION = f"{NEWEST}/position/metadata"
-# Place, fault, path in the run directory, damage.
-MORE_OF_CHECKPOINTS: tuple[tuple[str, str, str, Damage], ...] = (
-    ("newest's position", "row one more", POSITION, partial(raise_number, "row")),
-    ("newest's position", "step one more", POSITION, partial(raise_number, "step")),
-    ("newest's position", "deleted", f"{NEWEST}/position", shutil.rmtree),
-    ("newest's parameters", "a NaN written", f"{NEWEST}/parameters", write_nan),
-    ("newest's parameters", "deleted", f"{NEWEST}/parameters", shutil.rmtree),
-    ("newest's optimizer", "deleted", f"{NEWEST}/optimizer", shutil.rmtree),
-    ("newest", "emptied", NEWEST, empty_folder),
-    ("newest", "deleted", NEWEST, shutil.rmtree),
-    ("all", "a part of a save left", "checkpoints", leave_part),
-    ("all", "an empty newer step left", "checkpoints", lambda folder: (folder / "999").mkdir()),
+# Place, fault, path in the run directory, damage, demanded verdict.
+MORE_OF_CHECKPOINTS: tuple[tuple[str, str, str, Damage, str], ...] = (
+    ("newest's position", "row one more", POSITION, partial(raise_number, "row"), EXACT),
+    ("newest's position", "step one more", POSITION, partial(raise_number, "step"), EXACT),
+    ("newest's position", "deleted", f"{NEWEST}/position", shutil.rmtree, EXACT),
+    ("newest's parameters", "a NaN written", f"{NEWEST}/parameters", write_nan, EXACT),
+    ("newest's parameters", "saved with a NaN", NEWEST, save_nan, NAMED_STOP),
+    ("newest's parameters", "a file added", f"{NEWEST}/parameters", add_file, EXACT),
+    ("newest's parameters", "deleted", f"{NEWEST}/parameters", shutil.rmtree, EXACT),
+    ("newest's optimizer", "deleted", f"{NEWEST}/optimizer", shutil.rmtree, EXACT),
+    ("newest", "emptied", NEWEST, empty_folder, EXACT),
+    ("newest", "deleted", NEWEST, shutil.rmtree, EXACT),
+    ("all", "a part of a save left", "checkpoints", leave_part, EXACT),
+    ("all", "an empty newer step left", "checkpoints", leave_empty_step, EXACT),
+    ("all", "deleted", "checkpoints", shutil.rmtree, EXACT),
 )
 MORE_OF_THE_CACHE: tuple[tuple[str, str, Damage], ...] = (
     ("all", "deleted", shutil.rmtree),
@@ -136,7 +162,6 @@ RUN_FILES: tuple[tuple[str, str, Damage, str | None], ...] = (
     ("mixture.json", "deleted", Path.unlink, EXACT),
     (".moi_jax.lock", "left with a text", lambda path: path.write_text("1"), EXACT),
     (".moi_jax.lock", "deleted", Path.unlink, None),
-    ("checkpoints", "deleted", shutil.rmtree, EXACT),
 )
 
 
@@ -154,9 +179,9 @@ def damages() -> Iterator[Case]:
         for fault, damage in DAMAGES.items():
             play = partial(hurt, "halfway", partial(_of_newest, file), damage)
             yield Case("newest checkpoint", file, fault, play, EXACT)
-    for place, fault, path, damage in MORE_OF_CHECKPOINTS:
+    for place, fault, path, damage, demanded in MORE_OF_CHECKPOINTS:
         play = partial(hurt, "halfway", partial(_of_run, path), damage)
-        yield Case("checkpoints", place, fault, play, EXACT)
+        yield Case("checkpoints", place, fault, play, demanded)
     yield from _flipped_parameters()
     for file in CACHE_FILES:
         for fault, damage in DAMAGES.items():
@@ -181,7 +206,7 @@ def _of_run(path: str, place: Workplace) -> Path:
 def _of_cache(file: str, place: Workplace) -> Path:
     """A file of the first block, or of the first domain."""
     kind, name = file.split("/")
-    return find(place.cache, f"blocks/*/{name}" if kind == "block" else f"{'[0-9a-f]' * 8}*/{name}")
+    return find(place.cache, f"blocks/*/{name}" if kind == "block" else f"*/{name}")
 
 
 def hurt(

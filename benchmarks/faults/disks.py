@@ -20,9 +20,9 @@ def disks(steps: int) -> Iterator[Case]:
         "before the run is described": Trap("os.mkdir", "run/checkpoints ", fill="run/filler"),
         "in the first steps": Trap("log", f"^step 1/{steps}  loss", fill="run/filler"),
         "when a save begins": Trap("os.mkdir", f"{saving} ", fill="run/filler"),
-        "before a checkpoint gets its name": Trap("os.rename", f"{saving} ", fill="run/filler"),
+        "before the checksums are written": Trap("os.rename", f"{saving} ", fill="run/filler"),
         "after the last step": Trap("log", f"^step {steps}/{steps}  loss", fill="run/filler"),
-        "before the report": Trap("open", r"report.html\S* w", fill="run/filler"),
+        "before the report": Trap("open", r"report\.html\S* w", fill="run/filler"),
     }.items():
         yield Case("disks", "run directory full", fault, partial(_fill, "run", trap))
     for folder, name, size, fault in (

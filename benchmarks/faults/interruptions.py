@@ -26,7 +26,7 @@ def places(steps: int) -> dict[str, tuple[str, str, float]]:
         "while jax is imported": ("import", "^jax ", 0),
         "before a block of the cache is complete": ("os.rename", r"\.part .*/blocks/", 0),
         "before a domain of the cache is complete": ("open", r"\.part/manifest.json w", 0),
-        "before the run is described": ("os.rename", "run/config.yaml.new", 0),
+        "before the run is described": ("os.rename", r"run/config\.yaml$", 0),
         "in the evaluation before the first step": ("open", "run/metrics.jsonl a", 0.3),
         "in step 1": ("log", f"^step 0/{steps}  held-out", 0.05),
         "in a step in the middle": ("log", f"^step {middle + every // 2}/{steps}  loss", 0),
@@ -34,12 +34,13 @@ def places(steps: int) -> dict[str, tuple[str, str, float]]:
         "when a save begins": ("os.mkdir", f"{saving} ", 0),
         "0.1 s into a save": ("os.mkdir", f"{saving} ", 0.1),
         "between the arrays and the commit": ("open", f"{saving}/optimizer.*/_METADATA w", 0),
-        "before a checkpoint gets its name": ("os.rename", f"{saving} ", 0),
-        "after a checkpoint got its name": ("os.rename", f"{saving} ", 0.005),
+        "before the checksums are written": ("os.rename", f"{saving} ", 0),
+        "before a checkpoint gets its name": ("os.rename", f"checkpoints/{middle}$", 0),
+        "after a checkpoint got its name": ("os.rename", f"checkpoints/{middle}$", 0.005),
         "before the deletion of an old checkpoint": ("shutil.rmtree", f"/{every} ", 0),
         "in the deletion of an old checkpoint": ("os.rmdir", "^parameters ", 0),
         "after the last step": ("log", f"^step {steps}/{steps}  loss", 0),
-        "while the report is written": ("open", r"report.html\S* w", 0),
+        "while the report is written": ("open", r"report\.html\S* w", 0),
     }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ train:
   sample_max_new_tokens: 4
 eval: {{every: {every}}}
 checkpoint: {{every: {every}, keep_last: 3}}
-logging: {{run_dir: run, every: 1, trackers: []}}
+logging: {{run_dir: run, every: 1}}
 """
 TIMINGS = ("tokens_per_second", "loss_tokens_per_second")
 
@@ -260,12 +260,12 @@ class Workplace:
 
     def _environment(self, trap: Trap | None) -> dict[str, str]:
         values = {
+            "JAX_COMPILATION_CACHE_DIR": str(self.lab.directory.absolute() / "programs"),
             **os.environ,
             "HOME": str(self.directory / "home"),
             "TMPDIR": str(self.directory / "tmp"),
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.lab.directory.absolute() / "programs"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
         }
