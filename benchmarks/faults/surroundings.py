@@ -129,7 +129,7 @@ def _ignored_sigint(steps: int) -> Iterator[Case]:
     play = partial(_environment, {}, prefix=WITH_SIGINT_IGNORED)
     yield Case("SIGINT ignored by the parent", "whole run", "unhurt", play, EXACT)
     for sent in (signal.SIGINT, signal.SIGTERM):
-        trap = Trap("log", f"^step {steps // 2}/{steps}  loss", signals=[sent])
+        trap = Trap("log", f"^step {steps // 2 + steps // 8}/{steps}  loss", signals=[sent])
         play = partial(_stop_with_sigint_ignored, trap)
         yield Case("SIGINT ignored by the parent", "in the middle", sent.name, play, EXACT)
 
