@@ -14,7 +14,6 @@ class EarlyStopping:
       patience: the count at which the run ends; with None it never ends early.
       best: the lowest finite value of the metric so far; None before the first one.
       without_best: the number of evaluations since `best` was found.
-      missed_evaluation: whether the last evaluation was abandoned and so is not counted.
     """
 
     def __init__(self, config: Config, saved: dict[str, Any]):
@@ -29,7 +28,6 @@ class EarlyStopping:
             saved = {}
         self.best: float | None = saved.get("best")
         self.without_best: int = saved.get("without_best", 0)
-        self.missed_evaluation: bool = self.patience is not None and saved.get("missed", False)
 
     @property
     def ended(self) -> bool:
@@ -37,14 +35,11 @@ class EarlyStopping:
         return self.patience is not None and self.without_best >= self.patience
 
     def count(self, losses: dict[str, float]) -> None:
-        """Counts a held-out evaluation; {} means that it was abandoned.
+        """Counts a held-out evaluation.
 
         Raises:
           UserError: the run has a patience, but its metric was never finite so far.
         """
-        self.missed_evaluation = self.patience is not None and not losses
-        if not losses:
-            return
         value = losses[self.metric]
         finite = math.isfinite(value)
         if self.patience and self.best is None and not finite:
@@ -63,7 +58,6 @@ class EarlyStopping:
             "metric": self.metric,
             "best": self.best,
             "without_best": self.without_best,
-            "missed": self.missed_evaluation,
         }
 
     def __str__(self) -> str:

@@ -9,6 +9,8 @@ from moi_jax.training.step_reader import StepReader
 
 log = logging.getLogger(__name__)
 
+EVALUATIONS = ("held_out", "benchmarks", "samples")  # the attributes of `Evaluations`
+
 
 def fit(run: Run, should_stop: ShouldStop) -> None:
     """Trains to the end of the run, or to the step after which `should_stop` is true.
@@ -24,7 +26,7 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
     with contextlib.closing(run.log), contextlib.closing(run.profiler):
         with reader.paused():
             _evaluate_first(run, should_stop)
-        while not run.finished and not run.early_stopping.missed_evaluation:
+        while not (run.at_end or run.missed):
             if run.profiler.starts_before(run.step + 1):
                 reader.read_previous()
                 run.profiler.start(run.step + 1)
@@ -42,18 +44,19 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
                     run.profiler.close()
 
             last = run.step == run.steps
-            due = {
-                "held_out": last or is_due(run.step, config.eval.every),
-                "benchmarks": last or is_due(run.step, config.eval.benchmarks.every),
-                "samples": last or is_due(run.step, config.train.sample_every),
+            every = {
+                "held_out": config.eval.every,
+                "benchmarks": config.eval.benchmarks.every,
+                "samples": config.train.sample_every,
             }
+            due = {name for name, steps in every.items() if last or is_due(run.step, steps)}
             losses: dict[str, float] = {}
-            if any(due.values()):
+            if due:
                 reader.read_previous()
                 with reader.paused():
-                    losses = _evaluate(run, should_stop, **due)
+                    losses = _evaluate(run, should_stop, due)
             stopping = should_stop()  # called once, so that a run that stops here has saved
-            if run.finished or stopping or is_due(run.step, config.checkpoint.every):
+            if run.at_end or stopping or is_due(run.step, config.checkpoint.every):
                 reader.read_previous()
                 reader.write_window()
                 with reader.paused():
@@ -65,30 +68,32 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
 def _evaluate_first(run: Run, should_stop: ShouldStop) -> None:
     """Runs the evaluations that are due before the first step of this process.
 
-    With early stopping it also repeats an evaluation that was abandoned. If this one is abandoned
-    too, the run saves and takes no step, because a step would change the counted parameters.
+    These are all of them at the start of a run, and those that were abandoned at the checkpoint. If
+    one is abandoned again, the run takes no step, because a step would change the parameters.
     """
-    start = run.step == 0
-    if start or run.early_stopping.missed_evaluation:
-        _evaluate(run, should_stop, held_out=True, benchmarks=start, samples=start)
-    if run.early_stopping.missed_evaluation and run.checkpoints.latest() != run.step:
+    if due := run.missed or (set(EVALUATIONS) if run.step == 0 else set()):
+        _evaluate(run, should_stop, due)
+    if run.missed and run.checkpoints.latest() != run.step:
         _save(run, {})
 
 
-def _evaluate(
-    run: Run, should_stop: ShouldStop, *, held_out: bool, benchmarks: bool, samples: bool
-) -> dict[str, float]:
+def _evaluate(run: Run, should_stop: ShouldStop, due: set[str]) -> dict[str, float]:
     """Runs the evaluations that are due on the current parameters; returns the held-out losses.
 
     If these losses end the run by early stopping, the other evaluations are due too. If the run
     must stop, no evaluation starts, and a running one is abandoned: the checkpoint must not wait.
+    `run.missed` then names what the resumed run makes up for.
+
+    Args:
+      due: names of EVALUATIONS.
     """
-    parameters, evaluations = run.state.parameters, run.evaluations
+    parameters, evaluations, done = run.state.parameters, run.evaluations, set()
     losses: dict[str, float] = {}
-    if held_out and evaluations.held_out:
+    if "held_out" in due and evaluations.held_out:
         losses = evaluations.held_out(parameters, should_stop)
-        run.early_stopping.count(losses)
     if losses:
+        done.add("held_out")
+        run.early_stopping.count(losses)
         run.log.write({"step": run.step, **losses})
         shown = "  ".join(
             f"{name} {losses[f'eval/{name}/loss']:.3f} "
@@ -96,19 +101,22 @@ def _evaluate(
             for name in (*run.domains, "mean")
         )
         log.info("step %d/%d  held-out (default prompt)  %s", run.step, run.steps, shown)
-    ended = run.early_stopping.ended
-    if ended:
+    if run.early_stopping.ended:
         log.info("step %d/%d  the run stops early: %s", run.step, run.steps, run.early_stopping)
-    if (benchmarks or ended) and evaluations.benchmarks:
+        due = set(EVALUATIONS)
+    if "benchmarks" in due and evaluations.benchmarks:
         scores = evaluations.benchmarks(parameters, should_stop)
         if scores:
+            done.add("benchmarks")
             run.log.write({"step": run.step, **scores})
             shown = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
             log.info("step %d/%d  %s", run.step, run.steps, shown)
-    if (samples or ended) and evaluations.samples and not should_stop():
+    if "samples" in due and evaluations.samples and not should_stop():
+        done.add("samples")
         answers = [{"step": run.step, **answer} for answer in evaluations.samples(parameters)]
         with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(answer) + "\n" for answer in answers)
+    run.missed = {name for name in due - done if getattr(evaluations, name)}
     return losses
 
 
@@ -118,6 +126,7 @@ def _save(run: Run, losses: dict[str, float]) -> None:
         "step": run.step,
         "skipped_in_a_row": run.skipped_in_a_row,
         "early_stopping": run.early_stopping.to_json(),
+        "missed": sorted(run.missed),
         **run.position(run.row),
     }
     config = run.config.model_dump(mode="json")

@@ -24,6 +24,7 @@ FIRST_POSITION: dict[str, Any] = {
     "epoch_rows": [0],
     "skipped_in_a_row": 0,
     "early_stopping": {},
+    "missed": [],
 }
 
 # Keys, or prefixes of keys, that may differ when a run is resumed. All other keys must stay, or

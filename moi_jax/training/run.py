@@ -1,7 +1,7 @@
 """A run that is ready to train: its state, its data, and all that the loop calls."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,11 +68,17 @@ class Run:
     profiler: StepProfiler
     checkpoints: RunCheckpoints
     log: MetricsLog
+    missed: set[str] = field(default_factory=set)  # evaluations abandoned at this step
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the run takes no more step: at its last step, or earlier by early stopping."""
+        return self.step == self.steps or self.early_stopping.ended
 
     @property
     def finished(self) -> bool:
-        """Whether the run is at its end: at its last step, or earlier by early stopping."""
-        return self.step == self.steps or self.early_stopping.ended
+        """Whether the run is complete: at its end, with all evaluations made."""
+        return self.at_end and not self.missed
 
 
 def is_due(step: int, every: int) -> bool:

@@ -66,7 +66,8 @@ def start_run(
     _write_description(directory, experiment, mixture)
     # Records past the checkpoint are dropped and logged again; without one, also those of step 0.
     logged = saved_step or -1
-    truncate_after(directory / "samples.jsonl", logged)
+    missed = set(position.get("missed", ()))
+    truncate_after(directory / "samples.jsonl", logged - ("samples" in missed))
     schedule = make_schedule(config.optimizer, plan.total_steps)
     return Run(
         config=config,
@@ -89,6 +90,7 @@ def start_run(
         profiler=StepProfiler(config.train.profile_steps, plan.total_steps, directory / "profile"),
         checkpoints=checkpoints,
         log=MetricsLog(directory, config.logging.trackers, logged),
+        missed=missed,
     )
 
 

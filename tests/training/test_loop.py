@@ -86,7 +86,7 @@ class Stage:
             early_stopping=EarlyStopping(config, {}),
             profiler=StepProfiler(None, STEPS, directory),
             checkpoints=SimpleNamespace(
-                save=self.save, latest=lambda: max(self.saved, default=None)
+                save=self.save, latest=lambda: max(self.saved, default=None), check=lambda: None
             ),
             log=MetricsLog(directory, [], -1),
         )
@@ -146,7 +146,7 @@ def test_a_step_is_read_after_the_next_is_dispatched_and_before_it_is_evaluated(
         "read 4", "look 4", "save 4", "step 5", "step 6", "read 5", "read 6", "look 6", "save 6",
     ]  # fmt: skip
     count = stage.saved[4].pop("early_stopping")
-    assert stage.saved[4] == {"step": 4, "skipped_in_a_row": 0, "row": 8}
+    assert stage.saved[4] == {"step": 4, "skipped_in_a_row": 0, "row": 8, "missed": []}
     assert (count["best"], count["without_best"]) == (1.0, 2)
     assert [record["loss"] for record in stage.logged()] == [1, 2, 3, 4, 5, 6]
 
@@ -213,15 +213,17 @@ def test_a_run_without_a_new_best_ends_like_at_its_last_step(tmp_path):
     assert stage.saved[2]["early_stopping"]["without_best"] == 1
 
 
-def test_an_abandoned_evaluation_is_repeated_with_early_stopping(tmp_path):
+@pytest.mark.parametrize("patience", [None, 2])
+def test_an_abandoned_evaluation_is_made_up_for(tmp_path, patience):
     stage = Stage(
         tmp_path,
         stop_in_look=2,
-        train={"global_batch_rows": 2, "early_stopping_patience": 2},
+        train={"global_batch_rows": 2, "early_stopping_patience": patience},
         eval={"every": 2},
     )
     assert not stage.fit()
     assert stage.events[-2:] == ["look 2", "save 2"]
+    assert stage.saved[2]["missed"] == ["held_out"]
     stage.events.clear()
     stage.run.log = MetricsLog(tmp_path, [], 2)
     assert not stage.fit()  # stopped again: it takes no step before the evaluation
@@ -231,16 +233,24 @@ def test_an_abandoned_evaluation_is_repeated_with_early_stopping(tmp_path):
     assert stage.fit()
     assert stage.events[:2] == ["look 2", "step 3"]
     log = records(tmp_path / "metrics.jsonl")
-    assert [record["step"] for record in log] == [0, 1, 2, 3, 4]  # 2 and 4 had no new best
+    end = 4 if patience else STEPS  # 2 and 4 had no new best
+    assert [record["step"] for record in log] == list(range(end + 1))
     assert {"eval/mean/loss", "token_loss"} <= log[2].keys()
 
 
-def test_step_0_is_saved_when_its_evaluation_is_abandoned_with_early_stopping(tmp_path):
-    stage = Stage(
-        tmp_path,
-        stop_in_look=0,
-        train={"global_batch_rows": 2, "early_stopping_patience": 2},
-        eval={"every": 2},
-    )
+def test_a_run_is_not_complete_before_its_last_evaluations(tmp_path):
+    stage = Stage(tmp_path, stop_in_look=STEPS, eval={"every": 2, "benchmarks": {"every": 100}})
+    assert not stage.fit()
+    assert stage.events[-2:] == [f"look {STEPS}", f"save {STEPS}"]
+    assert stage.saved[STEPS]["missed"] == ["benchmarks", "held_out"]
+    stage.events.clear()
+    stage.stop_in_look, stage.stopping = None, False
+    stage.run.log = MetricsLog(tmp_path, [], STEPS)
+    assert stage.fit()
+    assert stage.events == [f"look {STEPS}", f"benchmark {STEPS}"]
+
+
+def test_step_0_is_saved_when_its_evaluation_is_abandoned(tmp_path):
+    stage = Stage(tmp_path, stop_in_look=0, eval={"every": 2})
     assert not stage.fit()
     assert stage.events == ["look 0", "save 0"]
