@@ -1,19 +1,11 @@
-"""Checksums of a checkpoint: written as its last file, verified before the others are read.
+"""Checksums of a checkpoint: written as its last file, verified before the others are read."""
 
-The file has the form of coreutils: `sha256sum --check SHA256SUMS` verifies a copy anywhere.
-"""
-
-import hashlib
 import logging
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from moi_jax.checkpoints.damage import DamagedCheckpoint
-
-SUMS = "SHA256SUMS"
-LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+from moi_jax.common.checksums import SUMS, digests, read_sums, write_sums
 
 # The items with almost all bytes of a checkpoint. All others are small, and always verified.
 ARRAYS = ("parameters", "optimizer")
@@ -27,9 +19,7 @@ def write_checksums(step: Path) -> None:
     Raises:
       OSError: a file cannot be read or written.
     """
-    names = sorted(_files(step))
-    lines = [f"{digest}  {name}\n" for name, digest in _digests(step, names)]
-    (step / SUMS).write_text("".join(lines), encoding="utf-8")
+    write_sums(step, sorted(_files(step)))
 
 
 def verify_small_items(step: Path) -> int:
@@ -56,9 +46,12 @@ def verify_arrays(step: Path, items: Collection[str] = ARRAYS) -> int:
 
 
 def _verify(step: Path, chosen: Callable[[str], bool]) -> int:
-    sums = _read(step)
-    if sums is None:
+    try:
+        sums = read_sums(step)
+    except FileNotFoundError:
         return 0
+    except (OSError, ValueError):
+        raise DamagedCheckpoint(step, f"{SUMS} cannot be read") from None
     expected = {name: digest for name, digest in sums.items() if chosen(_item(name))}
     for name in expected:
         if not (step / name).is_file():
@@ -68,26 +61,12 @@ def _verify(step: Path, chosen: Callable[[str], bool]) -> int:
         if "/" in name and name not in sums and chosen(_item(name)):
             raise DamagedCheckpoint(step, f"{name} was not written with the checkpoint")
     try:
-        for name, digest in _digests(step, expected):
+        for name, digest in digests(step, expected):
             if digest != expected[name]:
                 raise DamagedCheckpoint(step, f"{name} has changed since it was written")
     except OSError as error:
         raise DamagedCheckpoint(step, f"{error.filename}: {error.strerror}") from None
     return len(expected)
-
-
-def _read(step: Path) -> dict[str, str] | None:
-    """File name -> checksum; None where the step has no checksums."""
-    try:
-        text = (step / SUMS).read_bytes().decode()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError):
-        raise DamagedCheckpoint(step, f"{SUMS} cannot be read") from None
-    matches = [LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
-    if not all(matches):
-        raise DamagedCheckpoint(step, f"{SUMS} is not a list of checksums")
-    return {match[2]: match[1] for match in matches if match}
 
 
 def _files(step: Path) -> Iterator[str]:
@@ -100,14 +79,3 @@ def _files(step: Path) -> Iterator[str]:
 def _item(name: str) -> str:
     """The item that a file belongs to: the first folder of its name."""
     return name.split("/")[0]
-
-
-def _digests(step: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """File name and checksum, in the order of the names; threads hash several files at a time."""
-
-    def digest(name: str) -> tuple[str, str]:
-        with (step / name).open("rb") as file:
-            return name, hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as threads:
-        yield from threads.map(digest, names)

@@ -15,8 +15,9 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from moi_jax.checkpoints.checksums import SUMS, verify_small_items
+from moi_jax.checkpoints.checksums import verify_small_items
 from moi_jax.checkpoints.damage import DamagedCheckpoint, reading
+from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.models.config import ModelConfig

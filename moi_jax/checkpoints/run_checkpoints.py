@@ -1,6 +1,7 @@
 """The checkpoints of a run: saved in the background; the newest and the best are kept."""
 
 import gc
+import logging
 import math
 import shutil
 import sys
@@ -189,8 +190,9 @@ class RunCheckpoints:
                 raise
             failed = self._cannot_save(error)
         if failed:
-            # Now, when the error holds them no longer: at the end of Python each of the writes
-            # that orbax has cut off would print a traceback.
+            # Each of the other writes that failed, or that orbax has cut off, would print a
+            # traceback at the end of Python. The error holds them no longer.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             gc.collect()
             raise failed from None
 

@@ -15,12 +15,12 @@ import pytest
 
 import moi_jax
 from moi_jax.checkpoints import run_checkpoints
-from moi_jax.checkpoints.checksums import SUMS
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.hf.verify import verify_checkpoint
 from moi_jax.checkpoints.items import ModelItems, newest_step, read_items
 from moi_jax.checkpoints.parameters import save_model
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
+from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.models.parameters import parameter_specs, random_parameters

@@ -19,8 +19,8 @@ import yaml
 from flax import nnx
 
 import moi_jax
-from moi_jax.checkpoints.checksums import SUMS
 from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.config.load import load_config

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moi_jax import config
+from moi_jax.common.checksums import check_sums
 from moi_jax.common.errors import UserError, is_full, reason
-from moi_jax.data.cache.checksums import check_sums
 from moi_jax.data.cache.leftovers import part_of
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
 from moi_jax.data.sources.readers import SourceFile

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
+from moi_jax.common.checksums import check_sums, write_sums
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.blocks import Block, FinishedBlock, move_into_place
-from moi_jax.data.cache.checksums import check_sums, write_sums
 from moi_jax.data.cache.leftovers import part_of
 from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
 from moi_jax.text import rendering

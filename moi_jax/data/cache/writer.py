@@ -15,8 +15,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from moi_jax import config
+from moi_jax.common.checksums import write_sums
 from moi_jax.common.errors import UserError
-from moi_jax.data.cache.checksums import write_sums
 from moi_jax.data.sources.rows import SourceRow
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
