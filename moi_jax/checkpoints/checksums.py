@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from moi_jax.checkpoints.damage import DamagedCheckpoint
+from moi_jax.checkpoints.damage import DamagedCheckpoint, cannot_read
 from moi_jax.common.checksums import SUMS, digests, read_sums, write_sums
 
 # The items with almost all bytes of a checkpoint. All others are small, and always verified.
@@ -50,8 +50,10 @@ def _verify(step: Path, chosen: Callable[[str], bool]) -> int:
         sums = read_sums(step)
     except FileNotFoundError:
         return 0
-    except (OSError, ValueError):
-        raise DamagedCheckpoint(step, f"{SUMS} cannot be read") from None
+    except OSError as error:
+        raise cannot_read(step, error) from None
+    except ValueError as error:
+        raise DamagedCheckpoint(step, error) from None
     expected = {name: digest for name, digest in sums.items() if chosen(_item(name))}
     for name in expected:
         if not (step / name).is_file():
@@ -65,14 +67,14 @@ def _verify(step: Path, chosen: Callable[[str], bool]) -> int:
             if digest != expected[name]:
                 raise DamagedCheckpoint(step, f"{name} has changed since it was written")
     except OSError as error:
-        raise DamagedCheckpoint(step, f"{error.filename}: {error.strerror}") from None
+        raise cannot_read(step, error) from None
     return len(expected)
 
 
 def _files(step: Path) -> Iterator[str]:
     """The names of all files of a step but the checksums, relative to it."""
     for path in step.rglob("*"):
-        if path.is_file() and path != step / SUMS:
+        if path.is_file() and path != step / SUMS and not path.name.startswith(".nfs"):
             yield path.relative_to(step).as_posix()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 
 from moi_jax.checkpoints.hf.source import HUB_FORM, PublishedSource, find_source
+from moi_jax.checkpoints.init_from import Start, continued_start, open_start
 from moi_jax.checkpoints.items import ModelItems, newest_step
-from moi_jax.checkpoints.start import Start, continued_start, open_start
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.models.compute import resolve_dtype

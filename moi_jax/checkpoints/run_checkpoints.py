@@ -1,7 +1,5 @@
 """The checkpoints of a run: saved in the background; the newest and the best are kept."""
 
-import gc
-import logging
 import math
 import shutil
 import sys
@@ -18,7 +16,7 @@ from orbax.checkpoint.path import atomicity
 
 from moi_jax import config as config_lib
 from moi_jax.checkpoints.checksums import write_checksums
-from moi_jax.checkpoints.damage import reading
+from moi_jax.checkpoints.damage import forget_cut_off, reading
 from moi_jax.checkpoints.finite import check_finite
 from moi_jax.checkpoints.items import Json, ModelItems, newest_step
 from moi_jax.checkpoints.parameter_files import save_args
@@ -94,7 +92,7 @@ class RunCheckpoints:
                 temporary_path_class=ChecksummedPath,
             ),
         )
-        self._unraisable_hook, sys.unraisablehook = sys.unraisablehook, _tell_unless_cut_off
+        self._unraisable_hook, sys.unraisablehook = sys.unraisablehook, self._tell_unless_cut_off
 
     def save(
         self,
@@ -190,10 +188,7 @@ class RunCheckpoints:
                 raise
             failed = self._cannot_save(error)
         if failed:
-            # Each of the other writes that failed, or that orbax has cut off, would print a
-            # traceback at the end of Python. The error holds them no longer.
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-            gc.collect()
+            forget_cut_off()
             raise failed from None
 
     def _cannot_save(self, error: Exception) -> UserError:
@@ -208,11 +203,10 @@ class RunCheckpoints:
             f"some space, then give the same command again"
         )
 
+    def _tell_unless_cut_off(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Keeps quiet about the writes that orbax cuts off when one of them has failed.
 
-def _tell_unless_cut_off(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Keeps quiet about the writes that orbax cuts off when one of them has failed.
-
-    It closes the event loop to which tensorstore then reports each of them.
-    """
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+        It closes the event loop to which tensorstore then reports each of them.
+        """
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._unraisable_hook(unraisable)

@@ -31,10 +31,12 @@ def reason(error: Exception, directory: Path | None = None, needed: int = 0) -> 
     if not is_full(error):
         return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
     sizes = [f"about {decimal(needed)} are needed"] * bool(needed)
-    if directory:
+    quota = "quota" in str(error)
+    if directory and not quota:
         existing = next(path for path in (directory, *directory.parents) if path.exists())
         sizes.append(f"{decimal(shutil.disk_usage(existing).free)} are free")
-    return "no space left on the device" + f" ({', '.join(sizes)})" * bool(sizes)
+    what = "your disk quota is used up" if quota else "no space left on the device"
+    return what + f" ({', '.join(sizes)})" * bool(sizes)
 
 
 def is_full(error: Exception) -> bool:

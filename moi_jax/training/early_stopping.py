@@ -1,6 +1,7 @@
 """Early stopping: ends a run whose held-out evaluations give no new best any more."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from moi_jax.common.errors import UserError
@@ -34,13 +35,13 @@ class EarlyStopping:
         """Whether the run ends now."""
         return self.patience is not None and self.without_best >= self.patience
 
-    def count(self, losses: dict[str, float]) -> None:
-        """Counts a held-out evaluation.
+    def count(self, losses: Mapping[str, Any]) -> None:
+        """Counts a held-out evaluation; None among its losses is a number that is not finite.
 
         Raises:
           UserError: the run has a patience, but its metric was never finite so far.
         """
-        value = losses[self.metric]
+        value = math.nan if losses[self.metric] is None else losses[self.metric]
         finite = math.isfinite(value)
         if self.patience and self.best is None and not finite:
             raise UserError(

@@ -45,13 +45,13 @@ class MetricsLog:
             for key, value in record.items()
         }
         if clean["step"] == self.last.get("step"):
-            self._file.truncate(self._last_at)
             self._file.seek(self._last_at)
             self.last |= clean
         else:
             self.last, self._last_at = clean, self._file.tell()
         self._file.write(json.dumps(self.last) + "\n")
         self._file.flush()
+        self._file.truncate()  # after the write, so that a kill does not lose the record
         for track in self._trackers:
             track(clean)
 

@@ -16,7 +16,7 @@ from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.parameters import random_parameters
 from moi_jax.training.batches import placed_batches
 from moi_jax.training.early_stopping import EarlyStopping
-from moi_jax.training.metrics import MetricsLog, truncate_after
+from moi_jax.training.metrics import MetricsLog, Record, truncate_after
 from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.resume import resume_plan, resume_position, saved_position
@@ -65,9 +65,16 @@ def start_run(
 
     _write_description(directory, experiment, mixture)
     # Records past the checkpoint are dropped and logged again; without one, also those of step 0.
-    logged = saved_step or -1
-    missed = set(position.get("missed", ()))
-    truncate_after(directory / "samples.jsonl", logged - ("samples" in missed))
+    logged = -1 if saved_step is None else saved_step
+    answers = truncate_after(directory / "samples.jsonl", logged)
+    metrics_log = MetricsLog(directory, config.logging.trackers, logged)
+    early_stopping = EarlyStopping(config, position["early_stopping"])
+    missed = set(position["missed"])
+    # An earlier process may have made up for some of them, and have saved no later checkpoint.
+    for name in missed & _made_up(logged, metrics_log.last, answers):
+        missed.remove(name)
+        if name == "held_out":
+            early_stopping.count(metrics_log.last)
     schedule = make_schedule(config.optimizer, plan.total_steps)
     return Run(
         config=config,
@@ -86,10 +93,10 @@ def start_run(
         position=lambda row: saved_position(experiment, dataset, plan, row),
         epoch_of=lambda row: plan.locate(row)[0],
         evaluations=evaluations,
-        early_stopping=EarlyStopping(config, position["early_stopping"]),
+        early_stopping=early_stopping,
         profiler=StepProfiler(config.train.profile_steps, plan.total_steps, directory / "profile"),
         checkpoints=checkpoints,
-        log=MetricsLog(directory, config.logging.trackers, logged),
+        log=metrics_log,
         missed=missed,
     )
 
@@ -100,11 +107,27 @@ def _write_description(directory: Path, experiment: Experiment, mixture: dict) -
     atomic_write_text(directory / "config.yaml", experiment.config.to_yaml())
 
 
+def _made_up(step: int, record: Record, answers: list[str]) -> set[str]:
+    """The evaluations of a step whose results are logged.
+
+    Args:
+      record: the last one of metrics.jsonl.
+      answers: the lines of samples.jsonl.
+    """
+    made = {"samples"} if answers and json.loads(answers[-1])["step"] == step else set()
+    if record.get("step") == step:
+        keys = [key for key in record if key.startswith("eval/")]
+        made |= {"held_out"} if any(key.endswith("/loss") for key in keys) else set()
+        made |= {"benchmarks"} if any(key.endswith("/score") for key in keys) else set()
+    return made
+
+
 def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:
     """Reads the parameters of model.init_from, or makes random parameters."""
     config, model = experiment.config, experiment.model
     dtype = config.model.param_dtype
     if experiment.start:
         checkpoint = experiment.start.checkpoint(config.data.cache_dir)
-        return read_parameters(checkpoint, model, dtype, mesh, config.checkpoint.verify)
+        verify = config.checkpoint.verify and experiment.start.source is None  # else verified now
+        return read_parameters(checkpoint, model, dtype, mesh, verify)
     return random_parameters(model, config.train.seed, dtype, mesh)

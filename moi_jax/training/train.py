@@ -120,7 +120,7 @@ def train(
                 experiment, dataset, bind, mesh, microbatch_rows, checkpoints, evaluations,
                 allow_change,
             )  # fmt: skip
-            if run.step == run.steps:
+            if run.finished and run.step == run.steps:
                 log.info("the run in %s is complete; use --fresh to start over", directory)
             elif run.finished:
                 log.info(

@@ -1,6 +1,8 @@
 """Damaged checkpoints: found by their checksums or by NaN, named, and never resumed from."""
 
 import dataclasses
+import errno
+import hashlib
 import itertools
 import shutil
 import subprocess
@@ -295,3 +297,20 @@ def test_a_run_is_not_resumed_from_nan(tmp_path, item, name):
         with pytest.raises(UserError, match=f"1: {name}.* has values that are NaN") as error:
             checkpoints.restore(1, *state.items())
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(run, tmp_path, monkeypatch):
+    """Nothing is set aside because of another user's file, or of a disk that hesitates."""
+    original = hashlib.file_digest
+
+    def refused(file, name):
+        if file.name.endswith("config/metadata"):
+            raise PermissionError(errno.EACCES, "Permission denied", file.name)
+        return original(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", refused)
+    steps = sorted(path.name for path in (run / "checkpoints").iterdir())
+    said = refusal(small_config(tmp_path))
+    assert "cannot read" in said
+    assert "config/metadata: Permission denied; get read access" in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == steps

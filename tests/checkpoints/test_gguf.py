@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moi_jax.checkpoints.hf.gguf import open_gguf
-from moi_jax.checkpoints.start import open_start
+from moi_jax.checkpoints.init_from import open_start
 from moi_jax.common.errors import UserError
 from moi_jax.text.conversations import Message
 from moi_jax.text.jinja_templates import check_template

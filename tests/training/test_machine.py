@@ -34,8 +34,9 @@ NOBODY = 65534
 # A disk of our own that grows: the cache does not fit, then the run directory, then the second
 # checkpoint, then all does. It ends with the process, so the run is copied from it.
 GROWING_DISK = """
-import shutil, subprocess, sys
+import logging, shutil, subprocess, sys
 from pathlib import Path
+logging.getLogger("moi_jax").addHandler(logging.NullHandler())  # standard error is for mishaps
 from moi_jax.common.errors import UserError
 from support.runs import small_config, train_here
 place, sizes, kept = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3]

@@ -1,9 +1,11 @@
 """Runs that are killed, stopped, resumed, refused; signals go to their own processes."""
 
+import contextlib
 import os
 import random
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,3 +260,46 @@ def test_a_run_that_another_planner_planned_is_refused_by_name(uninterrupted, mo
     monkeypatch.setattr("moi_jax.training.resume.PLANNER", 3)
     with pytest.raises(UserError, match=r"planner 2, and this version has planner 3.*--fresh"):
         train_here(small_config(uninterrupted.parent))
+
+
+class Held:
+    """Held-out losses of a run that is asked to stop in an evaluation: at step 0 in the first."""
+
+    def __init__(self, stop_in):
+        self.calls, self.stop_in, self.stopping = 0, stop_in, False
+
+    def losses(self, *_):
+        self.calls += 1
+        if self.calls == self.stop_in:
+            self.stopping = True
+            return {}
+        names, kinds = ("chat", "maths", "mean"), ("loss", "default_prompt/loss")
+        return {f"eval/{name}/{kind}": 1.5 for name in names for kind in kinds}
+
+    def train(self, config):
+        self.stopping = False
+        return train_here(
+            config,
+            make_evaluations=lambda *_: SimpleNamespace(
+                held_out=self.losses, benchmarks=None, samples=lambda _: [{"answer": "Yes."}]
+            ),
+            stop=contextlib.nullcontext(lambda: self.stopping),
+        )
+
+
+@pytest.mark.parametrize("stop_in", [1, 2])
+def test_an_evaluation_that_was_cut_off_is_made_once_and_logged_once(tmp_path, stop_in, log_text):
+    """At the first step and after the last one."""
+    config = small_config(tmp_path, train={"steps": 1})
+    held = Held(stop_in)
+    assert not held.train(config).finished
+    assert "is complete" not in log_text.getvalue()
+    result = held.train(config)
+    assert (result.finished, held.calls) == (True, 3)
+    for _ in range(2):  # nothing is left to make up for, though no later checkpoint was saved
+        assert held.train(config).finished
+    assert held.calls == 3
+    log = records(result.directory / "metrics.jsonl")
+    assert [(r["step"], r["eval/mean/loss"]) for r in log] == [(0, 1.5), (1, 1.5)]
+    answers = records(result.directory / "samples.jsonl")
+    assert [answer["step"] for answer in answers] == [0, 1]

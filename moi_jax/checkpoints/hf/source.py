@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moi_jax.checkpoints.hf.hub import download
+from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 
 # OWNER/NAME, or OWNER/NAME@REVISION.
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
@@ -51,8 +53,14 @@ class PublishedSource:
         Raises:
           UserError: the hub does not give them.
         """
-        if self.commit:
-            download(self.base, self.commit, WEIGHTS)
+        if not self.commit:
+            return
+        download(self.base, self.commit, WEIGHTS)
+        if not self.weight_files:  # without a network, what was fetched before is used
+            raise UserError(
+                f"the weights of {self.base} at {self.commit} cannot be fetched; check the "
+                f"network, and whether the repository has .safetensors files"
+            )
 
 
 def find_source(named: Path) -> PublishedSource:
@@ -63,7 +71,7 @@ def find_source(named: Path) -> PublishedSource:
     Raises:
       UserError: it is the id of a repository that cannot be fetched.
     """
-    local = named.expanduser()
+    local = expand_home(named)
     match = HUB_ID.fullmatch(str(named))
     if local.exists() or not match:
         return PublishedSource(local, local.resolve().name)

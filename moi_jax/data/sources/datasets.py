@@ -216,7 +216,7 @@ def _open_hf(root: Path, source: Source, name: str) -> SourceFile:
             f"hf: {name} needs a library that is missing (datasets): "
             f'pip install "moi_jax[datasets]"'
         ) from None
-    local = root / Path(name).expanduser()
+    local = root / expand_home(Path(name))
     if not local.is_dir() and (name[0] in "./~" or name.count("/") > 1):
         raise UserError(f"hf: {name} is neither a directory ({local}) nor an id of the hub")
     try:

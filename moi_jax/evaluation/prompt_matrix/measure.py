@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.checkpoints.init_from import open_start
 from moi_jax.checkpoints.items import parameters_fingerprint, read_json_item
 from moi_jax.checkpoints.opener import OpenCheckpoint
 from moi_jax.checkpoints.parameters import read_parameters
-from moi_jax.checkpoints.start import open_start
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
@@ -153,7 +153,13 @@ def _untrained(
             raise UserError(f"{differs}, so its losses cannot be compared; name another one")
         log.info(f"the untrained model is left out: {differs}")
         return None
-    checkpoint = start.checkpoint(cache_dir)
+    try:
+        checkpoint = start.checkpoint(cache_dir)
+    except UserError as error:  # the weights are gone
+        if named:
+            raise
+        log.info(f"the untrained model is left out: {error}")
+        return None
     return str(source), read_parameters(checkpoint, opened.config, opened.dtype, opened.mesh)
 
 

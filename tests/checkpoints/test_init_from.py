@@ -14,10 +14,12 @@ from huggingface_hub import constants
 
 import moi_jax
 from moi_jax.checkpoints import start as start_module
+from moi_jax.checkpoints.checksums import verify_arrays
 from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.hf.importer import import_checkpoint
+from moi_jax.checkpoints.init_from import open_start
 from moi_jax.checkpoints.items import read_items
-from moi_jax.checkpoints.start import open_start
+from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config
 
@@ -118,6 +120,23 @@ def test_weights_are_imported_once_and_again_when_they_change(published, tmp_pat
     assert log_text.getvalue().count("importing the weights") == 2
 
 
+def test_a_damaged_import_is_made_anew(published, tmp_path, log_text):
+    cache = tmp_path / "cache"
+    path = open_start(published).checkpoint(cache)
+    items = read_items(path)
+    for damage in ("flip", "no checksums"):
+        if damage == "flip":
+            largest = max((path / "parameters").rglob("*"), key=lambda file: file.stat().st_size)
+            largest.write_bytes(largest.read_bytes()[:-1] + b"x")
+        else:
+            (path / SUMS).unlink()
+        assert open_start(published).checkpoint(cache) == path
+        assert log_text.getvalue().count("are damaged, and are made anew") == 1
+        log_text.truncate(0)
+        assert read_items(path) == items
+        verify_arrays(path, ["parameters"])
+
+
 def test_the_import_gives_the_published_logits(golden, tmp_path):
     """Fixture A has no tokenizer of its own; the config names one."""
     (tmp_path / "tokenizer").mkdir()
@@ -171,7 +190,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles
-from moi_jax.checkpoints.start import open_start
+from moi_jax.checkpoints.init_from import open_start
 read = TensorFiles.read
 def killed(self, name):
     if "h.2" in name:

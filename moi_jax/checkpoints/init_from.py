@@ -9,13 +9,17 @@ from pathlib import Path
 
 import filelock
 
+from moi_jax.checkpoints.checksums import verify_arrays
+from moi_jax.checkpoints.damage import DamagedCheckpoint
 from moi_jax.checkpoints.hf.importer import published_items, write_checkpoint
 from moi_jax.checkpoints.hf.reader import describe_published, open_published
 from moi_jax.checkpoints.hf.source import HUB_FORM, PublishedSource, find_source
 from moi_jax.checkpoints.items import FORMAT, ModelItems, read_items
 from moi_jax.common.atomic_files import check_writable
+from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.common.fingerprint import json_fingerprint
+from moi_jax.common.home import expand_home
 from moi_jax.common.progress import byte_bar
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.sources.readers import SourceFile
@@ -49,7 +53,7 @@ class Start:
         """
         if self.source is None:
             return self.name
-        return _import_once(self.source, self.items, cache_dir.expanduser())
+        return _import_once(self.source, self.items, expand_home(cache_dir))
 
 
 def open_start(named: Path, tokenizer: Path | None = None) -> Start:
@@ -79,9 +83,9 @@ def open_start(named: Path, tokenizer: Path | None = None) -> Start:
 def continued_start(named: Path, own: Path) -> Start:
     """The start of a run that has a checkpoint, `own`: what model.init_from names is not opened."""
     items = read_items(own)
-    commit = items.provenance.get("commit")
-    if commit and str(named) == items.provenance["base"]:
-        named = Path(f"{named}@{commit}")  # the run began there, whatever the newest commit is now
+    commit, base = (items.provenance.get(key) for key in ("commit", "base"))
+    if commit and str(named).split("@")[0] == base:
+        named = Path(f"{base}@{commit}")  # the run began there, whatever is the newest commit now
     return Start(named, own, items)
 
 
@@ -93,11 +97,14 @@ def _import_once(source: PublishedSource, items: ModelItems, cache_dir: Path) ->
     key = json_fingerprint([FORMAT, dataclasses.asdict(items), _weights(source, cache_dir)])
     folder = cache_dir / IMPORTED
     path = folder / f"{Path(source.base).name}-{key}"
-    if path.is_dir():
+    if path.is_dir() and _is_whole(path):
         log.info(f"{source.base}: the weights are cached in {path}")
         return path
     check_writable(folder)
     with _lock(folder / f"{path.name}.lock", source.base):
+        if path.is_dir() and not _is_whole(path):
+            log.warning(f"the weights of {source.base} in {path} are damaged, and are made anew")
+            shutil.rmtree(path)
         for part in folder.glob(f".*-{key}.*"):  # of an import that was killed
             shutil.rmtree(part)
         if not path.is_dir():  # another process may have written it meanwhile
@@ -105,6 +112,15 @@ def _import_once(source: PublishedSource, items: ModelItems, cache_dir: Path) ->
             source.fetch_weights()
             write_checkpoint(open_published(source.path), items, path)
     return path
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_items(checkpoint)
+        verify_arrays(checkpoint, ["parameters"])
+    except DamagedCheckpoint:
+        return False
+    return (checkpoint / SUMS).is_file()
 
 
 def _weights(source: PublishedSource, cache_dir: Path) -> dict[str, str]:
