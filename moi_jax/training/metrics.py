@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,7 +27,9 @@ class MetricsLog:
     def __init__(self, run_dir: Path, trackers: Sequence[str], step: int):
         """Continues after `step`: drops the records that a killed run wrote past it."""
         kept = truncate_after(run_dir / "metrics.jsonl", step)
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        (run_dir / "metrics.jsonl").touch()
+        self._file = (run_dir / "metrics.jsonl").open("r+", encoding="utf-8")
+        self._file.seek(0, os.SEEK_END)
         self.last: Record = json.loads(kept[-1]) if kept else {}
         self._last_at = self._file.tell() - len(kept[-1].encode()) if kept else 0
         self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import constants
 
 import moi_jax
-from moi_jax.checkpoints import start as start_module
+from moi_jax.checkpoints import init_from
 from moi_jax.checkpoints.checksums import verify_arrays
 from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.hf.importer import import_checkpoint
@@ -168,8 +168,8 @@ def test_two_processes_at_once_import_once(published, tmp_path, log_text, monkey
             if "waiting for another process" in record.getMessage():
                 waits.set()
 
-    original = start_module.write_checkpoint
-    monkeypatch.setattr(start_module, "write_checkpoint", write)
+    original = init_from.write_checkpoint
+    monkeypatch.setattr(init_from, "write_checkpoint", write)
     logging.getLogger("moi_jax").addHandler(handler := Waiting())
     start, paths = open_start(published), []
     threads = [

@@ -230,3 +230,24 @@ def test_no_instruction_stands_twice_in_a_group_where_an_epoch_crosses_permutati
     for seed in range(50):
         for group in mixture.draw_groups(corpus, data, seed, 1).tolist():
             assert len(set(group)) == len(group)
+
+
+def test_allowed_repeats_leave_no_draw_out():
+    corpus, switches = corpus_of([[5] * 3, [5] * 30]), {"sampling": "weights", "chunk_size": 4}
+    drawn = {
+        rule: mixture.draw_groups(
+            corpus, data_section(2, 64, (10, 1), repeat_in_row=rule, **switches), 0, 0
+        )
+        for rule in ("allow", "forbid")
+    }
+    assert np.count_nonzero(drawn["allow"] >= 0) == 330
+    assert 0 < np.count_nonzero(drawn["forbid"] >= 0) < 330  # three in each of 83 groups
+
+
+@given(st.integers(0, 400), st.integers(0, 4))
+def test_groups_as_large_as_their_domains_are_drawn(seed, epoch):
+    data = data_section(2, 64, (0.3, 5), sampling="weights", chunk_size=4)
+    groups = mixture.draw_groups(corpus_of([[5] * 2, [5] * 4]), data, seed, epoch)
+    for group in groups.tolist():
+        present = [member for member in group if member >= 0]
+        assert len(set(present)) == len(present)

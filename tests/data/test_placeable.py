@@ -4,7 +4,7 @@ from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
@@ -30,7 +30,7 @@ def only(corpus: Corpus, kept: np.ndarray) -> Corpus:
 
 @given(corpora(longest=64), st.sampled_from([32, 48, 64, 80]))
 def test_an_instruction_that_fits_with_no_partners_is_left_out(corpus, row):
-    kept = placeable(corpus, data_section(len(corpus.names), row, sampling="balanced"))
+    data = data_section(len(corpus.names), row, sampling="balanced")
     domains = [lengths.tolist() for lengths in np.split(corpus.lengths, corpus.offsets[1:-1])]
     shortest = list(map(min, domains))
     fits = [
@@ -39,9 +39,10 @@ def test_an_instruction_that_fits_with_no_partners_is_left_out(corpus, row):
         for length in lengths
     ]
     if sum(shortest) > row:
-        assert kept.all()  # refused by the planner
+        with pytest.raises(UserError, match="no group of instructions fits a row of"):
+            placeable(corpus, data)
     else:
-        assert not kept[~np.array(fits)].any()
+        assert not placeable(corpus, data)[~np.array(fits)].any()
 
 
 def test_the_long_one_is_left_out_and_its_partners_stay():
@@ -61,9 +62,8 @@ def test_where_short_partners_are_few_the_fewest_long_ones_are_left_out():
 @given(corpora(longest=48), st.integers(0, 3))
 def test_what_is_kept_is_drawn_evenly_and_placed(corpus, seed):
     data = data_section(len(corpus.names), 64, sampling="balanced")
+    assume(sum(min(d) for d in np.split(corpus.lengths, corpus.offsets[1:-1])) <= 64)
     kept = placeable(corpus, data)
-    if kept.all() and sum(min(d) for d in np.split(corpus.lengths, corpus.offsets[1:-1])) > 64:
-        return
     corpus, total = only(corpus, kept), np.zeros(np.count_nonzero(kept), int)
     unplaced = 0
     for epoch in range(3):
@@ -89,6 +89,20 @@ def test_groups_of_a_stream_leave_out_what_no_group_holds():
     kept = placeable(corpus_of([[10] * 20, [20] * 10 + [85]]), data)
     assert kept.tolist() == [True] * 30 + [False]
     assert placeable(corpus_of([[10], [95]]), data_section(2, 100, strategy="packing")).all()
+
+
+def test_as_few_as_possible_are_left_out_of_a_stream():
+    """Pairs of 1 and 1,023, of 2 and 1,022, ... fit exactly; only a few long ones must go."""
+    data = data_section(1, 1024, sampling="proportional", chunk_size=2)
+    kept = placeable(corpus_of([list(range(1, 1024))]), data)
+    assert kept.mean() > 0.95
+
+
+def test_the_row_length_counts_the_members_of_a_group():
+    data = data_section(1, 512, sampling="proportional", chunk_size=4)
+    corpus = corpus_of([[511] * 322 + [2, 2, 2]])
+    with pytest.raises(UserError, match=r"set data.sequence_length to 2,048, which places 99%"):
+        check_placeable(corpus, placeable(corpus, data), data)
 
 
 def test_what_one_stage_cannot_place_is_left_out_of_all():

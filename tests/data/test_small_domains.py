@@ -71,6 +71,7 @@ def test_best_fit_never_needs_more_rows_than_sequential(case, epoch):
         ([3000, 30], 4096, 1.0),
         ([3000, 30], 16384, 1.0),
         ([400, 25, 19], 8192, 1.03),  # two small domains
+        ([4000, 120], 1600, 1.01),  # between four and eight times the chunks of a row
     ],
 )
 def test_a_small_domain_costs_no_more_rows_than_its_size_or_the_tokens_ask_for(counts, row, most):

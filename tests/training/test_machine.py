@@ -36,7 +36,8 @@ NOBODY = 65534
 GROWING_DISK = """
 import logging, shutil, subprocess, sys
 from pathlib import Path
-logging.getLogger("moi_jax").addHandler(logging.NullHandler())  # standard error is for mishaps
+log = logging.getLogger("moi_jax")  # standard error is for mishaps alone
+log.propagate = log.addHandler(logging.NullHandler())
 from moi_jax.common.errors import UserError
 from support.runs import small_config, train_here
 place, sizes, kept = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3]
@@ -60,7 +61,7 @@ def test_a_run_whose_disk_is_full_keeps_its_checkpoint_and_goes_on_exactly(tmp_p
     (tmp_path / "disk").mkdir()
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", GROWING_DISK,
-         tmp_path / "disk", "100k,324k,20m,80m", tmp_path / "run"],
+         tmp_path / "disk", "100k,340k,20m,80m", tmp_path / "run"],
         capture_output=True, text=True, cwd=ROOT, check=False,
         env={**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip

@@ -262,6 +262,15 @@ def test_a_run_that_another_planner_planned_is_refused_by_name(uninterrupted, mo
         train_here(small_config(uninterrupted.parent))
 
 
+ANSWER = {
+    "domain": "chat",
+    "system": "own",
+    "system_prompt": "",
+    "prompt": "Well?",
+    "answer": "Yes.",
+}
+
+
 class Held:
     """Held-out losses of a run that is asked to stop in an evaluation: at step 0 in the first."""
 
@@ -281,7 +290,7 @@ class Held:
         return train_here(
             config,
             make_evaluations=lambda *_: SimpleNamespace(
-                held_out=self.losses, benchmarks=None, samples=lambda _: [{"answer": "Yes."}]
+                held_out=self.losses, benchmarks=None, samples=lambda _: [ANSWER]
             ),
             stop=contextlib.nullcontext(lambda: self.stopping),
         )

@@ -245,7 +245,7 @@ def draw_groups(
     )
     missing = -len(stream) % data.chunk_size
     members = np.pad(stream, (0, missing), constant_values=-1).reshape(-1, data.chunk_size)
-    if data.chunk_size > 1:
+    if data.chunk_size > 1 and data.repeat_in_row == "forbid":
         # Also with fewer draws than instructions: an epoch may end one permutation of a domain and
         # begin the next.
         _separate_copies(members, generator(seed, RandomStream.UNION, epoch, stage, 1))
@@ -276,10 +276,12 @@ def _separate_copies(members: np.ndarray, rng: np.random.Generator) -> None:
         # A full group without it has a member to give: it has more different ones.
         for index, other in zip(mine, without, strict=False):
             g = group[index]
-            c = np.flatnonzero(members[g] == copy)[-1]
+            where = np.flatnonzero(members[g] == copy)
+            if len(where) == 1:  # an earlier swap has taken the other one
+                continue
             give = np.flatnonzero(~np.isin(members[other], members[g]))
             if len(give):
-                members[g, c], members[other, give[0]] = members[other, give[0]], copy
+                members[g, where[-1]], members[other, give[0]] = members[other, give[0]], copy
     members[_copies(members)] = -1
 
 

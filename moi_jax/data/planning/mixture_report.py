@@ -69,6 +69,7 @@ def mixture_statistics(
         "moved_share": plan.moved_instructions / len(plan.instructions),
         "unplaced_groups": plan.unplaced_groups,
         "unplaced_instructions": len(plan.unplaced),
+        "copies_left_out": int(plan.draws.sum()) - len(plan.instructions) - len(plan.unplaced),
         "domains_per_row": domains_per_row(plan),
         "domains": domains,
     }
@@ -108,6 +109,11 @@ def log_mixture_table(statistics: Mapping[str, Any], data: Data) -> None:
     if statistics["fill"] < FULL:
         why = _why_not_full(statistics, data)
         log.warning(f"rows are only {statistics['fill']:.1%} full: {why}")
+    if copies := statistics["copies_left_out"]:
+        log.warning(
+            f"{copies:,} draws are left out, because their groups hold the instruction already; "
+            f"lower data.chunk_size, add data, or set data.repeat_in_row: allow"
+        )
     if statistics["unplaced_groups"]:
         log.warning(
             f"{statistics['unplaced_groups']:,} groups "
@@ -123,6 +129,7 @@ def log_mixture_table(statistics: Mapping[str, Any], data: Data) -> None:
             )
 
 
+BOUND = 0.6  # of the rows: a domain whose instructions stand in so many is too small for more
 FULL = 0.9  # rows that are fuller are not worth a warning
 
 
@@ -133,7 +140,7 @@ def _why_not_full(statistics: Mapping[str, Any], data: Data) -> str:
     rows, domains = statistics["rows"], statistics["domains"]
     name = max(domains, key=lambda name: domains[name]["max_repeats"])
     repeats, used = domains[name]["max_repeats"], domains[name]["used"]
-    if data.repeat_in_row == "forbid" and repeats > max(1, FULL * rows):
+    if data.repeat_in_row == "forbid" and repeats > max(1, BOUND * rows):
         what = "chunks" if data.sampling == "balanced" else "of them"
         tokens = statistics["tokens"] // rows
         return (

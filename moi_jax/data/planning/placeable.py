@@ -5,6 +5,7 @@ Only the long instruction is then left out, never its partners.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from moi_jax.data.planning.swaps import long_with_short
 
 log = logging.getLogger(__name__)
 
+STEPS = 8  # in which about all instructions that are too long are left out
 GROUPS = 4096  # groups that stand for all groups of an epoch
 ROW_STEP = 64  # a proposed row length is a multiple of it
 PLACED = 0.99  # the share of the instructions that a proposed row length places
@@ -32,8 +34,8 @@ def placeable(corpus: Corpus, data: Data, sequence_length: int | None = None) ->
     Args:
       sequence_length: of the rows; None for data.sequence_length.
 
-    Returns:
-      All True if no group fits at all; planning refuses that.
+    Raises:
+      UserError: no group fits, whatever is left out.
     """
     limit = sequence_length or data.sequence_length
     kept = np.ones(len(corpus.lengths), bool)
@@ -78,32 +80,46 @@ def _pools(corpus: Corpus, data: Data, limit: int) -> list[_Pool]:
     numbers = np.arange(len(weights))
     if data.sampling == "balanced":
         pools = [_Pool.of(n, corpus, weights) for n in np.split(numbers, corpus.offsets[1:-1])]
-        groups = int(draws[0])
     else:
         assert data.chunk_size is not None  # resolved by the config
         pools = [_Pool.of(numbers[weights > 0], corpus, weights)] * data.chunk_size
-        groups = max(1, int(draws.sum()) // data.chunk_size)
     shortest = np.array([pool.lengths[0] for pool in pools])
-    if shortest.sum() <= limit:
-        for pool in pools:
-            longest = limit - shortest.sum() + pool.lengths[0]
-            pool.kept = int(np.searchsorted(pool.lengths, longest, side="right"))
-        _shorten(pools, shortest, min(groups, GROUPS), limit)
+    if shortest.sum() > limit:
+        raise no_group_fits(limit)
+    for pool in pools:
+        longest = limit - shortest.sum() + pool.lengths[0]
+        pool.kept = int(np.searchsorted(pool.lengths, longest, side="right"))
+    _shorten(pools, shortest, limit)
     return pools
 
 
-def _shorten(pools: list[_Pool], shortest: np.ndarray, groups: int, limit: int) -> None:
-    """Leaves out long instructions until groups of those that are kept fit."""
+def no_group_fits(limit: int) -> UserError:
+    return UserError(
+        f"no group of instructions fits a row of {limit} tokens; raise data.sequence_length or "
+        f"lower data.max_instruction_tokens"
+    )
+
+
+def _shorten(pools: list[_Pool], shortest: np.ndarray, limit: int) -> None:
+    """Leaves out long instructions until groups of those that are kept fit.
+
+    Args:
+      pools: of each column; they may be one and the same.
+      shortest: int[W], the shortest instruction of each column.
+    """
+    columns = {id(pool): [p is pool for p in pools] for pool in pools}
     while True:
-        samples = np.stack([pool.sample(groups) for pool in pools], axis=1)
+        samples = np.stack([pool.sample(GROUPS) for pool in pools], axis=1)
         lengths = np.take_along_axis(samples, long_with_short(samples), axis=0)
         long = lengths[lengths.sum(axis=1) > limit]
         if not len(long):
             return
         blamed = np.bincount((long - shortest).argmax(axis=1), minlength=len(pools))
-        for pool, count in zip(pools, blamed.tolist(), strict=True):
-            if count:  # half of them: the next groups are matched anew
-                pool.kept -= min(-(-count * pool.kept // (2 * groups)), pool.kept - 1)
+        for pool in {id(pool): pool for pool in pools}.values():
+            mine = columns[id(pool)]
+            share = blamed[mine].sum() / (GROUPS * sum(mine))
+            if share:  # a part of them only: the next groups are matched anew
+                pool.kept -= min(math.ceil(share * pool.kept / STEPS), pool.kept - 1)
 
 
 def check_placeable(corpus: Corpus, kept: np.ndarray, data: Data) -> None:
@@ -137,7 +153,8 @@ def log_left_out(corpus: Corpus, kept: np.ndarray, data: Data) -> None:
 def _row_length(corpus: Corpus, data: Data) -> int:
     """The shortest row, in steps of ROW_STEP, that places PLACED of the instructions."""
     too_short = data.sequence_length // ROW_STEP
-    enough = too_short + -(-int(corpus.lengths.max()) * len(corpus.names) // ROW_STEP)
+    width = max(data.of_stage(n).chunk_size or 1 for n in range(max(1, len(data.stages))))
+    enough = too_short + -(-int(corpus.lengths.max()) * width // ROW_STEP)
     while enough - too_short > 1:
         middle = (too_short + enough) // 2
         if placeable(corpus, data, middle * ROW_STEP).mean() >= PLACED:

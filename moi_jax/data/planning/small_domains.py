@@ -11,8 +11,10 @@ import numpy as np
 
 from moi_jax.data.planning import packing, swaps
 
-# A search finds rows without copies if the domain has this many times the chunks of a row.
-SMALL = 4
+# A search finds rows without copies if a domain has MANY times the chunks of a row. It is not tried
+# with fewer than FEW times.
+FEW, MANY = 4, 16
+NEAR = 1.005  # times the fewest rows: a search that comes so near is good enough
 # Once a domain is small, all domains up to this many times the chunks of a row are dealt out.
 DEALT = 64
 JITTER = (
@@ -38,8 +40,12 @@ def place_chunks(
     distinct = [int(np.count_nonzero(np.bincount(column))) for column in members.T]
     cycled = [column for column, n in enumerate(distinct) if n < chunks]
     most = min((distinct[column] for column in cycled), default=chunks)
-    if most >= SMALL * a_row:
-        return _fitted(members, lengths, limit, None, rng)
+    by_rule, by_tokens = -(-chunks // most), -(-tokens // int(limit * swaps.AIM))
+    best = None
+    if most >= FEW * a_row:
+        best = _fitted(members, lengths, limit, None, rng)
+        if most >= MANY * a_row or best[1].max() < NEAR * max(by_rule, by_tokens):
+            return best
     dealt = [column for column in cycled if distinct[column] < DEALT * a_row]
     # As if all were different: every place that is dealt out has a number of its own.
     apart, apart_lengths = members.copy(), [lengths]
@@ -47,8 +53,6 @@ def place_chunks(
         apart[:, column] = len(lengths) + number * chunks + np.arange(chunks)
         apart_lengths.append(lengths[members[:, column]])
     of_place = np.concatenate([np.arange(len(lengths)), *members[:, dealt].T])
-    by_rule, by_tokens = -(-chunks // most), -(-tokens // int(limit * swaps.AIM))
-    best = None
     for arrange in (_evenly_spread, _fitted) if by_rule > by_tokens else (_fitted, _evenly_spread):
         chosen, row_of = arrange(apart, np.concatenate(apart_lengths), limit, most, rng)
         chosen = of_place[chosen]
@@ -111,12 +115,15 @@ def deal(
     instructions, index, counts = np.unique(column, return_inverse=True, return_counts=True)
     n, of = len(instructions), lengths[instructions]
     before, place = np.unique(row_of * n + index, return_index=True)  # the pairs (row, instruction)
+    standing = (before // n)[np.argsort(before % n, kind="stable")]  # rows, by instruction
+    standing_starts = np.searchsorted(np.sort(before % n), np.arange(n + 1))
     places, wanted = np.bincount(row_of), np.bincount(row_of, weights=lengths[column])
     dealt = []
     longest_first = np.lexsort((rng.random(n), -of))
     for left, i in zip(range(n, 0, -1), longest_first, strict=True):
         suits = wanted / np.maximum(places, 1) + JITTER * of.mean() * rng.random(len(places))
-        suits[before[before % n == i] // n] += of[0] + of.max()  # where it stands already
+        # Where it stands already, it stays if it can.
+        suits[standing[standing_starts[i] : standing_starts[i + 1]]] += 2 * of.max()
         suits[places == left] = np.inf  # this row needs each of the instructions that are left
         suits[places == 0] = -np.inf
         rows = np.argsort(-suits)[: counts[i]]

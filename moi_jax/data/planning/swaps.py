@@ -253,7 +253,8 @@ def fill_rows(
     """
     lengths = np.append(lengths, np.int32(0))
     tokens, rows = int(lengths[members].sum(dtype=np.int64)), int(row_of.max()) + 1
-    emptied = rows - -(-tokens // int(sequence_length * AIM))
+    most_copies = int(np.bincount(members[members >= 0]).max())  # each in a row of its own
+    emptied = rows - max(-(-tokens // int(sequence_length * AIM)), most_copies)
     while emptied > 0:
         filled, now = _without_rows(
             members, row_of, emptied, lengths, sequence_length, same_column, rng, most
