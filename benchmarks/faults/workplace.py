@@ -214,7 +214,7 @@ class Workplace:
         parts = {
             "parameters": lambda: _arrays(step / "parameters"),
             "optimizer": lambda: _arrays(step / "optimizer"),
-            "position": lambda: (step / "position" / "metadata").read_bytes(),
+            "position": lambda: _position(step),
             "metrics": lambda: "\n".join(map(json.dumps, self.metrics())).encode(),
             "samples": lambda: (self.run / "samples.jsonl").read_bytes(),
         }
@@ -273,6 +273,16 @@ class Workplace:
             values["PYTHONPATH"] = f"{TRAP}{os.pathsep}{ROOT}"
             values["FAULT_TRAP"] = json.dumps({**vars(trap), "sprung": str(self._sprung)})
         return values
+
+
+def _position(step: Path) -> bytes:
+    """The position of a step, without what it says of evaluations, which the metrics hold.
+
+    If a signal cut them off, they are made after the step was saved.
+    """
+    position = json.loads((step / "position" / "metadata").read_text(encoding="utf-8"))
+    kept = {key: position[key] for key in position.keys() - {"missed", "early_stopping"}}
+    return json.dumps(kept, sort_keys=True).encode()
 
 
 def _arrays(item: Path) -> bytes:

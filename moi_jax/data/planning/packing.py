@@ -135,16 +135,16 @@ def best_fit(
             (members[:, 0], -sizes, ~_wanted_by_many(members, sizes, sequence_length))
         )
     # A row that took a copy is held back until the next instruction comes: then no open row holds
-    # one, and none has to be searched. Groups of several instructions are all different.
-    kinds = members[order, 0] if lone else order
+    # one, and none has to be searched.
     search = copies.any and not lone
     open_rows = OpenRows(sequence_length)
     room = array("q")  # how many groups each row still takes
     placed = array("q")
     held: list[tuple[int, int]] = []
     last = -1
+    kinds = members[order, 0]
     for group, size, kind in zip(order.data, sizes[order].data, kinds.data, strict=True):
-        if kind != last:
+        if lone and kind != last:
             for row, free in held:
                 open_rows.push(row, free)
             held, last = [], kind
@@ -158,7 +158,10 @@ def best_fit(
             room.append(most or len(sizes))
         room[row] -= 1
         if free > size and room[row]:
-            held.append((row, free - size))
+            if lone:
+                held.append((row, free - size))
+            else:
+                open_rows.push(row, free - size)
         if search:
             copies.add(row, group)
         placed.append(row)

@@ -154,9 +154,8 @@ def _mended(
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows within the limit and without copies: by swaps, then by moving chunks to other rows."""
-    layout = swaps.Layout(
-        members.copy(), row_of, swaps.row_sizes(members, row_of, lengths), lengths, True
-    )
+    sizes = swaps.row_sizes(members, row_of, lengths)
+    layout = swaps.Layout(members.copy(), row_of, sizes, lengths, same_column=True, repeats=True)
     swaps.shorten(layout, limit, rng)
     members, row_of = layout.members, row_of.copy()
     moved = _misplaced(members, row_of, lengths, limit)

@@ -27,6 +27,8 @@ class Layout:
       sizes: int64[R], the tokens of each row.
       lengths: int32[instructions + 1], the tokens of each instruction; the last is 0, for -1.
       same_column: swap only within a column (balanced: the instructions of one domain).
+      repeats: whether an instruction may stand in two rows, so that a swap could bring it twice
+        into one.
     """
 
     members: np.ndarray
@@ -34,11 +36,11 @@ class Layout:
     sizes: np.ndarray
     lengths: np.ndarray
     same_column: bool
+    repeats: bool
 
     def __post_init__(self) -> None:
         self._order = np.argsort(self.row_of, kind="stable")
         self._starts = np.append(0, np.cumsum(np.bincount(self.row_of, minlength=len(self.sizes))))
-        self.repeats = bool(packing.repeated_members(self.members).any())
 
     @property
     def pairs(self) -> int:
@@ -151,7 +153,9 @@ def repair_groups(
     if not (sizes > sequence_length).any():
         return members
     members = members.copy()
-    layout = Layout(members, np.arange(len(members)), sizes, lengths, same_column)
+    # The instructions of a balanced group are of different domains, whatever is swapped.
+    rows = np.arange(len(members))
+    layout = Layout(members, rows, sizes, lengths, same_column, repeats=not same_column)
     shorten(layout, sequence_length, rng)
     if same_column:
         _match_anew(members, lengths, sequence_length, rng)
@@ -282,6 +286,7 @@ def _without_rows(
     packed into new rows.
     """
     members = members.copy()
+    repeats = bool(packing.repeated_members(members).any())
     by_size = np.argsort(np.bincount(row_of, weights=lengths[members].sum(axis=1)), kind="stable")
     number = np.full(len(by_size), -1)
     number[by_size[emptied:]] = np.arange(len(by_size) - emptied)  # hosts: the emptiest one first
@@ -296,7 +301,7 @@ def _without_rows(
         placed = np.flatnonzero(row_of >= 0)
         inside = members[placed]
         sizes = row_sizes(inside, row_of[placed], lengths)
-        layout = Layout(inside, row_of[placed], sizes, lengths, same_column)
+        layout = Layout(inside, row_of[placed], sizes, lengths, same_column, repeats)
         shorten(layout, sequence_length, rng)
         members[placed] = inside
         row_of[guests[layout.sizes[row_of[guests]] > sequence_length]] = -1
