@@ -53,6 +53,7 @@ TURNS = chat("2 + 2?", "4")["messages"]
         ({"messages": [TURNS[0], {**TURNS[1], "thinking": "Hm.", "loss_weight": 1}]}, {}),
         ({"prompt": TURNS[:1], "completion": [{**TURNS[1], "refusal": "No."}]},
          {"completion[].refusal": "No."}),
+        ({"prompt": "q", "completion": "a", "response": ["x"]}, {"response": "['x']"}),
     ],
 )  # fmt: skip
 def test_content_beside_the_keys_of_the_format_is_found(row: dict, expected: dict) -> None:

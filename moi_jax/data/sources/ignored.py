@@ -36,8 +36,9 @@ def ignored_content(row: Mapping[str, Any], form: Format) -> dict[str, str]:
     for name in form.turns:
         turns = row.get(name)
         for turn in turns if isinstance(turns, list) else ():
-            for key, text in _content(turn, TURN_KEYS).items():
-                found[f"{name}[].{key}"] = text
+            if isinstance(turn, dict):  # or the key holds no turns and is not read
+                content = _content(turn, TURN_KEYS)
+                found |= {f"{name}[].{key}": text for key, text in content.items()}
     return found
 
 
