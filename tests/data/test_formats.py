@@ -286,6 +286,8 @@ def is_trajectory(question: str, text: str, **keys: Any) -> bool:
         TRACE,
         "\n" + TRACE,
         TRACE.removeprefix("Thought: Look.\n"),
+        "I will look.\n" + TRACE,
+        "I will look.\n\n" + TRACE.removeprefix("Thought: Look.\n"),
         TRACE.partition("\nFinal Answer:")[0],
         TRACE.partition(" 12:00")[0],
         TRACE.partition("\nObservation: 12:00")[0],
@@ -316,9 +318,14 @@ def test_answer_that_only_explains_the_form_is_no_trajectory(text: str) -> None:
 
 
 def test_answer_may_go_on_with_the_thought_that_ends_the_question() -> None:
-    text = TRACE.removeprefix("Thought:")
+    text = TRACE.removeprefix("Thought:").replace("Look.", "Look:")
     assert is_trajectory(DECLARED + "Question: Is it cold?\nThought:", text)
     assert not is_trajectory(DECLARED + "Question: Is it cold?", text)
+
+
+def test_tools_may_be_declared_with_their_parameters() -> None:
+    declared = DECLARED.replace("[weather,", "[weather (city, day),")
+    assert is_trajectory(declared + "Question: Is it cold?", TRACE)
 
 
 def test_calls_are_a_trajectory_without_any_declared_tool() -> None:

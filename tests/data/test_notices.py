@@ -120,6 +120,37 @@ def test_unfilled_template_is_no_bad_row(root: Path) -> None:
         assert len(cache.lengths) == 1
 
 
+DECLARED = "Action: the tool to use, one of [weather]\n\nQuestion: Is it cold?"
+TRACE = (
+    "Thought: Look.\nAction: weather\nAction Input: {}\nObservation: snow\nThought: Done.\n"
+    "Final Answer: Yes."
+)
+
+
+def test_answers_that_may_be_unrecognised_trajectories_are_counted_and_shown(
+    root: Path, log_text: io.StringIO
+) -> None:
+    tools = [{"name": "weather"}]
+    write(
+        root / "a" / "1.jsonl",
+        chat(DECLARED, TRACE),
+        chat("What is ReAct?", TRACE),
+        chat("What is ReAct?", f"So:\n{TRACE}"),
+        chat(DECLARED, TRACE.replace("Action: weather", "Action: forecast")),
+        chat(DECLARED, TRACE.replace("snow", "snow\nAction: wait")),
+        {**chat("Is it cold?", f"So:\n{TRACE}"), "tools": tools},
+        {**chat("Is it cold?", "Observation: yes."), "tools": tools},
+    )
+    for _ in ("made", "cached"):
+        log_text.truncate(0)
+        (cache,) = run(section(root, "a"))
+        report = row_counts([cache], select([cache], config.HeldOut(), "assistant"))
+        assert report["a"]["trained_observations"] == 3
+        line = "a: 3 kept rows may train on what a tool wrote: an answer looks like a ReAct "
+        assert line in told(log_text)
+        assert "a/1.jsonl:4: the action 'forecast' is not a declared tool" in told(log_text)
+
+
 def zipped(content: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:

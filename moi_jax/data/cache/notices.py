@@ -28,6 +28,12 @@ def log_notices(domain: str, manifest: Mapping[str, Any]) -> None:
             f"{domain}: {count:,} kept rows hold what may be an unfilled variable of a template, "
             f"for example {_place(examples['unfilled'])}"
         )
+    if count := manifest["trained_observations"]:
+        log.warning(
+            f"{domain}: {count:,} kept rows may train on what a tool wrote: an answer looks like a "
+            f"ReAct trajectory and is not recognised as one, for example "
+            f"{_place(examples['trained_observations'])}"
+        )
     files = [file for file in manifest["files"] if "ignored" in file]
     for file in files[:MOST]:
         log.info(f"{domain}: {file['name']}: {_ignored(file)}")
