@@ -66,6 +66,8 @@ def answer(row: dict[str, Any]) -> str:
         {"conversations": [{"from": "Human", "value": "2 + 2?"}, {"from": "GPT", "value": "4"}]},
         {"instruction": "2 + 2?", "output": "4", "history": []},
         {"instruction": "2 + 2?", "input": None, "output": "4", "history": None},
+        {"instruction": "2 + 2?", "input": "", "output": "4", "history": " "},
+        {"prompt": json.dumps([USER]), "completion": json.dumps([GPT])},
     ],
 )
 def test_ragged_rows_that_are_whole_are_read(row: dict[str, Any]) -> None:
@@ -88,6 +90,14 @@ def test_alpaca_history_is_the_earlier_turns() -> None:
     row = {"instruction": "2 + 2?", "output": "4", "history": [["1 + 1?", "2"], ["So?", "Yes."]]}
     earlier = [("user", "1 + 1?"), ("assistant", "2"), ("user", "So?"), ("assistant", "Yes.")]
     assert turns_of(row) == (*(Message(*turn) for turn in earlier), *PLAIN)
+    assert turns_of({**row, "history": json.dumps(row["history"])}) == turns_of(row)
+    with pytest.raises(BadRow, match="bad_history"):
+        turns_of({**row, "history": "What was before?"})
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[]", '[{"a": 1}]', "[the list", '["role"]'])
+def test_json_that_is_no_list_of_turns_stays_the_text_of_a_completion(text: str) -> None:
+    assert turns_of({"prompt": "2 + 2?", "completion": text})[1] == Message("assistant", text)
 
 
 def test_reasoning_without_tools_is_a_think_block() -> None:
@@ -128,6 +138,7 @@ LABELLED = {"text": ["3", "4"], "label": ["1", "2"]}
         ({**CHOICES, "answer": " 22"}, LETTERS, "C. 22"),
         ({**CHOICES, "answer": "0"}, LETTERS, "A. 3"),
         ({**CHOICES, "choices": '["3", "4", "22"]', "answer": "4"}, LETTERS, "B. 4"),
+        ({**CHOICES, "choices": ["1", "2", "0"], "answer": "0"}, "2 + 2?\n\nA. 1\nB. 2\nC. 0", "C. 0"),
         ({**CHOICES, "choices": LABELLED, "answerKey": "2"}, "2 + 2?\n\n1. 3\n2. 4", "2. 4"),
         ({"question": "2 + 2?", "options": {"X": "3", "Y": "4"}, "answer": "4"},
          "2 + 2?\n\nX. 3\nY. 4", "Y. 4"),
@@ -169,6 +180,8 @@ def test_system_prompt_of_a_row_is_its_system_text(keys: str) -> None:
         {**CHOICES, "choices": "3, 4", "answer": 0},
         {**CHOICES, "choices": {"text": ["3", "4"], "label": ["A"]}, "answer": 0},
         {**CHOICES, "choices": [str(n) for n in range(27)], "answer": 0},
+        {**CHOICES, "choices": '["1", "2", "0"]', "answer": "0"},
+        {**CHOICES, "answer": "9" * 5000},
     ],
 )
 def test_answer_that_is_none_of_the_choices_is_bad(row: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@
 import dataclasses
 import string
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from reprlib import repr as shown  # the content of a row may be of any length and depth
 from typing import Any, TypeGuard
 
@@ -59,6 +60,8 @@ def _history(row: Row) -> list[Event]:
     """The earlier turns of an Alpaca row, which are pairs of question and answer."""
     events: list[Event] = []
     history = row.get("history") or []
+    if isinstance(history, str):  # of a CSV file
+        history = decode(history, "bad_history") if history.strip() else []
     for earlier in history if isinstance(history, list) else [None]:
         if not (
             isinstance(earlier, list)
@@ -72,9 +75,10 @@ def _history(row: Row) -> list[Event]:
 
 def multiple_choice(row: Row) -> list[Event]:
     """A question with its choices, one in each line as `A. text`, and the right one as answer."""
-    labels, texts = _choices(row.get(_present(row, CHOICES)))
+    choices = row.get(_present(row, CHOICES))
+    labels, texts = _choices(choices)
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=True)]
-    right = _right(row.get(_present(row, RIGHT)), labels, texts)
+    right = _right(row.get(_present(row, RIGHT)), labels, texts, isinstance(choices, str))
     question = _joined(_optional(row, "context"), text_of(row, "question"), "\n".join(lines))
     return [Message("user", question), Message("assistant", lines[right])]
 
@@ -104,17 +108,29 @@ def _are_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def _right(answer: Any, labels: list[str], texts: list[str]) -> int:
-    """The index of the right choice. The answer is its index, its label or its text."""
+def _right(answer: Any, labels: list[str], texts: list[str], in_table: bool) -> int:
+    """The index of the right choice. The answer is its index, its label or its text.
+
+    Args:
+      in_table: the row is of a CSV file, where an index is written as a text.
+    """
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
         return answer
     if isinstance(answer, str):
         plain = answer.strip()
-        for names in (labels, texts):
-            if plain in (stripped := [name.strip() for name in names]):
-                return stripped.index(plain)
-        if plain.isdecimal() and int(plain) < len(texts):  # of a CSV file, where all is text
-            return int(plain)
+        labels, texts = ([name.strip() for name in names] for names in (labels, texts))
+        if plain in labels:
+            return labels.index(plain)
+        indices = [str(index) for index in range(len(texts))]
+        places = [names.index(plain) for names in (texts, indices) if plain in names]
+        if in_table and len(set(places)) > 1:
+            raise BadRow(
+                "bad_choices",
+                f"the answer {plain} is the index of one choice and the text of another; write "
+                f"its label",
+            )
+        if places:
+            return places[0]
     raise BadRow("bad_choices", f"the answer {shown(answer)} is none of {len(texts)} choices")
 
 
@@ -126,9 +142,19 @@ def prompt_completion(row: Row) -> list[Event]:
 
 
 def _side(row: Row, key: str, role: Role) -> list[Event]:
-    if isinstance(row.get(key), list):
+    value = row.get(key)
+    if isinstance(value, list) or _is_json_of_turns(value):
         return turns(key, "role", "content", CHAT_ROLES)(row)
     return [Message(role, text_of(row, key))]
+
+
+def _is_json_of_turns(value: Any) -> bool:
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return False
+    with suppress(BadRow):
+        listed = decode(value)
+        return bool(listed) and all(isinstance(turn, dict) and "role" in turn for turn in listed)
+    return False
 
 
 def _untrained(event: Event) -> Event:
