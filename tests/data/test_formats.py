@@ -144,6 +144,11 @@ LABELLED = {"text": ["3", "4"], "label": ["1", "2"]}
          "2 + 2?\n\nX. 3\nY. 4", "Y. 4"),
         ({"question": "2 + 2?", "options": ["3", "4", "22"], "answer": "B", "context": "Add."},
          f"Add.\n\n{LETTERS}", "B. 4"),
+        ({"question": "Who?", "options": " ", "answer": "Jane"}, "Who?", "Jane"),
+        ({"question": "Who?", "choices": "", "answerKey": "Jane", "context": NOVEL},
+         f"{NOVEL}\n\nWho?", "Jane"),
+        ({"question": "Who?", "answer": "Jane", "context": {"title": ["Emma"]}}, "Who?", "Jane"),
+        ({"instruction": "Who?", "output": "Jane", "context": [["Emma"]]}, "Who?", "Jane"),
         ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", " 4"),
         ({"prompt": "2 + 2?", "response": "4"}, "2 + 2?", "4"),
     ],
@@ -196,6 +201,14 @@ def test_prompt_and_completion_of_turns_train_the_completion_alone() -> None:
     called = chat(calling(CALL), tool("4"), {**GPT, "content": "It is 4."}, USER)["messages"]
     (_, trajectory, _, last) = turns_of({"prompt": called, "completion": "4"})
     assert (trajectory.train, last) == (False, PLAIN[1])
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_turn_that_prompt_and_completion_divide_is_bad_and_says_so(length: int) -> None:
+    turns = chat(calling(CALL), tool("4"), GPT)["messages"]
+    with pytest.raises(BadRow, match="split_turn: .* write all turns as 'messages'"):
+        turns_of({"prompt": turns[:length], "completion": turns[length:]})
+    assert len(turns_of({"prompt": turns[:1], "completion": turns[1:]})) == 2
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])

@@ -12,7 +12,7 @@ from contextlib import suppress
 from reprlib import repr as shown  # the content of a row may be of any length and depth
 from typing import Any, TypeGuard
 
-from moi_jax.data.sources.react import Call, Event, Thought
+from moi_jax.data.sources.react import Call, Event, Observation, Thought
 from moi_jax.data.sources.readers import decode
 from moi_jax.data.sources.turns import CHAT_ROLES, Reader, text_of, turns
 from moi_jax.text.conversations import BadRow, Message, Role
@@ -27,7 +27,7 @@ def pair(question_key: str, *answer_keys: str) -> Reader:
 
     def events(row: Row) -> list[Event]:
         return [
-            Message("user", _joined(_optional(row, "context"), text_of(row, question_key))),
+            Message("user", _joined(context_of(row) or "", text_of(row, question_key))),
             Message("assistant", text_of(row, _present(row, answer_keys))),
         ]
 
@@ -36,7 +36,7 @@ def pair(question_key: str, *answer_keys: str) -> Reader:
 
 def alpaca(row: Row) -> list[Event]:
     """An instruction with its material, the answer, and perhaps earlier turns."""
-    material = [_optional(row, key) for key in ("input", "context")]
+    material = _optional(row, "input"), context_of(row) or ""
     question = _joined(text_of(row, "instruction"), *material)
     answer = text_of(row, _present(row, ("output", "response")))
     return [*_history(row), Message("user", question), Message("assistant", answer)]
@@ -49,6 +49,16 @@ def _present(row: Row, keys: Sequence[str]) -> str:
 
 def _optional(row: Row, key: str) -> str:
     return "" if row.get(key) is None else text_of(row, key)
+
+
+def context_of(row: Row) -> str | None:
+    """The text of the key `context`; None if it is no text, such as an object of passages."""
+    try:
+        return _optional(row, "context")
+    except BadRow as bad:
+        if bad.reason == "content_not_text":
+            return None
+        raise
 
 
 def _joined(*texts: str) -> str:
@@ -74,12 +84,17 @@ def _history(row: Row) -> list[Event]:
 
 
 def multiple_choice(row: Row) -> list[Event]:
-    """A question with its choices, one in each line as `A. text`, and the right one as answer."""
+    """A question with its choices, one in each line as `A. text`, and the right one as answer.
+
+    A question whose choices are an empty cell is an open one, and its answer is a text.
+    """
     choices = row.get(_present(row, CHOICES))
+    if isinstance(choices, str) and not choices.strip():
+        return pair("question", *RIGHT)(row)
     labels, texts = _choices(choices)
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=True)]
     right = _right(row.get(_present(row, RIGHT)), labels, texts, isinstance(choices, str))
-    question = _joined(_optional(row, "context"), text_of(row, "question"), "\n".join(lines))
+    question = _joined(context_of(row) or "", text_of(row, "question"), "\n".join(lines))
     return [Message("user", question), Message("assistant", lines[right])]
 
 
@@ -138,6 +153,12 @@ def prompt_completion(row: Row) -> list[Event]:
     """A prompt and its completion, each a text or a list of turns; the prompt carries no loss."""
     answer = _present(row, ("completion", "response"))
     prompt = [_untrained(event) for event in _side(row, "prompt", "user")]
+    if isinstance(prompt[-1] if prompt else None, Call | Observation):
+        raise BadRow(
+            "split_turn",
+            "the prompt ends with a call or its result, so the completion goes on with a turn that "
+            "is not trained as a whole; write all turns as 'messages'",
+        )
     return [*prompt, *_side(row, answer, "assistant")]
 
 
