@@ -138,7 +138,8 @@ LABELLED = {"text": ["3", "4"], "label": ["1", "2"]}
         ({**CHOICES, "answer": " 22"}, LETTERS, "C. 22"),
         ({**CHOICES, "answer": "0"}, LETTERS, "A. 3"),
         ({**CHOICES, "choices": '["3", "4", "22"]', "answer": "4"}, LETTERS, "B. 4"),
-        ({**CHOICES, "choices": ["1", "2", "0"], "answer": "0"}, "2 + 2?\n\nA. 1\nB. 2\nC. 0", "C. 0"),
+        ({**CHOICES, "choices": ["1", "2", "0"], "answer": "0"},
+         "2 + 2?\n\nA. 1\nB. 2\nC. 0", "C. 0"),
         ({**CHOICES, "choices": LABELLED, "answerKey": "2"}, "2 + 2?\n\n1. 3\n2. 4", "2. 4"),
         ({"question": "2 + 2?", "options": {"X": "3", "Y": "4"}, "answer": "4"},
          "2 + 2?\n\nX. 3\nY. 4", "Y. 4"),
@@ -166,7 +167,9 @@ def test_system_prompt_of_a_row_is_its_system_text(keys: str) -> None:
         Message("system", "Be brief."), *PLAIN,
     )  # fmt: skip
     assert turns_of({**row, "system_prompt": "", "system": None}) == PLAIN
-    with pytest.raises(BadRow, match="system_not_first"):
+    both = {**row, "system_prompt": "Be brief.", "system": "Be brief."}
+    assert turns_of(both) == (Message("system", "Be brief."), *PLAIN)
+    with pytest.raises(BadRow, match="system_not_first: 'system' and 'system_prompt' hold differ"):
         turns_of({**row, "system_prompt": "One.", "system": "Two."})
 
 
@@ -206,7 +209,7 @@ def test_prompt_and_completion_of_turns_train_the_completion_alone() -> None:
 @pytest.mark.parametrize("length", [2, 3])
 def test_turn_that_prompt_and_completion_divide_is_bad_and_says_so(length: int) -> None:
     turns = chat(calling(CALL), tool("4"), GPT)["messages"]
-    with pytest.raises(BadRow, match="split_turn: .* write all turns as 'messages'"):
+    with pytest.raises(BadRow, match=r"split_turn: .* write all turns as 'messages'"):
         turns_of({"prompt": turns[:length], "completion": turns[length:]})
     assert len(turns_of({"prompt": turns[:1], "completion": turns[1:]})) == 2
 

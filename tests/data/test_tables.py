@@ -109,6 +109,16 @@ def test_quote_that_swallows_lines_is_told_with_their_number(
     assert bad.raw.detail == f"a quote opened in line 21 {how}"
 
 
+def test_lines_that_a_quote_swallows_are_told(tmp_path: Path, log_text: io.StringIO) -> None:
+    root = tmp_path / "data"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "1.csv").write_bytes(b'question,answer\n1,2\n"1,2\n1,2\n1,2\n')
+    run(section(root, "a", source={"path": "a/1.csv"}))
+    told = " ".join(log_text.getvalue().split())
+    line = "a: a/1.csv:3: a quote opened in line 3 never closes: 3 lines are lost"
+    assert told.count(line) == 1
+
+
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_quote_is_a_letter_in_tsv_without_quoted_cells(tmp_path: Path, compress: Callable) -> None:
     cells = [('"Hi" in German?', "Hallo"), ("2 + 2?", '"4'), ('"Bye"? Or "bye"?', 'It is ""')]
@@ -159,7 +169,7 @@ def test_row_over_the_limit_is_bad_and_never_cut(
     file = file_of(tmp_path / "a.csv", table([small, lines, small]))
     assert read(file) == [(2, small), (3, "bad_table")]
     (*_, last) = file.rows()
-    assert "does not close in 200,000 characters: the rest of the file is lost" in str(last.raw)
+    assert "does not close in 200,000 characters: all lines from it on are lost" in str(last.raw)
 
 
 def test_chats_and_choices_stand_in_cells_as_json(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from moi_jax.text.conversations import BadRow
 
 BOM = b"\xef\xbb\xbf"
 SEPARATORS = {"csv": ",", "tsv": "\t"}
+LOST = "are lost"  # ends the detail of a bad row that takes other lines along
 # A cell of TSV that begins with a quote, and one that is quoted as in CSV.
 QUOTE = re.compile(rb'(?:\A|[\t\n])"')
 QUOTED = re.compile(rb'(?:\A|[\t\n])"[^"]*(?:""[^"]*)*"(?=[\t\r\n]|\Z)')
@@ -68,16 +69,14 @@ def _bad(error: csv.Error, begin: int, end: int) -> BadRow:
     """The row of the lines [begin, end], in which the error was found at the end."""
     if begin == end:
         return BadRow("bad_table", str(error))
-    lost = f"{end - begin + 1:,} lines are lost"
+    lines = f"{end - begin + 1:,} lines"
     if "end of data" in str(error):
-        how = f"never closes: {lost}"
+        how = f"never closes: {lines}"
     elif "field limit" in str(error):
-        how = (
-            f"does not close in {csv.field_size_limit():,} characters: the rest of the file is lost"
-        )
+        how = f"does not close in {csv.field_size_limit():,} characters: all lines from it on"
     else:
-        how = f"closes in the middle of line {end}: {lost}"
-    return BadRow("bad_table", f"a quote opened in line {begin} {how}")
+        how = f"closes in the middle of line {end}: {lines}"
+    return BadRow("bad_table", f"a quote opened in line {begin} {how} {LOST}")
 
 
 class _Text:
