@@ -174,6 +174,8 @@ LISTS = json.dumps(TURNS).encode() + b"\n"
          "it looks like CSV; give the file the ending .csv"),
         (TABLE.replace(b",", b"\t"), {}, ": question answer;",
          "it looks like TSV; give the file the ending .tsv"),
+        (TABLE.replace(b",", b";"), {}, ": question;answer;",
+         "its columns are separated by ';'; save it as CSV with commas"),
         (LINE.decode().encode("utf-16"), {}, "the file is text in UTF-16; save it as UTF-8", ""),
         (LINE.decode().encode("utf-16-le"), {}, "the file is text in UTF-16; save it as UTF-8", ""),
         (zipped(LINE), {}, "the file is a zip archive or a spreadsheet; unpack it", ""),
@@ -188,7 +190,7 @@ LISTS = json.dumps(TURNS).encode() + b"\n"
         (LINE.replace(b"4", b"") * 2, {}, "an assistant turn is empty", ""),
         (b"Some notes, and more.\nNo rows at all\n", {}, ": Some notes, and more.", ""),
     ],
-    ids=["csv", "tsv", "utf16_with_bom", "utf16", "zip", "bzip2", "xz", "pretty", "lists",
+    ids=["csv", "tsv", "semicolons", "utf16_with_bom", "utf16", "zip", "bzip2", "xz", "pretty", "lists",
          "wrong_format", "empty_answers", "prose"],
 )  # fmt: skip
 def test_domain_without_a_usable_row_shows_the_first_and_guesses_why(
@@ -206,6 +208,14 @@ def test_domain_without_a_usable_row_shows_the_first_and_guesses_why(
         assert example in text
         assert cause in text
         assert cause or "it looks like" not in text
+
+
+@pytest.mark.parametrize("form", ["auto", "question_answer"])
+def test_table_split_by_semicolons_says_so(root: Path, form: str) -> None:
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "1.csv").write_bytes(TABLE.replace(b",", b";"))
+    with pytest.raises(UserError, match=r"columns are separated by ';'; save it as CSV with comm"):
+        run(section(root, "a", source={"path": "a/1.csv", "format": form}))
 
 
 def test_large_archive_is_one_bad_row(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
