@@ -190,8 +190,8 @@ LISTS = json.dumps(TURNS).encode() + b"\n"
         (LINE.replace(b"4", b"") * 2, {}, "an assistant turn is empty", ""),
         (b"Some notes, and more.\nNo rows at all\n", {}, ": Some notes, and more.", ""),
     ],
-    ids=["csv", "tsv", "semicolons", "utf16_with_bom", "utf16", "zip", "bzip2", "xz", "pretty", "lists",
-         "wrong_format", "empty_answers", "prose"],
+    ids=["csv", "tsv", "semicolons", "utf16_with_bom", "utf16", "zip", "bzip2", "xz", "pretty",
+         "lists", "wrong_format", "empty_answers", "prose"],
 )  # fmt: skip
 def test_domain_without_a_usable_row_shows_the_first_and_guesses_why(
     root: Path, content: bytes, source: dict[str, Any], example: str, cause: str

@@ -4,7 +4,6 @@ JSON Lines, a JSON array, one JSON object, CSV, TSV (each plain, gzip or zstd), 
 ArrayRecord. The content decides; only CSV and TSV are known by the name of the file.
 """
 
-import csv
 import functools
 import io
 import json
@@ -277,10 +276,9 @@ def _elements(file: io.BufferedReader) -> Iterator[RawRow]:
         rest = b""
 
 
-def _table(
-    kind: str, file: io.BufferedReader, quoting: int = csv.QUOTE_MINIMAL
-) -> Iterator[RawRow]:
-    return (RawRow(*row) for row in table_rows(_whole_lines(file), kind, MAX_ROW, quoting))
+def _table(kind: str, file: io.BufferedReader, plain_quotes: bool = False) -> Iterator[RawRow]:
+    rows = table_rows(_whole_lines(file), kind, MAX_ROW, plain_quotes)
+    return (RawRow(*row) for row in rows)
 
 
 def _whole_lines(file: io.BufferedReader) -> Iterator[bytes]:
@@ -296,7 +294,7 @@ READERS: dict[str, Callable[[io.BufferedReader], Iterator[RawRow]]] = {
     "object": _object,
     "csv": functools.partial(_table, "csv"),
     "tsv": functools.partial(_table, "tsv"),
-    "plain_tsv": functools.partial(_table, "tsv", quoting=csv.QUOTE_NONE),
+    "plain_tsv": functools.partial(_table, "tsv", plain_quotes=True),
 }
 
 

@@ -31,19 +31,20 @@ def has_plain_quotes(text: bytes) -> bool:
 
 
 def table_rows(
-    lines: Iterable[bytes], kind: str, most: int, quoting: int = csv.QUOTE_MINIMAL
+    lines: Iterable[bytes], kind: str, most: int, plain_quotes: bool = False
 ) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
     """(line in which it begins, bytes, content) of each row that is not blank, after the first.
 
     Args:
       most: characters of the longest cell.
-      quoting: csv.QUOTE_NONE if a quote is a letter like any other.
+      plain_quotes: a quote is a letter like any other.
 
     Raises:
       BadRow: the first row does not name the columns, or a row is too large to go on.
     """
     text = _Text(lines)
     csv.field_size_limit(most)
+    quoting = csv.QUOTE_NONE if plain_quotes else csv.QUOTE_MINIMAL
     reader = csv.reader(text, delimiter=SEPARATORS[kind], quoting=quoting, strict=True)
     names: list[str] = []
     while True:
