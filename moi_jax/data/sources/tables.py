@@ -44,8 +44,12 @@ def table_rows(
     """
     text = _Text(lines)
     csv.field_size_limit(most)
-    quoting = csv.QUOTE_NONE if plain_quotes else csv.QUOTE_MINIMAL
-    reader = csv.reader(text, delimiter=SEPARATORS[kind], quoting=quoting, strict=True)
+    reader = csv.reader(
+        text,
+        delimiter=SEPARATORS[kind],
+        quoting=csv.QUOTE_NONE if plain_quotes else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
     names: list[str] = []
     while True:
         begin, before = reader.line_num + 1, text.size
