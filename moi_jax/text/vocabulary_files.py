@@ -1,6 +1,7 @@
 """Builds tokenizer.json from older files: vocab.json with merges.txt, or qwen.tiktoken."""
 
 import json
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,8 @@ from moi_jax.text.byte_level import SPLITS, tokenizer_json
 
 # The files do not say how text is split; the class named in tokenizer_config.json does.
 SPLIT_OF_CLASS = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
+# A token such as <|endoftext|>, which no merge makes; the settings need not list it.
+SPECIAL = re.compile(r"<\|.+\|>")
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -42,7 +45,7 @@ def from_vocabulary_files(files: Mapping[str, str]) -> str:
     merges = _merges(files["merges.txt"])
     made = {left + right for left, right in merges}
     for token in vocabulary.keys() - made - added.keys():
-        if len(token) > 1:
+        if len(token) > 1 and not SPECIAL.fullmatch(token):
             raise UserError(
                 f"merges.txt is not a tokenizer's: no merge makes {token!r} of vocab.json, so it "
                 f"was cut short or is damaged; copy it again"

@@ -66,6 +66,8 @@ def answer(row: dict[str, Any]) -> str:
         {"conversations": [{"from": "Human", "value": "2 + 2?"}, {"from": "GPT", "value": "4"}]},
         {"instruction": "2 + 2?", "output": "4", "history": []},
         {"instruction": "2 + 2?", "input": None, "output": "4", "history": None},
+        {"instruction": "2 + 2?", "input": "", "output": "4", "history": " "},
+        {"prompt": json.dumps([USER]), "completion": json.dumps([GPT])},
     ],
 )
 def test_ragged_rows_that_are_whole_are_read(row: dict[str, Any]) -> None:
@@ -88,6 +90,14 @@ def test_alpaca_history_is_the_earlier_turns() -> None:
     row = {"instruction": "2 + 2?", "output": "4", "history": [["1 + 1?", "2"], ["So?", "Yes."]]}
     earlier = [("user", "1 + 1?"), ("assistant", "2"), ("user", "So?"), ("assistant", "Yes.")]
     assert turns_of(row) == (*(Message(*turn) for turn in earlier), *PLAIN)
+    assert turns_of({**row, "history": json.dumps(row["history"])}) == turns_of(row)
+    with pytest.raises(BadRow, match="bad_history"):
+        turns_of({**row, "history": "What was before?"})
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[]", '[{"a": 1}]', "[the list", '["role"]'])
+def test_json_that_is_no_list_of_turns_stays_the_text_of_a_completion(text: str) -> None:
+    assert turns_of({"prompt": "2 + 2?", "completion": text})[1] == Message("assistant", text)
 
 
 def test_reasoning_without_tools_is_a_think_block() -> None:
@@ -128,11 +138,18 @@ LABELLED = {"text": ["3", "4"], "label": ["1", "2"]}
         ({**CHOICES, "answer": " 22"}, LETTERS, "C. 22"),
         ({**CHOICES, "answer": "0"}, LETTERS, "A. 3"),
         ({**CHOICES, "choices": '["3", "4", "22"]', "answer": "4"}, LETTERS, "B. 4"),
+        ({**CHOICES, "choices": ["1", "2", "0"], "answer": "0"},
+         "2 + 2?\n\nA. 1\nB. 2\nC. 0", "C. 0"),
         ({**CHOICES, "choices": LABELLED, "answerKey": "2"}, "2 + 2?\n\n1. 3\n2. 4", "2. 4"),
         ({"question": "2 + 2?", "options": {"X": "3", "Y": "4"}, "answer": "4"},
          "2 + 2?\n\nX. 3\nY. 4", "Y. 4"),
         ({"question": "2 + 2?", "options": ["3", "4", "22"], "answer": "B", "context": "Add."},
          f"Add.\n\n{LETTERS}", "B. 4"),
+        ({"question": "Who?", "options": " ", "answer": "Jane"}, "Who?", "Jane"),
+        ({"question": "Who?", "choices": "", "answerKey": "Jane", "context": NOVEL},
+         f"{NOVEL}\n\nWho?", "Jane"),
+        ({"question": "Who?", "answer": "Jane", "context": {"title": ["Emma"]}}, "Who?", "Jane"),
+        ({"instruction": "Who?", "output": "Jane", "context": [["Emma"]]}, "Who?", "Jane"),
         ({"prompt": "2 + 2 =", "completion": " 4"}, "2 + 2 =", " 4"),
         ({"prompt": "2 + 2?", "response": "4"}, "2 + 2?", "4"),
     ],
@@ -150,7 +167,9 @@ def test_system_prompt_of_a_row_is_its_system_text(keys: str) -> None:
         Message("system", "Be brief."), *PLAIN,
     )  # fmt: skip
     assert turns_of({**row, "system_prompt": "", "system": None}) == PLAIN
-    with pytest.raises(BadRow, match="system_not_first"):
+    both = {**row, "system_prompt": "Be brief.", "system": "Be brief."}
+    assert turns_of(both) == (Message("system", "Be brief."), *PLAIN)
+    with pytest.raises(BadRow, match="system_not_first: 'system' and 'system_prompt' hold differ"):
         turns_of({**row, "system_prompt": "One.", "system": "Two."})
 
 
@@ -169,6 +188,8 @@ def test_system_prompt_of_a_row_is_its_system_text(keys: str) -> None:
         {**CHOICES, "choices": "3, 4", "answer": 0},
         {**CHOICES, "choices": {"text": ["3", "4"], "label": ["A"]}, "answer": 0},
         {**CHOICES, "choices": [str(n) for n in range(27)], "answer": 0},
+        {**CHOICES, "choices": '["1", "2", "0"]', "answer": "0"},
+        {**CHOICES, "answer": "9" * 5000},
     ],
 )
 def test_answer_that_is_none_of_the_choices_is_bad(row: dict[str, Any]) -> None:
@@ -183,6 +204,14 @@ def test_prompt_and_completion_of_turns_train_the_completion_alone() -> None:
     called = chat(calling(CALL), tool("4"), {**GPT, "content": "It is 4."}, USER)["messages"]
     (_, trajectory, _, last) = turns_of({"prompt": called, "completion": "4"})
     assert (trajectory.train, last) == (False, PLAIN[1])
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_turn_that_prompt_and_completion_divide_is_bad_and_says_so(length: int) -> None:
+    turns = chat(calling(CALL), tool("4"), GPT)["messages"]
+    with pytest.raises(BadRow, match=r"split_turn: .* write all turns as 'messages'"):
+        turns_of({"prompt": turns[:length], "completion": turns[length:]})
+    assert len(turns_of({"prompt": turns[:1], "completion": turns[1:]})) == 2
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])
@@ -286,6 +315,8 @@ def is_trajectory(question: str, text: str, **keys: Any) -> bool:
         TRACE,
         "\n" + TRACE,
         TRACE.removeprefix("Thought: Look.\n"),
+        "I will look.\n" + TRACE,
+        "I will look.\n\n" + TRACE.removeprefix("Thought: Look.\n"),
         TRACE.partition("\nFinal Answer:")[0],
         TRACE.partition(" 12:00")[0],
         TRACE.partition("\nObservation: 12:00")[0],
@@ -316,9 +347,14 @@ def test_answer_that_only_explains_the_form_is_no_trajectory(text: str) -> None:
 
 
 def test_answer_may_go_on_with_the_thought_that_ends_the_question() -> None:
-    text = TRACE.removeprefix("Thought:")
+    text = TRACE.removeprefix("Thought:").replace("Look.", "Look:")
     assert is_trajectory(DECLARED + "Question: Is it cold?\nThought:", text)
     assert not is_trajectory(DECLARED + "Question: Is it cold?", text)
+
+
+def test_tools_may_be_declared_with_their_parameters() -> None:
+    declared = DECLARED.replace("[weather,", "[weather (city, day),")
+    assert is_trajectory(declared + "Question: Is it cold?", TRACE)
 
 
 def test_calls_are_a_trajectory_without_any_declared_tool() -> None:

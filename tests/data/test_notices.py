@@ -42,6 +42,9 @@ TURNS = chat("2 + 2?", "4")["messages"]
         ({**QUESTION, "id": "x", "source": "web", "Category": "sums", "row_id": "7"}, {}),
         ({**QUESTION, "hint": "", "rejected": [], "context": None, "n": 7, "extra": {"a": 1}}, {}),
         ({**QUESTION, "context": "Sums.", "system": "S", "system_prompt": "", "tools": "[]"}, {}),
+        ({**QUESTION, "context": {"title": ["Sums"]}}, {"context": "{'title': ['Sums']}"}),
+        ({**QUESTION, "context": [["Sums"], "x"]}, {"context": "[['Sums'], 'x']"}),
+        ({**QUESTION, "context": [{"type": "text", "text": "Sums"}]}, {}),
         ({**QUESTION, "loss_weight": 0.5, "weight": None}, {"loss_weight": "0.5"}),
         ({**QUESTION, "response": "four"}, {"response": "four"}),
         ({"instruction": "Add.", "output": "4", "response": "5"}, {"response": "5"}),
@@ -53,6 +56,7 @@ TURNS = chat("2 + 2?", "4")["messages"]
         ({"messages": [TURNS[0], {**TURNS[1], "thinking": "Hm.", "loss_weight": 1}]}, {}),
         ({"prompt": TURNS[:1], "completion": [{**TURNS[1], "refusal": "No."}]},
          {"completion[].refusal": "No."}),
+        ({"prompt": "q", "completion": "a", "response": ["x"]}, {"response": "['x']"}),
     ],
 )  # fmt: skip
 def test_content_beside_the_keys_of_the_format_is_found(row: dict, expected: dict) -> None:
@@ -119,6 +123,37 @@ def test_unfilled_template_is_no_bad_row(root: Path) -> None:
         assert len(cache.lengths) == 1
 
 
+DECLARED = "Action: the tool to use, one of [weather]\n\nQuestion: Is it cold?"
+TRACE = (
+    "Thought: Look.\nAction: weather\nAction Input: {}\nObservation: snow\nThought: Done.\n"
+    "Final Answer: Yes."
+)
+
+
+def test_answers_that_may_be_unrecognised_trajectories_are_counted_and_shown(
+    root: Path, log_text: io.StringIO
+) -> None:
+    tools = [{"name": "weather"}]
+    write(
+        root / "a" / "1.jsonl",
+        chat(DECLARED, TRACE),
+        chat("What is ReAct?", TRACE),
+        chat("What is ReAct?", f"So:\n{TRACE}"),
+        chat(DECLARED, TRACE.replace("Action: weather", "Action: forecast")),
+        chat(DECLARED, TRACE.replace("snow", "snow\nAction: wait")),
+        {**chat("Is it cold?", f"So:\n{TRACE}"), "tools": tools},
+        {**chat("Is it cold?", "Observation: yes."), "tools": tools},
+    )
+    for _ in ("made", "cached"):
+        log_text.truncate(0)
+        (cache,) = run(section(root, "a"))
+        report = row_counts([cache], select([cache], config.HeldOut(), "assistant"))
+        assert report["a"]["trained_observations"] == 3
+        line = "a: 3 kept rows may train on what a tool wrote: an answer looks like a ReAct "
+        assert line in told(log_text)
+        assert "a/1.jsonl:4: the action 'forecast' is not a declared tool" in told(log_text)
+
+
 def zipped(content: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -139,6 +174,8 @@ LISTS = json.dumps(TURNS).encode() + b"\n"
          "it looks like CSV; give the file the ending .csv"),
         (TABLE.replace(b",", b"\t"), {}, ": question answer;",
          "it looks like TSV; give the file the ending .tsv"),
+        (TABLE.replace(b",", b";"), {}, ": question;answer;",
+         "its columns are separated by ';'; save it as CSV with commas"),
         (LINE.decode().encode("utf-16"), {}, "the file is text in UTF-16; save it as UTF-8", ""),
         (LINE.decode().encode("utf-16-le"), {}, "the file is text in UTF-16; save it as UTF-8", ""),
         (zipped(LINE), {}, "the file is a zip archive or a spreadsheet; unpack it", ""),
@@ -153,8 +190,8 @@ LISTS = json.dumps(TURNS).encode() + b"\n"
         (LINE.replace(b"4", b"") * 2, {}, "an assistant turn is empty", ""),
         (b"Some notes, and more.\nNo rows at all\n", {}, ": Some notes, and more.", ""),
     ],
-    ids=["csv", "tsv", "utf16_with_bom", "utf16", "zip", "bzip2", "xz", "pretty", "lists",
-         "wrong_format", "empty_answers", "prose"],
+    ids=["csv", "tsv", "semicolons", "utf16_with_bom", "utf16", "zip", "bzip2", "xz", "pretty",
+         "lists", "wrong_format", "empty_answers", "prose"],
 )  # fmt: skip
 def test_domain_without_a_usable_row_shows_the_first_and_guesses_why(
     root: Path, content: bytes, source: dict[str, Any], example: str, cause: str
@@ -171,6 +208,14 @@ def test_domain_without_a_usable_row_shows_the_first_and_guesses_why(
         assert example in text
         assert cause in text
         assert cause or "it looks like" not in text
+
+
+@pytest.mark.parametrize("form", ["auto", "question_answer"])
+def test_table_split_by_semicolons_says_so(root: Path, form: str) -> None:
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "1.csv").write_bytes(TABLE.replace(b",", b";"))
+    with pytest.raises(UserError, match=r"columns are separated by ';'; save it as CSV with comm"):
+        run(section(root, "a", source={"path": "a/1.csv", "format": form}))
 
 
 def test_large_archive_is_one_bad_row(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

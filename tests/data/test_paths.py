@@ -44,6 +44,17 @@ def test_directory_without_a_file_of_rows_is_refused(root: Path) -> None:
         files(root, "d/e")
 
 
+def test_packed_files_of_a_directory_are_told(root: Path, log_text: io.StringIO) -> None:
+    assert len(files(root, "d")) == 4
+    assert "packed" not in log_text.getvalue()
+    for name in ("b.jsonl.bz2", "e/c.csv.XZ", "more.tar.gz", "rows.zip"):
+        (root / "d" / name).touch()
+    assert len(files(root, "d")) == 4
+    told = " ".join(log_text.getvalue().split())
+    listed = "d/b.jsonl.bz2, d/e/c.csv.XZ, d/more.tar.gz and 1 more"
+    assert f"the directory 'd' holds packed files, which are not read: {listed}; unpack" in told
+
+
 def test_glob_tells_the_directories_that_it_does_not_read(
     root: Path, log_text: io.StringIO
 ) -> None:

@@ -94,6 +94,44 @@ def test_bad_rows_of_a_table_are_named_between_good_ones(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("end", "how"),
+    [(b"", "never closes: 31 lines are lost"),
+     (b'"1",2\n1,2\n', "closes in the middle of line 52: 32 lines are lost")],
+)  # fmt: skip
+def test_quote_that_swallows_lines_is_told_with_their_number(
+    tmp_path: Path, end: bytes, how: str
+) -> None:
+    good = b"1,2\n"
+    content = b"question,answer\n" + 19 * good + b'"1,2\n' + 30 * good + end
+    *rows, bad = [row for row in file_of(tmp_path / "a.csv", content).rows() if row.line < 50]
+    assert [row.line for row in rows] == list(range(2, 21))
+    assert isinstance(bad.raw, BadRow)
+    assert bad.raw.detail == f"a quote opened in line 21 {how}"
+
+
+def test_lines_that_a_quote_swallows_are_told(tmp_path: Path, log_text: io.StringIO) -> None:
+    root = tmp_path / "data"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "1.csv").write_bytes(b'question,answer\n1,2\n"1,2\n1,2\n1,2\n')
+    run(section(root, "a", source={"path": "a/1.csv"}))
+    told = " ".join(log_text.getvalue().split())
+    line = "a: a/1.csv:3: a quote opened in line 3 never closes: 3 lines are lost"
+    assert told.count(line) == 1
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_quote_is_a_letter_in_tsv_without_quoted_cells(tmp_path: Path, compress: Callable) -> None:
+    cells = [('"Hi" in German?', "Hallo"), ("2 + 2?", '"4'), ('"Bye"? Or "bye"?', 'It is ""')]
+    lines = ["question\tanswer", *("\t".join(row) for row in cells)]
+    name = "a.tsv" if compress is bytes else "a.tsv.gz"
+    file = file_of(tmp_path / name, compress("\n".join(lines).encode()))
+    assert [tuple(row.values()) for _, row in read(file)] == cells
+    quoted = "\n".join([*lines, '"a\tb"\tc']).encode()
+    rows = read(file_of(tmp_path / name, compress(quoted)))
+    assert rows[0] == (2, "bad_table")
+
+
+@pytest.mark.parametrize(
     ("header", "reason"), [(b"question,question\n", "duplicate_key"), (b'"question\n', "bad_table")]
 )
 def test_table_whose_columns_have_no_names_is_one_bad_row(
@@ -128,8 +166,10 @@ def test_row_over_the_limit_is_bad_and_never_cut(
         (2, small), (3, "row_too_large"),
     ]  # fmt: skip
     lines = {"question": "1", "answer": "x\n" * 100_100}
-    found = read(file_of(tmp_path / "a.csv", table([small, lines, small])))
-    assert found == [(2, small), (3, "bad_table")]
+    file = file_of(tmp_path / "a.csv", table([small, lines, small]))
+    assert read(file) == [(2, small), (3, "bad_table")]
+    (*_, last) = file.rows()
+    assert "does not close in 200,000 characters: all lines from it on are lost" in str(last.raw)
 
 
 def test_chats_and_choices_stand_in_cells_as_json(tmp_path: Path) -> None:

@@ -230,6 +230,20 @@ def test_vocabulary_and_merges_give_the_ids_of_transformers(tmp_path: Path, kind
     assert Tokenizer.from_files(ours.files).fingerprint == ours.fingerprint
 
 
+def test_special_token_that_only_the_vocabulary_lists_is_no_damage() -> None:
+    files = vocabulary_files("Qwen2Tokenizer")
+    settings = json.loads(files["tokenizer_config.json"])
+    vocabulary = json.loads(files["vocab.json"])
+    for number, token in settings["added_tokens_decoder"].items():
+        vocabulary[token["content"]] = int(number)
+    del settings["added_tokens_decoder"][str(vocabulary["<|im_start|>"])]
+    listed = {"vocab.json": vocabulary, "tokenizer_config.json": settings}
+    found = Tokenizer.from_files({**files, **{n: json.dumps(v) for n, v in listed.items()}})
+    whole = Tokenizer.from_files(files)
+    assert found.vocab_size == whole.vocab_size
+    assert found.encode("Hello, it's 2024!") == whole.encode("Hello, it's 2024!")
+
+
 def changed(name: str, text: str | None) -> dict[str, str]:
     files: dict[str, str | None] = {**vocabulary_files("Qwen2Tokenizer"), name: text}
     return {name: text for name, text in files.items() if text is not None}

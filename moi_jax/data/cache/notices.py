@@ -9,6 +9,7 @@ from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.data.sources.diagnosis import likely_cause, shown_row
 from moi_jax.data.sources.readers import SourceFile
+from moi_jax.data.sources.tables import LOST
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ MOST = 20  # files that are told of
 
 
 def log_notices(domain: str, manifest: Mapping[str, Any]) -> None:
-    """Logs what stands in the kept rows and may be a mistake, and what of them is not read."""
+    """Logs what stands in the kept rows and may be a mistake, and what is not read."""
     examples = {row["reason"]: row for row in reversed(manifest["examples"])}
     if count := manifest["contaminated"]:
         log.warning(
@@ -28,6 +29,15 @@ def log_notices(domain: str, manifest: Mapping[str, Any]) -> None:
             f"{domain}: {count:,} kept rows hold what may be an unfilled variable of a template, "
             f"for example {_place(examples['unfilled'])}"
         )
+    if count := manifest["trained_observations"]:
+        log.warning(
+            f"{domain}: {count:,} kept rows may train on what a tool wrote: an answer looks like a "
+            f"ReAct trajectory and is not recognised as one, for example "
+            f"{_place(examples['trained_observations'])}"
+        )
+    for row in manifest["examples"]:
+        if row["detail"].endswith(LOST):
+            log.warning(f"{domain}: {_place(row)}")
     files = [file for file in manifest["files"] if "ignored" in file]
     for file in files[:MOST]:
         log.info(f"{domain}: {file['name']}: {_ignored(file)}")

@@ -46,7 +46,7 @@ from moi_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 
 
 def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:

@@ -18,6 +18,7 @@ from moi_jax import config
 from moi_jax.common.checksums import write_sums
 from moi_jax.common.errors import UserError
 from moi_jax.data.sources.rows import SourceRow
+from moi_jax.data.sources.trajectories import unrecognised
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
 from moi_jax.text.rendering import Instruction
@@ -31,11 +32,11 @@ COUNTS = "counts.json"
 BATCH, BATCH_BYTES = 1_000, 2**22  # most rows rendered at once, and about how many bytes of them
 EXAMPLES = 5  # rows that the manifest shows for each reason
 # Reasons that come from the config, or of rows that are kept: the row itself is not bad.
-BY_CONFIG = {"has_system", "too_long", "contaminated", "unfilled"}
+BY_CONFIG = {"has_system", "too_long", "contaminated", "unfilled", "trained_observations"}
 # Counts of rows that are kept; cut_turns counts the turns that truncated rows have lost.
 NOTES = (
     *("own_system", "trimmed_user_turn", "truncated_turns", "cut_turns"),
-    *("contaminated", "unfilled"),
+    *("contaminated", "unfilled", "trained_observations"),
 )
 # A variable of a template that was not filled in. One letter may be LaTeX: \frac{{a}}{{b}}.
 HOLE = re.compile(r"\{\{ ?[A-Za-z_][\w.]+ ?\}\}")
@@ -166,6 +167,9 @@ class BlockWriter:
         self.notes["cut_turns"] += len(row.conversation.turns) - len(conversation.turns)
         self.notes["contaminated"] += contaminated
         self.notes["unfilled"] += self._unfilled(row.line, conversation)
+        if fault := unrecognised(conversation.messages):
+            self._note(row.line, BadRow("trained_observations", fault))
+            self.notes["trained_observations"] += 1
         for key, text in row.ignored.items():
             first = {"rows": 0, "line": row.line, "example": text}
             self.ignored.setdefault(key, first)["rows"] += 1

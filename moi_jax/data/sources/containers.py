@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moi_jax.common.errors import UserError
-from moi_jax.data.sources.tables import BOM, table_kind, table_rows
+from moi_jax.data.sources.tables import BOM, has_plain_quotes, table_kind, table_rows
 from moi_jax.text.conversations import BadRow
 
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
@@ -30,6 +30,7 @@ RIEGELI = bytes.fromhex("83af70d10d884a3f")  # the first bytes of an ArrayRecord
 
 MAX_ROW = 2**24  # bytes of the longest row; a longer one is never held in memory
 PIECE = 2**16  # bytes of text read at once
+HEAD = 2**20  # bytes of a TSV file that show whether its cells are quoted
 COMPRESSED_PIECE = 2**8  # compressed bytes read at once: at most about 8 MB of text
 BATCH = 1_000  # rows of Parquet or records of ArrayRecord read at once
 
@@ -159,19 +160,30 @@ class _Inflated(io.RawIOBase):
 
 
 def _layout(file: io.BufferedReader, path: Path) -> str:
-    """How a text stores its rows: "lines", "array", "object", "csv" or "tsv"."""
+    """How a text stores its rows: "lines", "array", "object", "csv", "tsv" or "plain_tsv"."""
     first = file.readline(MAX_ROW).removeprefix(BOM)
     while first.isspace():
         first = file.readline(MAX_ROW)
     first = first.lstrip()
     if not first.startswith((b"[", b"{")):
-        return table_kind(path) or "lines"
+        kind = table_kind(path) or "lines"
+        plain = kind == "tsv" and has_plain_quotes(first + _beginning(file))
+        return "plain_tsv" if plain else kind
     whole = _is_json(first)
     if first.startswith(b"["):
         return "lines" if whole and file.read(PIECE).strip() else "array"
     if whole or len(first) >= MAX_ROW:
         return "lines"
     return "object" if _is_json(first + file.read(MAX_ROW)) else "lines"
+
+
+def _beginning(file: io.BufferedReader) -> bytes:
+    """The next `HEAD` bytes or a little more; fewer if the file ends or is damaged."""
+    text = b""
+    with suppress(BadRow):
+        while len(text) < HEAD and (piece := file.read1(PIECE)):
+            text += piece
+    return text
 
 
 def _is_json(text: bytes) -> bool:
@@ -264,8 +276,9 @@ def _elements(file: io.BufferedReader) -> Iterator[RawRow]:
         rest = b""
 
 
-def _table(kind: str, file: io.BufferedReader) -> Iterator[RawRow]:
-    return (RawRow(*row) for row in table_rows(_whole_lines(file), kind, MAX_ROW))
+def _table(kind: str, file: io.BufferedReader, plain_quotes: bool = False) -> Iterator[RawRow]:
+    rows = table_rows(_whole_lines(file), kind, MAX_ROW, plain_quotes)
+    return (RawRow(*row) for row in rows)
 
 
 def _whole_lines(file: io.BufferedReader) -> Iterator[bytes]:
@@ -281,6 +294,7 @@ READERS: dict[str, Callable[[io.BufferedReader], Iterator[RawRow]]] = {
     "object": _object,
     "csv": functools.partial(_table, "csv"),
     "tsv": functools.partial(_table, "tsv"),
+    "plain_tsv": functools.partial(_table, "tsv", plain_quotes=True),
 }
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 from textwrap import shorten
@@ -15,6 +16,7 @@ from moi_jax.text.conversations import BadRow
 
 ROWS = 1_000  # that are looked at
 SHOWN = 80  # characters
+SEMICOLONS = "its columns are separated by ';'; save it as CSV with commas"
 
 
 def shown_row(file: SourceFile, line: int) -> str:
@@ -35,6 +37,8 @@ def likely_cause(file: SourceFile, format_name: str) -> str:
     """
     rows = list(islice(file.rows(), ROWS))
     if objects := _objects(rows):
+        if split_by_semicolons(objects[0]):
+            return SEMICOLONS
         found = next(filter(None, map(formats.detect, objects)), None)
         if format_name == "auto" or found in (None, format_name):
             return ""
@@ -49,7 +53,12 @@ def likely_cause(file: SourceFile, format_name: str) -> str:
     for kind, separator in SEPARATORS.items():
         if _is_table(texts[:2], separator):
             return f"it looks like {kind.upper()}; give the file the ending .{kind}"
-    return ""
+    return SEMICOLONS if _is_table(texts[:2], ";") else ""
+
+
+def split_by_semicolons(row: Mapping[str, Any]) -> bool:
+    """Whether the row is of a table whose only column bears the names of several."""
+    return len(row) == 1 and _is_table([*row], ";")
 
 
 def _objects(rows: list[RawRow]) -> list[dict[str, Any]]:

@@ -83,8 +83,7 @@ def _messages_of(row: Mapping[str, Any], form: Format) -> list[Message]:
     if form.unwrap:
         row = form.unwrap(row)
     tools = react.tool_list(row)
-    systems = [text_of(row, key) for key in SYSTEM if row.get(key) is not None]
-    events: list[Event] = [Message("system", text) for text in systems if text.strip()]
+    events: list[Event] = [Message("system", text) for text in _system_texts(row)]
     events += form.events(row)
     messages = [event for event in events if isinstance(event, Message)]
     if tools or len(messages) < len(events):
@@ -95,6 +94,16 @@ def _messages_of(row: Mapping[str, Any], form: Format) -> list[Message]:
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         messages = messages[1:]
     return messages
+
+
+def _system_texts(row: Mapping[str, Any]) -> set[str]:
+    """The row's own system text, at most one."""
+    texts = {text_of(row, key) for key in SYSTEM if row.get(key) is not None}
+    texts = {text for text in texts if text.strip()}
+    if len(texts) > 1:
+        keys = " and ".join(map(repr, SYSTEM))
+        raise BadRow("system_not_first", f"{keys} hold different texts; a row has one system text")
+    return texts
 
 
 def _check_text(content: str) -> None:

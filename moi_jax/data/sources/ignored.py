@@ -9,6 +9,7 @@ from textwrap import shorten
 from typing import Any
 
 from moi_jax.data.sources.formats import SYSTEM, Format
+from moi_jax.data.sources.pairs import context_of
 from moi_jax.data.sources.turns import MARKS, REASONING
 
 ROW_KEYS = frozenset({*SYSTEM, "tools", "functions"})  # that every format reads
@@ -33,11 +34,14 @@ def ignored_content(row: Mapping[str, Any], form: Format) -> dict[str, str]:
     The key of a turn is written as in `messages[].images`.
     """
     found = _content(row, _keys_read(form, row))
+    if "context" in form.optional and context_of(row) is None:
+        found["context"] = _beginning(row["context"])
     for name in form.turns:
         turns = row.get(name)
         for turn in turns if isinstance(turns, list) else ():
-            for key, text in _content(turn, TURN_KEYS).items():
-                found[f"{name}[].{key}"] = text
+            if isinstance(turn, dict):  # or the key holds no turns and is not read
+                content = _content(turn, TURN_KEYS)
+                found |= {f"{name}[].{key}": text for key, text in content.items()}
     return found
 
 
@@ -56,10 +60,14 @@ def _union(*keys: frozenset[str]) -> frozenset[str]:
 
 def _content(object_: Mapping[str, Any], read: frozenset[str]) -> dict[str, str]:
     return {
-        key: shorten(str(value), EXAMPLE, placeholder="...")
+        key: _beginning(value)
         for key, value in object_.items()
         if key not in read and _is_content(key.lower(), value)
     }
+
+
+def _beginning(value: Any) -> str:
+    return shorten(str(value), EXAMPLE, placeholder="...")
 
 
 def _is_content(key: str, value: Any) -> bool:

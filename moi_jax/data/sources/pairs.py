@@ -8,10 +8,11 @@
 import dataclasses
 import string
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from reprlib import repr as shown  # the content of a row may be of any length and depth
 from typing import Any, TypeGuard
 
-from moi_jax.data.sources.react import Call, Event, Thought
+from moi_jax.data.sources.react import Call, Event, Observation, Thought
 from moi_jax.data.sources.readers import decode
 from moi_jax.data.sources.turns import CHAT_ROLES, Reader, text_of, turns
 from moi_jax.text.conversations import BadRow, Message, Role
@@ -26,7 +27,7 @@ def pair(question_key: str, *answer_keys: str) -> Reader:
 
     def events(row: Row) -> list[Event]:
         return [
-            Message("user", _joined(_optional(row, "context"), text_of(row, question_key))),
+            Message("user", _joined(context_of(row) or "", text_of(row, question_key))),
             Message("assistant", text_of(row, _present(row, answer_keys))),
         ]
 
@@ -35,7 +36,7 @@ def pair(question_key: str, *answer_keys: str) -> Reader:
 
 def alpaca(row: Row) -> list[Event]:
     """An instruction with its material, the answer, and perhaps earlier turns."""
-    material = [_optional(row, key) for key in ("input", "context")]
+    material = _optional(row, "input"), context_of(row) or ""
     question = _joined(text_of(row, "instruction"), *material)
     answer = text_of(row, _present(row, ("output", "response")))
     return [*_history(row), Message("user", question), Message("assistant", answer)]
@@ -50,6 +51,16 @@ def _optional(row: Row, key: str) -> str:
     return "" if row.get(key) is None else text_of(row, key)
 
 
+def context_of(row: Row) -> str | None:
+    """The text of the key `context`; None if it is no text, such as an object of passages."""
+    try:
+        return _optional(row, "context")
+    except BadRow as bad:
+        if bad.reason == "content_not_text":
+            return None
+        raise
+
+
 def _joined(*texts: str) -> str:
     """The texts that are not blank, with a blank line between them; a single one is not changed."""
     return "\n\n".join(text for text in texts if text.strip())
@@ -59,6 +70,8 @@ def _history(row: Row) -> list[Event]:
     """The earlier turns of an Alpaca row, which are pairs of question and answer."""
     events: list[Event] = []
     history = row.get("history") or []
+    if isinstance(history, str):  # of a CSV file
+        history = decode(history, "bad_history") if history.strip() else []
     for earlier in history if isinstance(history, list) else [None]:
         if not (
             isinstance(earlier, list)
@@ -71,11 +84,17 @@ def _history(row: Row) -> list[Event]:
 
 
 def multiple_choice(row: Row) -> list[Event]:
-    """A question with its choices, one in each line as `A. text`, and the right one as answer."""
-    labels, texts = _choices(row.get(_present(row, CHOICES)))
+    """A question with its choices, one in each line as `A. text`, and the right one as answer.
+
+    A question whose choices are an empty cell is an open one, and its answer is a text.
+    """
+    choices = row.get(_present(row, CHOICES))
+    if isinstance(choices, str) and not choices.strip():
+        return pair("question", *RIGHT)(row)
+    labels, texts = _choices(choices)
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=True)]
-    right = _right(row.get(_present(row, RIGHT)), labels, texts)
-    question = _joined(_optional(row, "context"), text_of(row, "question"), "\n".join(lines))
+    right = _right(row.get(_present(row, RIGHT)), labels, texts, isinstance(choices, str))
+    question = _joined(context_of(row) or "", text_of(row, "question"), "\n".join(lines))
     return [Message("user", question), Message("assistant", lines[right])]
 
 
@@ -104,17 +123,29 @@ def _are_texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def _right(answer: Any, labels: list[str], texts: list[str]) -> int:
-    """The index of the right choice. The answer is its index, its label or its text."""
+def _right(answer: Any, labels: list[str], texts: list[str], in_table: bool) -> int:
+    """The index of the right choice. The answer is its index, its label or its text.
+
+    Args:
+      in_table: the row is of a CSV file, where an index is written as a text.
+    """
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
         return answer
     if isinstance(answer, str):
         plain = answer.strip()
-        for names in (labels, texts):
-            if plain in (stripped := [name.strip() for name in names]):
-                return stripped.index(plain)
-        if plain.isdecimal() and int(plain) < len(texts):  # of a CSV file, where all is text
-            return int(plain)
+        labels, texts = ([name.strip() for name in names] for names in (labels, texts))
+        if plain in labels:
+            return labels.index(plain)
+        indices = [str(index) for index in range(len(texts))]
+        places = [names.index(plain) for names in (texts, indices) if plain in names]
+        if in_table and len(set(places)) > 1:
+            raise BadRow(
+                "bad_choices",
+                f"the answer {plain} is the index of one choice and the text of another; write "
+                f"its label",
+            )
+        if places:
+            return places[0]
     raise BadRow("bad_choices", f"the answer {shown(answer)} is none of {len(texts)} choices")
 
 
@@ -122,13 +153,29 @@ def prompt_completion(row: Row) -> list[Event]:
     """A prompt and its completion, each a text or a list of turns; the prompt carries no loss."""
     answer = _present(row, ("completion", "response"))
     prompt = [_untrained(event) for event in _side(row, "prompt", "user")]
+    if isinstance(prompt[-1] if prompt else None, Call | Observation):
+        raise BadRow(
+            "split_turn",
+            "the prompt ends with a call or its result, so the completion goes on with a turn that "
+            "is not trained as a whole; write all turns as 'messages'",
+        )
     return [*prompt, *_side(row, answer, "assistant")]
 
 
 def _side(row: Row, key: str, role: Role) -> list[Event]:
-    if isinstance(row.get(key), list):
+    value = row.get(key)
+    if isinstance(value, list) or _is_json_of_turns(value):
         return turns(key, "role", "content", CHAT_ROLES)(row)
     return [Message(role, text_of(row, key))]
+
+
+def _is_json_of_turns(value: Any) -> bool:
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return False
+    with suppress(BadRow):
+        listed = decode(value)
+        return bool(listed) and all(isinstance(turn, dict) and "role" in turn for turn in listed)
+    return False
 
 
 def _untrained(event: Event) -> Event:

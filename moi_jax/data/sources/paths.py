@@ -16,6 +16,9 @@ ROWS = re.compile(
     r"\.(jsonl|ndjson|json|csv|tsv|parquet|array_record|arrayrecord)(-\d+-of-\d+)?(\.gz|\.zst)?$"
 )
 
+# The ending of an archive or of a compressed file that cannot be read.
+PACKED = re.compile(r"\.(bz2|xz|lzma|lz4|br|zip|7z|rar|tar|tgz|tar\.(gz|zst))$")
+
 
 def find_files(root: Path, path: str) -> list[str]:
     """The names of the files relative to `root`, sorted.
@@ -32,6 +35,7 @@ def find_files(root: Path, path: str) -> list[str]:
     _refuse_loops(root, pattern)
     names = sorted(set(glob.glob(pattern, root_dir=root, recursive=True)))
     if directory:
+        _tell_packed(path, [name for name in names if PACKED.search(name.lower())])
         names = [name for name in names if ROWS.search(name.lower())]
     folders = {name for name in names if (root / name).is_dir()}
     files = [name for name in names if name not in folders]
@@ -51,14 +55,26 @@ def find_files(root: Path, path: str) -> list[str]:
     return files
 
 
+def _tell_packed(path: str, names: list[str]) -> None:
+    """Warns of files in a directory that may hold rows, but cannot be read."""
+    if names:
+        log.warning(
+            f"the directory {path!r} holds packed files, which are not read: {_listed(names)}; "
+            f"unpack them, or use gzip or zstd"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
 def _tell_unread(path: str, files: list[str], folders: list[str]) -> None:
     """Warns of directories that a glob matches, but no file in them."""
     entered = {str(parent) for name in files for parent in Path(name).parents}
     if unread := [folder for folder in folders if str(Path(folder)) not in entered]:
-        listed = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if unread[3:] else "")
         log.warning(
-            f"{path!r} matches directories, whose files are not read: {listed}; to read them, give "
-            f"the directory itself as a path"
+            f"{path!r} matches directories, whose files are not read: {_listed(unread)}; to read "
+            f"them, give the directory itself as a path"
         )
 
 

@@ -13,6 +13,7 @@ from moi_jax.config import Source
 from moi_jax.data.sources import formats
 from moi_jax.data.sources.containers import RawRow
 from moi_jax.data.sources.datasets import open_dataset
+from moi_jax.data.sources.diagnosis import SEMICOLONS, split_by_semicolons
 from moi_jax.data.sources.formats import FORMATS, Format
 from moi_jax.data.sources.ignored import ignored_content
 from moi_jax.data.sources.paths import find_files
@@ -70,17 +71,19 @@ def detect_format(file: SourceFile) -> str | None:
     Raises:
       UserError: the keys of these rows belong to no format.
     """
-    odd: tuple[int, list[str]] | None = None
+    odd: tuple[int, dict[str, Any]] | None = None
     for line, row in islice(_readable(file), ROWS_TO_DETECT):
         if name := formats.detect(row):
             return name
-        odd = odd or (line, sorted(row))
+        odd = odd or (line, row)
     if odd is None:
         return None
+    line, row = odd
+    todo = f"set the source's format to one of {', '.join(FORMATS)}"
     raise UserError(
-        f"{file.path}:{odd[0]}: no known format has the keys "
-        f"{', '.join(map(repr, odd[1])) or '(none)'}; set the source's format to one of "
-        f"{', '.join(FORMATS)}"
+        f"{file.path}:{line}: no known format has the keys "
+        f"{', '.join(map(repr, sorted(row))) or '(none)'}; "
+        f"{SEMICOLONS if split_by_semicolons(row) else todo}"
     )
 
 

@@ -1,6 +1,7 @@
 """Tables: streams the rows of CSV and TSV, whose first row names the columns."""
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -10,6 +11,10 @@ from moi_jax.text.conversations import BadRow
 
 BOM = b"\xef\xbb\xbf"
 SEPARATORS = {"csv": ",", "tsv": "\t"}
+LOST = "are lost"  # ends the detail of a bad row that takes other lines along
+# A cell of TSV that begins with a quote, and one that is quoted as in CSV.
+QUOTE = re.compile(rb'(?:\A|[\t\n])"')
+QUOTED = re.compile(rb'(?:\A|[\t\n])"[^"]*(?:""[^"]*)*"(?=[\t\r\n]|\Z)')
 
 
 def table_kind(path: Path) -> str | None:
@@ -20,20 +25,31 @@ def table_kind(path: Path) -> str | None:
     return endings[-1][1:] if endings and endings[-1][1:] in SEPARATORS else None
 
 
+def has_plain_quotes(text: bytes) -> bool:
+    """Whether cells of a TSV text begin with a quote, but no cell is quoted as in CSV."""
+    return bool(QUOTE.search(text)) and not QUOTED.search(text)
+
+
 def table_rows(
-    lines: Iterable[bytes], kind: str, most: int
+    lines: Iterable[bytes], kind: str, most: int, plain_quotes: bool = False
 ) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
     """(line in which it begins, bytes, content) of each row that is not blank, after the first.
 
     Args:
       most: characters of the longest cell.
+      plain_quotes: a quote is a letter like any other.
 
     Raises:
       BadRow: the first row does not name the columns, or a row is too large to go on.
     """
     text = _Text(lines)
     csv.field_size_limit(most)
-    reader = csv.reader(text, delimiter=SEPARATORS[kind], strict=True)
+    reader = csv.reader(
+        text,
+        delimiter=SEPARATORS[kind],
+        quoting=csv.QUOTE_NONE if plain_quotes else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
     names: list[str] = []
     while True:
         begin, before = reader.line_num + 1, text.size
@@ -42,7 +58,7 @@ def table_rows(
         except StopIteration:
             return
         except csv.Error as error:
-            bad, size = BadRow("bad_table", str(error)), text.size - before
+            bad, size = _bad(error, begin, reader.line_num), text.size - before
             # In the middle of a cell nobody knows where the next row begins.
             if not names or size > most:
                 raise bad from None
@@ -52,6 +68,20 @@ def table_rows(
             names = _names(cells)
         elif cells:
             yield begin, text.size - before, _row(names, cells)
+
+
+def _bad(error: csv.Error, begin: int, end: int) -> BadRow:
+    """The row of the lines [begin, end], in which the error was found at the end."""
+    if begin == end:
+        return BadRow("bad_table", str(error))
+    lines = f"{end - begin + 1:,} lines"
+    if "end of data" in str(error):
+        how = f"never closes: {lines}"
+    elif "field limit" in str(error):
+        how = f"does not close in {csv.field_size_limit():,} characters: all lines from it on"
+    else:
+        how = f"closes in the middle of line {end}: {lines}"
+    return BadRow("bad_table", f"a quote opened in line {begin} {how} {LOST}")
 
 
 class _Text:
