@@ -127,10 +127,10 @@ def plan_epoch(
     rows = int(row_of.max()) + 1
     row_of = rng(RandomStream.ROWS).permutation(rows)[row_of]
     # Length must not tell the place of a group in its row. Sequential rows keep draw order.
-    ranks = np.arange(len(members))
     if data.packing == "best_fit":
-        ranks = rng(RandomStream.GROUPS).permutation(ranks)
-    members = members[np.lexsort((ranks, row_of))]
+        shuffled = rng(RandomStream.GROUPS).permutation(len(members))
+        members, row_of = members[shuffled], row_of[shuffled]
+    members = members[np.argsort(row_of, kind="stable")]
     present = members >= 0
     return EpochPlan(
         epoch=epoch,

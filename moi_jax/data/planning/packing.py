@@ -138,10 +138,10 @@ def best_fit(
     # one, and none has to be searched.
     search = copies.any and not lone
     open_rows = OpenRows(sequence_length)
-    room = array("q")  # how many groups each row still takes
+    takes = array("q")  # how many groups each row still takes
     placed = array("q")
     held: list[tuple[int, int]] = []
-    last = -1
+    last, rows, most = -1, 0, most or len(sizes)
     kinds = members[order, 0]
     for group, size, kind in zip(order.data, sizes[order].data, kinds.data, strict=True):
         if lone and kind != last:
@@ -154,10 +154,10 @@ def best_fit(
         if free >= 0:
             row = open_rows.pop(free, index)
         else:
-            row, free = len(room), sequence_length
-            room.append(most or len(sizes))
-        room[row] -= 1
-        if free > size and room[row]:
+            row, free, rows = rows, sequence_length, rows + 1
+            takes.append(most)
+        if free > size and takes[row] > 1:
+            takes[row] -= 1
             if lone:
                 held.append((row, free - size))
             else:

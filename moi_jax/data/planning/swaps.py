@@ -108,8 +108,9 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     room = (limit - layout.sizes[partners]).reshape(len(long), each, 1, 1, 1)
     gain[(gain > room) | (a < 0) | (b < 0)] = 0
     if layout.repeats:  # what stands in both rows stays, or one of them would hold it twice
-        same = a == b
-        gain[same.any(axis=3, keepdims=True) | same.any(axis=2, keepdims=True)] = 0
+        row, partner, i, j, column = np.nonzero((a == b) & (a >= 0))
+        gain[row, partner, i, :, column] = 0
+        gain[row, partner, :, j, column] = 0
     shape = gain.shape[1:]
     gain = gain.reshape(len(long), -1)
     enough = gain >= (layout.sizes[long] - limit)[:, None]
