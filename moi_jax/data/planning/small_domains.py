@@ -7,6 +7,8 @@ again: each instruction goes to as many rows as it was drawn times. If draw coun
 one, that is always possible (Gale 1957, Ryser 1957).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from moi_jax.data.planning import packing, swaps
@@ -17,14 +19,14 @@ FEW, MANY = 4, 16
 NEAR = 1.005  # times the fewest rows: a search that comes so near is good enough
 # Once a domain is small, all domains up to this many times the chunks of a row are dealt out.
 DEALT = 64
-JITTER = (
-    0.1  # of the mean length: among rows that suit an instruction about equally, chance decides
-)
+JITTER = 0.1  # of the mean length: between rows that suit about equally, chance decides
+
+Rows = tuple[np.ndarray, np.ndarray]  # the new members, and int64[G], the row of each chunk
 
 
 def place_chunks(
     members: np.ndarray, lengths: np.ndarray, limit: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Rows:
     """Best fit of balanced chunks; a row holds no instruction twice, however small a domain is.
 
     Args:
@@ -41,31 +43,49 @@ def place_chunks(
     cycled = [column for column, n in enumerate(distinct) if n < chunks]
     most = min((distinct[column] for column in cycled), default=chunks)
     by_rule, by_tokens = -(-chunks // most), -(-tokens // int(limit * swaps.AIM))
+    if not cycled or most >= MANY * a_row:
+        return _fitted(members, lengths, limit, None, rng)
     best = None
     if most >= FEW * a_row:
         best = _fitted(members, lengths, limit, None, rng)
-        if most >= MANY * a_row or best[1].max() < NEAR * max(by_rule, by_tokens):
+        if best[1].max() < NEAR * max(by_rule, by_tokens):
             return best
-    dealt = [column for column in cycled if distinct[column] < DEALT * a_row]
-    # As if all were different: every place that is dealt out has a number of its own.
-    apart, apart_lengths = members.copy(), [lengths]
-    for number, column in enumerate(dealt):
-        apart[:, column] = len(lengths) + number * chunks + np.arange(chunks)
-        apart_lengths.append(lengths[members[:, column]])
-    of_place = np.concatenate([np.arange(len(lengths)), *members[:, dealt].T])
+    columns = [column for column in cycled if distinct[column] < DEALT * a_row]
     for arrange in (_evenly_spread, _fitted) if by_rule > by_tokens else (_fitted, _evenly_spread):
-        chosen, row_of = arrange(apart, np.concatenate(apart_lengths), limit, most, rng)
-        chosen = of_place[chosen]
-        for column in dealt:
-            chosen[:, column] = deal(chosen[:, column], row_of, lengths, rng)
-        if (lengths[chosen].sum(axis=1) > limit).any():
-            continue  # other partners made a chunk longer than a row
-        chosen, row_of = _mended(chosen, row_of, lengths, limit, most, rng)
-        if best is None or row_of.max() < best[1].max():
-            best = chosen, row_of
-        if row_of.max() < max(by_rule, by_tokens):
+        rows = _dealt_out(members, lengths, limit, most, columns, arrange, rng)
+        if rows and (best is None or rows[1].max() < best[1].max()):
+            best = rows
+        if best and best[1].max() < max(by_rule, by_tokens):
             break
     return best or _fitted(members, lengths, limit, None, rng)
+
+
+def _dealt_out(
+    members: np.ndarray,
+    lengths: np.ndarray,
+    limit: int,
+    most: int,
+    columns: list[int],
+    arrange: Callable[..., Rows],
+    rng: np.random.Generator,
+) -> Rows | None:
+    """Rows that are made as if the instructions of the columns were all different, then dealt out.
+
+    Returns:
+      None if other partners make a chunk longer than a row.
+    """
+    # Every place in the columns has a number of its own.
+    own = len(lengths) + np.arange(members.shape[0] * len(columns)).reshape(-1, len(columns))
+    apart = members.copy()
+    apart[:, columns] = own
+    of_place = np.append(np.arange(len(lengths)), members[:, columns].ravel())
+    apart, row_of = arrange(apart, lengths[of_place], limit, most, rng)
+    chosen = of_place[apart]
+    for column in columns:
+        chosen[:, column] = deal(chosen[:, column], row_of, lengths, rng)
+    if (lengths[chosen].sum(axis=1) > limit).any():
+        return None
+    return _mended(chosen, row_of, lengths, limit, most, rng)
 
 
 def _fitted(
@@ -74,7 +94,7 @@ def _fitted(
     limit: int,
     most: int | None,
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Rows:
     """Rows as full as best fit and swaps make them, with at most `most` chunks."""
     sizes = lengths[members].sum(axis=1, dtype=np.int64)
     row_of = packing.best_fit(members, sizes, limit, most)
@@ -83,7 +103,7 @@ def _fitted(
 
 def _evenly_spread(
     members: np.ndarray, lengths: np.ndarray, limit: int, most: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Rows:
     """The fewest rows that `most` and `limit` allow, with equal numbers of chunks and of tokens.
 
     A row may be too long.
@@ -152,7 +172,7 @@ def _mended(
     limit: int,
     most: int,
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Rows:
     """Rows within the limit and without copies: by swaps, then by moving chunks to other rows."""
     sizes = swaps.row_sizes(members, row_of, lengths)
     layout = swaps.Layout(members.copy(), row_of, sizes, lengths, same_column=True, repeats=True)
