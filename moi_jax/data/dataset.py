@@ -24,7 +24,7 @@ from moi_jax.data.planning.mixture_report import (
     log_source_table,
     mixture_statistics,
 )
-from moi_jax.data.planning.placeable import check_placeable, log_left_out, placeable
+from moi_jax.data.planning.placeable import check_placeable, log_left_out
 from moi_jax.data.planning.training_plan import TrainingPlan
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -101,9 +101,8 @@ def open_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     caches = prepare(config.data, tokenizer)
     selections = select(caches, config.data.held_out, config.loss.targets, config.data.domains)
     corpus = Corpus.of_training(caches, selections, config.loss.targets)
-    kept = placeable(corpus, config.data)
+    kept = check_placeable(corpus, config.data)
     if not kept.all():
-        check_placeable(corpus, kept, config.data)
         log_left_out(corpus, kept, config.data)
         of_domain = np.split(kept, corpus.offsets[1:-1])
         selections = [s.keep(mine) for s, mine in zip(selections, of_domain, strict=True)]

@@ -17,7 +17,7 @@ from moi_jax.config import Data
 from moi_jax.data.planning import mixture, packing, small_domains, swaps
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.mixture import RandomStream
-from moi_jax.data.planning.placeable import no_group_fits
+from moi_jax.data.planning.placeable import NoGroupFits
 
 # Goes up when the same arguments give another plan. 2 shuffles the groups of a row, deals out small
 # domains, and leaves out alone what no group can hold.
@@ -120,7 +120,7 @@ def plan_epoch(
     unplaced = members[~fits]
     drawn, members, sizes = drawn[fits], members[fits], sizes[fits]
     if not len(members):
-        raise no_group_fits(limit)
+        raise NoGroupFits(limit)
     members, row_of = _rows(members, lengths, data, rng(RandomStream.FILL))
     moved = int(np.count_nonzero(members != drawn))
     members = mixture.order_members(members, counts, data, seed, epoch, stage)

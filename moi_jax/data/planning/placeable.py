@@ -24,6 +24,16 @@ ROW_STEP = 64  # a proposed row length is a multiple of it
 PLACED = 0.99  # the share of the instructions that a proposed row length places
 
 
+class NoGroupFits(UserError):
+    """Even the shortest instructions make a group that is longer than a row."""
+
+    def __init__(self, limit: int):
+        super().__init__(
+            f"no group of instructions fits a row of {limit} tokens; raise data.sequence_length or "
+            f"lower data.max_instruction_tokens"
+        )
+
+
 def placeable(corpus: Corpus, data: Data, sequence_length: int | None = None) -> np.ndarray:
     """bool[instructions]: False for those that no group can hold, in some stage.
 
@@ -35,7 +45,8 @@ def placeable(corpus: Corpus, data: Data, sequence_length: int | None = None) ->
       sequence_length: of the rows; None for data.sequence_length.
 
     Raises:
-      UserError: no group fits, whatever is left out.
+      NoGroupFits: whatever is left out.
+      UserError: there is nothing to draw from.
     """
     limit = sequence_length or data.sequence_length
     kept = np.ones(len(corpus.lengths), bool)
@@ -85,19 +96,12 @@ def _pools(corpus: Corpus, data: Data, limit: int) -> list[_Pool]:
         pools = [_Pool.of(numbers[weights > 0], corpus, weights)] * data.chunk_size
     shortest = np.array([pool.lengths[0] for pool in pools])
     if shortest.sum() > limit:
-        raise no_group_fits(limit)
+        raise NoGroupFits(limit)
     for pool in pools:
         longest = limit - shortest.sum() + pool.lengths[0]
         pool.kept = int(np.searchsorted(pool.lengths, longest, side="right"))
     _shorten(pools, shortest, limit)
     return pools
-
-
-def no_group_fits(limit: int) -> UserError:
-    return UserError(
-        f"no group of instructions fits a row of {limit} tokens; raise data.sequence_length or "
-        f"lower data.max_instruction_tokens"
-    )
 
 
 def _shorten(pools: list[_Pool], shortest: np.ndarray, limit: int) -> None:
@@ -122,18 +126,30 @@ def _shorten(pools: list[_Pool], shortest: np.ndarray, limit: int) -> None:
                 pool.kept -= min(math.ceil(share * pool.kept / STEPS), pool.kept - 1)
 
 
-def check_placeable(corpus: Corpus, kept: np.ndarray, data: Data) -> None:
-    """Raises UserError if more than data.max_unplaceable of the instructions are left out."""
-    lost = len(kept) - int(np.count_nonzero(kept))
-    if lost <= data.max_unplaceable * len(kept):
-        return
-    of_domain = np.bincount(corpus.domain_of(np.flatnonzero(~kept)), minlength=len(corpus.names))
-    most = int(np.argmax(of_domain))
+def check_placeable(corpus: Corpus, data: Data) -> np.ndarray:
+    """`placeable`, unless more than data.max_unplaceable of the instructions are left out.
+
+    Raises:
+      UserError: more are left out; it names the row length that places nearly all.
+    """
+    limit, count = data.sequence_length, len(corpus.lengths)
+    try:
+        kept = placeable(corpus, data)
+    except NoGroupFits:
+        raise UserError(
+            f"no group of instructions fits a row of {limit:,} tokens; set data.sequence_length to "
+            f"{_row_length(corpus, data):,}, which places {PLACED:.0%} of all, or lower "
+            f"data.max_instruction_tokens"
+        ) from None
+    lost = np.flatnonzero(~kept)
+    if len(lost) <= data.max_unplaceable * count:
+        return kept
+    most = np.argmax(np.bincount(corpus.domain_of(lost), minlength=len(corpus.names)))
     raise UserError(
-        f"{lost:,} of {len(kept):,} training instructions ({lost / len(kept):.1%}, most of them of "
-        f"domain {corpus.names[most]}) are too long to share a row of {data.sequence_length:,} "
-        f"tokens with their partners; set data.sequence_length to {_row_length(corpus, data):,}, "
-        f"which places {PLACED:.0%} of all, or data.max_unplaceable to 1 to train without these"
+        f"{len(lost):,} of {count:,} training instructions ({len(lost) / count:.1%}, most of them "
+        f"of domain {corpus.names[most]}) are too long to share a row of {limit:,} tokens with "
+        f"their partners; set data.sequence_length to {_row_length(corpus, data):,}, which places "
+        f"{PLACED:.0%} of all, or data.max_unplaceable to 1 to train without these"
     )
 
 
@@ -157,8 +173,15 @@ def _row_length(corpus: Corpus, data: Data) -> int:
     enough = too_short + -(-int(corpus.lengths.max()) * width // ROW_STEP)
     while enough - too_short > 1:
         middle = (too_short + enough) // 2
-        if placeable(corpus, data, middle * ROW_STEP).mean() >= PLACED:
+        if _placed(corpus, data, middle * ROW_STEP) >= PLACED:
             enough = middle
         else:
             too_short = middle
     return enough * ROW_STEP
+
+
+def _placed(corpus: Corpus, data: Data, sequence_length: int) -> float:
+    try:
+        return float(placeable(corpus, data, sequence_length).mean())
+    except NoGroupFits:
+        return 0.0
