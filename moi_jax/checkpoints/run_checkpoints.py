@@ -152,12 +152,6 @@ class RunCheckpoints:
             check_finite(folder, restored[item], item)
         return restored["parameters"], restored["optimizer"]
 
-    def read_json(self, step: int, item: str) -> Json:
-        """One JSON item of a step; raises UserError when it is missing or damaged."""
-        args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-        with reading(self.directory / str(step), item):
-            return self._manager.restore(step, args=args)[item]
-
     def wait(self) -> None:
         """Waits until the last save is complete on disk; raises UserError if it cannot be."""
         with self._writing():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.checkpoints.experiment import Experiment
-from moi_jax.checkpoints.items import read_items
+from moi_jax.checkpoints.items import read_json_item
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
 from moi_jax.common.fingerprint import json_fingerprint
@@ -79,10 +79,10 @@ def resume_position(
             before = load_config(directory / "config.yaml").model_dump(mode="json")
             check_resume(directory, before, experiment.config, allow_change)
         return FIRST_POSITION
-    read_items(checkpoints.directory / str(saved_step))  # refuses a checkpoint of another format
-    position = checkpoints.read_json(saved_step, "position")
+    step = checkpoints.directory / str(saved_step)
+    position = read_json_item(step, "position")
     _check_planner(position, directory)
-    before = checkpoints.read_json(saved_step, "config")
+    before = read_json_item(step, "config")
     # The checkpoint holds everything that came from model.init_from.
     may_change = (*MAY_CHANGE, "model.init_from")
     check_resume(directory, before, experiment.config, allow_change, may_change)

@@ -36,16 +36,28 @@ NOBODY = 65534
 GROWING_DISK = """
 import logging, shutil, subprocess, sys
 from pathlib import Path
-log = logging.getLogger("moi_jax")  # standard error is for mishaps alone
-log.propagate = log.addHandler(logging.NullHandler())
+logging.disable()  # standard error is for mishaps alone
+from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.common.errors import UserError
+from moi_jax.config.load import load_config
+from moi_jax.data.dataset import open_dataset
 from support.runs import small_config, train_here
-place, sizes, kept = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3]
+place, kept = Path(sys.argv[1]), sys.argv[2]
+
+def remount(size):
+    subprocess.run(["mount", "-o", f"remount,size={size}", place], check=True)
+
+def just_the_cache():
+    remount("20m")
+    experiment = open_experiment(load_config(config))
+    open_dataset(experiment.config, experiment.tokenizer)
+    return shutil.disk_usage(place).used + 8192
+
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=True)
 print("mounted", flush=True)
 config = small_config(place)
-for size in sizes:
-    subprocess.run(["mount", "-o", f"remount,size={size}", place], check=True)
+for size in ("100k", just_the_cache, "20m", "80m"):
+    remount(size() if callable(size) else size)
     try:
         print("done", train_here(config, "train.steps=7", "logging.trackers=[tensorboard]").step)
     except UserError as error:
@@ -61,7 +73,7 @@ def test_a_run_whose_disk_is_full_keeps_its_checkpoint_and_goes_on_exactly(tmp_p
     (tmp_path / "disk").mkdir()
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-c", GROWING_DISK,
-         tmp_path / "disk", "100k,340k,20m,80m", tmp_path / "run"],
+         tmp_path / "disk", tmp_path / "run"],
         capture_output=True, text=True, cwd=ROOT, check=False,
         env={**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )  # fmt: skip

@@ -3,6 +3,7 @@
 Groups are drawn at random and stay so, except for the few instructions that are swapped here.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -107,18 +108,18 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     gain = layout.lengths[a] - layout.lengths[b]
     room = (limit - layout.sizes[partners]).reshape(len(long), each, 1, 1, 1)
     gain[(gain > room) | (a < 0) | (b < 0)] = 0
-    if layout.repeats:  # what stands in both rows stays, or one of them would hold it twice
-        row, partner, i, j, column = np.nonzero((a == b) & (a >= 0))
-        gain[row, partner, i, :, column] = 0
-        gain[row, partner, :, j, column] = 0
-    shape = gain.shape[1:]
-    gain = gain.reshape(len(long), -1)
-    enough = gain >= (layout.sizes[long] - limit)[:, None]
-    choice = np.where(enough.any(axis=1), enough.argmax(axis=1), gain.argmax(axis=1))
-    index = np.arange(len(long))
-    partner, i, j, column = np.unravel_index(choice, shape)
+    excess = layout.sizes[long] - limit
+    index, choice = np.arange(len(long)), _choose(gain, excess)
+    if layout.repeats:  # what stands in both rows must stay, or one of them would hold it twice
+        taken = np.unravel_index(choice, gain.shape[1:])
+        bad = np.flatnonzero(_brings_a_copy(a, b, taken))
+        row, partner, i, j, column = np.nonzero((a[bad] == b[bad]) & (a[bad] >= 0))
+        gain[bad[row], partner, i, :, column] = 0
+        gain[bad[row], partner, :, j, column] = 0
+        choice[bad] = _choose(gain[bad], excess[bad])
+    partner, i, j, column = np.unravel_index(choice, gain.shape[1:])
     left, right = ours[index, i, column], theirs[index, partner, j, column]
-    taken = gain[index, choice]
+    taken = gain[index, partner, i, j, column]
     done = np.flatnonzero(taken > 0)
     left, right, taken = left[done], right[done], taken[done]
     flat = layout.members.reshape(-1)
@@ -126,6 +127,34 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     layout.sizes[long[done]] -= taken
     layout.sizes[partners.reshape(-1, each)[done, partner[done]]] += taken
     return len(done)
+
+
+def _choose(gain: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """int64[l]: the flat index of the first gain that is enough for a row, or of the largest one.
+
+    Args:
+      gain: int[l, each, m, n, C] tokens.
+      excess: int[l], what each row has too much.
+    """
+    gain = gain.reshape(len(gain), math.prod(gain.shape[1:]))  # there may be no row
+    enough = gain >= excess[:, None]
+    return np.where(enough.any(axis=1), enough.argmax(axis=1), gain.argmax(axis=1))
+
+
+def _brings_a_copy(a: np.ndarray, b: np.ndarray, swap: tuple[np.ndarray, ...]) -> np.ndarray:
+    """bool[l]: whether a swap of instructions brings one into a row that holds it already.
+
+    Args:
+      a: int64[l, 1, m, 1, C], the instructions of each row.
+      b: int64[l, each, 1, n, C], those of its partners.
+      swap: int64[l] each: the partner, the places in the row and in the partner, and the column.
+    """
+    partner, i, j, column = swap
+    index = np.arange(len(a))
+    ours, theirs = a[index, 0, :, 0], b[index, partner, 0]  # [l, m, C], [l, n, C]
+    left, right = ours[index, i, column], theirs[index, j, column]
+    copied = (ours == right[:, None, None]).any(axis=(1, 2))
+    return copied | (theirs == left[:, None, None]).any(axis=(1, 2))
 
 
 def repair_groups(
