@@ -3,10 +3,13 @@
 import argparse
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from moi_jax.cli.arguments import text
+from moi_jax.cli.arguments import add_hosts, text
 from moi_jax.cli.command import run_command
+from moi_jax.cli.hosts import join_hosts
 from moi_jax.cli.signals import StopSignals
 
 # Not __name__, which is __main__ in a command. A line that cannot be written is left out of the
@@ -20,7 +23,8 @@ def main() -> int:
         description="Fine-tunes a model on a mixture of chat data, as the config says.",
         epilog="To resume a run that was stopped, give the same command again. Exit status: 0 "
         "done, 2 your mistake (one line says which), 1 a fault of ours, 128 + the signal's "
-        "number if SIGTERM or SIGINT stopped the run (it saves first).",
+        "number if SIGTERM or SIGINT stopped the run (it saves first), 75 if another host was lost "
+        "or a step was stuck.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
     parser.add_argument(
@@ -46,6 +50,7 @@ def main() -> int:
         action="store_true",
         help="stop if the newest checkpoint is damaged; else the run resumes from the one before",
     )
+    add_hosts(parser)
     args = parser.parse_args()
 
     from moi_jax.config.load import load_config
@@ -58,13 +63,13 @@ def main() -> int:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
 
-    import jax
-
     from moi_jax.common.log import show_logs
     from moi_jax.evaluation.while_training import make_evaluations
+    from moi_jax.parallel.hosts import process_index
     from moi_jax.training.train import train
 
-    show_logs(process_index=jax.process_index)
+    show_logs(process_index=process_index)
+    join_hosts(args, config.cluster)
     signals = StopSignals(config.checkpoint.grace_seconds)
     result = train(
         config,
@@ -72,7 +77,7 @@ def main() -> int:
         fresh=args.fresh,
         allow_change=args.allow_change,
         strict_resume=args.strict_resume,
-        stop=signals.watching(),
+        stop=_stop(signals, config.cluster.stuck_seconds),
     )
     if not result.finished:
         log.info(
@@ -83,6 +88,18 @@ def main() -> int:
     log.info(f"checkpoint {result.checkpoint}")
     log.info(f"report     {result.report}")
     return 0
+
+
+@contextmanager
+def _stop(signals: StopSignals, stuck_seconds: int) -> Iterator[Callable[[], bool]]:
+    """Yields the function that the run calls after each step to know whether to stop."""
+    from moi_jax.parallel.stuck import ending_when_stuck
+
+    with (
+        signals.watching() as should_stop,
+        ending_when_stuck(stuck_seconds, should_stop) as watched,
+    ):
+        yield watched
 
 
 def _log_answers(directory: Path) -> None:

@@ -44,6 +44,20 @@ def text(given: str) -> str:
         raise argparse.ArgumentTypeError("it is not valid UTF-8") from None
 
 
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `cli.hosts.join_hosts`."""
+    group = parser.add_argument_group(
+        "many hosts",
+        "Start the same command on every host. SLURM, Open MPI, GKE and TPU VMs say by themselves "
+        "which processes belong together; elsewhere give these three. See docs/clusters.md.",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is found")
+    group.add_argument(
+        "--num-processes", type=POSITIVE, metavar="N", help="how many processes there are"
+    )
+    group.add_argument("--process-id", type=COUNT, metavar="I", help="which one this is, from 0")
+
+
 def add_model(group: "argparse._ArgumentGroup") -> None:
     """Adds the options of `open_checkpoint` and the system prompt."""
     system = group.add_mutually_exclusive_group()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
+from moi_jax.cli.hosts import fail_together, leave_hosts
 from moi_jax.cli.signals import ending_on_signals, stopped_by
 from moi_jax.common.errors import UserError, is_full, reason
 
@@ -25,7 +26,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's main and leaves the process with its exit status, see docs/training.md.
 
     A mistake of the user, a refusal of the machine and a signal are told in one line on standard
-    error. Any other error is a fault of ours: Python prints its traceback and exits with 1.
+    error. Any other error is a fault of ours: Python prints its traceback and exits with 1. Where
+    other processes take part, they are told and end too.
 
     A character that the encoding of the output does not have is shown as an escape. If the output
     cannot be written, the exit status says so: as after SIGPIPE where its reader has left, as
@@ -37,7 +39,12 @@ def run_command(main: Callable[[], int | None]) -> None:
     # It warns where there is no home directory for its cache of fonts.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     with ending_on_signals():
-        status, line = _outcome(main)
+        try:
+            status, line = _outcome(main)
+        except Exception:
+            fail_together(1, None)
+            raise
+        fail_together(status, line)
     failure = _flush(sys.stdout) or _log_failure()
     if isinstance(failure, BrokenPipeError):
         status = READER_LEFT
@@ -52,7 +59,9 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 def _outcome(main: Callable[[], int | None]) -> Outcome:
     try:
-        return main() or 0, ""
+        status = main() or 0
+        leave_hosts()
+        return status, ""
     except SystemExit as leaving:  # from argparse
         return leaving.code, ""
     except KeyboardInterrupt:  # from a chat

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from moi_jax.cli.hosts import tell_hosts
 from moi_jax.common.atomic_files import remove_unfinished
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -33,14 +34,27 @@ class StopSignals:
 
     @contextmanager
     def watching(self) -> Iterator[Callable[[], bool]]:
-        """Yields a function that says whether a signal came."""
-        with _handling(self._note, self._grace_seconds):
-            yield lambda: self.received is not None
+        """Yields a function that says whether the run must stop.
+
+        Where other processes take part, one of them may have got the signal. All then stop at the
+        same call.
+        """
+        from moi_jax.parallel.agreed_stop import agreed_stop
+
+        with (
+            _handling(self._note, self._grace_seconds),
+            agreed_stop(lambda: self.received, self._hear) as should_stop,
+        ):
+            yield should_stop
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
         for each in _heeded():
             signal.signal(each, signal.SIG_DFL)
+
+    def _hear(self, number: int) -> None:
+        """Notes a signal that another process got."""
+        self.received = signal.Signals(number)
 
     @property
     def exit_status(self) -> int:
@@ -83,6 +97,7 @@ def _end(number: int) -> None:
         cursor = SHOW_CURSOR if sys.stderr and sys.stderr.isatty() else ""
         with suppress(OSError):
             os.write(2, f"{cursor}{stopped_by(number)}\n".encode())
+        tell_hosts(128 + number, stopped_by(number))
     finally:
         os._exit(128 + number)
 

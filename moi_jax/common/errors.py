@@ -6,6 +6,9 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+# The exit status of a process that ends because another host is lost, or a step is stuck. The same
+# command, given again, goes on. It is EX_TEMPFAIL of sysexits.h.
+LOST = 75
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # How libraries say it: the system, tensorstore and ArrayRecord, and numpy ("9 requested and 4
 # written").

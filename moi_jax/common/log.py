@@ -16,6 +16,8 @@ from typing import IO
 from rich.console import Console, RenderableType
 
 ROOT = "moi_jax"
+# log.info("...", extra={EVERY_HOST: True}) is shown by every process of a run on many hosts.
+EVERY_HOST = "of_every_host"
 # Columns of a table that is written to a file or a pipe: enough for every cell to stay on one line.
 WIDE = 1000
 
@@ -64,10 +66,9 @@ class ConsoleHandler(logging.Handler):
         self.failure: OSError | None = None  # of the last message
 
     def emit(self, record: logging.LogRecord) -> None:
-        warning = record.levelno >= logging.WARNING
-        # Asked now, not before: where jax runs on many hosts, the answer waits for all of them.
-        if not warning and self._process_index() != 0:
+        if self._process_index() != 0 and not getattr(record, EVERY_HOST, False):
             return
+        warning = record.levelno >= logging.WARNING
         try:
             self._show(record, self._warnings if warning else self._console)
             self.failure = None
@@ -100,8 +101,8 @@ def show_logs(
     Args:
       stderr: write to standard error instead of standard output.
       warnings_to_stderr: write warnings to standard error in any case.
-      process_index: the number of this process, such as `jax.process_index`. Process 0 shows
-        every message, the others show warnings only.
+      process_index: returns the number of this process. Process 0 shows every message; the others
+        show those of EVERY_HOST only, since they do and find the same.
     """
     logger = logging.getLogger(ROOT)
     for handler in [h for h in logger.handlers if isinstance(h, ConsoleHandler)]:

@@ -12,7 +12,7 @@ from moi_jax.config.data import (
 from moi_jax.config.evaluation import Benchmarks, Eval
 from moi_jax.config.experiment import Config
 from moi_jax.config.model import Model, TokenizerConfig
-from moi_jax.config.run import Checkpoint, Logging
+from moi_jax.config.run import Checkpoint, Cluster, Logging
 from moi_jax.config.section import Section
 from moi_jax.config.strategies import STRATEGIES
 from moi_jax.config.training import Loss, Mesh, Optimizer, SamplePrompt, Train
@@ -22,6 +22,7 @@ __all__ = [
     "STRATEGIES",
     "Benchmarks",
     "Checkpoint",
+    "Cluster",
     "Config",
     "Data",
     "Decontaminate",

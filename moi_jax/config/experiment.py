@@ -8,7 +8,7 @@ from pydantic import model_validator
 from moi_jax.config.data import Data
 from moi_jax.config.evaluation import Eval
 from moi_jax.config.model import Model, TokenizerConfig
-from moi_jax.config.run import Checkpoint, Logging
+from moi_jax.config.run import Checkpoint, Cluster, Logging
 from moi_jax.config.section import Section
 from moi_jax.config.training import Loss, Mesh, Optimizer, Train
 
@@ -26,6 +26,7 @@ class Config(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""The sections `checkpoint` and `logging`: what a run leaves on disk, and where."""
+"""The sections `checkpoint`, `logging` and `cluster`: how a run is kept, shown, held together."""
 
 from pathlib import Path
 from typing import Literal
@@ -23,3 +23,11 @@ class Logging(Section):
     run_dir: Path = Path("runs/moi")
     every: Positive = 10
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+
+
+class Cluster(Section):
+    """How long the processes of a run on many hosts wait for each other."""
+
+    join_seconds: Positive = 300  # at the start, until all of them are there
+    lost_seconds: Positive = 60  # without a sign of life of one, until the others end
+    stuck_seconds: Count = 1800  # for a step or a batch of an evaluation; 0: no limit

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 
+from moi_jax.parallel import hosts
 from moi_jax.training.run import Run, ShouldStop, is_due
 from moi_jax.training.step_reader import StepReader
 
@@ -114,8 +115,9 @@ def _evaluate(run: Run, should_stop: ShouldStop, due: set[str]) -> dict[str, flo
     if "samples" in due and evaluations.samples and not should_stop():
         done.add("samples")
         answers = [{"step": run.step, **answer} for answer in evaluations.samples(parameters)]
-        with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(answer) + "\n" for answer in answers)
+        if hosts.is_main():
+            with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(answer) + "\n" for answer in answers)
     run.missed = {name for name in due - done if getattr(evaluations, name)}
     return losses
 

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
+from moi_jax.parallel import hosts
 
 log = logging.getLogger(__name__)
 
@@ -22,21 +23,32 @@ Tracker = Callable[[Record], None]
 
 
 class MetricsLog:
-    """Writes each record to metrics.jsonl and to the trackers."""
+    """Writes each record to metrics.jsonl and to the trackers.
+
+    Of the processes of a run only process 0 writes.
+
+    Attributes:
+      last: the last record, in every process.
+    """
 
     def __init__(self, run_dir: Path, trackers: Sequence[str], step: int):
         """Continues after `step`: drops the records that a killed run wrote past it."""
-        kept = truncate_after(run_dir / "metrics.jsonl", step)
-        (run_dir / "metrics.jsonl").touch()
-        self._file = (run_dir / "metrics.jsonl").open("r+", encoding="utf-8")
-        self._file.seek(0, os.SEEK_END)
-        self.last: Record = json.loads(kept[-1]) if kept else {}
-        self._last_at = self._file.tell() - len(kept[-1].encode()) if kept else 0
-        self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
+        path = run_dir / "metrics.jsonl"
+        newest = hosts.from_main("the metrics", lambda: truncate_after(path, step)[-1:])
+        self.last: Record = json.loads(newest[0]) if newest else {}
+        self._file: TextIO | None = None
+        self._trackers: list[Tracker] = []
+        if hosts.is_main():
+            path.touch()
+            self._file = path.open("r+", encoding="utf-8")
+            self._file.seek(0, os.SEEK_END)
+            self._last_at = self._file.tell() - len("".join(newest).encode())
+            self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
 
     def close(self) -> None:
         """Closes metrics.jsonl."""
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def write(self, record: Record) -> None:
         """Writes a record: "step", and values by name. A number that is not finite becomes null.
@@ -47,16 +59,21 @@ class MetricsLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        if clean["step"] == self.last.get("step"):
-            self._file.seek(self._last_at)
-            self.last |= clean
-        else:
-            self.last, self._last_at = clean, self._file.tell()
-        self._file.write(json.dumps(self.last) + "\n")
-        self._file.flush()
-        self._file.truncate()  # after the write, so that a kill does not lose the record
+        again = clean["step"] == self.last.get("step")
+        self.last = {**self.last, **clean} if again else clean
+        if self._file:
+            self._write_line(self._file, again)
         for track in self._trackers:
             track(clean)
+
+    def _write_line(self, file: TextIO, again: bool) -> None:
+        if again:
+            file.seek(self._last_at)
+        else:
+            self._last_at = file.tell()
+        file.write(json.dumps(self.last) + "\n")
+        file.flush()
+        file.truncate()  # after the write, so that a kill does not lose the record
 
 
 def truncate_after(path: Path, step: int) -> list[str]:

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "data.root",
     "data.workers",
     "checkpoint",
+    "cluster",
     "eval",
     "logging",
     "mesh",
@@ -101,7 +102,7 @@ def resume_plan(dataset: Dataset, position: dict[str, Any], directory: Path) -> 
         dataset.corpus, config.data, config.train, position["epoch_rows"], step, row
     )
     if step:
-        now = {"the epoch's plan": _plan_fingerprint(plan, row)}
+        now = {"the epoch's plan": plan_fingerprint(plan, row)}
         check_fingerprints(directory, {"the epoch's plan": position["plan"]}, now)
     if plan.total_steps < step:
         raise UserError(
@@ -118,7 +119,7 @@ def saved_position(
     return {
         "row": row,
         "epoch_rows": plan.epoch_first_rows(max(row - 1, 0)),
-        "plan": _plan_fingerprint(plan, row),
+        "plan": plan_fingerprint(plan, row),
         "planner": PLANNER,
         "fingerprints": fingerprints(experiment, dataset),
     }
@@ -146,7 +147,7 @@ def _check_planner(position: dict[str, Any], directory: Path) -> None:
         )
 
 
-def _plan_fingerprint(plan: TrainingPlan, row: int) -> str:
+def plan_fingerprint(plan: TrainingPlan, row: int) -> str:
     """Returns the fingerprint of the plan of the epoch that holds the last row before `row`."""
     return plan.epoch_plan(plan.locate(max(row - 1, 0))[0]).fingerprint
 

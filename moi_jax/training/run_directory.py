@@ -1,4 +1,4 @@
-"""The run directory: locked by one process at a time; moved aside, but never deleted."""
+"""The run directory: locked by one run at a time; moved aside, but never deleted."""
 
 import tempfile
 import time
@@ -10,6 +10,7 @@ import filelock
 
 from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.common.home import expand_home
+from moi_jax.parallel import hosts
 
 # The lock file in every run directory. A directory without it is not a run directory.
 LOCK = ".moi_jax.lock"
@@ -17,13 +18,24 @@ LOCK = ".moi_jax.lock"
 
 @contextmanager
 def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
-    """Locks the directory of a run for this process while the block runs.
+    """Locks the directory of a run while the block runs; of many processes, process 0 does it.
 
     Raises:
-      UserError: another process trains in it; it holds files but no run (and `fresh` is false);
-        or it cannot be written, now or later in the block.
+      UserError: another run trains in it; it holds files but no run (and `fresh` is false); it
+        cannot be written, now or later in the block; or the hosts do not share it.
     """
     run_dir = expand_home(run_dir)
+    lock = _lock(run_dir, fresh) if hosts.is_main() else None
+    try:
+        hosts.check_shared(run_dir, "logging.run_dir")
+        with _writing(run_dir):
+            yield run_dir
+    finally:
+        if lock:
+            lock.release()
+
+
+def _lock(run_dir: Path, fresh: bool) -> filelock.BaseFileLock:
     with _writing(run_dir):
         if not fresh and _entries(run_dir) and not (run_dir / LOCK).exists():
             raise UserError(
@@ -39,11 +51,7 @@ def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
                 f"{run_dir} is in use by another run; wait for its end, or choose another "
                 f"logging.run_dir"
             ) from None
-    try:
-        with _writing(run_dir):
-            yield run_dir
-    finally:
-        lock.release()
+    return lock
 
 
 def move_aside(run_dir: Path) -> None:

@@ -14,12 +14,18 @@ from moi_jax.common.errors import UserError
 from moi_jax.data.dataset import Dataset
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.parameters import random_parameters
+from moi_jax.parallel import hosts
 from moi_jax.training.batches import placed_batches
 from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.metrics import MetricsLog, Record, truncate_after
 from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.profiling import StepProfiler
-from moi_jax.training.resume import resume_plan, resume_position, saved_position
+from moi_jax.training.resume import (
+    plan_fingerprint,
+    resume_plan,
+    resume_position,
+    saved_position,
+)
 from moi_jax.training.run import Evaluations, Run
 from moi_jax.training.state import TrainState, abstract_state, new_state
 from moi_jax.training.step import make_train_step
@@ -51,9 +57,10 @@ def start_run(
             "train.early_stopping_patience needs held-out losses; pass make_evaluations to train()"
         )
     directory = checkpoints.directory.parent
-    saved_step = checkpoints.latest()
+    saved_step = hosts.from_main("the newest checkpoint", checkpoints.latest)
     position = resume_position(checkpoints, saved_step, experiment, dataset, allow_change)
     plan = resume_plan(dataset, position, directory)
+    hosts.check_same({"data": dataset.fingerprint, "plan": plan_fingerprint(plan, position["row"])})
     mixture = dataset.log_mixture(plan)  # a plan that is refused is told before weights are read
     optimizer = make_optimizer(config.optimizer, model)
     if saved_step is None:
@@ -63,10 +70,13 @@ def start_run(
         state = TrainState.from_items(model, *checkpoints.restore(saved_step, *abstract.items()))
         log.info("resuming from step %d in %s", saved_step, directory)
 
-    _write_description(directory, experiment, mixture)
     # Records past the checkpoint are dropped and logged again; without one, also those of step 0.
     logged = -1 if saved_step is None else saved_step
-    answers = truncate_after(directory / "samples.jsonl", logged)
+    if hosts.is_main():
+        _write_description(directory, experiment, mixture)
+    answers = hosts.from_main(
+        "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)
+    )
     metrics_log = MetricsLog(directory, config.logging.trackers, logged)
     early_stopping = EarlyStopping(config, position["early_stopping"])
     missed = set(position["missed"])
@@ -127,7 +137,8 @@ def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:
     config, model = experiment.config, experiment.model
     dtype = config.model.param_dtype
     if experiment.start:
-        checkpoint = experiment.start.checkpoint(config.data.cache_dir)
+        with hosts.one_first(config.data.cache_dir, "importing the weights"):
+            checkpoint = experiment.start.checkpoint(config.data.cache_dir)
         verify = config.checkpoint.verify and experiment.start.source is None  # else verified now
         return read_parameters(checkpoint, model, dtype, mesh, verify)
     return random_parameters(model, config.train.seed, dtype, mesh)

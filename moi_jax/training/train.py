@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.damaged_steps import set_aside_damaged_steps
 from moi_jax.checkpoints.experiment import Experiment, open_experiment
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
+from moi_jax.common.code_version import code_fingerprint, versions
 from moi_jax.common.errors import UserError
+from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.common.home import expand_home
 from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset, open_dataset
@@ -22,6 +24,7 @@ from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.models.presets import preset
+from moi_jax.parallel import hosts
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
 from moi_jax.training.loop import fit
@@ -77,6 +80,8 @@ def train(
 ) -> TrainResult:
     """Trains as the config says, or resumes the run in its run directory.
 
+    Processes that were joined (see `moi_jax.parallel.joining`) call it together, and train one run.
+
     Args:
       make_evaluations: see `moi_jax.evaluation.while_training`; None evaluates nothing.
       devices: the devices of the mesh; None means all devices. jax is asked for them when the
@@ -97,22 +102,35 @@ def train(
         )
     if config.model.preset:
         preset(config.model.preset)  # an unknown one is refused before the run directory is made
+    hosts.check_same(
+        {
+            "config": json_fingerprint(config.model_dump(mode="json")),
+            "code of moi_jax": code_fingerprint(),
+            "version": versions(),
+        }
+    )
+    cache_dir = config.data.cache_dir
     with run_directory(config.logging.run_dir, fresh) as directory:
         if not fresh:
-            set_aside_damaged_steps(
-                directory / "checkpoints", config.checkpoint.verify, strict_resume
+            hosts.from_main(
+                "the checkpoints",
+                lambda: set_aside_damaged_steps(
+                    directory / "checkpoints", config.checkpoint.verify, strict_resume
+                ),
             )
-        experiment = open_experiment(config, None if fresh else directory)
+        with hosts.one_first(cache_dir, "opening the model and the tokenizer"):
+            experiment = open_experiment(config, None if fresh else directory)
         devices = jax.devices() if devices is None else devices
         experiment = experiment.on_platform(devices[0].platform)
         mesh, bind, microbatch_rows = _model_on_mesh(experiment, devices)
-        dataset = open_dataset(experiment.config, experiment.tokenizer)
+        with hosts.one_first(cache_dir, "preparing the data"):
+            dataset = open_dataset(experiment.config, experiment.tokenizer)
         evaluations: Evaluations = NoEvaluations()
         if make_evaluations:
             evaluations = make_evaluations(experiment, dataset, bind, mesh, directory)
         if fresh:
             _refuse_to_move(config.model.init_from, directory)
-            move_aside(directory)
+            hosts.from_main("the run directory", lambda: move_aside(directory))
         opened = RunCheckpoints(directory / "checkpoints", config.checkpoint, experiment.items)
         # Closed in any case, also after an error: this waits for a save that is in progress.
         with closing(opened) as checkpoints, jax.set_mesh(mesh):
@@ -132,7 +150,7 @@ def train(
                     fit(run, should_stop)
                 finally:
                     checkpoints.wait()  # while a signal is still noted: it must not cut this off
-                report = write_report(directory)
+                report = Path(hosts.from_main("the report", lambda: str(write_report(directory))))
         return TrainResult(
             step=run.step,
             finished=run.finished,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from rich.table import Table
 
-from moi_jax.common.log import LogTable, show_logs
+from moi_jax.common.log import EVERY_HOST, LogTable, show_logs
 from moi_jax.common.progress import count_bar
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
@@ -105,11 +105,12 @@ def test_a_warning_says_so(monkeypatch, log):
     assert pipe.getvalue() == "warning: domain code has 3 rows\ndone\n"
 
 
-def test_another_process_shows_only_warnings(monkeypatch, log):
+def test_another_process_shows_only_what_concerns_every_host(monkeypatch, log):
     pipe = show_on(io.StringIO(), monkeypatch, process_index=lambda: 1)
     log.info("step 1")
-    log.warning("low on memory")
-    assert pipe.getvalue() == "warning: low on memory\n"
+    log.warning("domain code repeats rows")
+    log.info("process 1 of 2", extra={EVERY_HOST: True})
+    assert pipe.getvalue() == "process 1 of 2\n"
 
 
 def test_a_second_call_prints_once_and_where_it_says(capsys, log):

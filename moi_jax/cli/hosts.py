@@ -1,0 +1,71 @@
+"""How a command joins other processes, and how it ends together with them."""
+
+import argparse
+import os
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moi_jax.config import Cluster
+    from moi_jax.parallel.watch import Watch
+
+
+def join_hosts(args: argparse.Namespace, timeouts: "Cluster") -> None:
+    """Joins the processes of which the options or the cluster tell, see `joining.join`."""
+    from moi_jax.parallel.joining import join
+
+    join(args.coordinator, args.num_processes, args.process_id, timeouts)
+
+
+def leave_hosts() -> None:
+    """Ends the work of a process that is done, when the others are done too."""
+    if _watch():
+        from moi_jax.parallel.joining import leave
+
+        leave()
+
+
+def fail_together(status: int | str | None, line: str | None) -> None:
+    """Ends a joined process that fails. The others are told why, and end too.
+
+    It returns where the process was not joined to others.
+
+    Args:
+      line: what is shown. None shows the traceback of the error that is being handled.
+    """
+    watch = _watch()
+    if watch is None:
+        return
+    if line is None:
+        # An error may come from the loss of another process. Then that one is named instead.
+        watch.end_if_another_is_lost()
+        traceback.print_exc()
+        line = repr(sys.exception())
+    elif line and sys.stderr:
+        print(line, file=sys.stderr)
+    number = status if isinstance(status, int) else 1
+    watch.tell(number, line.removeprefix("error: "))
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(number)  # an ordinary end would wait for the others
+
+
+def tell_hosts(status: int, line: str) -> None:
+    """Tells the others that this process ends at once, as by a signal."""
+    if watch := _watch():
+        # In a thread: this one may have been stopped where it talks to the others.
+        telling = threading.Thread(target=watch.tell, args=(status, line), daemon=True)
+        telling.start()
+        telling.join(timeout=10)
+
+
+def _watch() -> "Watch | None":
+    """The watch over the other processes; None in a process that was not joined to others."""
+    if "moi_jax.parallel.hosts" not in sys.modules:
+        return None
+    from moi_jax.parallel.hosts import joined
+
+    hosts = joined()
+    return hosts.watch if hosts else None
