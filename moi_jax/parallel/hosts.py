@@ -130,24 +130,25 @@ def from_main(what: str, make: Callable[[], T]) -> T:
     return json.loads(_hosts.get(key, 0))
 
 
-def check_same(values: Mapping[str, str]) -> None:
+def check_same(values: Mapping[str, Any]) -> None:
     """Checks that all processes have the same values.
 
     Args:
-      values: name -> value; long ones are better given as fingerprints.
+      values: name -> a JSON value; of what is large, better a fingerprint.
 
     Raises:
       UserError: they differ. The message names a process that differs from process 0, and how.
     """
     if _hosts is None:
         return
-    all_values = [json.loads(text) for text in _hosts.gather("the same start", json.dumps(values))]
-    for name, others in zip(_hosts.names[1:], all_values[1:], strict=True):
-        for what, value in others.items():
-            if value != all_values[0][what]:
+    texts = _hosts.gather("comparing code, config and data", json.dumps(values))
+    first, *others = (json.loads(text) for text in texts)
+    for name, other in zip(_hosts.names[1:], others, strict=True):
+        for what in first.keys() | other.keys():
+            if (here := first.get(what)) != (there := other.get(what)):
                 raise UserError(
-                    f"{name} has another {what} than {_hosts.names[0]} ({value}, not "
-                    f"{all_values[0][what]}); give all hosts the same code, config and data"
+                    f"{name} has another {what} than {_hosts.names[0]} ({there!s:.80}, not "
+                    f"{here!s:.80}); give all hosts the same code, config and data"
                 )
 
 

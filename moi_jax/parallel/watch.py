@@ -62,7 +62,7 @@ class Watch:
     def tell(self, status: int, line: str) -> None:
         """Tells the others that this process fails, and waits a little until they know.
 
-        If another process failed first, this one is ended as that one's witness.
+        If another process failed first, and for another reason, that one is named.
 
         Args:
           status: the exit status of this process, which will be that of the others, too.
@@ -70,10 +70,12 @@ class Watch:
         """
         if self._stopped.is_set():
             return
+        line = f"stopped: {line}"
         failed = self._publish(self._index, status, line)
-        if failed is None or failed["process"] == self._index:
+        if failed is None or failed["process"] == self._index or failed["line"] == line:
             self._stopped.set()
-            self._wait_until_told({self._index})
+            self._note_told()
+            self._wait_until_told({0, self._index})
         else:
             self._end_with(failed)
 
@@ -121,7 +123,7 @@ class Watch:
         for process in range(len(self._names)):
             _, since = self._signs.setdefault(process, ("", self._pauses))
             if self._silent(since):
-                self._publish(process, LOST, f"{self._no_sign}{AGAIN}")
+                self._publish(process, LOST, f"is lost: {self._no_sign}{AGAIN}")
 
     @property
     def _no_sign(self) -> str:
@@ -145,12 +147,14 @@ class Watch:
             return None
 
     def _end_with(self, failed: dict[str, Any]) -> NoReturn:
-        with contextlib.suppress(Exception):
-            self._store.key_value_set(f"moi_jax/told/{self._index}", "", True)
+        self._note_told()
         if self._index == 0:  # the store ends with this process
             self._wait_until_told({0, failed["process"]})
-        what = "is lost" if failed["status"] == LOST else "stopped"
-        self._end(failed["status"], f"{self._names[failed['process']]} {what}: {failed['line']}")
+        self._end(failed["status"], f"{self._names[failed['process']]} {failed['line']}")
+
+    def _note_told(self) -> None:
+        with contextlib.suppress(Exception):
+            self._store.key_value_set(f"moi_jax/told/{self._index}", "", True)
 
     def _wait_until_told(self, apart_from: set[int]) -> None:
         deadline = time.monotonic() + TELL_SECONDS

@@ -164,7 +164,7 @@ def check_resume(
     Raises:
       UserError: a difference makes it another run. The message names the first one.
     """
-    old_values, new_values = _flat(before), _flat(config.model_dump(mode="json"))
+    old_values, new_values = flat_settings(before), flat_settings(config.model_dump(mode="json"))
     for key in sorted(old_values.keys() | new_values.keys()):
         old, new = old_values.get(key), new_values.get(key)
         if old == new:
@@ -196,7 +196,7 @@ def check_fingerprints(run_dir: Path, saved: dict[str, str], current: dict[str, 
             )
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat_settings(values: Any, prefix: str = "") -> dict[str, Any]:
     """Flattens nested values: {"a": {"b": [1]}} -> {"a.b.0": 1}."""
     if isinstance(values, dict):
         items = [(str(key), value) for key, value in values.items()]
@@ -206,5 +206,5 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: values}
     flat: dict[str, Any] = {}
     for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+        flat |= flat_settings(value, f"{prefix}.{key}" if prefix else key)
     return flat

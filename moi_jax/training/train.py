@@ -16,7 +16,6 @@ from moi_jax.checkpoints.experiment import Experiment, open_experiment
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.code_version import code_fingerprint, versions
 from moi_jax.common.errors import UserError
-from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.common.home import expand_home
 from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset, open_dataset
@@ -29,6 +28,7 @@ from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
 from moi_jax.training.loop import fit
 from moi_jax.training.report import write_report
+from moi_jax.training.resume import flat_settings
 from moi_jax.training.run import Evaluations, NoEvaluations
 from moi_jax.training.run_directory import move_aside, run_directory
 from moi_jax.training.start import start_run
@@ -102,11 +102,12 @@ def train(
         )
     if config.model.preset:
         preset(config.model.preset)  # an unknown one is refused before the run directory is made
+    settings = flat_settings(config.model_dump(mode="json"))
     hosts.check_same(
         {
-            "config": json_fingerprint(config.model_dump(mode="json")),
             "code of moi_jax": code_fingerprint(),
-            "version": versions(),
+            "set of versions": versions(),
+            **{f"setting {key}": value for key, value in settings.items()},
         }
     )
     cache_dir = config.data.cache_dir
