@@ -8,6 +8,7 @@ cannot start, it prints SKIPPED and why.
 """
 
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.runs import ROOT, logged_steps, parameters, same_parameters
 from support.slurm import CannotStartError, Slurm, one_node_slurm, wait_until
+from support.xla import xla_flags
 
 LAUNCH = ROOT / "launch" / "slurm"
 STEPS = 12
@@ -31,7 +33,8 @@ PYTHON={python}
 JOB_NAME={name}
 TASKS_PER_NODE=2 GPUS_PER_NODE=0 CPUS_PER_TASK=1 PREPARE_JOBS=2 PREPARE_CPUS=1
 LOGS={directory}/logs
-export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=1
+export JAX_PLATFORMS=cpu XLA_FLAGS="{xla_flags}"
+export JAX_COMPILATION_CACHE_DIR={directory}/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 """
 
 
@@ -51,7 +54,8 @@ class Runs:
             *[f"logging.run_dir={self.run(name)}", f"data.cache_dir={self.directory / 'cache'}"],
         ]
         values = {"python": sys.executable, "name": name, "directory": self.directory}
-        settings.write_text(SETTINGS.format(overrides=shlex.join(overrides), **values))
+        values |= {"overrides": shlex.join(overrides), "xla_flags": xla_flags(devices=1)}
+        settings.write_text(SETTINGS.format(**values))
         return self.slurm.run(LAUNCH / "submit.sh", kind, *options, SETTINGS=str(settings))
 
     def run(self, name: str) -> Path:
@@ -73,7 +77,7 @@ class Runs:
 
 
 def main() -> None:
-    # Not below a directory that only its owner may enter: the daemons refuse such sockets.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the daemons end too
     with tempfile.TemporaryDirectory() as directory:
         try:
             with one_node_slurm(Path(directory)) as slurm:

@@ -1,7 +1,7 @@
 """A SLURM of this machine alone: munge, slurmctld and slurmd in a temporary directory."""
 
-import getpass
 import os
+import pwd
 import re
 import secrets
 import shutil
@@ -101,8 +101,12 @@ def one_node_slurm(directory: Path) -> Iterator[Slurm]:
         try:
             yield slurm
         finally:
-            slurm.run("scancel", f"--user={getpass.getuser()}")
+            slurm.run("scancel", f"--user={_user()}")
             wait_until(lambda: not slurm.run("squeue", "-h"), "the end of all jobs", 120)
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
 
 
 def _write_config(directory: Path) -> None:
@@ -112,7 +116,7 @@ def _write_config(directory: Path) -> None:
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
     text = CONFIG.format(
-        host=socket.gethostname(), user=getpass.getuser(), directory=directory, ports=_free_ports(2)
+        host=socket.gethostname(), user=_user(), directory=directory, ports=_free_ports(2)
     )
     (directory / "slurm.conf").write_text(text)
 
