@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Copies the code to all workers, as it is here, and starts COMMAND of the settings on each of them.
+# It does the same to resume.
+#
+#   launch/tpu_vm/run.sh
+source "$(dirname "$0")/common.sh"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# All that git does not ignore, with what is not committed yet.
+export GIT_INDEX_FILE=$work/index
+root=$(git -C "$here" rev-parse --show-toplevel)
+git -C "$root" add --all
+git -C "$root" archive --output="$work/moi_jax.tar.gz" "$(git -C "$root" write-tree)"
+cp "$settings" "$work/settings.env"
+
+# shellcheck disable=SC2016 # $(hostname) is for the worker
+on_workers all 'if systemctl --quiet is-active moi_jax; then
+  echo "error: it runs already on $(hostname); launch/tpu_vm/stop.sh stops it" >&2
+  exit 2
+fi
+mkdir -p moi_jax'
+tpu tpu-vm scp "$work/moi_jax.tar.gz" "$work/settings.env" "$NAME:moi_jax/" --worker=all
+on_workers all 'cd moi_jax && tar --extract --file=moi_jax.tar.gz && launch/tpu_vm/worker.sh'
+echo "started; launch/tpu_vm/logs.sh follows it"
