@@ -26,39 +26,44 @@ def agreed_stop(
     if joined is None:
         yield lambda: asked() is not None
         return
-    agreement = _Agreement(joined, asked)
+    agreement = Agreement(joined, asked)
+
+    def should_stop() -> bool:
+        if reached := agreement.reached():
+            tell(agreement.signal)
+        return reached
+
     try:
-        yield lambda: agreement.reached(tell)
+        yield should_stop
         # Until all are here, this process answers one that is asked to stop.
         hosts.wait_for_all("the last step")
     finally:
         agreement.end()
 
 
-class _Agreement:
+class Agreement:
+    """The count of the calls of one process, and the call at which all processes stop."""
+
     def __init__(self, joined: hosts.Hosts, asked: Callable[[], int | None]):
         self._hosts, self._asked = joined, asked
         self._key = joined.new_key("a stop")
         self._calls = 0
         self._last: int | None = None  # the call at which all stop
-        self._signal = 0
+        self.signal = 0
         # Held while the processes agree, so that none of them makes a call meanwhile. They answer
         # from this thread, since their main threads may be waiting for each other in a step.
         self._lock = threading.Lock()
         self._ended = threading.Event()
         threading.Thread(target=self._listen, daemon=True, name="agreed_stop").start()
 
-    def reached(self, tell: Callable[[int], None]) -> bool:
+    def reached(self) -> bool:
         """Counts a call; returns whether it is the one at which all processes stop."""
         with self._lock:
             self._calls += 1
             if number := self._asked():
                 with suppress(Exception):  # another process was asked before
                     self._hosts.store.key_value_set(f"{self._key}/signal", str(int(number)))
-            if self._last is None or self._calls < self._last:
-                return False
-        tell(self._signal)
-        return True
+            return self._last is not None and self._calls >= self._last
 
     def end(self) -> None:
         """No more calls will come."""
@@ -78,4 +83,4 @@ class _Agreement:
                 int(self._hosts.get(f"{self._key}/calls/{process}", process))
                 for process in range(len(self._hosts.names))
             ]
-            self._signal, self._last = int(number), max(calls) + 1
+            self.signal, self._last = int(number), max(calls) + 1

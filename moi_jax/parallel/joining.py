@@ -45,6 +45,8 @@ def join(
     import jax
     from jax._src import distributed  # its store of keys and values has no public name
 
+    # It would take SIGTERM away from the handlers of ours, which agree on a stop in the same way.
+    jax.config.update("jax_enable_preemption_service", False)
     me = f"process {place.index} of {place.count} on {socket.gethostname()}"
     with _within(timeouts.join_seconds, _not_joined(me, place, timeouts.join_seconds)):
         try:

@@ -1,0 +1,134 @@
+"""Joined processes on one machine: what they do together, and how they end together."""
+
+import platform
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.hosts import end_hosts, run_hosts, start_hosts
+from support.runs import logged_steps, records, small_config, stop_after, train_here
+
+LOST = 75
+
+
+def run_program(*acts, count=2):
+    return run_hosts(count, 1, ["tests.support.host_program", *acts], timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("acts", "statuses", "shown"),
+    [
+        (("wait", "refuse"), [2, 2], ("process 1 (*) stopped: there is no file x", "")),
+        (("refuse", "wait"), [2, 2], ("", "process 0 (*) stopped: there is no file x")),
+        (("fail", "wait"), [1, 1], ("ZeroDivisionError", "process 0 (*) stopped: ZeroDiv")),
+        (("wait", "terminate"), [143, 143], ("process 1 (*) stopped: stopped by SIGTERM", "")),
+        (("wait", "kill"), [LOST, -9], ("process 1 (*) is lost: it gave no sign of life", "")),
+        (("kill", "wait"), [-9, LOST], ("", "process 0 (*) is lost: its connection is closed")),
+        (("wait", "stick"), [LOST, LOST], ("process 1 (*) stopped: stuck: no step", "Thread")),
+        (("differ",), [2, 2], ("process 1 (*) has another setting x than process 0", "")),
+    ],
+)  # fmt: skip
+def test_processes_end_together_and_name_the_one_that_failed(acts, statuses, shown):
+    outputs, found = run_program(*acts)
+    assert found == statuses, outputs
+    for (_, error), text in zip(outputs, shown, strict=True):
+        assert text.replace("*", platform.node()) in error
+
+
+def test_a_suspended_process_is_lost_and_says_so_when_it_wakes():
+    processes = start_hosts(2, 1, ["tests.support.host_program", "wait", "suspend"])
+    assert processes[0].wait(60) == LOST
+    processes[1].send_signal(signal.SIGCONT)
+    outputs, statuses = end_hosts(processes, 60)
+    assert statuses == [LOST, LOST], outputs
+    assert "process 1 (" in outputs[0][1]
+    assert "process 0 (" in outputs[1][1].splitlines()[-1]
+
+
+def test_processes_exchange_values_of_any_size():
+    outputs, statuses = run_program("together", count=3)
+    assert statuses == [0, 0, 0], outputs
+    assert all("from main 5000000 0\n" in out for out, _ in outputs)
+
+
+def test_one_process_of_each_disk_goes_first(tmp_path):
+    """Three processes, of which two share a disk."""
+    shared, own = f"in_turn:{tmp_path / 'shared'}", f"in_turn:{tmp_path / 'own'}"
+    outputs, statuses = run_program(shared, own, shared, count=3)
+    assert statuses == [0, 0, 0], outputs
+    assert [out.splitlines()[-1] for out, _ in outputs] == ["made", "made", "found"]
+    assert [path.name for path in tmp_path.glob("*/*")] == ["done", "done"]
+
+
+def test_a_directory_that_is_not_shared_is_refused(tmp_path):
+    outputs, statuses = run_program(f"share:{tmp_path / '0'}", f"share:{tmp_path / '1'}")
+    assert statuses == [2, 2], outputs
+    assert all("logging.run_dir" in error and "process 1 (" in error for _, error in outputs)
+
+
+def test_processes_stop_at_the_same_call():
+    """Each takes steps at its own pace; the signal comes to one of them."""
+    processes = start_hosts(3, 1, ["tests.support.host_program", "step"])
+    for process in processes:
+        while "stepping" not in process.stdout.readline():
+            assert process.poll() is None
+    time.sleep(0.5)
+    processes[2].send_signal(signal.SIGTERM)
+    outputs, statuses = end_hosts(processes, 60)
+    assert statuses == [143, 143, 143], outputs
+    assert len({out for out, _ in outputs}) == 1, outputs
+
+
+def hosts_config(directory: Path) -> Path:
+    directory.mkdir(exist_ok=True)
+    return small_config(
+        directory,
+        data={"cache_dir": str(directory.parent / "cache")},
+        train={"steps": 12, "global_batch_rows": 4},
+        eval={"every": 4},
+    )
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """The losses of each step, of training and held out."""
+    return [
+        {name: value for name, value in record.items() if name.endswith("loss")}
+        for record in records(run / "metrics.jsonl")
+    ]
+
+
+def rows(run: Path) -> list[tuple[int, int, float]]:
+    """What was read for each step: the epoch, the next row, and the fill of its rows."""
+    steps = [record for record in records(run / "metrics.jsonl") if "row" in record]
+    return [(record["epoch"], record["row"], record["fill"]) for record in steps]
+
+
+def test_any_number_of_processes_trains_the_same_run(tmp_path):
+    """Two processes begin, one is asked to stop, one process goes on, and four end the run."""
+    alone = train_here(hosts_config(tmp_path / "alone"), devices=4).directory
+    config = hosts_config(tmp_path / "together")
+    run = config.parent / "run"
+
+    two = start_hosts(2, 2, ["moi_jax.train", "--config", config])
+    while logged_steps(run / "metrics.jsonl")[-1:] < [2]:
+        assert all(process.poll() is None for process in two)
+        time.sleep(0.05)
+    two[1].send_signal(signal.SIGTERM)
+    outputs, statuses = end_hosts(two)
+    assert statuses == [143, 143], outputs
+    assert "process 1 of 2 on " in outputs[1][0]
+    assert "step " not in outputs[1][0]
+
+    assert not train_here(config, devices=4, stop=stop_after(3)).finished
+
+    outputs, statuses = run_hosts(4, 1, ["moi_jax.train", "--config", config])
+    assert statuses == [0, 0, 0, 0], outputs
+    assert rows(run) == rows(alone)
+    assert len(losses(run)) == len(losses(alone)) == 13
+    for ours, theirs in zip(losses(run), losses(alone), strict=True):
+        assert ours.keys() == theirs.keys()
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), atol=2e-5)
+    assert (run / "report.html").exists()

@@ -1,0 +1,107 @@
+"""A command for tests of joined processes: `python -m tests.support.host_program ACT...`.
+
+Process i does the i-th act, and the last one if there are fewer.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from moi_jax import config
+from moi_jax.cli.arguments import add_hosts
+from moi_jax.cli.command import run_command
+from moi_jax.cli.hosts import join_hosts
+from moi_jax.cli.signals import StopSignals
+from moi_jax.common.errors import UserError
+from moi_jax.common.log import show_logs
+from moi_jax.parallel import hosts
+from moi_jax.parallel.stuck import ending_when_stuck
+
+
+def wait() -> None:
+    """Waits for the others, which do not come."""
+    hosts.wait_for_all("nothing")
+
+
+def refuse() -> None:
+    raise UserError("there is no file x")
+
+
+def fail() -> None:
+    raise ZeroDivisionError("a fault")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def suspend() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stick() -> None:
+    """Takes a step that never ends."""
+    with ending_when_stuck(2, lambda: False):
+        time.sleep(60)
+
+
+def differ() -> None:
+    hosts.check_same({"setting x": hosts.process_index(), "setting y": 1})
+
+
+def together() -> None:
+    """Does what processes do together; prints what each of them has seen."""
+    index = hosts.process_index()
+    hosts.check_same({"setting x": 1})
+    big = hosts.from_main("something big", lambda: ["x" * 5_000_000, index])
+    print("from main", len(big[0]), big[1])
+
+
+def in_turn(directory: str) -> None:
+    """Does some work that is needed once on a disk."""
+    with hosts.one_first(Path(directory), "the work"):
+        done = Path(directory) / "done"
+        print("found" if done.exists() else "made")
+        time.sleep(0.5)
+        done.touch()
+
+
+def share(directory: str) -> None:
+    hosts.check_shared(Path(directory), "logging.run_dir")
+
+
+def step() -> int:
+    """Takes steps at a pace of its own until all stop; prints how many."""
+    pace = random.Random(hosts.process_index())
+    signals, calls = StopSignals(60), 1
+    with signals.watching() as should_stop:
+        print("stepping", flush=True)
+        while not should_stop():
+            calls += 1
+            time.sleep(pace.random() / 50)
+    print("calls", calls)
+    return signals.exit_status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("acts", nargs="+")
+    add_hosts(parser)
+    args = parser.parse_args()
+    show_logs(process_index=hosts.process_index)
+    join_hosts(args, config.Cluster(join_seconds=60, lost_seconds=3))
+    act, *rest = args.acts[min(hosts.process_index(), len(args.acts) - 1)].split(":")
+    return globals()[act](*rest) or 0
+
+
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True
+    run_command(main)
