@@ -13,8 +13,9 @@ if [[ $NFS_EXPORT ]] && ! mountpoint --quiet "$MOUNT_POINT"; then
   [[ -w $MOUNT_POINT ]] || sudo chown "$(id -u):$(id -g)" "$MOUNT_POINT"
 fi
 
-# The images have an older Python than moi_jax needs; uv brings one.
-python3 -m pip install --quiet --user uv
+# The images have an older Python than moi_jax needs; uv brings one. Newer images let pip install
+# nothing without being asked like this.
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --python 3.12 --allow-existing .venv
 python3 -m uv pip install --quiet --python .venv --editable '.[tpu]'
 

@@ -102,7 +102,7 @@ def test_prepare_is_an_array_of_shards(stubs, settings, tmp_path):
         ]
     ]
     variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
-    settings_of_job = {"SETTINGS": str(settings), "SLURM_CPUS_PER_TASK": "8", "STATUS": "0"}
+    settings_of_job = {"SETTINGS": str(settings), "STATUS": "0"}
     stubs.run("slurm/prepare.sbatch", **variables, **settings_of_job)
     assert stubs.calls("srun") == [
         [
