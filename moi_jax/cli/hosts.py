@@ -31,7 +31,7 @@ def check_same_command(args: argparse.Namespace) -> None:
     if hosts.joined():
         own = ("process_id", "coordinator")  # each may reach process 0 by another address
         given = {f"argument {k}": str(v) for k, v in vars(args).items() if k not in own}
-        code = {"code of moi_jax": code_fingerprint(), "version": versions()}
+        code = {"code of moi_jax": code_fingerprint(), "set of versions": versions()}
         hosts.check_same({**given, **code})
 
 
