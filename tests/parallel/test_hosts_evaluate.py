@@ -1,18 +1,17 @@
 """Two processes of two devices evaluate and answer as one process of four does."""
 
 import json
+import shutil
+import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from moi_jax.checkpoints.opener import open_checkpoint
-from moi_jax.sampling.completion_file import complete_file, read_conversations
-from moi_jax.sampling.requests import GenerationConfig
+from moi_jax.checkpoints.hf.importer import import_checkpoint
 
-from support.evaluated_run import MESH, train_and_evaluate
+from support.evaluated_run import answer_train_and_evaluate, generate_arguments
 from support.hosts import end_hosts, run_hosts, start_hosts
 from support.published import tiny_published
 from support.runs import records, small_config
@@ -23,50 +22,68 @@ QUESTIONS = [
     {"question": f"Ann has {n} apples and buys 2. How many has she?", "answer": f"#### {n + 2}"}
     for n in range(3)
 ]
-CHOICES = "How much is {0} plus 1?,0,1,2,{0},A\n"
+CHOICES = "How much is {0} plus 1?,0,1,2,{0},A"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run from published weights that one process has trained and evaluated."""
+    """Where one process has answered, trained and evaluated."""
     place = tmp_path_factory.mktemp("alone")
     prepare(place)
-    train_and_evaluate(place, jax.devices()[:4])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [])  # which the commands read
+        answer_train_and_evaluate(place, 4)
     return place
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """The same by two processes, and how they ended: the data of a benchmark is then missing."""
+def together(tmp_path_factory, alone):
+    """Where two processes have done the same after a kill of both; how they ended, and what the
+    kill left of the answers."""
     place = tmp_path_factory.mktemp("together")
     prepare(place)
-    return place, *run_hosts(2, 2, ["tests.support.evaluated_run", place])
+    shutil.rmtree(place / "ckpt")
+    shutil.copytree(alone / "ckpt", place / "ckpt")
+    partial = place / "answers.jsonl.partial"
+    processes = start_hosts(2, 2, ["moi_jax.generate", *generate_arguments(place)])
+    while not (partial.exists() and partial.read_bytes().count(b"\n") > 4):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+    end_hosts(processes)
+    # An answer that is asked for again would not be this one.
+    head, first, *more = partial.read_text().splitlines(keepends=True)
+    kept = {**json.loads(first), "text": "kept"}
+    partial.write_text("".join([head, json.dumps(kept) + "\n", *more]))
+    return place, *run_hosts(2, 2, ["tests.support.evaluated_run", place]), int(kept["id"])
 
 
 def prepare(place: Path) -> None:
-    """The config of a run, its weights, and the data of two benchmarks."""
+    """Weights and a checkpoint, conversations, the data of two benchmarks, the config of a run."""
     weights = tiny_published(place / "weights", np.float32)
-    data = place / "data"
-    (data / "gsm8k").mkdir(parents=True)
-    lines = [json.dumps(question) + "\n" for question in QUESTIONS]
-    (data / "gsm8k" / "test.jsonl").write_text("".join(lines))
-    (data / "mmlu" / "test").mkdir(parents=True)
-    lines = [CHOICES.format(n) for n in range(3)]
-    (data / "mmlu" / "test" / "sums_test.csv").write_text("".join(lines))
-    benchmarks = {"tasks": ["gsm8k"], "data": str(data), "limit": 2, "max_new_tokens": 6}
-    prompts = [{"domain": "maths", "prompt": "What is 2 + 3?"}]
+    import_checkpoint(weights, place / "ckpt")
+    rows = [{"messages": [{"role": "user", "content": f"Count to {n}."}]} for n in range(40)]
+    write(place / "conversations.jsonl", [json.dumps(row) for row in rows])
+    write(place / "data/gsm8k/test.jsonl", [json.dumps(question) for question in QUESTIONS])
+    write(place / "data/mmlu/test/sums_test.csv", [CHOICES.format(n) for n in range(3)])
+    benchmarks = {"tasks": ["gsm8k"], "data": str(place / "data"), "limit": 2}
+    train = {
+        "sample_prompts": [{"domain": "maths", "prompt": "What is 2 + 3?"}],
+        "sample_max_new_tokens": 6,
+    }
     small_config(
         place,
         model={"preset": None, "init_from": str(weights)},
-        train={
-            "steps": 2,
-            "global_batch_rows": 4,
-            "sample_prompts": prompts,
-            "sample_max_new_tokens": 6,
-        },
+        train={"steps": 2, "global_batch_rows": 4, **train},
         checkpoint={"every": 2},
-        eval={"every": 0, "benchmarks": benchmarks},
+        eval={"every": 0, "benchmarks": {**benchmarks, "max_new_tokens": 6}},
     )
+
+
+def write(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
 
 
 def read(path: Path) -> list[dict]:
@@ -125,63 +142,20 @@ def test_an_evaluation_writes_the_same_results(alone, together):
     assert sorted(p.name for p in outs[0].iterdir()) == sorted(p.name for p in outs[1].iterdir())
 
 
+def test_a_file_of_answers_goes_on_after_a_kill_of_both(alone, together):
+    place, _, _, kept = together
+    expected = read(alone / "answers.jsonl")
+    expected[kept]["messages"][-1]["content"] = "kept"
+    assert read(place / "answers.jsonl") == expected
+    assert not (place / "answers.jsonl.partial").exists()
+
+
 def test_data_that_one_host_lacks_ends_all(together):
-    place, outputs, statuses = together
-    assert statuses == [2, 2]
-    assert "error: gsm8k: there is nothing in data/gsm8k/test.jsonl" in outputs[1][1]
-    (line,) = [line for line in outputs[0][1].splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: process 1 (")
-    assert "stopped: gsm8k: there is nothing in data/gsm8k/test.jsonl" in line
+    place, outputs, statuses, _ = together
+    missing = "gsm8k: nothing in data/gsm8k/test.jsonl"
+    assert statuses == [2, 2], outputs
+    (told, heard) = (error.strip().splitlines()[-1] for _, error in reversed(outputs))
+    assert told.startswith(f"error: {missing}")
+    assert heard.startswith("error: process 1 (")
+    assert f"stopped: {missing}" in heard
     assert not (place / "other").exists()
-
-
-@pytest.fixture
-def conversations(tmp_path):
-    path = tmp_path / "conversations.jsonl"
-    rows = [{"messages": [{"role": "user", "content": f"Count to {n}."}]} for n in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_a_file_of_answers_goes_on_after_a_kill(alone, conversations, tmp_path):
-    out = tmp_path / "out.jsonl"
-    command = [
-        *("moi_jax.generate", alone / "run", "--conversations", conversations, "--out", out),
-        *("--max-new-tokens", "8", "--slots", "2", "--mesh", MESH),
-    ]
-    partial = tmp_path / "out.jsonl.partial"
-    processes = start_hosts(2, 2, command)
-    while not (partial.exists() and len(partial.read_bytes().splitlines()) > 4):
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-    end_hosts(processes)
-    # An answer that is asked again would not be this one.
-    head, first, *more = partial.read_text().splitlines(keepends=True)
-    kept = json.loads(first)
-    partial.write_text("".join([head, json.dumps({**kept, "text": "kept"}) + "\n", *more]))
-
-    outputs, statuses = run_hosts(2, 2, command)
-    assert statuses == [0, 0], outputs
-    checkpoint = open_checkpoint(alone / "run", devices=jax.devices()[:4], mesh=MESH)
-    complete_file(
-        checkpoint, read_conversations(conversations), tmp_path / "alone.jsonl",
-        GenerationConfig(max_new_tokens=8), system=checkpoint.system_prompt, slots=2,
-    )  # fmt: skip
-    expected = read(tmp_path / "alone.jsonl")
-    expected[int(kept["id"])]["messages"][-1]["content"] = "kept"
-    assert read(out) == expected
-    assert not partial.exists()
-
-
-def test_what_process_0_refuses_is_told_by_all(alone, conversations, tmp_path):
-    out = tmp_path / "out.jsonl"
-    out.write_text("mine")
-    command = ["moi_jax.generate", alone, "--conversations", conversations, "--out", out]
-    outputs, statuses = run_hosts(2, 2, command)
-    assert statuses == [2, 2]
-    assert f"error: {out} exists" in outputs[0][1]
-    assert "error: process 0 (" in outputs[1][1]
-    assert f"stopped: {out} exists" in outputs[1][1]
-    assert out.read_text() == "mine"

@@ -1,20 +1,19 @@
-"""A small run that is trained and evaluated, in the process of a test or on simulated hosts.
+"""A checkpoint that answers, and a run that is trained and evaluated: in the process of a test, or
 
-python -m tests.support.evaluated_run PLACE, with the options that join processes.
+    python -m tests.support.evaluated_run PLACE --coordinator ...
+
+by joined processes. At the end these find that one of them lacks the data of a benchmark.
 """
 
-import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from moi_jax.cli.arguments import add_hosts
+from moi_jax import generate
 from moi_jax.cli.command import run_command
-from moi_jax.cli.hosts import join_hosts
-from moi_jax.common.log import show_logs
-from moi_jax.config import Cluster
 from moi_jax.config.load import load_config
 from moi_jax.evaluation.evaluate import evaluate
 from moi_jax.evaluation.options import (
@@ -24,14 +23,26 @@ from moi_jax.evaluation.options import (
     ModelOptions,
 )
 from moi_jax.evaluation.while_training import make_evaluations
-from moi_jax.parallel.hosts import process_index
+from moi_jax.parallel.hosts import is_main
 from moi_jax.training.train import train
 
 MESH = "fsdp=2,tensor=2"
 
 
-def train_and_evaluate(place: Path, devices: Sequence[jax.Device]) -> None:
-    """Trains as PLACE/config.yaml says, and evaluates the run into PLACE/out."""
+def generate_arguments(place: Path) -> list[str]:
+    """The arguments of the command that answers PLACE/conversations.jsonl."""
+    return [
+        *(str(place / "ckpt"), "--conversations", str(place / "conversations.jsonl")),
+        *("--out", str(place / "answers.jsonl"), "--max-new-tokens", "8"),
+        *("--slots", "2", "--mesh", MESH),
+    ]
+
+
+def answer_train_and_evaluate(place: Path, device_count: int, join: Sequence[str] = ()) -> None:
+    """Answers, trains as PLACE/config.yaml says, and evaluates the run into PLACE/out."""
+    sys.argv = ["generate", *generate_arguments(place), *join]
+    generate.main()  # it joins the processes, so jax is asked for its devices only then
+    devices = jax.devices()[:device_count]
     config = load_config(place / "config.yaml", [])
     train(config, make_evaluations=make_evaluations, devices=devices)
     evaluate(request(place, place / "data", place / "out"), devices)
@@ -49,16 +60,10 @@ def request(place: Path, data: Path, out: Path) -> EvaluationRequest:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("place", type=Path)
-    add_hosts(parser)
-    args = parser.parse_args()
-    show_logs(process_index=process_index)
-    join_hosts(args, Cluster())
-    train_and_evaluate(args.place, jax.devices())
-    # Now the data of a benchmark is where process 0 looks for it, and nowhere else.
-    os.chdir(args.place if process_index() == 0 else args.place / "run")
-    evaluate(request(args.place, Path("data"), args.place / "other"), jax.devices())
+    place = Path(sys.argv[1])
+    answer_train_and_evaluate(place, 4, join=sys.argv[2:])
+    os.chdir(place if is_main() else place / "run")
+    evaluate(request(place, Path("data"), place / "other"), jax.devices())
     return 0
 
 
