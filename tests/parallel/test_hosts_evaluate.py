@@ -61,7 +61,7 @@ def together(tmp_path_factory, alone):
 
 def prepare(place: Path) -> None:
     """Weights and a checkpoint, conversations, the data of two benchmarks, the config of a run."""
-    weights = tiny_published(place / "weights", np.float32)
+    weights = tiny_published(place / "weights", np.float32, num_layers=1)
     import_checkpoint(weights, place / "ckpt")
     rows = [{"messages": [{"role": "user", "content": f"Count to {n}."}]} for n in range(40)]
     write(place / "conversations.jsonl", [json.dumps(row) for row in rows])
