@@ -10,10 +10,12 @@ from moi_jax.cli.arguments import (
     POSITIVE,
     PROBABILITY,
     TEMPERATURE,
+    add_hosts,
     add_model,
     text,
 )
 from moi_jax.cli.command import run_command
+from moi_jax.cli.hosts import check_same_command, join_hosts
 from moi_jax.evaluation.options import (
     HELD_OUT,
     BenchmarkOptions,
@@ -36,9 +38,13 @@ def main() -> int:
     import jax
 
     from moi_jax.common.log import show_logs
+    from moi_jax.config import Cluster
     from moi_jax.evaluation.evaluate import default_directory, evaluate
+    from moi_jax.parallel.hosts import process_index
 
-    show_logs(warnings_to_stderr=True, process_index=jax.process_index)
+    show_logs(warnings_to_stderr=True, process_index=process_index)
+    join_hosts(args, Cluster())
+    check_same_command(args)
     if args.out is None:
         args.out = default_directory(args.checkpoint)
         request = _request(args)
@@ -122,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(parser.add_argument_group("the model"))
     _add_generation(parser.add_argument_group("generation"))
     _add_tasks(parser)
+    add_hosts(parser)
     return parser
 
 

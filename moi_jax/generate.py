@@ -3,42 +3,63 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moi_jax.cli.arguments import (
     COUNT,
     POSITIVE,
     PROBABILITY,
     TEMPERATURE,
+    add_hosts,
     add_model,
     chosen_system,
     text,
 )
 from moi_jax.cli.command import run_command
+from moi_jax.cli.hosts import check_same_command, join_hosts
 from moi_jax.cli.signals import interrupts_end_answers
 from moi_jax.common.errors import UserError
+
+if TYPE_CHECKING:
+    from moi_jax.checkpoints.opener import OpenCheckpoint
+    from moi_jax.sampling.requests import GenerationConfig
 
 
 def main() -> int:
     args = _arguments()
-    chats = args.prompt is None and args.prompt_ids is None and args.conversations is None
-    if chats and not (sys.stdin and sys.stdin.isatty()):  # it is None where it was closed
-        args.prompt, chats = _standard_input(), False
 
+    from moi_jax.common.log import show_logs
+    from moi_jax.config import Cluster
+    from moi_jax.parallel import hosts
+
+    show_logs(stderr=True, process_index=hosts.process_index)  # standard output is for answers
+    join_hosts(args, Cluster())
+    check_same_command(args)
+    chats = args.prompt is None and args.prompt_ids is None and args.conversations is None
+    if chats:
+        args.prompt = hosts.from_main("the prompt", _standard_input)
+        chats = args.prompt is None
+    if chats and hosts.joined():
+        raise UserError(
+            "a chat runs in one process; on many hosts give a prompt, or --conversations"
+        )
+    _generate(args, chats)
+    return 0
+
+
+def _generate(args: argparse.Namespace, chats: bool) -> None:
+    """Opens the checkpoint, and answers what the arguments ask, or chats."""
     import jax
 
     from moi_jax.checkpoints.opener import open_checkpoint
-    from moi_jax.common.log import show_logs
+    from moi_jax.parallel import hosts
     from moi_jax.sampling.chat import start_chat
     from moi_jax.sampling.completion_file import check_absent, complete_file, read_conversations
-    from moi_jax.sampling.generate import describe_cut, generate
     from moi_jax.sampling.requests import GenerationConfig
-    from moi_jax.text.conversations import Message
-    from moi_jax.text.rendering import render_prompt
 
-    show_logs(stderr=True)  # standard output is for answers
     rows = []
     if args.conversations:  # mistakes in the files are told before the checkpoint is read
-        check_absent(args.out)
+        hosts.from_main("the answers' file", lambda: check_absent(args.out))
         rows = read_conversations(args.conversations)
     checkpoint = open_checkpoint(
         args.checkpoint,
@@ -66,15 +87,35 @@ def main() -> int:
         interrupts_end_answers()
         start_chat(checkpoint, config, system=system, context=args.context)
     else:
-        prompt, show = args.prompt_ids, None
-        if not prompt:
-            prompt = render_prompt([Message("user", args.prompt)], checkpoint.tokenizer, system)
-            show = _show
-        completion = generate(checkpoint, prompt, config, context=args.context, on_text=show)
-        print("" if show else ",".join(map(str, completion.tokens)))
-        if note := describe_cut(completion):
-            print(note, file=sys.stderr)
-    return 0
+        _answer(args, checkpoint, config, system)
+
+
+def _answer(
+    args: argparse.Namespace,
+    checkpoint: "OpenCheckpoint",
+    config: "GenerationConfig",
+    system: str | None,
+) -> None:
+    """Prints the answer to a prompt, text as it comes, or ids at the end."""
+    from moi_jax.parallel.hosts import is_main
+    from moi_jax.sampling.generate import describe_cut, generate
+    from moi_jax.text.conversations import Message
+    from moi_jax.text.rendering import render_prompt
+
+    def show(text: str) -> None:
+        if is_main():
+            print(text, end="", flush=True)
+
+    prompt = args.prompt_ids
+    if not prompt:
+        prompt = render_prompt([Message("user", args.prompt)], checkpoint.tokenizer, system)
+    completion = generate(
+        checkpoint, prompt, config,
+        context=args.context, on_text=None if args.prompt_ids else show,
+    )  # fmt: skip
+    show((",".join(map(str, completion.tokens)) if args.prompt_ids else "") + "\n")
+    if (note := describe_cut(completion)) and is_main():
+        print(note, file=sys.stderr)
 
 
 def _arguments() -> argparse.Namespace:
@@ -110,6 +151,7 @@ def _arguments() -> argparse.Namespace:
     add_model(parser.add_argument_group("the model"))
     _add_answer(parser.add_argument_group("the answer"))
     _add_cache(parser.add_argument_group("the cache"))
+    add_hosts(parser)
     args = parser.parse_intermixed_args()
     if args.prompt is not None and (args.prompt_ids or args.conversations):
         raise UserError("give only one of PROMPT, --prompt-ids and --conversations")
@@ -201,9 +243,12 @@ def _ids(given: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{given!r} is no list of ids such as 1,2,3") from None
 
 
-def _standard_input() -> str:
+def _standard_input() -> str | None:
+    """The prompt on standard input; None where that is a terminal."""
+    if sys.stdin and sys.stdin.isatty():
+        return None
     prompt = ""
-    if sys.stdin:
+    if sys.stdin:  # it is None where it was closed
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
         try:
             prompt = sys.stdin.read().removesuffix("\n")
@@ -214,10 +259,6 @@ def _standard_input() -> str:
             "there is no prompt: give one, give --conversations, or start a chat on a terminal"
         )
     return prompt
-
-
-def _show(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 from moi_jax.checkpoints.checksums import verify_small_items
 from moi_jax.checkpoints.damage import DamagedCheckpoint, reading
@@ -130,9 +131,9 @@ def read_items(path: Path) -> ModelItems:
 
 def read_json_item(step: Path, name: str) -> Json:
     """One JSON item of a step; raises UserError when it is missing or damaged."""
-    with reading(step, name), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
-        return checkpointer.restore(step.absolute(), args)[name]
+    with reading(step, name):
+        # The handler is used directly: a checkpointer would wait for the other processes of a run.
+        return dict(ocp.JsonCheckpointHandler().restore(epath.Path(step.absolute() / name)))
 
 
 def parameters_fingerprint(step: Path) -> str:

@@ -9,13 +9,14 @@ import jax
 from jax.sharding import Mesh
 
 from moi_jax import config as config_lib
-from moi_jax.checkpoints.items import find_step, read_items
+from moi_jax.checkpoints.items import find_step, parameters_fingerprint, read_items
 from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute, resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, Tree, make_model
+from moi_jax.parallel import hosts
 from moi_jax.parallel.mesh import make_mesh, parse_mesh
 from moi_jax.text.prompts import saved_template
 from moi_jax.text.tokenizer import Tokenizer
@@ -74,6 +75,7 @@ def open_checkpoint(
     axes = parse_mesh(mesh) if mesh else config_lib.Mesh(data=1, fsdp=1, tensor=-1)
     placed_on = make_mesh(axes, devices)  # refused before the parameters are read
     step = find_step(path)
+    hosts.check_same({"checkpoint": parameters_fingerprint(step)})
     items = read_items(step)
     template = chat_template or saved_template(items.prompts, step, "--chat-template")
     try:

@@ -22,6 +22,7 @@ from moi_jax.checkpoints.finite import check_finite_array
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import Parameter, map_parameters, parameter_specs
+from moi_jax.parallel import hosts
 
 CHUNK_BYTES = 16 << 20
 # Bytes written at a time: enough chunks to keep the cores busy.
@@ -42,7 +43,9 @@ def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype:
       OSError: the files cannot be written.
     """
     registry = ocp.type_handlers.create_type_handler_registry((Expected, StreamHandler(stream)))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, multiprocessing_options=by_this_process()
+    )
     tree = map_parameters(config, lambda _, p: Expected(p.shape, dtype))
     directory.mkdir()
     # The handler is used directly: a checkpointer makes the directory in its own thread, and after
@@ -53,6 +56,14 @@ def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype:
     )
     handler.save(place, args=args)
     handler.finalize(place)
+
+
+def by_this_process() -> ocp.options.MultiprocessingOptions:
+    """Lets orbax write without the other processes of a run, which write nothing meanwhile."""
+    index = hosts.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

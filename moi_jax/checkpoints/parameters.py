@@ -12,11 +12,17 @@ from moi_jax.checkpoints.checksums import verify_arrays, write_checksums
 from moi_jax.checkpoints.damage import reading
 from moi_jax.checkpoints.finite import check_finite
 from moi_jax.checkpoints.items import ModelItems, find_step
-from moi_jax.checkpoints.parameter_files import StoredParameters, Stream, save_parameters
+from moi_jax.checkpoints.parameter_files import (
+    StoredParameters,
+    Stream,
+    by_this_process,
+    save_parameters,
+)
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import abstract_parameters, parameter_shardings, parameter_specs
+from moi_jax.parallel import hosts
 
 
 def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -> None:
@@ -29,7 +35,11 @@ def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -
     Raises:
       OSError: `path` cannot be written.
     """
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    alone = by_this_process()
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(path.absolute(), ocp.args.Composite(**items.to_args()))
     save_parameters(path / "parameters", items.model, stream, dtype)
     write_checksums(path)
@@ -69,8 +79,8 @@ def read_parameters(
         value is not finite.
     """
     step = find_step(path).absolute()
-    if verify:
-        verify_arrays(step, ["parameters"])
+    if verify:  # once, not by every process
+        hosts.from_main("the checksums", lambda: verify_arrays(step, ["parameters"]))
     abstract = abstract_parameters(config, dtype)
     if mesh is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

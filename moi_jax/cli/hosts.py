@@ -19,6 +19,22 @@ def join_hosts(args: argparse.Namespace, timeouts: "Cluster") -> None:
     join(args.coordinator, args.num_processes, args.process_id, timeouts)
 
 
+def check_same_command(args: argparse.Namespace) -> None:
+    """Checks that all processes run the same code with the same arguments.
+
+    Raises:
+      UserError: they do not; the message names the argument.
+    """
+    from moi_jax.common.code_version import code_fingerprint, versions
+    from moi_jax.parallel import hosts
+
+    if hosts.joined():
+        own = ("process_id", "coordinator")  # each may reach process 0 by another address
+        given = {f"argument {k}": str(v) for k, v in vars(args).items() if k not in own}
+        code = {"code of moi_jax": code_fingerprint(), "set of versions": versions()}
+        hosts.check_same({**given, **code})
+
+
 def leave_hosts() -> None:
     """Ends the work of a process that is done, when the others are done too."""
     if _watch():

@@ -3,11 +3,13 @@
 DIR/results.json, DIR/samples/TASK.jsonl    results and samples, for people; written at once
 DIR/answers/TASK.jsonl                      the model's texts, written as they arrive, so that an
                                             evaluation that was killed continues
+
+Of the processes of a run, process 0 alone scores, and reads and writes these files.
 """
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
@@ -18,9 +20,10 @@ from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import Item, Task, evenly_spaced
+from moi_jax.evaluation.protocol import Item, Response, Score, Task, evenly_spaced
 from moi_jax.evaluation.responses import collect_responses, log_places
 from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
+from moi_jax.parallel import hosts
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.response_log import ResponseLog, json_line
 
@@ -61,10 +64,21 @@ def run_task(
         ]
     scored: list[Scored] = []
     with count_bar(f"{task.name}: scores", len(kept)) as on_progress:
-        for (item, response), score in zip(kept, task.score(kept), strict=True):
+        for (item, response), score in zip(kept, _scores(task, kept), strict=True):
             scored.append((item, response, score))
             report(on_progress, 1)
     return scored, len(responses) - len(kept)
+
+
+def _scores(task: Task, responses: Sequence[tuple[Item, Response]]) -> Iterator[Score]:
+    """The scores, one by one: process 0 finds them, and tells each to the others."""
+    if not hosts.is_main():
+        for _ in responses:
+            yield Score(**hosts.from_main("a score", dict))
+        return
+    for score in task.score(responses):
+        hosts.from_main("a score", partial(asdict, score))
+        yield score
 
 
 def run_benchmarks(
@@ -85,7 +99,7 @@ def run_benchmarks(
     Raises:
       UserError: options.out holds results of another model, or answers of other settings.
     """
-    results = results_so_far(options.out, made_by)
+    results = hosts.from_main("earlier results", partial(results_so_far, options.out, made_by))
     with ExitStack() as opened:
         # All logs are opened before the first task, so that a mistake shows before hours of work.
         logs = []
@@ -96,7 +110,10 @@ def run_benchmarks(
         for (task, items), log in zip(tasks, logs, strict=True):
             asked = evenly_spaced(items, options.limit)
             scored, skipped = run_task(task, asked, model, options, log)
-            summary = summarize(task, scored, skipped, all_items=options.limit is None)
+            summary = hosts.from_main(
+                "the results of a task",
+                partial(summarize, task, scored, skipped, all_items=options.limit is None),
+            )
             summary["settings"] = {
                 **_settings(task, model, options),
                 "limit": options.limit,
@@ -106,8 +123,9 @@ def run_benchmarks(
             _tell(task.name, summary, results["tasks"].get(task.name))
             results["tasks"][task.name] = summary
             results["overall"] = overall(results["tasks"])
-            _write(options.out / "samples" / f"{task.name}.jsonl", _samples(scored))
-            _write(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+            if hosts.is_main():
+                _write(options.out / "samples" / f"{task.name}.jsonl", _samples(scored))
+                _write(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 

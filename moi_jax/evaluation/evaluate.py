@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 from moi_jax.checkpoints.items import find_step, parameters_fingerprint
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
 from moi_jax.common.atomic_files import check_writable
+from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.evaluation.benchmarks import results_so_far, run_benchmarks
 from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions, check_request
@@ -20,6 +22,7 @@ from moi_jax.evaluation.protocol import Item, Task
 from moi_jax.evaluation.reports.report import write_report
 from moi_jax.evaluation.results import read_results
 from moi_jax.evaluation.tasks import open_task, task_names
+from moi_jax.parallel import hosts
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,8 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         request = EvaluationRequest(Path("runs/quickstart"), options, tasks=("gsm8k",))
         evaluate(request, jax.devices()).results["tasks"]["gsm8k"]["score"]
 
-    An evaluation that was killed continues when it is asked for again.
+    An evaluation that was killed continues when it is asked for again. Processes that were joined
+    (see `moi_jax.parallel.joining`) call it together, and process 0 writes.
 
     Args:
       devices: the devices that the mesh is made of.
@@ -71,10 +75,15 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         that was finished before is kept.
     """
     check_request(request)
+    if request.lm_eval_tasks and hosts.joined():
+        raise UserError(
+            "lm-evaluation-harness runs in one process; give --lm-eval to a command on one host"
+        )
     out = request.benchmarks.out
     # Everything that can be refused is refused before the checkpoint is read.
-    for directory in request.compare:
-        read_results(directory / "results.json")
+    if hosts.is_main():
+        for directory in request.compare:
+            read_results(directory / "results.json")
     opened = _open_tasks(request)
     options = request.model
     checkpoint = open_checkpoint(
@@ -85,12 +94,13 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         chat_template=options.chat_template,
         verify=options.verify,
     )
-    results = held_out = lm_eval = report = None
+    results = held_out = lm_eval = None
     with jax.set_mesh(checkpoint.mesh):
         model, made_by = _chat_model(checkpoint, options)
-        check_writable(out)
-        if opened.tasks or opened.lm_eval_tasks:
-            results_so_far(out, made_by)
+        if hosts.is_main():
+            check_writable(out)
+            if opened.tasks or opened.lm_eval_tasks:
+                results_so_far(out, made_by)
         if HELD_OUT in request.tasks:
             held_out = measure_held_out(checkpoint, request.held_out, out)
         if opened.tasks or opened.lm_eval_tasks:
@@ -105,10 +115,17 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
             run_under_prompts(
                 opened.prompt_tasks, model, checkpoint.prompts, made_by, request.benchmarks
             )
-    if (out / "results.json").exists():
-        report = write_report([out, *request.compare], out / "report.html")
+    report = hosts.from_main("the report", partial(_report, out, request.compare))
+    if report:
         log.info(f"report {report}")
-    return EvaluationResult(out, results, held_out, lm_eval, report)
+    return EvaluationResult(out, results, held_out, lm_eval, Path(report) if report else None)
+
+
+def _report(out: Path, compare: Sequence[Path]) -> str | None:
+    """Writes the report where there are results; returns its path."""
+    if not (out / "results.json").exists():
+        return None
+    return str(write_report([out, *compare], out / "report.html"))
 
 
 def default_directory(checkpoint: Path) -> Path:

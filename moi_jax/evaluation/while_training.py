@@ -19,6 +19,7 @@ from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.models.decoder import Bind, Tree
+from moi_jax.parallel import hosts
 from moi_jax.parallel.placing import batch_shards
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 from moi_jax.sampling.response_log import ResponseLog
@@ -135,7 +136,10 @@ def make_benchmark(
                 after_each()
                 log = ResponseLog(None, {})
                 scored, skipped = run_task(task, items, model, options, log, after_each)
-                summary = summarize(task, scored, skipped, all_items=False)
+                summary = hosts.from_main(
+                    "the results of a task",
+                    partial(summarize, task, scored, skipped, all_items=False),
+                )
                 scores[f"eval/{task.name}/score"] = summary["score"]
         except StopRequested:
             return {}

@@ -11,10 +11,12 @@ from moi_jax.checkpoints.items import parameters_fingerprint
 from moi_jax.checkpoints.opener import OpenCheckpoint
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
+from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.common.progress import count_bar
 from moi_jax.data.sources.formats import FORMATS, to_chat
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.data.sources.turns import text_of
+from moi_jax.parallel import hosts
 from moi_jax.sampling.generate import default_context, make_request, not_finite, open_sampler
 from moi_jax.sampling.requests import Completion, GenerationConfig
 from moi_jax.sampling.response_log import ResponseLog, json_line
@@ -153,6 +155,8 @@ def complete_file(
 ) -> None:
     """Answers the rows of a file and writes them to `out`; continues what a killed call began.
 
+    All processes of a run call it with the same rows; process 0 writes.
+
     Args:
       rows: of `read_conversations`.
       out: a file that does not exist yet, see `check_absent`.
@@ -168,6 +172,7 @@ def complete_file(
     prompts = [render_prompt(row.messages, checkpoint.tokenizer, system) for row in rows]
     settings = dataclasses.asdict(config)
     settings["stop"] = list(settings.pop("stop_strings"))
+    hosts.check_same({"file of conversations": json_fingerprint(prompts)})
     made_by = {
         "parameters": parameters_fingerprint(checkpoint.step),
         "dtype": checkpoint.dtype,
@@ -194,7 +199,7 @@ def complete_file(
         except KeyboardInterrupt:
             log.info(f"{answers.partial} keeps the answers so far; the same command continues it")
             raise
-    counts = answers.finish()
+    counts = hosts.from_main("the answers' file", answers.finish)
     ended = ", ".join(f"{finish} {number}" for finish, number in sorted(counts.items()))
     log.info(f"{out}: {len(rows)} answers ({ended})")
     if bad := counts.get("not_finite"):

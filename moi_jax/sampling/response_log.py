@@ -3,16 +3,21 @@
 import json
 import zlib
 from collections.abc import Sequence
+from functools import partial
+from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from moi_jax.common.errors import UserError, cannot_write
+from moi_jax.parallel import hosts
 
 Json = dict[str, Any]
 # An item's id, and the number of its turn, sample or choice.
 ResponseKey = tuple[str, int]
+# Responses in one message to the other processes, which should stay below some megabytes.
+SHARED_AT_ONCE = 1000
 
 
 class ResponseLog:
@@ -20,6 +25,8 @@ class ResponseLog:
 
     The first line of the file says which settings made them. A later run with the same settings
     continues the file.
+
+    All processes of a run keep the same responses; process 0 alone reads and writes the file.
 
     Attributes:
       found: the responses so far.
@@ -35,9 +42,14 @@ class ResponseLog:
           UserError: the file was made with other settings, is damaged, or cannot be written.
         """
         self.found: dict[ResponseKey, Json] = {}
-        self._file = None
+        self._file: BinaryIO | None = None
         if path is None:
             return
+        if hosts.is_main():
+            self._open(path, made_by)
+        self._share_found()
+
+    def _open(self, path: Path, made_by: Json) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = _whole_lines(path)
@@ -53,6 +65,15 @@ class ResponseLog:
             raise cannot_write(path, error) from None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it to start again") from None
+
+    def _share_found(self) -> None:
+        """Gives the responses that process 0 found to the other processes."""
+        records = list(self.found.values())
+        count = hosts.from_main("the number of answers", lambda: len(records))
+        for first in range(0, count, SHARED_AT_ONCE):
+            part = slice(first, first + SHARED_AT_ONCE)
+            for record in hosts.from_main("the answers so far", partial(getitem, records, part)):
+                self.found[record["id"], record["n"]] = record
 
     def has(self, key: ResponseKey, prompt: Sequence[int]) -> bool:
         """Whether there is a response to this very prompt: the data may have changed since."""

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +36,7 @@ from moi_jax.text.tokenizer import load_tokenizer
 from moi_jax.training.train import train
 
 from support.published import tiny_published
-from support.runs import SAMPLES, TWO_DEVICES, records, small_config
+from support.runs import SAMPLES, records, small_config
 
 DEFAULT = "You are a helpful assistant."
 OWN = {"chat": DEFAULT, "tools": "Use tools."}
@@ -220,28 +217,6 @@ def test_a_loss_that_is_not_finite_is_named(material):
         matrix.measure(broken)
 
 
-HOST = """
-import dataclasses, sys
-import jax, numpy as np
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
-import jax.numpy as jnp
-from moi_jax import config
-from moi_jax.data.loader import Batch
-from moi_jax.evaluation.while_training import make_evaluations
-from moi_jax.evaluation.row_sums import make_row_sums
-from moi_jax.models.decoder import make_model
-from moi_jax.models.presets import PRESETS
-from moi_jax.parallel.mesh import make_mesh
-from moi_jax.models.parameters import random_parameters
-model = dataclasses.replace(PRESETS["tiny"], num_layers=1)
-mesh = make_mesh(config.Mesh(fsdp=4), jax.devices())
-parameters = random_parameters(model, 0, jnp.float32, mesh)
-sums = make_row_sums(make_model(model), mesh)
-found = sums(parameters, Batch(**np.load(sys.argv[3])))
-print("sums", [part.tolist() for part in found])
-"""
-
-
 @pytest.fixture(scope="module")
 def half_right():
     """Rows in which about half of the targets, and half of the labels, are the likeliest token."""
@@ -265,30 +240,6 @@ def test_only_labels_are_correct(half_right):
     batch, right = half_right
     np.testing.assert_array_equal(model_sums(fsdp=1)(batch).correct, right)
     np.testing.assert_array_equal(model_sums(fsdp=2, tensor=4)(batch).correct, right)
-
-
-def test_two_hosts_get_the_sums_of_all_rows(half_right, tmp_path):
-    """A true run of two processes with two devices each."""
-    batch, right = half_right
-    np.savez(tmp_path / "batch.npz", **batch._asdict())
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOST, number, port, str(tmp_path / "batch.npz")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=TWO_DEVICES,
-        )
-        for number in "01"
-    ]  # fmt: skip
-    outputs = [host.communicate(timeout=300) for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], outputs
-    alone = model_sums(fsdp=1)(batch)
-    for out, _ in outputs:
-        nll, loss_tokens, correct = json.loads(out.split("sums ")[1].splitlines()[0])
-        assert loss_tokens == batch.loss_weights.sum(axis=1).tolist()
-        assert correct == right.tolist()
-        np.testing.assert_allclose(nll, alone.nll, rtol=1e-5)
 
 
 def test_each_domain_has_its_prompts(material):

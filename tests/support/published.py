@@ -1,5 +1,6 @@
 """Published folders for the tests: fixtures with a tokenizer, and damaged in every way."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -35,10 +36,14 @@ def add_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def tiny_published(folder: Path, dtype) -> Path:
-    """The preset tiny with random weights, as its publisher would lay it out."""
+def tiny_published(folder: Path, dtype, **changes) -> Path:
+    """The preset tiny with random weights, as its publisher would lay it out.
+
+    Args:
+      changes: of the preset, such as num_layers.
+    """
     shutil.copytree(SAMPLES / "tokenizer", folder)
-    config, rng = preset("tiny"), np.random.default_rng(0)
+    config, rng = dataclasses.replace(preset("tiny"), **changes), np.random.default_rng(0)
     (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
     shapes = published_shapes(config)
     tensors = (

@@ -12,6 +12,7 @@ from moi_jax.evaluation.prompt_matrix.prompts import distinct_prompts
 from moi_jax.evaluation.protocol import Item, Task
 from moi_jax.evaluation.reports.report import write_report
 from moi_jax.evaluation.tasks import make_task
+from moi_jax.parallel import hosts
 from moi_jax.sampling.chat_model import ChatModel
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def run_under_prompts(
         own_model = dataclasses.replace(model, system_prompt=prompt)
         run_benchmarks(own_tasks, own_model, {**made_by, "system_prompt": prompt}, own_options)
         directories.append(own_options.out)
-    report = write_report(directories, options.out / "prompts" / "report.html")
+    report = options.out / "prompts" / "report.html"
+    if hosts.is_main():
+        write_report(directories, report)
     log.info(f"report {report}")
     return report

@@ -34,6 +34,7 @@ from moi_jax.evaluation.prompt_matrix.report import draw_matrix, item_lines, pri
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import random_parameters
+from moi_jax.parallel import hosts
 from moi_jax.parallel.placing import batch_shards
 from moi_jax.text.prompts import resolve_prompt
 
@@ -45,7 +46,7 @@ TRAINED, UNTRAINED = "trained", "untrained"
 
 
 def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path) -> Json:
-    """Measures the matrix, logs it, and writes it into the directory `out`.
+    """Measures the matrix, logs it, and writes it into the directory `out` (process 0 does).
 
         held_out.json         prompts, losses, accuracies, differences with intervals
         held_out_items.jsonl  the sums of each conversation under each prompt
@@ -59,7 +60,8 @@ def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path)
         checkpoint, a loss is not finite, or `out` cannot be written.
     """
     parameters = parameters_fingerprint(opened.step)
-    _check_same(out / "held_out.json", parameters)
+    if hosts.is_main():
+        _check_same(out / "held_out.json", parameters)
     began = _own_config(opened.step)
     config = options.config or began
     if config is None:
@@ -83,7 +85,8 @@ def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path)
         "settings": _settings(opened, dataset, options),
     }
     print_matrix(results)
-    _write(out, results, sums, matrix)
+    if hosts.is_main():
+        _write(out, results, sums, matrix)
     return results
 
 
@@ -109,14 +112,18 @@ def _open_dataset(opened: OpenCheckpoint, config: Config) -> Dataset:
     model = config.model.model_copy(update={"init_from": opened.step, "preset": None})
     tokenizer = TokenizerConfig(chat_template=opened.tokenizer.template.name)
     config = config.model_copy(update={"model": model, "tokenizer": tokenizer})
-    try:
-        experiment = open_experiment(config)
-        return open_dataset(experiment.config, experiment.tokenizer)
-    except UserError as error:
-        raise UserError(
-            f"{error}. The data of {opened.step} is read from the same paths as in training: run "
-            f"this where training ran, or give a config with another data.root with --config"
-        ) from None
+    with hosts.one_first(config.data.cache_dir, "preparing the data"):
+        try:
+            experiment = open_experiment(config)
+            dataset = open_dataset(experiment.config, experiment.tokenizer)
+        except UserError as error:
+            raise UserError(
+                f"{error}. The data of {opened.step} is read from the same paths as in training: "
+                f"run this where training ran, or give a config with another data.root with "
+                f"--config"
+            ) from None
+    hosts.check_same({"data": dataset.fingerprint})
+    return dataset
 
 
 def _untrained(
@@ -140,27 +147,32 @@ def _untrained(
         return f"random parameters, train.seed {seed}", jax.tree.map(
             lambda p: p.astype(opened.dtype), parameters
         )
-    try:
-        start = open_start(source, began.tokenizer.path if began else None)
-    except UserError as error:
-        if named:
-            raise
-        log.info(f"the untrained model is left out: {error}")
-        return None
-    if start.items.model != opened.config or start.items.tokenizer != opened.tokenizer.files:
-        differs = f"{source} has another architecture or tokenizer than {opened.step}"
-        if named:
-            raise UserError(f"{differs}, so its losses cannot be compared; name another one")
-        log.info(f"the untrained model is left out: {differs}")
-        return None
-    try:
-        checkpoint = start.checkpoint(cache_dir)
-    except UserError as error:  # the weights are gone
-        if named:
-            raise
-        log.info(f"the untrained model is left out: {error}")
+    tokenizer = began.tokenizer.path if began else None
+    checkpoint = None
+    with hosts.one_first(cache_dir, "importing the untrained model"):
+        try:
+            checkpoint = _start_checkpoint(opened, source, tokenizer, cache_dir)
+        except UserError as error:
+            if named:
+                raise
+            log.info(f"the untrained model is left out: {error}")
+    hosts.check_same({"untrained model": str(source) if checkpoint else "none"})
+    if checkpoint is None:
         return None
     return str(source), read_parameters(checkpoint, opened.config, opened.dtype, opened.mesh)
+
+
+def _start_checkpoint(
+    opened: OpenCheckpoint, source: Path, tokenizer: Path | None, cache_dir: Path
+) -> Path:
+    """The checkpoint of a start, see `open_start`; raises UserError unless it fits `opened`."""
+    start = open_start(source, tokenizer)
+    if start.items.model != opened.config or start.items.tokenizer != opened.tokenizer.files:
+        raise UserError(
+            f"{source} has another architecture or tokenizer than {opened.step}, so its losses "
+            f"cannot be compared; name another one"
+        )
+    return start.checkpoint(cache_dir)
 
 
 def _prompt_table(dataset: Dataset, paraphrases: Mapping[str, str]) -> PromptTable:

@@ -3,9 +3,12 @@
 import importlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moi_jax.common.errors import UserError
+from moi_jax.common.fingerprint import json_fingerprint
+from moi_jax.parallel import hosts
 
 if TYPE_CHECKING:
     from moi_jax.evaluation.options import BenchmarkOptions
@@ -36,6 +39,8 @@ def make_task(name: str, options: "BenchmarkOptions") -> "Task":
     """Makes a task; raises UserError where there is none of this name, or it cannot run here."""
     if name not in TASKS:
         raise UserError(f"there is no benchmark {name!r}; choose among {', '.join(TASKS)}")
+    if not hosts.is_main():  # it does not score, so it needs no sandbox, judge or embedder
+        options = replace(options, sandbox="weak", judge=None, judge_url=None, teval_embedder=None)
     module, kind = TASKS[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(options)
 
@@ -54,4 +59,6 @@ def open_task(name: str, options: "BenchmarkOptions") -> "tuple[Task, list[Item]
             f"{name}: {len(twice)} ids occur more than once in its files, the first is {twice[0]}; "
             f"keep one item of each id"
         )
+    prompts = [str(replace(item, gold=None)) for item in items]
+    hosts.check_same({f"{name} benchmark": json_fingerprint(prompts)})
     return task, items
