@@ -149,8 +149,8 @@ def check_plan(run: SavedRun, data: PlannedRun) -> Finding:
                 f"audit with the versions of moi_jax and numpy that trained the run"
             )
     return passed(
-        f"the {position['row']:,} rows so far, the last in epoch {len(epoch_rows) - 1}, are planned "
-        f"again as recorded",
+        f"the {position['row']:,} rows so far are planned again as recorded, the last of them in "
+        f"epoch {len(epoch_rows) - 1}",
         row_figures(data, position["row"]),
         rows=position["row"],
         epoch_rows=epoch_rows,

@@ -16,7 +16,7 @@ from moi_jax.training.audit.mix import sample_rows
 from moi_jax.training.audit.row_figures import RowFigures
 from moi_jax.training.audit.saved_run import PlannedRun, SavedRun
 
-SHORTEST_ROW = 128
+SHORTEST_ROW = 512  # few widths, since each is one compilation
 # The largest difference of one token's loss, and of a row's mean loss, in nats.
 TOKEN_BARS = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 0.25}
 
