@@ -14,10 +14,10 @@ from moi_jax.training.audit.stretch import Replayed, Stretch, choose_stretch, re
 from moi_jax.training.audit.windows import Record
 from moi_jax.training.versions import differences, versions
 
-# Where versions or devices differ. Adam moves a value by about the learning rate at each step, and
-# by rounding alone a value whose gradient is near zero may move the other way.
-VALUE_BAR = 2.0  # the largest difference of a parameter, over the sum of the learning rates
-RMS_BAR = 0.1  # the root mean square over all parameters, likewise
+# Where versions or devices differ: the largest difference of a parameter, and the root mean square
+# of all, over the sum of the learning rates. Adam moves a value by about the learning rate at each
+# step, and by rounding alone a value whose gradient is near zero may move the other way.
+STATE_BARS = {"float64": (1e-4, 1e-6), "float32": (0.05, 1e-3), "bfloat16": (2.0, 0.05)}
 NORM_BAR = 0.01  # of the gradient norm, relative
 RATE_BAR = 1e-6  # of the learning rate, relative
 
@@ -108,7 +108,7 @@ def _compare_record(
 def _compare_state(stretch: Stretch, replayed: Replayed, *, loose: bool) -> dict[str, Any]:
     """Compares the replayed state with the checkpoint; raises UserError where it is another one."""
     figures: dict[str, Any] = {"different": []}
-    bars = VALUE_BAR * replayed.learning_rates, RMS_BAR * replayed.learning_rates
+    bars = [bar * replayed.learning_rates for bar in STATE_BARS[stretch.compute_dtype]]
     wrong = False
     items = zip(ARRAYS, replayed.state.items(), replayed.abstract, strict=True)
     for item, now, abstract in items:

@@ -52,6 +52,10 @@ class Stretch:
         return self.last == self.end.step
 
     @property
+    def compute_dtype(self) -> str:
+        return self.end.config.model.compute_dtype
+
+    @property
     def origin(self) -> str:
         return f"checkpoint {self.first}" if self.start else "the start of the run"
 
