@@ -32,7 +32,7 @@ def versions(mesh: Mesh) -> Versions:
         "device": _cpu() if device.platform == "cpu" else device.device_kind,
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
-        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
 

@@ -17,6 +17,7 @@ import tensorstore
 
 import moi_jax.audit
 from moi_jax.checkpoints.checksums import write_checksums
+from moi_jax.checkpoints.damage import DamagedCheckpoint
 from moi_jax.common.errors import UserError
 from moi_jax.models.attention.xla import xla_attention
 from moi_jax.models.compute import Compute
@@ -263,6 +264,16 @@ def test_a_replay_by_other_versions_is_held_to_the_bars(run, planned, monkeypatc
         found = make_check(check, saved, data)
     assert found.verdict == FAILED
     assert "saved 2.0, replayed" in found.text
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_no_damage(tmp_path):
+    def check():
+        raise DamagedCheckpoint(step, "parameters is missing")
+
+    step = tmp_path / "3"
+    assert make_check(check).verdict == NOT_DONE
+    step.mkdir()
+    assert make_check(check).verdict == FAILED
 
 
 def steps_kept(*numbers: int, changed_at: int = 0) -> SimpleNamespace:

@@ -179,7 +179,7 @@ def _content(
     verdicts = {finding.verdict for finding in findings.values()}
     mesh = run.mesh if run else make_mesh(config_lib.Mesh(), devices)
     for domain in findings["sources"].figures.get("sources", {}).values():
-        files |= domain["files"]
+        files |= {f"source {name}": digest for name, digest in domain["files"].items()}
     return {
         "format": FORMAT,
         "run": str(options.run),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from moi_jax.checkpoints.damage import DamagedCheckpoint
 from moi_jax.common.errors import UserError
 
 Verdict = Literal["ok", "FAILED", "not done"]
@@ -54,4 +55,7 @@ def make_check(check: Callable[..., Finding], *needed: Any) -> Finding:
     except NotDone as reason:
         return Finding(NOT_DONE, str(reason))
     except UserError as error:
+        if isinstance(error, DamagedCheckpoint) and not error.step.exists():
+            gone = f"the run has deleted checkpoint {error.step.name} meanwhile; audit again"
+            return Finding(NOT_DONE, gone)
         return Finding(FAILED, str(error))

@@ -59,7 +59,7 @@ def check_metrics(run: SavedRun, data: PlannedRun, rows: RowFigures) -> Finding:
     text = f"{len(records):,} records up to step {records[-1]['step']:,}"
     text += "; fill, token counts, epochs, learning rates and the sums of losses are as recomputed"
     if skipped := sum(record.get("skipped", False) for record in trained):
-        text += f"; {skipped:,} steps were skipped"
+        text += f"; skipped steps: {skipped:,}"
     if len(checked) < len(windows):
         text += f"; figures only after step {run.unchanged_since}, where settings changed"
     return passed(text, records=len(records), windows=len(checked), skipped=skipped)
