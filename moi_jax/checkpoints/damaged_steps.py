@@ -30,7 +30,7 @@ def set_aside_damaged_steps(folder: Path, verify: bool, strict: bool) -> None:
     sound = None
     for step in all_steps(folder):
         try:
-            _check(step, verify and sound is None)
+            check_step(step, verify and sound is None)
             sound = sound or step
         except DamagedCheckpoint as error:
             if strict and sound is None:
@@ -50,8 +50,12 @@ def set_aside_damaged_steps(folder: Path, verify: bool, strict: bool) -> None:
         _set_aside(each, sound)
 
 
-def _check(step: Path, arrays: bool) -> None:
-    """Raises DamagedCheckpoint where a run could not resume from the step."""
+def check_step(step: Path, arrays: bool) -> None:
+    """Raises DamagedCheckpoint where a run could not resume from the step.
+
+    Args:
+      arrays: also compare parameters and optimizer with their checksums.
+    """
     for item in ARRAYS:
         if not (step / item).is_dir():
             raise DamagedCheckpoint(step, f"{item} is missing")

@@ -8,9 +8,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from moi_jax.checkpoints.arrays import read_arrays
 from moi_jax.checkpoints.checksums import verify_arrays, write_checksums
 from moi_jax.checkpoints.damage import reading
-from moi_jax.checkpoints.finite import check_finite
 from moi_jax.checkpoints.items import ModelItems, find_step
 from moi_jax.checkpoints.parameter_files import (
     StoredParameters,
@@ -94,11 +94,7 @@ def read_parameters(
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(step / "parameters").item_metadata.tree
         _check_shapes(step, stored, abstract)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            args = ocp.args.Composite(parameters=ocp.args.StandardRestore(wanted))
-            parameters = checkpointer.restore(step, args)["parameters"]
-    check_finite(step, parameters, "parameters")
-    return parameters
+    return read_arrays(step, "parameters", wanted)
 
 
 def _check_shapes(step: Path, stored: Any, expected: Tree) -> None:

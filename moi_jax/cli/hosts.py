@@ -25,14 +25,10 @@ def check_same_command(args: argparse.Namespace) -> None:
     Raises:
       UserError: they do not; the message names the argument.
     """
-    from moi_jax.common.code_version import code_fingerprint, versions
-    from moi_jax.parallel import hosts
+    from moi_jax.parallel.hosts import check_same_code
 
-    if hosts.joined():
-        own = ("process_id", "coordinator")  # each may reach process 0 by another address
-        given = {f"argument {k}": str(v) for k, v in vars(args).items() if k not in own}
-        code = {"code of moi_jax": code_fingerprint(), "set of versions": versions()}
-        hosts.check_same({**given, **code})
+    own = ("process_id", "coordinator")  # each may reach process 0 by another address
+    check_same_code({key: str(value) for key, value in vars(args).items() if key not in own})
 
 
 def leave_hosts() -> None:

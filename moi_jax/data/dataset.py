@@ -61,26 +61,37 @@ class Dataset:
         """Logs the sources, the dropped rows and the mixture of the first epoch of each stage.
 
         Returns:
-          The mixture, see `mixture_statistics`; for a curriculum that of the first stage, with
-          those of all stages under "stages".
+          The mixture, see `mixture`.
+        """
+        mixture, data = self.mixture(plan), self.config.data
+        log_source_table(self.caches)
+        stages = mixture.get("stages", [mixture])
+        for number, stage in enumerate(stages):
+            if data.stages:
+                log.info(f"stage {number}, from row {stage['begins']:,}")
+            log_mixture_table(stage, data)
+        for number, late in enumerate(data.stages[len(stages) :], len(stages)):
+            log.info(f"stage {number} begins at row {late.begins:,}, after the run's last row")
+        if plan.empty_rows:
+            log.info(f"{plan.empty_rows} empty rows fill up the run's last batch")
+        return mixture
+
+    def mixture(self, plan: TrainingPlan) -> dict[str, Any]:
+        """The mixture of the first epoch, see `mixture_statistics`.
+
+        For a curriculum it is that of the first stage, with those of all stages that the run
+        reaches under "stages".
         """
         report, data = row_counts(self.caches, self.selections), self.config.data
-        log_source_table(self.caches)
         mixtures = []
         for stage, begins in enumerate([stage.begins for stage in data.stages] or [0]):
             if begins >= plan.total_rows:
-                log.info(f"stage {stage} begins at row {begins:,}, after the run's last row")
                 break
             epoch = plan.epoch_plan(plan.locate(begins)[0])
             mixture = mixture_statistics(epoch, report, data.of_stage(stage), plan.batch_rows)
             for name, domain in mixture["domains"].items():
                 domain |= {note: report[name][note] for note in NOTES}
-            if data.stages:
-                log.info(f"stage {stage}, from row {begins:,}")
-            log_mixture_table(mixture, data)
             mixtures.append({"begins": begins, **mixture})
-        if plan.empty_rows:
-            log.info(f"{plan.empty_rows} empty rows fill up the run's last batch")
         return {**mixtures[0], "stages": mixtures} if data.stages else mixtures[0]
 
     @property
@@ -91,6 +102,13 @@ class Dataset:
         held_out = [(share or data.held_out).model_dump() for share in shares]
         return json_fingerprint([held_out, [cache.key for cache in self.caches]])
 
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Domain -> {"key": of its cache, "files": {name: sha256 hex of its content}}."""
+        return {
+            cache.name: {"key": cache.key, "files": dict(cache.digests)} for cache in self.caches
+        }
+
 
 def open_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     """Prepares what the cache lacks, and selects what is trained on.
@@ -98,7 +116,15 @@ def open_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     Raises:
       UserError: see `prepare`, `select` and `check_placeable`.
     """
-    caches = prepare(config.data, tokenizer)
+    return select_dataset(config, tokenizer, prepare(config.data, tokenizer))
+
+
+def select_dataset(config: Config, tokenizer: Tokenizer, caches: list[DomainCache]) -> Dataset:
+    """Selects what is trained on from the prepared domains, in config order.
+
+    Raises:
+      UserError: see `select` and `check_placeable`.
+    """
     selections = select(caches, config.data.held_out, config.loss.targets, config.data.domains)
     corpus = Corpus.of_training(caches, selections, config.loss.targets)
     kept = check_placeable(corpus, config.data)

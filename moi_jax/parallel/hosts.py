@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
+from moi_jax.common.versions import code_versions
 from moi_jax.parallel.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,13 @@ def from_main(what: str, make: Callable[[], T]) -> T:
         _hosts.store.key_value_set_bytes(key, json.dumps(value).encode())
         return value
     return json.loads(_hosts.get(key, 0))
+
+
+def check_same_code(settings: Mapping[str, Any]) -> None:
+    """Checks that all processes run the same code, with the same settings; see `check_same`."""
+    if _hosts:
+        versions = {f"version of {name}": value for name, value in code_versions().items()}
+        check_same({**versions, **{f"setting {key}": value for key, value in settings.items()}})
 
 
 def check_same(values: Mapping[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """Resuming a run: checks that config, data and plan are the same, and finds the position."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from jax.sharding import Mesh
 
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.items import read_json_item
@@ -14,6 +17,7 @@ from moi_jax.config.load import load_config
 from moi_jax.data.dataset import Dataset
 from moi_jax.data.planning.epoch import PLANNER
 from moi_jax.data.planning.training_plan import TrainingPlan
+from moi_jax.training.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -113,15 +117,20 @@ def resume_plan(dataset: Dataset, position: dict[str, Any], directory: Path) -> 
 
 
 def saved_position(
-    experiment: Experiment, dataset: Dataset, plan: TrainingPlan, row: int
+    experiment: Experiment, dataset: Dataset, plan: TrainingPlan, mesh: Mesh, row: int
 ) -> dict[str, Any]:
-    """Returns the data position for a checkpoint; `row` is the first row of the next batch."""
+    """Returns the data position for a checkpoint; `row` is the first row of the next batch.
+
+    `sources` and `versions` are for an audit. No resume depends on them.
+    """
     return {
         "row": row,
         "epoch_rows": plan.epoch_first_rows(max(row - 1, 0)),
         "plan": plan_fingerprint(plan, row),
         "planner": PLANNER,
         "fingerprints": fingerprints(experiment, dataset),
+        "sources": dataset.sources,
+        "versions": versions(mesh),
     }
 
 
@@ -164,16 +173,10 @@ def check_resume(
     Raises:
       UserError: a difference makes it another run. The message names the first one.
     """
-    old_values, new_values = flat_settings(before), flat_settings(config.model_dump(mode="json"))
-    for key in sorted(old_values.keys() | new_values.keys()):
-        old, new = old_values.get(key), new_values.get(key)
-        if old == new:
-            continue
-        change = f"{key}: {old} -> {new}"
-        of_source = key.startswith("data.domains.") and key.endswith(SOURCE_MAY_CHANGE)
-        if key.startswith(may_change) or of_source:
+    for change, may in config_changes(before, config.model_dump(mode="json"), may_change):
+        if may == "always":
             log.info("resuming with %s", change)
-        elif not key.startswith(MAY_CHANGE_IF_ALLOWED):
+        elif may == "never":
             raise UserError(
                 f"{run_dir} was started with another setting ({change}); restore it, or use "
                 f"--fresh to start over (the old run is moved aside)"
@@ -184,6 +187,27 @@ def check_resume(
             )
         else:
             log.info("resuming with %s (allowed)", change)
+
+
+def config_changes(
+    before: dict[str, Any], now: dict[str, Any], may_change: tuple[str, ...] = MAY_CHANGE
+) -> Iterator[tuple[str, Literal["always", "if allowed", "never"]]]:
+    """Yields each difference as "key: old -> new", and when a resumed run may have it."""
+    for change in different(before, now):
+        key = change.partition(":")[0]
+        of_source = key.startswith("data.domains.") and key.endswith(SOURCE_MAY_CHANGE)
+        if key.startswith(may_change) or of_source:
+            yield change, "always"
+        else:
+            yield change, "if allowed" if key.startswith(MAY_CHANGE_IF_ALLOWED) else "never"
+
+
+def different(before: Any, now: Any) -> Iterator[str]:
+    """Yields each difference of two nested JSON values as "key: old -> new", by key."""
+    old, new = flat_settings(before), flat_settings(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"{key}: {old.get(key)} -> {new.get(key)}"
 
 
 def check_fingerprints(run_dir: Path, saved: dict[str, str], current: dict[str, str]) -> None:

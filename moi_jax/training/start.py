@@ -100,7 +100,7 @@ def start_run(
         train_step=make_train_step(
             model, bind, optimizer, schedule, len(dataset.corpus.names), mesh
         ),
-        position=lambda row: saved_position(experiment, dataset, plan, row),
+        position=lambda row: saved_position(experiment, dataset, plan, mesh, row),
         epoch_of=lambda row: plan.locate(row)[0],
         evaluations=evaluations,
         early_stopping=early_stopping,

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.damaged_steps import set_aside_damaged_steps
 from moi_jax.checkpoints.experiment import Experiment, open_experiment
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
-from moi_jax.common.code_version import code_fingerprint, versions
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.config import Config
@@ -102,14 +101,7 @@ def train(
         )
     if config.model.preset:
         preset(config.model.preset)  # an unknown one is refused before the run directory is made
-    settings = flat_settings(config.model_dump(mode="json"))
-    hosts.check_same(
-        {
-            "code of moi_jax": code_fingerprint(),
-            "set of versions": versions(),
-            **{f"setting {key}": value for key, value in settings.items()},
-        }
-    )
+    hosts.check_same_code(flat_settings(config.model_dump(mode="json")))
     cache_dir = config.data.cache_dir
     with run_directory(config.logging.run_dir, fresh) as directory:
         if not fresh:

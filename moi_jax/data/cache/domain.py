@@ -5,8 +5,8 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class DomainCache:
       blocks: the folders with the records.
       block_starts: int64[blocks + 1]; the instructions of block i are [block_starts[i],
         block_starts[i + 1]).
+      digests: source file -> sha256 hex of its content, in the order of the sources.
     """
 
     name: str
@@ -57,6 +58,7 @@ class DomainCache:
     source_starts: np.ndarray
     blocks: tuple[Path, ...]
     block_starts: np.ndarray
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Instruction]:
         """The instructions at `indices`; each block is read once.
@@ -99,33 +101,53 @@ def loss_column(targets: str) -> int:
     return 1 + list(rendering.TARGETS).index(targets)
 
 
+class DamagedBlock(ValueError):
+    """A block of a domain is missing or damaged."""
+
+
 def open_domain(
-    name: str, directory: Path, folder: Path, files: Sequence[str]
+    name: str, directory: Path, folder: Path, digests: Mapping[str, str]
 ) -> DomainCache | None:
     """Opens a domain's cache; None if it is missing or damaged. A damaged one is told and removed.
 
     Args:
       folder: the folder of the blocks.
-      files: the present names of the source files.
+      digests: the present name of each source file, with its digest.
     """
     if not directory.exists():
         return None
     try:
-        check_sums(directory, FILES)
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        names = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
-        lengths, hashes = np.load(directory / LENGTHS), np.load(directory / HASHES)
+        return read_domain(name, directory, folder, digests)
+    except DamagedBlock:
+        pass  # told where the block is made anew
     except (OSError, ValueError) as error:
         # After a full disk, a broken copy or a fault of the disk. It can always be built again.
         log.warning(f"the cache of domain {name} is damaged and is made anew: {error}")
-        shutil.rmtree(directory)
-        return None
-    blocks = [FinishedBlock.open(folder / block) for block in names]
-    kept = [block.counts["kept"] for block in blocks if block]
-    if None in blocks or sum(kept) != len(lengths):
-        shutil.rmtree(directory)
-        return None
-    _rename(manifest, files)
+    shutil.rmtree(directory)
+    return None
+
+
+def read_domain(
+    name: str, directory: Path, folder: Path, digests: Mapping[str, str]
+) -> DomainCache:
+    """Reads a domain's cache and changes nothing; see `open_domain`.
+
+    Raises:
+      OSError: a file is missing or cannot be read.
+      ValueError: a file differs from its checksum; DamagedBlock: a block cannot be used.
+    """
+    check_sums(directory, FILES)
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    names = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
+    lengths, hashes = np.load(directory / LENGTHS), np.load(directory / HASHES)
+    kept = []
+    for block in names:
+        if (finished := FinishedBlock.open(folder / block)) is None:
+            raise DamagedBlock(f"its block {folder / block} is missing or damaged")
+        kept.append(finished.counts["kept"])
+    if sum(kept) != len(lengths):
+        raise DamagedBlock(f"its blocks hold {sum(kept)} instructions, not {len(lengths)}")
+    _rename(manifest, list(digests))
     source_starts = np.cumsum([0, *manifest["sources"]], dtype=np.int64)
     # A folder that was built again must not be read through a reader of the old one.
     _reader.cache_clear()
@@ -139,6 +161,7 @@ def open_domain(
         source_starts,
         tuple(folder / block for block in names),
         np.cumsum([0, *kept], dtype=np.int64),
+        digests,
     )
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -58,7 +58,7 @@ def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
     Raises:
       UserError: a source matches no file, a file is listed twice, or a row or domain is unusable.
     """
-    jobs, builder = _jobs(data, tokenizer)
+    jobs, builder = _remembering_jobs(data, tokenizer)
     if builder.benchmarks:
         _log_benchmarks(builder.benchmarks)
     opened = [job.open(builder) for job in jobs]
@@ -82,12 +82,29 @@ def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: i
     Raises:
       UserError: see `prepare`.
     """
-    jobs, builder = _jobs(data, tokenizer)
+    jobs, builder = _remembering_jobs(data, tokenizer)
     items = [item for job in jobs for item in chain(*job.items)]
     mine = items[shard - 1 :: shards]
     with _running(jobs, builder):
         _build(mine, builder)
     log.info(f"shard {shard} of {shards}: {len(mine)} of {len(items)} blocks are prepared")
+
+
+def domain_sources(data: config.Data, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """What the sources hold now: the key of each domain, and the digest of each of its files.
+
+    Every file is hashed anew, whatever the cache remembers of it.
+
+    Returns:
+      As `Dataset.sources`.
+
+    Raises:
+      UserError: a source is missing or cannot be read.
+    """
+    jobs, _ = _jobs(data, tokenizer, SourceFile.digest)
+    return {
+        job.domain.name: {"key": job.directory.name, "files": job.digest_of_file} for job in jobs
+    }
 
 
 @dataclass(frozen=True)
@@ -108,9 +125,15 @@ class _Job:
     directory: Path
 
     def open(self, builder: BlockBuilder) -> DomainCache | None:
-        names = [file.name for file in chain(*self.files)]
         with domain_errors(self.domain.name, self.directory.parent):
-            return open_domain(self.domain.name, self.directory, builder.folder, names)
+            return open_domain(
+                self.domain.name, self.directory, builder.folder, self.digest_of_file
+            )
+
+    @property
+    def digest_of_file(self) -> dict[str, str]:
+        names = [file.name for file in chain(*self.files)]
+        return dict(zip(names, chain(*self.digests), strict=True))
 
     @functools.cached_property
     def items(self) -> list[list[WorkItem]]:
@@ -143,7 +166,17 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockBuilder]:
+def _remembering_jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockBuilder]:
+    """The jobs; the digests of large files are remembered in the cache."""
+    digests = Digests(expand_home(data.cache_dir))
+    found = _jobs(data, tokenizer, digests.of)
+    digests.save()
+    return found
+
+
+def _jobs(
+    data: config.Data, tokenizer: Tokenizer, digest: Callable[[SourceFile], str]
+) -> tuple[list[_Job], BlockBuilder]:
     if not data.domains:
         raise UserError("data.domains is empty; name at least one domain with its sources")
     expanded = [expand(data.root, domain.sources, data.cache_dir) for domain in data.domains]
@@ -152,7 +185,7 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockBui
     if data.decontaminate.path:
         benchmarks = Benchmarks.read(expand_home(data.decontaminate.path))
     builder = BlockBuilder(cache_dir / "blocks", data, tokenizer, benchmarks)
-    digests, jobs = Digests(cache_dir), []
+    jobs = []
     for domain, files in zip(data.domains, expanded, strict=True):
         prompt = resolve_prompt(data, domain)
         recipe = {
@@ -167,12 +200,11 @@ def _jobs(data: config.Data, tokenizer: Tokenizer) -> tuple[list[_Job], BlockBui
             "decontaminate": benchmarks and [benchmarks.fingerprint, data.decontaminate.on_hit],
         }
         with domain_errors(domain.name, cache_dir):
-            found = [[digests.of(file) for file in part] for part in files]
+            found = [[digest(file) for file in part] for part in files]
         wanted = [
             (s.format, s.max_rows, part) for s, part in zip(domain.sources, found, strict=True)
         ]
         jobs.append(_Job(domain, prompt, files, found, recipe, cache_dir / _hash([recipe, wanted])))
-    digests.save()
     return jobs, builder
 
 
