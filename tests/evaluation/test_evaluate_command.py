@@ -17,6 +17,7 @@ from moi_jax.evaluation.options import (
     HeldOutOptions,
     ModelOptions,
 )
+from moi_jax.parallel import hosts
 
 from support.runs import records, refusal, small_config, train_here
 
@@ -201,3 +202,11 @@ def test_an_evaluation_is_a_library_function(place, monkeypatch, tmp_path):
     assert result.held_out == json.loads((tmp_path / "held_out.json").read_text())
     assert result.report == tmp_path / "report.html"
     assert result.lm_eval is None
+
+
+def test_the_harness_is_refused_on_many_hosts(monkeypatch, tmp_path):
+    monkeypatch.setattr(hosts, "joined", object)
+    options = BenchmarkOptions(tmp_path, tmp_path / "out")
+    request = EvaluationRequest(tmp_path, options, (), lm_eval_tasks=("any",))
+    with pytest.raises(UserError, match=r"give --lm-eval to a command on one host"):
+        evaluate_checkpoint(request, jax.devices())

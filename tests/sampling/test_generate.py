@@ -29,6 +29,7 @@ from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.errors import UserError
 from moi_jax.models.parameters import parameter_specs
+from moi_jax.parallel import hosts
 from moi_jax.sampling.chat import Chat, chat_on_terminal
 from moi_jax.sampling.completion_file import read_conversations
 from moi_jax.sampling.generate import generate as generate_function
@@ -665,3 +666,12 @@ def test_a_checkpoint_is_opened_on_the_mesh_and_in_the_dtype_asked_for(made):
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
     assert jnp.dtype(opened.bind(opened.parameters).compute.dtype) == jnp.bfloat16
     assert {len(leaf.sharding.device_set) for leaf in leaves} == {4}
+
+
+def test_a_chat_is_refused_on_many_hosts(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate", "ckpt"])
+    monkeypatch.setattr(generate, "_standard_input", lambda: None)  # a terminal
+    monkeypatch.setattr(generate, "check_same_command", lambda args: None)
+    monkeypatch.setattr(hosts, "joined", object)
+    with pytest.raises(UserError, match=r"a chat runs in one process; on many hosts give a prompt"):
+        generate.main()
