@@ -24,8 +24,8 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
     because its steps are not finite ends there, and saves nothing.
     """
     config, reader = run.config, StepReader(run)
-    with contextlib.closing(run.log), contextlib.closing(run.profiler):
-        with reader.paused():
+    with contextlib.closing(run.log), contextlib.closing(run.profiler), run.clock.part("step"):
+        with reader.paused("evaluation"):
             _evaluate_first(run, should_stop)
         while not (run.at_end or run.missed):
             if run.profiler.starts_before(run.step + 1):
@@ -33,7 +33,9 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
                 run.profiler.start(run.step + 1)
             first_row = run.row
             with run.profiler.annotation(run.step + 1):
-                run.state, metrics = run.train_step(run.state, next(run.batches))
+                with run.clock.part("data_wait"):
+                    batch = next(run.batches)
+                run.state, metrics = run.train_step(run.state, batch)
             run.step += 1
             run.row = min(first_row + config.train.global_batch_rows, run.total_rows)
             reader.read_previous()
@@ -41,7 +43,7 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
             run.checkpoints.check()
             if run.profiler.ends_after(run.step):
                 reader.read_previous()
-                with reader.paused():
+                with reader.paused("profile"):
                     run.profiler.close()
 
             last = run.step == run.steps
@@ -54,13 +56,13 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
             losses: dict[str, float] = {}
             if due:
                 reader.read_previous()
-                with reader.paused():
+                with reader.paused("evaluation"):
                     losses = _evaluate(run, should_stop, due)
             stopping = should_stop()  # called once, so that a run that stops here has saved
             if run.at_end or stopping or is_due(run.step, config.checkpoint.every):
                 reader.read_previous()
                 reader.write_window()
-                with reader.paused():
+                with reader.paused("checkpoint"):
                     _save(run, losses)
             if stopping:
                 break
@@ -133,3 +135,4 @@ def _save(run: Run, losses: dict[str, float]) -> None:
     }
     config = run.config.model_dump(mode="json")
     run.checkpoints.save(run.step, *run.state.items(), position, config, losses)
+    run.log.write({"step": run.step})  # with the time that this took

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +16,7 @@ import numpy as np
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
 from moi_jax.parallel import hosts
+from moi_jax.training.goodput import Clock
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +33,19 @@ class MetricsLog:
       last: the last record, in every process.
     """
 
-    def __init__(self, run_dir: Path, trackers: Sequence[str], step: int):
-        """Continues after `step`: drops the records that a killed run wrote past it."""
+    def __init__(self, run_dir: Path, trackers: Sequence[str], step: int, clock: Clock):
+        """Continues after `step`: drops the records that a killed run wrote past it.
+
+        Args:
+          clock: its sums are in every record; it goes on from those of the records so far.
+        """
         path = run_dir / "metrics.jsonl"
-        newest = hosts.from_main("the metrics", lambda: truncate_after(path, step)[-1:])
+        last, newest = hosts.from_main(
+            "the metrics", lambda: (complete_lines(path)[-1:], truncate_after(path, step)[-1:])
+        )
         self.last: Record = json.loads(newest[0]) if newest else {}
+        self._clock = clock
+        clock.go_on(self.last, json.loads(last[0]) if last else {})
         self._file: TextIO | None = None
         self._trackers: list[Tracker] = []
         if hosts.is_main():
@@ -44,6 +54,10 @@ class MetricsLog:
             self._file.seek(0, os.SEEK_END)
             self._last_at = self._file.tell() - len("".join(newest).encode())
             self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
+        if newest and newest != last:
+            self.write(
+                {"step": self.last["step"]}
+            )  # what is lost now, in case this process is, too
 
     def close(self) -> None:
         """Closes metrics.jsonl."""
@@ -57,7 +71,7 @@ class MetricsLog:
         """
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
+            for key, value in {**record, **self._clock.record()}.items()
         }
         again = clean["step"] == self.last.get("step")
         self.last = {**self.last, **clean} if again else clean
@@ -80,15 +94,20 @@ def truncate_after(path: Path, step: int) -> list[str]:
     """Keeps the complete lines of a JSONL file whose "step" is at most `step`; returns them."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # a kill cut the line short
+    kept = complete_lines(path, step)
     atomic_write_text(path, "".join(kept))
     return kept
+
+
+def complete_lines(path: Path, step: float = math.inf) -> list[str]:
+    """Returns the complete lines of a JSONL file whose "step" is at most `step`."""
+    lines = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        with suppress(json.JSONDecodeError, KeyError, TypeError):  # a kill cut the line short
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+    return lines
 
 
 def _numbers(record: Record) -> dict[str, float]:

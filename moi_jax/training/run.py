@@ -10,6 +10,7 @@ from moi_jax.config import Config
 from moi_jax.data.loader import Batch
 from moi_jax.models.decoder import Tree
 from moi_jax.training.early_stopping import EarlyStopping
+from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog
 from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.state import TrainState
@@ -68,6 +69,7 @@ class Run:
     profiler: StepProfiler
     checkpoints: RunCheckpoints
     log: MetricsLog
+    clock: Clock
     missed: set[str] = field(default_factory=set)  # evaluations abandoned at this step
 
     @property

@@ -44,10 +44,11 @@ class StepReader:
         self._held = _Dispatched(step, first_row, next_row, metrics)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes the time of the work inside from the throughput."""
+    def paused(self, part: str) -> Iterator[None]:
+        """Counts the time of the work inside for a part of the clock, and not as throughput."""
         started = time.monotonic()
-        yield
+        with self._run.clock.part(part):
+            yield
         self._window.pause(time.monotonic() - started)
 
     def read_previous(self) -> None:

@@ -26,6 +26,7 @@ from moi_jax.models.presets import preset
 from moi_jax.parallel import hosts
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
+from moi_jax.training.goodput import Clock
 from moi_jax.training.loop import fit
 from moi_jax.training.report import write_report
 from moi_jax.training.resume import flat_settings
@@ -111,7 +112,10 @@ def train(
         }
     )
     cache_dir = config.data.cache_dir
-    with run_directory(config.logging.run_dir, fresh) as directory:
+    with (
+        Clock().running() as clock,
+        run_directory(config.logging.run_dir, fresh) as directory,
+    ):
         if not fresh:
             hosts.from_main(
                 "the checkpoints",
@@ -137,7 +141,7 @@ def train(
         with closing(opened) as checkpoints, jax.set_mesh(mesh):
             run = start_run(
                 experiment, dataset, bind, mesh, microbatch_rows, checkpoints, evaluations,
-                allow_change,
+                allow_change, clock,
             )  # fmt: skip
             if run.finished and run.step == run.steps:
                 log.info("the run in %s is complete; use --fresh to start over", directory)

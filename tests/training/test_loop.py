@@ -8,6 +8,7 @@ import pytest
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.training.early_stopping import EarlyStopping
+from moi_jax.training.goodput import Clock
 from moi_jax.training.loop import fit
 from moi_jax.training.metrics import MetricsLog
 from moi_jax.training.profiling import StepProfiler
@@ -63,7 +64,7 @@ class Stage:
             "logging": {"every": 1, "trackers": []},
             **sections,
         }
-        config = make_config(values)
+        config, self.clock = make_config(values), Clock()
         self.run = Run(
             config=config,
             directory=directory,
@@ -88,7 +89,8 @@ class Stage:
             checkpoints=SimpleNamespace(
                 save=self.save, latest=lambda: max(self.saved, default=None), check=lambda: None
             ),
-            log=MetricsLog(directory, [], -1),
+            log=MetricsLog(directory, [], -1, self.clock),
+            clock=self.clock,
         )
 
     def train_step(self, state, _):
@@ -225,11 +227,11 @@ def test_an_abandoned_evaluation_is_made_up_for(tmp_path, patience):
     assert stage.events[-2:] == ["look 2", "save 2"]
     assert stage.saved[2]["missed"] == ["held_out"]
     stage.events.clear()
-    stage.run.log = MetricsLog(tmp_path, [], 2)
+    stage.run.log = MetricsLog(tmp_path, [], 2, stage.clock)
     assert not stage.fit()  # stopped again: it takes no step before the evaluation
     assert stage.events == []
     stage.stop_in_look, stage.stopping = None, False
-    stage.run.log = MetricsLog(tmp_path, [], 2)
+    stage.run.log = MetricsLog(tmp_path, [], 2, stage.clock)
     assert stage.fit()
     assert stage.events[:2] == ["look 2", "step 3"]
     log = records(tmp_path / "metrics.jsonl")
@@ -245,7 +247,7 @@ def test_a_run_is_not_complete_before_its_last_evaluations(tmp_path):
     assert stage.saved[STEPS]["missed"] == ["benchmarks", "held_out"]
     stage.events.clear()
     stage.stop_in_look, stage.stopping = None, False
-    stage.run.log = MetricsLog(tmp_path, [], STEPS)
+    stage.run.log = MetricsLog(tmp_path, [], STEPS, stage.clock)
     assert stage.fit()
     assert stage.events == [f"look {STEPS}", f"benchmark {STEPS}"]
 
