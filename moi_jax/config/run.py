@@ -22,7 +22,9 @@ class Logging(Section):
 
     run_dir: Path = Path("runs/moi")
     every: Positive = 10
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "prometheus", "wandb", "trackio"], ...] = (
+        "tensorboard",
+    )
 
 
 class Cluster(Section):

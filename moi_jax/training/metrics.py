@@ -17,6 +17,7 @@ from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
 from moi_jax.parallel import hosts
 from moi_jax.training.goodput import Clock
+from moi_jax.training.prometheus import PrometheusFile
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,10 @@ def _trackio(run_dir: Path, step: int) -> Tracker:
     return lambda record: trackio.log(_numbers(record), step=record["step"])
 
 
+def _prometheus(run_dir: Path, step: int) -> Tracker:
+    return PrometheusFile(run_dir).track
+
+
 def _missing(package: str) -> UserError:
     return UserError(
         f"logging.trackers names {package}, which is not installed; pip install {package}, "
@@ -166,6 +171,7 @@ TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,
+    "prometheus": _prometheus,
 }
 
 

@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
         "eval": {"every": 4},
         "checkpoint": {"every": 2, "keep_last": 1, "keep_best": 1},
         "optimizer": {"learning_rate": 3e-3},
-        "logging": {"every": 2, "trackers": ["tensorboard"]},
+        "logging": {"every": 2, "trackers": ["tensorboard", "prometheus"]},
     }
     done = train_command(small_config(directory, **sections))
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_docs_promise(finished):
     names = {path.name for path in run.iterdir()} - {LOCK}
     assert names == {
         "config.yaml", "mixture.json", "metrics.jsonl", "samples.jsonl", "checkpoints",
-        "tensorboard", "profile", "report.html",
+        "tensorboard", "metrics.prom", "profile", "report.html",
     }  # fmt: skip
     promised = set(
         re.findall(r"^\| `([a-z.]+)", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
