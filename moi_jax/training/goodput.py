@@ -62,13 +62,13 @@ class Clock:
         finally:
             self._enter(around)
 
-    def on_event(self, event: str, duration: float, **_: Any) -> None:
+    def on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         """Notes what jax has just compiled: it does not count for the part in which it happened."""
         if event not in COMPILING or threading.get_ident() != self._thread:
             return
         end = self._now()
         # jax takes the duration from the wall clock, which may jump.
-        start = min(max(end - duration, self._since), end)
+        start = min(max(end - duration_secs, self._since), end)
         while self._compiled and self._compiled[-1][0] >= start:
             self._compiled.pop()  # it lies within the new span
         self._compiled.append((start, end))

@@ -35,7 +35,8 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
             with run.profiler.annotation(run.step + 1):
                 with run.clock.part("data_wait"):
                     batch = next(run.batches)
-                run.state, metrics = run.train_step(run.state, batch)
+                limit = run.loss_limit.before(run.step + 1)
+                run.state, metrics = run.train_step(run.state, batch, limit)
             run.step += 1
             run.row = min(first_row + config.train.global_batch_rows, run.total_rows)
             reader.read_previous()
@@ -131,6 +132,7 @@ def _save(run: Run, losses: dict[str, float]) -> None:
         "skipped_in_a_row": run.skipped_in_a_row,
         "early_stopping": run.early_stopping.to_json(),
         "missed": sorted(run.missed),
+        **({"losses": run.loss_limit.to_json()} if run.loss_limit.ratio else {}),
         **run.position(run.row),
     }
     config = run.config.model_dump(mode="json")

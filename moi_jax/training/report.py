@@ -161,8 +161,8 @@ def held_out(run: RunRecord, names: Sequence[str]) -> list[dict[str, Any]]:
 
 def spent(run: RunRecord) -> list[tuple[str, str, float, float]]:
     """Returns (part, what it is, hours, share) for what the time of the run was spent on."""
-    last = next((record for record in reversed(run.metrics) if "time/step" in record), {})
-    seconds = {part: last.get(f"time/{part}", 0.0) for part in PARTS}
+    timed = [record for record in run.metrics if "time/step" in record]
+    seconds = {part: timed[-1].get(f"time/{part}", 0.0) for part in PARTS} if timed else {}
     whole = sum(seconds.values())
     parts = [(part, PARTS[part], took) for part, took in seconds.items() if took]
     return [(part, what, took / 3600, took / whole) for part, what, took in parts]

@@ -13,8 +13,9 @@ from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog
 from moi_jax.training.profiling import StepProfiler
+from moi_jax.training.spikes import LossLimit
 from moi_jax.training.state import TrainState
-from moi_jax.training.step import Metrics
+from moi_jax.training.step import TrainStep
 
 ShouldStop = Callable[[], bool]
 # (parameters, should_stop) -> metrics by name; {} if the run stops and the evaluation is abandoned.
@@ -60,8 +61,9 @@ class Run:
     step: int
     row: int
     skipped_in_a_row: int
+    loss_limit: LossLimit
     batches: Iterator[Batch]  # on the mesh, from `row` on
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    train_step: TrainStep
     position: Callable[[int], dict[str, Any]]  # row -> the data position for a checkpoint
     epoch_of: Callable[[int], int]  # row -> epoch
     evaluations: Evaluations

@@ -28,6 +28,7 @@ from moi_jax.training.resume import (
     saved_position,
 )
 from moi_jax.training.run import Evaluations, Run
+from moi_jax.training.spikes import LossLimit
 from moi_jax.training.state import TrainState, abstract_state, new_state
 from moi_jax.training.step import make_train_step
 
@@ -98,6 +99,7 @@ def start_run(
         step=position["step"],
         row=position["row"],
         skipped_in_a_row=position["skipped_in_a_row"],
+        loss_limit=LossLimit(config.train.max_loss_ratio, position.get("losses", ())),
         batches=placed_batches(dataset, plan, position["row"], microbatch_rows, mesh),
         train_step=make_train_step(
             model, bind, optimizer, schedule, len(dataset.corpus.names), mesh

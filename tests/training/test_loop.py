@@ -13,6 +13,7 @@ from moi_jax.training.loop import fit
 from moi_jax.training.metrics import MetricsLog
 from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.run import Run
+from moi_jax.training.spikes import LossLimit
 
 from support.runs import records
 
@@ -75,6 +76,7 @@ class Stage:
             step=0,
             row=0,
             skipped_in_a_row=0,
+            loss_limit=LossLimit(config.train.max_loss_ratio),
             batches=iter([None] * STEPS),
             train_step=self.train_step,
             position=lambda row: {"row": row},
@@ -93,7 +95,7 @@ class Stage:
             clock=self.clock,
         )
 
-    def train_step(self, state, _):
+    def train_step(self, state, _, limit):
         step = self.run.step + 1
         self.events.append(f"step {step}")
         if step == self.stop_at:
@@ -163,6 +165,16 @@ def test_a_checkpoint_keeps_how_many_steps_in_a_row_were_skipped(tmp_path):
     again.run.skipped_in_a_row = 2
     with pytest.raises(UserError, match="3 steps in a row were not finite"):
         again.fit()
+
+
+def test_how_many_skipped_steps_in_a_row_stop_a_run_is_a_setting(tmp_path):
+    for most, allowed in ((1, ()), (2, (2,)), (5, (2, 3, 4, 5))):
+        (tmp_path / str(most)).mkdir()
+        train = {"global_batch_rows": 2, "max_skipped_in_a_row": most}
+        assert Stage(tmp_path / str(most), not_finite=allowed, train=train).fit()
+        stage = Stage(tmp_path / str(most), not_finite=range(1, most + 1), train=train)
+        with pytest.raises(UserError, match=f"{most} steps in a row were not finite"):
+            stage.fit()
 
 
 def test_a_run_that_must_stop_only_saves_a_checkpoint(tmp_path):
