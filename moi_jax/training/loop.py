@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+from typing import Any
 
+from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
 from moi_jax.training.run import Run, ShouldStop, is_due
 from moi_jax.training.step_reader import StepReader
@@ -24,7 +26,7 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
     because its steps are not finite ends there, and saves nothing.
     """
     config, reader = run.config, StepReader(run)
-    with contextlib.closing(run.log), contextlib.closing(run.profiler), run.clock.part("step"):
+    with contextlib.closing(run.profiler), run.clock.part("step"):
         with reader.paused("evaluation"):
             _evaluate_first(run, should_stop)
         while not (run.at_end or run.missed):
@@ -119,10 +121,22 @@ def _evaluate(run: Run, should_stop: ShouldStop, due: set[str]) -> dict[str, flo
         done.add("samples")
         answers = [{"step": run.step, **answer} for answer in evaluations.samples(parameters)]
         if hosts.is_main():
-            with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(answer) + "\n" for answer in answers)
+            _write_answers(run, answers)
     run.missed = {name for name in due - done if getattr(evaluations, name)}
     return losses
+
+
+def _write_answers(run: Run, answers: list[dict[str, Any]]) -> None:
+    """Adds the answers to samples.jsonl."""
+    path = run.directory / "samples.jsonl"
+    end = path.stat().st_size if path.exists() else 0
+
+    def write() -> None:
+        with path.open("ab") as file:
+            file.truncate(end)  # what a try before it may have written
+            file.write("".join(json.dumps(answer) + "\n" for answer in answers).encode())
+
+    retried(path, run.config.checkpoint.retry_seconds, write)
 
 
 def _save(run: Run, losses: dict[str, float]) -> None:

@@ -3,18 +3,19 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
+from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
 from moi_jax.training.goodput import Clock
 from moi_jax.training.prometheus import PrometheusFile
@@ -34,36 +35,38 @@ class MetricsLog:
       last: the last record, in every process.
     """
 
-    def __init__(self, run_dir: Path, trackers: Sequence[str], step: int, clock: Clock):
+    def __init__(
+        self,
+        run_dir: Path,
+        trackers: Sequence[str],
+        step: int,
+        clock: Clock,
+        retry_seconds: int = 0,
+    ):
         """Continues after `step`: drops the records that a killed run wrote past it.
 
         Args:
           clock: its sums are in every record; it goes on from those of the records so far.
+          retry_seconds: for how long a write is tried again when the store fails.
         """
-        path = run_dir / "metrics.jsonl"
+        path = self._path = run_dir / "metrics.jsonl"
         last, newest = hosts.from_main(
             "the metrics", lambda: (complete_lines(path)[-1:], truncate_after(path, step)[-1:])
         )
         self.last: Record = json.loads(newest[0]) if newest else {}
         self._clock = clock
         clock.go_on(self.last, json.loads(last[0]) if last else {})
-        self._file: TextIO | None = None
+        self._retry_seconds = retry_seconds
         self._trackers: list[Tracker] = []
         if hosts.is_main():
             path.touch()
-            self._file = path.open("r+", encoding="utf-8")
-            self._file.seek(0, os.SEEK_END)
-            self._last_at = self._file.tell() - len("".join(newest).encode())
+            self._end = path.stat().st_size
+            self._last_at = self._end - len("".join(newest).encode())
             self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
         if newest and newest != last:
             self.write(
                 {"step": self.last["step"]}
             )  # what is lost now, in case this process is, too
-
-    def close(self) -> None:
-        """Closes metrics.jsonl."""
-        if self._file:
-            self._file.close()
 
     def write(self, record: Record) -> None:
         """Writes a record: "step", and values by name. A number that is not finite becomes null.
@@ -76,19 +79,20 @@ class MetricsLog:
         }
         again = clean["step"] == self.last.get("step")
         self.last = {**self.last, **clean} if again else clean
-        if self._file:
-            self._write_line(self._file, again)
+        if hosts.is_main():
+            self._last_at = self._last_at if again else self._end
+            retried(self._path, self._retry_seconds, self._write_line)
         for track in self._trackers:
-            track(clean)
+            retried(self._path.parent, self._retry_seconds, partial(track, clean))
 
-    def _write_line(self, file: TextIO, again: bool) -> None:
-        if again:
+    def _write_line(self) -> None:
+        # Opened each time: a file that was open when its server failed stays broken.
+        with self._path.open("r+b") as file:
             file.seek(self._last_at)
-        else:
-            self._last_at = file.tell()
-        file.write(json.dumps(self.last) + "\n")
-        file.flush()
-        file.truncate()  # after the write, so that a kill does not lose the record
+            file.write(json.dumps(self.last).encode() + b"\n")
+            file.flush()
+            file.truncate()  # after the write, so that a kill does not lose the record
+            self._end = file.tell()
 
 
 def truncate_after(path: Path, step: int) -> list[str]:

@@ -80,7 +80,9 @@ def start_run(
     answers = hosts.from_main(
         "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)
     )
-    metrics_log = MetricsLog(directory, config.logging.trackers, logged, clock)
+    metrics_log = MetricsLog(
+        directory, config.logging.trackers, logged, clock, config.checkpoint.retry_seconds
+    )
     early_stopping = EarlyStopping(config, position["early_stopping"])
     missed = set(position["missed"])
     # An earlier process may have made up for some of them, and have saved no later checkpoint.

@@ -17,6 +17,7 @@ from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.code_version import code_fingerprint, versions
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
+from moi_jax.common.retry import retried
 from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.models.attention import choose_attention
@@ -155,7 +156,8 @@ def train(
                     fit(run, should_stop)
                 finally:
                     checkpoints.wait()  # while a signal is still noted: it must not cut this off
-                report = Path(hosts.from_main("the report", lambda: str(write_report(directory))))
+                report = directory / "report.html"
+                hosts.from_main("the report", lambda: _report(report, config))
         return TrainResult(
             step=run.step,
             finished=run.finished,
@@ -181,6 +183,11 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
     attention = choose_attention(config.model.attention, devices[0].platform, mesh)
     compute = Compute(config.model.compute_dtype, config.model.remat, attention)
     return mesh, make_model(experiment.model, compute), rows
+
+
+def _report(report: Path, config: Config) -> None:
+    """Writes the report; its store may fail for a while."""
+    retried(report, config.checkpoint.retry_seconds, lambda: write_report(report.parent))
 
 
 def _refuse_to_move(init_from: Path | None, directory: Path) -> None:

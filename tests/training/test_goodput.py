@@ -103,7 +103,7 @@ def test_a_restart_counts_what_is_repeated_and_how_long_the_run_was_down(tmp_pat
     for _ in range(2):
         clock = Clock(time)
         time.now += 7
-        MetricsLog(tmp_path, [], 5, clock).close()
+        MetricsLog(tmp_path, [], 5, clock)
         [kept] = records(log)
         found = sums(kept)
         assert found.pop("down") == pytest.approx(200 - 7, abs=2)
@@ -113,7 +113,7 @@ def test_a_restart_counts_what_is_repeated_and_how_long_the_run_was_down(tmp_pat
 def test_a_run_that_begins_anew_has_lost_all_it_did(tmp_path, time):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(written(2, 60, step=40, down=5)) + "\n")
     clock = Clock(time)
-    MetricsLog(tmp_path, [], -1, clock).close()
+    MetricsLog(tmp_path, [], -1, clock)
     found = sums(clock.record())
     assert found.pop("down") == pytest.approx(65, abs=2)
     assert found == {"lost": 40}
