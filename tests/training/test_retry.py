@@ -1,15 +1,27 @@
 """A store that fails for a while: what is written to it is there once, or the run stops."""
 
+import contextlib
+import dataclasses
 import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
+from moi_jax.checkpoints import run_checkpoints
+from moi_jax.checkpoints.items import ModelItems
+from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common import retry
+from moi_jax.common.errors import UserError
+from moi_jax.config.load import make_config
+from moi_jax.models.parameters import random_parameters
+from moi_jax.models.presets import PRESETS
 from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog
+from moi_jax.training.optimizer import make_optimizer
+from moi_jax.training.state import initial_state
 
 from support.runs import lasting, records, refusal, small_config, train_here
 
@@ -94,6 +106,27 @@ def test_a_store_that_stays_away_or_refuses_is_an_error(
     with pytest.raises(OSError, match=os.strerror(error)):
         log.write({"step": 1})
     assert waited - 15 <= sum(pauses) <= waited
+
+
+def test_a_save_that_its_store_fails_names_the_checkpoint_before(tmp_path, monkeypatch):
+    """It is the last write of the background save that fails; the advice is not to free space."""
+    config = make_config({})
+    model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
+    optimizer = make_optimizer(config.optimizer, model)
+    state = initial_state(model, optimizer, random_parameters(model, 0, "float32"))
+    opened = RunCheckpoints(tmp_path / "run", config.checkpoint, ModelItems(model, {}, {}))
+    with contextlib.closing(opened) as checkpoints:
+        checkpoints.save(1, *state.items(), {}, {}, {})
+        checkpoints.wait()
+        error = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        monkeypatch.setattr(run_checkpoints, "write_checksums", Mock(side_effect=error))
+        checkpoints.save(2, *state.items(), {}, {}, {})
+        with pytest.raises(UserError) as said:
+            checkpoints.wait()
+    assert str(said.value) == (
+        f"cannot save checkpoint 2 in {tmp_path / 'run'}: {error.strerror}; checkpoint 1 is whole. "
+        f"Give the same command again"
+    )
 
 
 ANSWER = {
