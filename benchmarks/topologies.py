@@ -47,7 +47,9 @@ def main(path: str, topology: str) -> None:
     step = make_train_step(model, bind, optimizer, schedule, len(config.data.domains), mesh)
     state = abstract_state(model, optimizer, config.model.param_dtype, mesh)
     with jax.set_mesh(mesh):
-        memory = step.lower(state, abstract_batch(config, mesh)).compile().memory_analysis()
+        limit = jax.ShapeDtypeStruct((), jnp.float32)
+        program = step.lower(state, abstract_batch(config, mesh), limit)  # type: ignore[attr-defined]
+        memory = program.compile().memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
     print(f"{path} on {topology}, in GB a chip:")
     print(f"{arguments:.1f} + {temporaries:.1f} = {arguments + temporaries:.1f}")

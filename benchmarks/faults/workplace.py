@@ -48,7 +48,8 @@ eval: {{every: {every}}}
 checkpoint: {{every: {every}, keep_last: 3}}
 logging: {{run_dir: run, every: 1}}
 """
-TIMINGS = ("tokens_per_second", "loss_tokens_per_second")
+# What the keys that depend on the time of things begin with.
+TIMINGS = ("tokens_per_second", "loss_tokens_per_second", "time/", "goodput", "written")
 
 
 class Skip(Exception):
@@ -230,7 +231,9 @@ class Workplace:
         """metrics.jsonl without what depends on the clock."""
         text = (self.run / "metrics.jsonl").read_text(encoding="utf-8")
         records = map(json.loads, text.splitlines())
-        return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
+        return [
+            {k: v for k, v in record.items() if not k.startswith(TIMINGS)} for record in records
+        ]
 
     @contextmanager
     def disk(self, name: str, size: str, **options: str) -> Iterator[None]:

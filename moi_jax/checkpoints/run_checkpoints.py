@@ -20,7 +20,7 @@ from moi_jax.checkpoints.damage import forget_cut_off, reading
 from moi_jax.checkpoints.finite import check_finite
 from moi_jax.checkpoints.items import Json, ModelItems, newest_step
 from moi_jax.checkpoints.parameter_files import save_args
-from moi_jax.common.errors import UserError, reason
+from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.models.decoder import Tree
 
 
@@ -190,11 +190,12 @@ class RunCheckpoints:
         for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(part, ignore_errors=True)
         kept = newest_step(self.directory)
+        way_out = "Free some space, then give" if is_full(error) else "Give"
         return UserError(
             f"cannot save checkpoint {step} in {self.directory}: "
             f"{reason(error, self.directory, size)}; "
-            f"{f'checkpoint {kept.name} is whole' if kept else 'there is none before it'}. Free "
-            f"some space, then give the same command again"
+            f"{f'checkpoint {kept.name} is whole' if kept else 'there is none before it'}. "
+            f"{way_out} the same command again"
         )
 
     def _tell_unless_cut_off(self, unraisable: "sys.UnraisableHookArgs") -> None:

@@ -14,6 +14,7 @@ class Checkpoint(Section):
     keep_best: Count = 1
     best_metric: str = "eval/mean/loss"  # lower is better
     grace_seconds: Positive = 120
+    retry_seconds: Count = 60  # for how long a write is tried again when the store fails
     verify: bool = True  # compares the arrays with their checksums before they are read
 
 
@@ -22,7 +23,9 @@ class Logging(Section):
 
     run_dir: Path = Path("runs/moi")
     every: Positive = 10
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "prometheus", "wandb", "trackio"], ...] = (
+        "tensorboard",
+    )
 
 
 class Cluster(Section):

@@ -68,6 +68,10 @@ class Train(Section):
     # The run ends after so many held-out evaluations in a row without a new best; null: never.
     early_stopping_patience: Positive | None = None
     profile_steps: tuple[Positive, Positive] | None = None  # first and last step, counted from 1
+    # A loss over so many times the median of the latest steps is a spike; null: none is.
+    max_loss_ratio: float | None = Field(None, gt=1)
+    on_spike: Literal["skip", "stop"] = "skip"
+    max_skipped_in_a_row: Positive = 3  # steps with a spike, or not finite, until the run stops
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +93,10 @@ class Train(Section):
             raise ValueError(
                 f"global_batch_rows {self.global_batch_rows} is not a multiple of microbatch_rows "
                 f"{self.microbatch_rows}"
+            )
+        if self.on_spike != "skip" and self.max_loss_ratio is None:
+            raise ValueError(
+                f"on_spike: {self.on_spike} has no effect without max_loss_ratio; set both or none"
             )
         if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
             raise ValueError(

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+from typing import Any
 
+from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
 from moi_jax.training.run import Run, ShouldStop, is_due
 from moi_jax.training.step_reader import StepReader
@@ -24,8 +26,8 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
     because its steps are not finite ends there, and saves nothing.
     """
     config, reader = run.config, StepReader(run)
-    with contextlib.closing(run.log), contextlib.closing(run.profiler):
-        with reader.paused():
+    with contextlib.closing(run.profiler), run.clock.part("step"):
+        with reader.paused("evaluation"):
             _evaluate_first(run, should_stop)
         while not (run.at_end or run.missed):
             if run.profiler.starts_before(run.step + 1):
@@ -33,7 +35,10 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
                 run.profiler.start(run.step + 1)
             first_row = run.row
             with run.profiler.annotation(run.step + 1):
-                run.state, metrics = run.train_step(run.state, next(run.batches))
+                with run.clock.part("data_wait"):
+                    batch = next(run.batches)
+                limit = run.loss_limit.before(run.step + 1)
+                run.state, metrics = run.train_step(run.state, batch, limit)
             run.step += 1
             run.row = min(first_row + config.train.global_batch_rows, run.total_rows)
             reader.read_previous()
@@ -41,7 +46,7 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
             run.checkpoints.check()
             if run.profiler.ends_after(run.step):
                 reader.read_previous()
-                with reader.paused():
+                with reader.paused("profile"):
                     run.profiler.close()
 
             last = run.step == run.steps
@@ -54,13 +59,13 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
             losses: dict[str, float] = {}
             if due:
                 reader.read_previous()
-                with reader.paused():
+                with reader.paused("evaluation"):
                     losses = _evaluate(run, should_stop, due)
             stopping = should_stop()  # called once, so that a run that stops here has saved
             if run.at_end or stopping or is_due(run.step, config.checkpoint.every):
                 reader.read_previous()
                 reader.write_window()
-                with reader.paused():
+                with reader.paused("checkpoint"):
                     _save(run, losses)
             if stopping:
                 break
@@ -116,10 +121,22 @@ def _evaluate(run: Run, should_stop: ShouldStop, due: set[str]) -> dict[str, flo
         done.add("samples")
         answers = [{"step": run.step, **answer} for answer in evaluations.samples(parameters)]
         if hosts.is_main():
-            with (run.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(answer) + "\n" for answer in answers)
+            _write_answers(run, answers)
     run.missed = {name for name in due - done if getattr(evaluations, name)}
     return losses
+
+
+def _write_answers(run: Run, answers: list[dict[str, Any]]) -> None:
+    """Adds the answers to samples.jsonl."""
+    path = run.directory / "samples.jsonl"
+    end = path.stat().st_size if path.exists() else 0
+
+    def write() -> None:
+        with path.open("ab") as file:
+            file.truncate(end)  # what a try before it may have written
+            file.write("".join(json.dumps(answer) + "\n" for answer in answers).encode())
+
+    retried(path, run.config.checkpoint.retry_seconds, write)
 
 
 def _save(run: Run, losses: dict[str, float]) -> None:
@@ -129,7 +146,9 @@ def _save(run: Run, losses: dict[str, float]) -> None:
         "skipped_in_a_row": run.skipped_in_a_row,
         "early_stopping": run.early_stopping.to_json(),
         "missed": sorted(run.missed),
+        **({"losses": run.loss_limit.to_json()} if run.loss_limit.ratio else {}),
         **run.position(run.row),
     }
     config = run.config.model_dump(mode="json")
     run.checkpoints.save(run.step, *run.state.items(), position, config, losses)
+    run.log.write({"step": run.step})  # with the time that this took

@@ -3,18 +3,22 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
+from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
+from moi_jax.training.goodput import Clock
+from moi_jax.training.prometheus import PrometheusFile
 
 log = logging.getLogger(__name__)
 
@@ -31,24 +35,38 @@ class MetricsLog:
       last: the last record, in every process.
     """
 
-    def __init__(self, run_dir: Path, trackers: Sequence[str], step: int):
-        """Continues after `step`: drops the records that a killed run wrote past it."""
-        path = run_dir / "metrics.jsonl"
-        newest = hosts.from_main("the metrics", lambda: truncate_after(path, step)[-1:])
+    def __init__(
+        self,
+        run_dir: Path,
+        trackers: Sequence[str],
+        step: int,
+        clock: Clock,
+        retry_seconds: int = 0,
+    ):
+        """Continues after `step`: drops the records that a killed run wrote past it.
+
+        Args:
+          clock: its sums are in every record; it goes on from those of the records so far.
+          retry_seconds: for how long a write is tried again when the store fails.
+        """
+        path = self._path = run_dir / "metrics.jsonl"
+        last, newest = hosts.from_main(
+            "the metrics", lambda: (complete_lines(path)[-1:], truncate_after(path, step)[-1:])
+        )
         self.last: Record = json.loads(newest[0]) if newest else {}
-        self._file: TextIO | None = None
+        self._clock = clock
+        clock.go_on(self.last, json.loads(last[0]) if last else {})
+        self._retry_seconds = retry_seconds
         self._trackers: list[Tracker] = []
         if hosts.is_main():
             path.touch()
-            self._file = path.open("r+", encoding="utf-8")
-            self._file.seek(0, os.SEEK_END)
-            self._last_at = self._file.tell() - len("".join(newest).encode())
+            self._end = path.stat().st_size
+            self._last_at = self._end - len("".join(newest).encode())
             self._trackers = [TRACKERS[name](run_dir, step) for name in trackers]
-
-    def close(self) -> None:
-        """Closes metrics.jsonl."""
-        if self._file:
-            self._file.close()
+        if newest and newest != last:
+            self.write(
+                {"step": self.last["step"]}
+            )  # what is lost now, in case this process is, too
 
     def write(self, record: Record) -> None:
         """Writes a record: "step", and values by name. A number that is not finite becomes null.
@@ -57,38 +75,44 @@ class MetricsLog:
         """
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
+            for key, value in {**record, **self._clock.record()}.items()
         }
         again = clean["step"] == self.last.get("step")
         self.last = {**self.last, **clean} if again else clean
-        if self._file:
-            self._write_line(self._file, again)
+        if hosts.is_main():
+            self._last_at = self._last_at if again else self._end
+            retried(self._path, self._retry_seconds, self._write_line)
         for track in self._trackers:
-            track(clean)
+            retried(self._path.parent, self._retry_seconds, partial(track, clean))
 
-    def _write_line(self, file: TextIO, again: bool) -> None:
-        if again:
+    def _write_line(self) -> None:
+        # Opened each time: a file that was open when its server failed stays broken.
+        with self._path.open("r+b") as file:
             file.seek(self._last_at)
-        else:
-            self._last_at = file.tell()
-        file.write(json.dumps(self.last) + "\n")
-        file.flush()
-        file.truncate()  # after the write, so that a kill does not lose the record
+            file.write(json.dumps(self.last).encode() + b"\n")
+            file.flush()
+            file.truncate()  # after the write, so that a kill does not lose the record
+            self._end = file.tell()
 
 
 def truncate_after(path: Path, step: int) -> list[str]:
     """Keeps the complete lines of a JSONL file whose "step" is at most `step`; returns them."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # a kill cut the line short
+    kept = complete_lines(path, step)
     atomic_write_text(path, "".join(kept))
     return kept
+
+
+def complete_lines(path: Path, step: float = math.inf) -> list[str]:
+    """Returns the complete lines of a JSONL file whose "step" is at most `step`."""
+    lines = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        with suppress(json.JSONDecodeError, KeyError, TypeError):  # a kill cut the line short
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+    return lines
 
 
 def _numbers(record: Record) -> dict[str, float]:
@@ -136,6 +160,10 @@ def _trackio(run_dir: Path, step: int) -> Tracker:
     return lambda record: trackio.log(_numbers(record), step=record["step"])
 
 
+def _prometheus(run_dir: Path, step: int) -> Tracker:
+    return PrometheusFile(run_dir).track
+
+
 def _missing(package: str) -> UserError:
     return UserError(
         f"logging.trackers names {package}, which is not installed; pip install {package}, "
@@ -147,6 +175,7 @@ TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,
+    "prometheus": _prometheus,
 }
 
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moi_jax.common.errors import UserError
 from moi_jax.reports.page import PALETTE, page_template
+from moi_jax.training.goodput import PARTS
 
 Point = tuple[int, float]
 
@@ -142,6 +143,8 @@ def headline(run: RunRecord) -> list[tuple[str, str]]:
     if run.metrics:
         skipped = sum(record.get("skipped", False) for record in run.metrics)
         figures.append(("skipped steps", number(skipped)))
+    if goodput := points(run, "goodput"):
+        figures.append(("goodput", percent(goodput[-1][1])))
     return figures
 
 
@@ -154,6 +157,15 @@ def held_out(run: RunRecord, names: Sequence[str]) -> list[dict[str, Any]]:
             ends = [curve[end][1] if curve else None for curve in curves for end in (0, -1)]
             rows.append({"name": name, "losses": ends})
     return rows
+
+
+def spent(run: RunRecord) -> list[tuple[str, str, float, float]]:
+    """Returns (part, what it is, hours, share) for what the time of the run was spent on."""
+    timed = [record for record in run.metrics if "time/step" in record]
+    seconds = {part: timed[-1].get(f"time/{part}", 0.0) for part in PARTS} if timed else {}
+    whole = sum(seconds.values())
+    parts = [(part, PARTS[part], took) for part, took in seconds.items() if took]
+    return [(part, what, took / 3600, took / whole) for part, what, took in parts]
 
 
 def sample_answers(run: RunRecord) -> list[dict[str, Any]]:
@@ -286,6 +298,7 @@ def write_report(run_dir: Path) -> Path:
         colors={name: color for name, (color, _) in looks.items()},
         headline=headline(run),
         held_out=held_out(run, [*names, "mean"]),
+        spent=spent(run),
         samples=sample_answers(run),
         charts=charts(run, looks),
         chart_points=CHART_POINTS,

@@ -48,7 +48,9 @@ MAY_CHANGE = (
     "model.remat",
     "tokenizer.path",
     "train.deterministic",
+    "train.max_skipped_in_a_row",
     "train.microbatch_rows",
+    "train.on_spike",
     "train.profile_steps",
     "train.sample_every",
     "train.sample_max_new_tokens",
@@ -62,6 +64,7 @@ MAY_CHANGE_IF_ALLOWED = (
     "train.epochs",
     "train.global_batch_rows",
     "train.loss_tokens",
+    "train.max_loss_ratio",
     "train.steps",
 )
 

@@ -10,10 +10,12 @@ from moi_jax.config import Config
 from moi_jax.data.loader import Batch
 from moi_jax.models.decoder import Tree
 from moi_jax.training.early_stopping import EarlyStopping
+from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog
 from moi_jax.training.profiling import StepProfiler
+from moi_jax.training.spikes import LossLimit
 from moi_jax.training.state import TrainState
-from moi_jax.training.step import Metrics
+from moi_jax.training.step import TrainStep
 
 ShouldStop = Callable[[], bool]
 # (parameters, should_stop) -> metrics by name; {} if the run stops and the evaluation is abandoned.
@@ -59,8 +61,9 @@ class Run:
     step: int
     row: int
     skipped_in_a_row: int
+    loss_limit: LossLimit
     batches: Iterator[Batch]  # on the mesh, from `row` on
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    train_step: TrainStep
     position: Callable[[int], dict[str, Any]]  # row -> the data position for a checkpoint
     epoch_of: Callable[[int], int]  # row -> epoch
     evaluations: Evaluations
@@ -68,6 +71,7 @@ class Run:
     profiler: StepProfiler
     checkpoints: RunCheckpoints
     log: MetricsLog
+    clock: Clock
     missed: set[str] = field(default_factory=set)  # evaluations abandoned at this step
 
     @property

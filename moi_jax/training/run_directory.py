@@ -10,6 +10,7 @@ import filelock
 
 from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.common.home import expand_home
+from moi_jax.common.retry import PASSING
 from moi_jax.parallel import hosts
 
 # The lock file in every run directory. A directory without it is not a run directory.
@@ -82,6 +83,8 @@ def _writing(run_dir: Path) -> Iterator[None]:
         way_out = "choose another logging.run_dir, or get write access to this one"
         if is_full(error):
             way_out = "free some space, then give the same command again"
+        elif error.errno in PASSING:
+            way_out = "give the same command again when the store works"
         raise UserError(
             f"cannot write the run directory {run_dir}{named}: {what}; {way_out}"
         ) from None

@@ -17,6 +17,7 @@ from moi_jax.models.parameters import random_parameters
 from moi_jax.parallel import hosts
 from moi_jax.training.batches import placed_batches
 from moi_jax.training.early_stopping import EarlyStopping
+from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog, Record, truncate_after
 from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.profiling import StepProfiler
@@ -27,6 +28,7 @@ from moi_jax.training.resume import (
     saved_position,
 )
 from moi_jax.training.run import Evaluations, Run
+from moi_jax.training.spikes import LossLimit
 from moi_jax.training.state import TrainState, abstract_state, new_state
 from moi_jax.training.step import make_train_step
 
@@ -42,6 +44,7 @@ def start_run(
     checkpoints: RunCheckpoints,
     evaluations: Evaluations,
     allow_change: bool,
+    clock: Clock,
 ) -> Run:
     """Starts a new run in the directory of `checkpoints`, or resumes the run there from the newest.
 
@@ -77,7 +80,9 @@ def start_run(
     answers = hosts.from_main(
         "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)
     )
-    metrics_log = MetricsLog(directory, config.logging.trackers, logged)
+    metrics_log = MetricsLog(
+        directory, config.logging.trackers, logged, clock, config.checkpoint.retry_seconds
+    )
     early_stopping = EarlyStopping(config, position["early_stopping"])
     missed = set(position["missed"])
     # An earlier process may have made up for some of them, and have saved no later checkpoint.
@@ -96,6 +101,7 @@ def start_run(
         step=position["step"],
         row=position["row"],
         skipped_in_a_row=position["skipped_in_a_row"],
+        loss_limit=LossLimit(config.train.max_loss_ratio, position.get("losses", ())),
         batches=placed_batches(dataset, plan, position["row"], microbatch_rows, mesh),
         train_step=make_train_step(
             model, bind, optimizer, schedule, len(dataset.corpus.names), mesh
@@ -107,6 +113,7 @@ def start_run(
         profiler=StepProfiler(config.train.profile_steps, plan.total_steps, directory / "profile"),
         checkpoints=checkpoints,
         log=metrics_log,
+        clock=clock,
         missed=missed,
     )
 

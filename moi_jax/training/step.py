@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -18,6 +19,7 @@ from moi_jax.training.optimizer import Schedule
 from moi_jax.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch, np.float32], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -27,17 +29,18 @@ def make_train_step(
     schedule: Schedule,
     domains: int,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes the jitted step: (state, batch [A, M, S]) -> (state, metrics); the state is donated.
+) -> TrainStep:
+    """Makes the jitted step: (state, batch [A, M, S], max_loss) -> (state, metrics).
 
-    The loss is sum(w nll) / sum(w) over the whole batch: all A microbatches and all devices. The
-    update is applied only if loss and gradient norm are finite and some weight is not zero (the
-    metric `applied`). Otherwise parameters and moments stay, and only the step counts up.
+    The state is donated. The loss is sum(w nll) / sum(w) over the whole batch: all A microbatches
+    and all devices. The update is applied only if the loss is at most max_loss, loss and gradient
+    norm are finite and some weight is not zero (the metric `applied`). Otherwise parameters and
+    moments stay, and only the step counts up.
     """
     state = state_shardings(config, optimizer, mesh)
     return jax.jit(
         partial(_train_step, bind, optimizer, schedule, domains),
-        in_shardings=(state, batch_sharding(mesh)),
+        in_shardings=(state, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )
@@ -50,6 +53,7 @@ def _train_step(
     domains: int,
     state: TrainState,
     batch: Batch,
+    max_loss: jax.Array,
 ) -> tuple[TrainState, Metrics]:
     loss_sums = partial(microbatch_sums, bind, domains)
     (weighted, sums), gradients = _zeros(loss_sums, state, batch)
@@ -63,6 +67,7 @@ def _train_step(
     gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
     loss, gradient_norm = weighted * scale, optax.tree.norm(gradients)
     applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (sums["weights"] > 0)
+    applied &= loss <= max_loss
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)

@@ -16,8 +16,6 @@ from moi_jax.training.step import Metrics
 
 log = logging.getLogger(__name__)
 
-MAX_SKIPPED_IN_A_ROW = 3
-
 
 @dataclass(frozen=True)
 class _Dispatched:
@@ -44,17 +42,19 @@ class StepReader:
         self._held = _Dispatched(step, first_row, next_row, metrics)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes the time of the work inside from the throughput."""
+    def paused(self, part: str) -> Iterator[None]:
+        """Counts the time of the work inside for a part of the clock, and not as throughput."""
         started = time.monotonic()
-        yield
+        with self._run.clock.part(part):
+            yield
         self._window.pause(time.monotonic() - started)
 
     def read_previous(self) -> None:
         """Waits for the held step, logs if a log line is due, and stops a run that only skips.
 
         Raises:
-          UserError: this is the third step in a row whose loss or gradient is not finite.
+          UserError: too many steps in a row are not finite or have a spike; or a spike must stop
+            the run.
         """
         if self._held is None:
             return
@@ -64,6 +64,7 @@ class StepReader:
         run = self._run
         if metrics["applied"]:
             run.skipped_in_a_row = 0
+            run.loss_limit.add(held.step, float(metrics["loss"]))
             self._window.add(metrics, held.next_row - held.first_row)
         else:
             self._report_skip(held, metrics)
@@ -71,30 +72,46 @@ class StepReader:
             self.write_window()
 
     def _report_skip(self, held: _Dispatched, metrics: dict[str, Any]) -> None:
+        """Logs a step whose update was skipped, with its rows; stops a run that must not go on."""
         run = self._run
-        rows = f"rows {held.first_row} to {held.next_row - 1}"
         empty = metrics["weights"] == 0
+        spike = metrics["loss"] > run.loss_limit.before(held.step)
         record = {
             "step": held.step,
             "row": held.next_row,
             "skipped": True,
-            "reason": "no loss tokens" if empty else "not finite",
+            "reason": "no loss tokens" if empty else "loss spike" if spike else "not finite",
             "first_row": held.first_row,
             "loss": float(metrics["loss"]),
             "grad_norm": float(metrics["grad_norm"]),
         }
         run.log.write(record)
+        rows = f"rows {held.first_row} to {held.next_row - 1}"
         if empty:
             log.info("step %d: %s have no loss tokens; update skipped", held.step, rows)
             return
         run.skipped_in_a_row += 1
         what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        if spike:
+            before = run.loss_limit.median(held.step)
+            what = f"loss {metrics['loss']:.4g} after a median of {before:.4g}"
         log.warning("step %d: %s over %s; update skipped", held.step, what, rows)
-        if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        self._check_skips(held.step, rows, what if spike else None)
+
+    def _check_skips(self, step: int, rows: str, spike: str | None) -> None:
+        """Raises UserError if the run must not go on after a skipped step."""
+        run, limits = self._run, self._run.config.train
+        unaffected = f"The last checkpoint in {run.directory} is not affected"
+        if spike and limits.on_spike == "stop":
             raise UserError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last over {rows} "
-                f"(step {held.step}); lower optimizer.learning_rate or check those rows. The last "
-                f"checkpoint in {run.directory} is not affected"
+                f"step {step} over {rows} has a loss spike ({spike}); check those rows, or set "
+                f"train.on_spike=skip to leave them out. {unaffected}"
+            )
+        if run.skipped_in_a_row >= limits.max_skipped_in_a_row:
+            causes = "not finite or had a loss spike" if limits.max_loss_ratio else "not finite"
+            raise UserError(
+                f"{run.skipped_in_a_row} steps in a row were {causes}, the last over {rows} "
+                f"(step {step}); lower optimizer.learning_rate or check those rows. {unaffected}"
             )
 
     def write_window(self) -> None:

@@ -16,6 +16,7 @@ from moi_jax.checkpoints.experiment import Experiment, open_experiment
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
+from moi_jax.common.retry import retried
 from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.models.attention import choose_attention
@@ -25,6 +26,7 @@ from moi_jax.models.presets import preset
 from moi_jax.parallel import hosts
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
+from moi_jax.training.goodput import Clock
 from moi_jax.training.loop import fit
 from moi_jax.training.report import write_report
 from moi_jax.training.resume import flat_settings
@@ -103,7 +105,10 @@ def train(
         preset(config.model.preset)  # an unknown one is refused before the run directory is made
     hosts.check_same_code(flat_settings(config.model_dump(mode="json")))
     cache_dir = config.data.cache_dir
-    with run_directory(config.logging.run_dir, fresh) as directory:
+    with (
+        Clock().running() as clock,
+        run_directory(config.logging.run_dir, fresh) as directory,
+    ):
         if not fresh:
             hosts.from_main(
                 "the checkpoints",
@@ -129,7 +134,7 @@ def train(
         with closing(opened) as checkpoints, jax.set_mesh(mesh):
             run = start_run(
                 experiment, dataset, bind, mesh, microbatch_rows, checkpoints, evaluations,
-                allow_change,
+                allow_change, clock,
             )  # fmt: skip
             if run.finished and run.step == run.steps:
                 log.info("the run in %s is complete; use --fresh to start over", directory)
@@ -143,7 +148,8 @@ def train(
                     fit(run, should_stop)
                 finally:
                     checkpoints.wait()  # while a signal is still noted: it must not cut this off
-                report = Path(hosts.from_main("the report", lambda: str(write_report(directory))))
+                report = directory / "report.html"
+                hosts.from_main("the report", lambda: _report(report, config))
         return TrainResult(
             step=run.step,
             finished=run.finished,
@@ -169,6 +175,11 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
     attention = choose_attention(config.model.attention, devices[0].platform, mesh)
     compute = Compute(config.model.compute_dtype, config.model.remat, attention)
     return mesh, make_model(experiment.model, compute), rows
+
+
+def _report(report: Path, config: Config) -> None:
+    """Writes the report; its store may fail for a while."""
+    retried(report, config.checkpoint.retry_seconds, lambda: write_report(report.parent))
 
 
 def _refuse_to_move(init_from: Path | None, directory: Path) -> None:

@@ -30,10 +30,17 @@ from moi_jax.models.presets import PRESETS
 from moi_jax.training.optimizer import make_optimizer
 from moi_jax.training.state import TrainState, initial_state
 
-from support.runs import forget_checksums, records, refusal, small_config, train_command, train_here
+from support.runs import (
+    forget_checksums,
+    lasting,
+    records,
+    refusal,
+    small_config,
+    train_command,
+    train_here,
+)
 
 SIX_STEPS = {"train": {"steps": 6, "global_batch_rows": 2}}
-RATES = {"tokens_per_second", "loss_tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +150,7 @@ def same_end(run: Path, whole: Path) -> None:
     ours, theirs = ((step / "position" / "metadata").read_bytes() for step in steps)
     assert ours == theirs
     logs = [records(folder / "metrics.jsonl") for folder in (run, whole)]
-    ours, theirs = ([{k: v for k, v in r.items() if k not in RATES} for r in log] for log in logs)
+    ours, theirs = ([lasting(record) for record in log] for log in logs)
     assert ours == theirs
 
 

@@ -143,6 +143,12 @@ def records(log: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def lasting(record: dict) -> dict:
+    """A record of metrics.jsonl without what depends on the time that things took."""
+    of_time = ("tokens_per_second", "loss_tokens_per_second", "time/", "goodput", "written")
+    return {key: value for key, value in record.items() if not key.startswith(of_time)}
+
+
 def logged_steps(log: Path) -> list[int]:
     return [record["step"] for record in records(log) if "token_loss" in record]
 

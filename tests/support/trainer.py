@@ -82,9 +82,10 @@ class Trainer:
         rows = np.arange(len(batch.tokens))
         return place_batch(batch, rows, self.microbatch_rows, self.mesh)
 
-    def step(self, batch):
+    def step(self, batch, max_loss=np.inf):
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self._step(self.state, self.place(batch))
+            limit = np.float32(max_loss)
+            self.state, metrics = self._step(self.state, self.place(batch), limit)
             return jax.device_get(metrics)
 
     def row_sums(self, batch):

@@ -8,10 +8,12 @@ import pytest
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.training.early_stopping import EarlyStopping
+from moi_jax.training.goodput import Clock
 from moi_jax.training.loop import fit
 from moi_jax.training.metrics import MetricsLog
 from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.run import Run
+from moi_jax.training.spikes import LossLimit
 
 from support.runs import records
 
@@ -63,7 +65,7 @@ class Stage:
             "logging": {"every": 1, "trackers": []},
             **sections,
         }
-        config = make_config(values)
+        config, self.clock = make_config(values), Clock()
         self.run = Run(
             config=config,
             directory=directory,
@@ -74,6 +76,7 @@ class Stage:
             step=0,
             row=0,
             skipped_in_a_row=0,
+            loss_limit=LossLimit(config.train.max_loss_ratio),
             batches=iter([None] * STEPS),
             train_step=self.train_step,
             position=lambda row: {"row": row},
@@ -88,10 +91,11 @@ class Stage:
             checkpoints=SimpleNamespace(
                 save=self.save, latest=lambda: max(self.saved, default=None), check=lambda: None
             ),
-            log=MetricsLog(directory, [], -1),
+            log=MetricsLog(directory, [], -1, self.clock),
+            clock=self.clock,
         )
 
-    def train_step(self, state, _):
+    def train_step(self, state, _, limit):
         step = self.run.step + 1
         self.events.append(f"step {step}")
         if step == self.stop_at:
@@ -163,6 +167,16 @@ def test_a_checkpoint_keeps_how_many_steps_in_a_row_were_skipped(tmp_path):
         again.fit()
 
 
+def test_how_many_skipped_steps_in_a_row_stop_a_run_is_a_setting(tmp_path):
+    for most, allowed in ((1, ()), (2, (2,)), (5, (2, 3, 4, 5))):
+        (tmp_path / str(most)).mkdir()
+        train = {"global_batch_rows": 2, "max_skipped_in_a_row": most}
+        assert Stage(tmp_path / str(most), not_finite=allowed, train=train).fit()
+        stage = Stage(tmp_path / str(most), not_finite=range(1, most + 1), train=train)
+        with pytest.raises(UserError, match=f"{most} steps in a row were not finite"):
+            stage.fit()
+
+
 def test_a_run_that_must_stop_only_saves_a_checkpoint(tmp_path):
     stage = Stage(tmp_path, stop_at=4, eval={"every": 2})
     assert not stage.fit()
@@ -225,11 +239,11 @@ def test_an_abandoned_evaluation_is_made_up_for(tmp_path, patience):
     assert stage.events[-2:] == ["look 2", "save 2"]
     assert stage.saved[2]["missed"] == ["held_out"]
     stage.events.clear()
-    stage.run.log = MetricsLog(tmp_path, [], 2)
+    stage.run.log = MetricsLog(tmp_path, [], 2, stage.clock)
     assert not stage.fit()  # stopped again: it takes no step before the evaluation
     assert stage.events == []
     stage.stop_in_look, stage.stopping = None, False
-    stage.run.log = MetricsLog(tmp_path, [], 2)
+    stage.run.log = MetricsLog(tmp_path, [], 2, stage.clock)
     assert stage.fit()
     assert stage.events[:2] == ["look 2", "step 3"]
     log = records(tmp_path / "metrics.jsonl")
@@ -245,7 +259,7 @@ def test_a_run_is_not_complete_before_its_last_evaluations(tmp_path):
     assert stage.saved[STEPS]["missed"] == ["benchmarks", "held_out"]
     stage.events.clear()
     stage.stop_in_look, stage.stopping = None, False
-    stage.run.log = MetricsLog(tmp_path, [], STEPS)
+    stage.run.log = MetricsLog(tmp_path, [], STEPS, stage.clock)
     assert stage.fit()
     assert stage.events == [f"look {STEPS}", f"benchmark {STEPS}"]
 

@@ -180,6 +180,17 @@ def test_charts_show_every_domain_with_data_in_its_own_colour(html: str) -> None
     assert f'<i class="swatch" style="background: {PALETTE[1]}"></i>_code' in html
 
 
+def test_the_time_of_the_run_is_shown_by_what_it_went_to(tmp_path: Path, html: str) -> None:
+    times = {"time/step": 5400.0, "time/compile": 900.0, "time/lost": 900.0, "goodput": 0.75}
+    page = report(write_run(tmp_path / "run", metrics=[*METRICS, {"step": 4, **times}]))
+    assert cards(page)["goodput"] == "75.00 %"
+    rows = table_rows(page)
+    assert "step training steps 1.500 75.0 %" in rows
+    assert "compile compiling programs 0.250 12.5 %" in rows
+    assert "lost work that a restart repeats 0.250 12.5 %" in rows
+    assert "Where the time went" not in html  # an older run, whose records have no times
+
+
 def test_scores_of_benchmarks_are_a_chart_of_their_own(tmp_path: Path, html: str) -> None:
     scored = [{"step": n, "eval/gsm8k/score": 10.0 * n} for n in range(3)]
     page = report(write_run(tmp_path / "run", metrics=[*METRICS, *scored]))

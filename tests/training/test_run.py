@@ -17,6 +17,7 @@ from moi_jax.config.load import load_config, make_config
 from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.text.tokenizer import load_tokenizer
+from moi_jax.training.goodput import PARTS
 from moi_jax.training.optimizer import make_optimizer
 from moi_jax.training.run_directory import LOCK
 from moi_jax.training.state import initial_state
@@ -47,7 +48,7 @@ def finished(tmp_path_factory):
         "eval": {"every": 4},
         "checkpoint": {"every": 2, "keep_last": 1, "keep_best": 1},
         "optimizer": {"learning_rate": 3e-3},
-        "logging": {"every": 2, "trackers": ["tensorboard"]},
+        "logging": {"every": 2, "trackers": ["tensorboard", "prometheus"]},
     }
     done = train_command(small_config(directory, **sections))
     assert done.returncode == 0, done.stderr
@@ -59,7 +60,7 @@ def test_a_run_leaves_what_the_docs_promise(finished):
     names = {path.name for path in run.iterdir()} - {LOCK}
     assert names == {
         "config.yaml", "mixture.json", "metrics.jsonl", "samples.jsonl", "checkpoints",
-        "tensorboard", "profile", "report.html",
+        "tensorboard", "metrics.prom", "profile", "report.html",
     }  # fmt: skip
     promised = set(
         re.findall(r"^\| `([a-z.]+)", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
@@ -76,6 +77,7 @@ def test_logged_steps_and_evaluations_have_their_keys(finished):
     assert {key for key in steps[0] if not key.startswith("eval/")} == {
         "step", "epoch", "row", "loss", "token_loss", "learning_rate", "grad_norm", "fill",
         "tokens_per_second", "loss_tokens_per_second", "domain/chat/loss", "domain/maths/loss",
+        "goodput", "written", *(f"time/{part}" for part in PARTS),
     }  # fmt: skip
     assert 0.5 < steps[0]["fill"] <= 1
     assert steps[-1]["loss"] < steps[0]["loss"]

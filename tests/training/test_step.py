@@ -169,7 +169,7 @@ def test_a_frozen_parameter_has_no_moments_and_never_changes(monkeypatch):
     step = make_train_step(model, make_model(model), optimizer, schedule, DOMAINS, mesh)
     with jax.set_mesh(mesh):
         batch = place_batch(random_batch(0), np.arange(ROWS), ROWS, mesh)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, np.float32(np.inf))
     assert metrics["applied"]
     after = jax.device_get(state.parameters)
     np.testing.assert_array_equal(after["embedding"]["table"], table)

@@ -19,6 +19,7 @@ from moi_jax.training.batches import placed_batches
 from moi_jax.training.metrics import StepWindow
 from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.resume import FIRST_POSITION
+from moi_jax.training.spikes import LossLimit
 from moi_jax.training.state import TrainState, abstract_state, new_state
 from moi_jax.training.step import make_train_step
 
@@ -122,14 +123,16 @@ def replay(run: SavedRun, data: PlannedRun, stretch: Stretch, logged: set[int]) 
         state = new_state(model, optimizer, _first_parameters(run), run.mesh)
     schedule = make_schedule(config.optimizer, data.plan.total_steps)
     step = make_train_step(model, run.bind, optimizer, schedule, len(names), run.mesh)
-    row = (stretch.start.position if stretch.start else FIRST_POSITION)["row"]
+    position = stretch.start.position if stretch.start else FIRST_POSITION
+    row, limit = position["row"], LossLimit(config.train.max_loss_ratio, position.get("losses", ()))
     batches = placed_batches(data.dataset, data.plan, row, run.microbatch_rows, run.mesh)
     window, records, rates = StepWindow(names, config.data.sequence_length), [], 0.0
     for number in range(stretch.first + 1, stretch.last + 1):
-        state, on_device = step(state, next(batches))
+        state, on_device = step(state, next(batches), limit.before(number))
         metrics = jax.device_get(on_device)
         next_row = min(row + config.train.global_batch_rows, data.plan.total_rows)
         if metrics["applied"]:
+            limit.add(number, float(metrics["loss"]))
             window.add(metrics, next_row - row)
         row, rates = next_row, rates + float(metrics["learning_rate"])
         if number in logged and not window.empty:
