@@ -92,14 +92,19 @@ def _heeded() -> list[signal.Signals]:
 
 
 def _end(number: int) -> None:
-    try:
-        remove_unfinished()
-        cursor = SHOW_CURSOR if sys.stderr and sys.stderr.isatty() else ""
-        with suppress(OSError):
-            os.write(2, f"{cursor}{stopped_by(number)}\n".encode())
-        tell_hosts(128 + number, stopped_by(number))
-    finally:
-        os._exit(128 + number)
+    with _ending:  # else `_end_late` would cut off a main thread that still tells the others
+        try:
+            remove_unfinished()
+            cursor = SHOW_CURSOR if sys.stderr and sys.stderr.isatty() else ""
+            with suppress(OSError):
+                os.write(2, f"{cursor}{stopped_by(number)}\n".encode())
+            tell_hosts(128 + number, stopped_by(number))
+        finally:
+            os._exit(128 + number)
+
+
+# Reentrant, so that a second signal, whose handler runs in the same thread, ends it at once.
+_ending = threading.RLock()
 
 
 @contextmanager
