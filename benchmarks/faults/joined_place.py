@@ -191,6 +191,10 @@ class JoinedPlace(Workplace):
         ended = self.train_all(*arguments, **options)
         return next((done for done in ended if done.status), ended[0])
 
+    def results(self) -> dict[str, str]:
+        """The digests of what must be equal bit for bit; there are no sample answers."""
+        return {name: digest for name, digest in super().results().items() if name != "samples"}
+
     def _output(self, name: str) -> str:
         return (self.directory / name).read_text(encoding="utf-8", errors="replace")
 
