@@ -1,9 +1,10 @@
 """A campaign of faults against training runs: python benchmarks/faults --out DIR
 
 Plays each fault against a run of its own of python -m moi_jax.train: a tiny model on the sample
-set, 20 steps, evaluated and saved every 5. Then it takes the fault back, gives the same command
-again, and compares the end with that of a run that nothing hurt (see verdicts.py). Needs Linux;
-where mounts or other users are not allowed, the faults that need them are skipped by name.
+set, 20 steps, evaluated and saved every 5. With --hosts 2, two joined processes train it. Then the
+campaign takes the fault back, gives the same command again, and compares the end with that of a run
+that nothing hurt (see verdicts.py, joined_verdicts.py). Needs Linux; where mounts, other users or
+network namespaces are not allowed, the faults that need them are skipped by name.
 
 DIR/results.jsonl has a line for each fault. A fault that is there is not played again, so that a
 campaign can be continued; a changed program needs a new DIR. DIR/table.md is the report. The exit

@@ -180,7 +180,7 @@ def _two_runs(place: JoinedPlace) -> Verdict:
 
 def _never_comes(place: JoinedPlace) -> Verdict:
     place.begin("new")
-    processes = place.start_all("cluster.join_seconds=10", only=0)
+    processes = place.start_all("cluster.join_seconds=10", alone=True)
     return judge_joined(
         place,
         place.wait_all(processes),

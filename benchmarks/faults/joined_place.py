@@ -97,19 +97,19 @@ class JoinedPlace(Workplace):
         *arguments: str,
         traps: Mapping[int, Trap] | None = None,
         environments: Mapping[int, Mapping[str, str]] | None = None,
-        only: int | None = None,
+        alone: bool = False,
         name: str = "log",
     ) -> list["subprocess.Popen[bytes]"]:
         """Starts the command in all processes.
 
         Args:
           traps, environments: of single processes.
-          only: this process is started alone.
+          alone: process 0 is started without the others.
           name: of the files for their output.
         """
         started = []
         flags = ["--coordinator", f"{self.address}:{free_port()}", "--num-processes", str(HOSTS)]
-        for index in range(HOSTS) if only is None else (only,):
+        for index in range(1 if alone else HOSTS):
             with ExitStack() as files:
                 out, err = (
                     files.enter_context((self.directory / f"{name}-{index}.{kind}").open("wb"))

@@ -4,6 +4,7 @@ The cable is a pair of virtual interfaces. A pulled cable is one of them switche
 has a name and an address of its own, as on a real host. All is gone when the last process is.
 """
 
+import os
 import signal
 import subprocess
 import time
@@ -86,7 +87,7 @@ def _ip(*arguments: str) -> None:
 def _on_network(place: JoinedPlace) -> Iterator[Hosts]:
     """Lets the processes of a case run on two hosts of a network."""
     place.directory.mkdir(parents=True, exist_ok=True)
-    hosts = Hosts(place.directory, f"fault-{place.directory.name}")
+    hosts = Hosts(place.directory, f"fault-{os.getpid()}-{place.directory.name}")
     with hosts.plugged():
         place.address = hosts.addresses[0]
         place.prefixes = [hosts.prefix(index) for index in range(HOSTS)]
