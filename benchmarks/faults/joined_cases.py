@@ -50,7 +50,7 @@ def joined_cases(steps: int) -> Iterator[Case]:
         yield Case("cache on two hosts", BLOCK, fault, play)
     for folder, size in {"run": "12m", "cache": "160k"}.items():
         yield Case("disks on two hosts", folder, "full", partial(_full, folder, size), NAMED_STOP)
-    play = partial(_hurt, "halfway", _of_chat, break_record, r"chat")
+    play = partial(_hurt, "halfway", _of_chat, break_record, "data has changed")
     yield Case(AROUND, "chat.jsonl", "a record broken", play, NAMED_STOP)
     yield Case(AROUND, "the clock of process 0", "jumps by two hours", _clock, EXACT)
     yield Case(AROUND, "two runs", "at once in one directory", _two_runs, NAMED_STOP)
