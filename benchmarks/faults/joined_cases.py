@@ -142,9 +142,7 @@ def _full(folder: str, size: str, place: JoinedPlace) -> Verdict:
     with place.disk(folder, size, nr_inodes="0"):
         place.begin("new")
         undo = partial(place.remount, folder)
-        return judge_joined(
-            place, place.train_all(), DONE_OR_REFUSED, "No space left|is full", undo
-        )
+        return judge_joined(place, place.train_all(), DONE_OR_REFUSED, "no space left", undo)
 
 
 def _clock(place: JoinedPlace) -> Verdict:
