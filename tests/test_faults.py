@@ -99,3 +99,38 @@ def test_a_fault_that_never_happened_proves_nothing(modules):
     from workplace import Done
 
     assert judge_stop(RIGHT, Done(143, "", "", False), {143}).kind == "wrong"
+
+
+NAMED = "error: process 0 (a) is lost: it gave no sign of life for 10 s\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "statuses", "stderr", "kind"),
+    [
+        (RIGHT, (-9, 75), NAMED, "exact"),
+        (OTHER, (-9, 75), NAMED, "wrong"),
+        (RIGHT, (-9, 75), "error: something else\n", "wrong"),
+        (RIGHT, (-9, 1), NAMED, "wrong"),
+        (RIGHT, (-9, None), "", "wrong"),
+        (RIGHT, (0, 75), NAMED, "wrong"),
+        (Place({"parameters": "right"}, status=1), (-9, 75), NAMED, "wrong"),
+    ],
+)
+def test_the_verdict_of_two_processes_of_which_one_is_killed(
+    modules, place, statuses, stderr, kind
+):
+    from joined_verdicts import judge_joined
+    from workplace import Done
+
+    ended = [Done(status, "", stderr if status != -9 else "", True) for status in statuses]
+    verdict = judge_joined(place, ended, [{-9}, {75}], "process 0 .* is lost")
+    assert verdict.kind == kind
+
+
+def test_the_faults_of_two_hosts_are_the_same_in_every_campaign(modules):
+    from joined_cases import joined_cases
+
+    names, again = ([case.name for case in joined_cases(20)] for _ in range(2))
+    assert names == again
+    assert len(names) == len(set(names)) == 48
+    assert sum(name.startswith("killed") for name in names) == 20

@@ -1,9 +1,10 @@
 """A campaign of faults against training runs: python benchmarks/faults --out DIR
 
 Plays each fault against a run of its own of python -m moi_jax.train: a tiny model on the sample
-set, 20 steps, evaluated and saved every 5. Then it takes the fault back, gives the same command
-again, and compares the end with that of a run that nothing hurt (see verdicts.py). Needs Linux;
-where mounts or other users are not allowed, the faults that need them are skipped by name.
+set, 20 steps, evaluated and saved every 5. With --hosts 2, two joined processes train it. Then the
+campaign takes the fault back, gives the same command again, and compares the end with that of a run
+that nothing hurt (see verdicts.py, joined_verdicts.py). Needs Linux; where mounts, other users or
+network namespaces are not allowed, the faults that need them are skipped by name.
 
 DIR/results.jsonl has a line for each fault. A fault that is there is not played again, so that a
 campaign can be continued; a changed program needs a new DIR. DIR/table.md is the report. The exit
@@ -27,25 +28,31 @@ from cases import Case
 from damages import damages
 from disks import disks
 from interruptions import interruptions
+from joined_cases import joined_cases
+from joined_place import HOSTS, JoinedPlace, Missed
 from surroundings import surroundings
 from table import report
 from verdicts import SKIPPED, WRONG, Verdict
 from workplace import Lab, Skip, Workplace
 
 
-def all_cases(steps: int) -> list[Case]:
+def all_cases(steps: int, hosts: int) -> list[Case]:
+    if hosts > 1:
+        return list(joined_cases(steps))
     return [*interruptions(steps), *damages(), *disks(steps), *surroundings(steps)]
 
 
 def play(number: int, case: Case, lab: Lab, keep: bool) -> dict[str, Any]:
     """Plays a case and returns its line of the results."""
-    place = Workplace(lab.directory / "cases" / str(number), lab)
+    place = lab.place(f"cases/{number}")
     shutil.rmtree(place.directory, ignore_errors=True)
     begin = time.monotonic()
     try:
         verdict = case.play(place)
     except Skip as reason:
         verdict = Verdict(SKIPPED, str(reason))
+    except Missed as reason:
+        verdict = Verdict(WRONG, str(reason))
     if case.demands and verdict.kind not in (case.demands, WRONG, SKIPPED):
         verdict = Verdict(WRONG, f"{case.demands} is demanded, not {verdict.kind}; {verdict.seen}")
     if not keep:
@@ -78,18 +85,22 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression")
     parser.add_argument("--list", action="store_true", help="print the names of the faults")
     parser.add_argument("--jobs", type=int, default=1, help="faults that are played at once")
+    parser.add_argument(
+        "--hosts", type=int, default=1, choices=(1, HOSTS), help="processes of a run"
+    )
     parser.add_argument("--steps", type=int, default=20, help="of a run, a multiple of 4")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a command")
     parser.add_argument("--keep", action="store_true", help="keep the directories of the cases")
     args = parser.parse_args()
-    cases = [case for case in all_cases(args.steps) if re.search(args.only, case.name)]
+    cases = [case for case in all_cases(args.steps, args.hosts) if re.search(args.only, case.name)]
     if args.list:
         print("\n".join(case.name for case in cases))
         return 0
     with_own_mounts()
     # The commands get it as from a shell, also where the campaign runs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    lab = Lab(args.out, args.steps, args.timeout)
+    kind = Workplace if args.hosts == 1 else JoinedPlace
+    lab = Lab(args.out, args.steps, args.timeout, kind)
     lab.prepare()
     path = args.out / "results.jsonl"
     results = read_results(path)
@@ -105,7 +116,7 @@ def main() -> int:
                 f"{line['seen']}", flush=True,
             )  # fmt: skip
     kinds = {name: line["verdict"] for name, line in results.items()}
-    text = report(all_cases(args.steps), kinds)
+    text = report(all_cases(args.steps, args.hosts), kinds)
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text.split("\n\n")[0])
     return int(any(kinds[case.name] == WRONG for case in cases))

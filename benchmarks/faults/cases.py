@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from verdicts import Verdict
-from workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Case:
     group: str
     place: str
     fault: str
-    play: Callable[[Workplace], Verdict]
+    play: Callable[[Any], Verdict]  # of a Workplace, or of a JoinedPlace
     demands: str | None = None
 
     @property

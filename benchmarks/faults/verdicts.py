@@ -25,16 +25,16 @@ class Verdict:
 
 def judge_run(place: Workplace, done: Done, undo: Callable[[], object]) -> Verdict:
     """Judges a command that ran under a fault to its end; `undo` takes the fault back."""
-    if problem := _problem(done):
+    if problem := problem_of(done):
         return Verdict(WRONG, problem)
     if done.status == 0:
-        return _exact(place, _told(done))
+        return exact(place, _told(done))
     if done.status != 2:
-        return Verdict(WRONG, f"status {done.status}: {_last_line(done)}")
+        return Verdict(WRONG, f"status {done.status}: {last_line(done)}")
     # Libraries warn there, too, as matplotlib does where HOME cannot be written.
     lines = [x for x in done.stderr.splitlines() if not x.lower().startswith("warning:")]
     if len(lines) != 1 or not lines[0].startswith("error:"):
-        return Verdict(WRONG, f"status 2 with {len(lines)} lines: {_last_line(done)}")
+        return Verdict(WRONG, f"status 2 with {len(lines)} lines: {last_line(done)}")
     if done.lost:
         return Verdict(WRONG, f"a stop that lost {', '.join(done.lost)}: {lines[0]}")
     undo()
@@ -44,24 +44,25 @@ def judge_run(place: Workplace, done: Done, undo: Callable[[], object]) -> Verdi
 
 def judge_stop(place: Workplace, done: Done, statuses: Collection[int]) -> Verdict:
     """Judges a command that may have ended early, with one of `statuses`, and gives it again."""
-    if problem := _problem(done):
+    if problem := problem_of(done):
         return Verdict(WRONG, problem)
     if done.status not in {0, *statuses}:
-        return Verdict(WRONG, f"status {done.status}: {_last_line(done)}")
+        return Verdict(WRONG, f"status {done.status}: {last_line(done)}")
     if len(done.stderr.splitlines()) > 1:
-        return Verdict(WRONG, f"{len(done.stderr.splitlines())} lines: {_last_line(done)}")
-    return judge_again(place, f"status {done.status}: {_last_line(done)}")
+        return Verdict(WRONG, f"{len(done.stderr.splitlines())} lines: {last_line(done)}")
+    return judge_again(place, f"status {done.status}: {last_line(done)}")
 
 
 def judge_again(place: Workplace, seen: str = "") -> Verdict:
     """Gives the command without any fault; it must end exact."""
     done = place.train()
     if done.status != 0:
-        return Verdict(WRONG, f"then, unhurt, status {done.status}: {_last_line(done)}")
-    return _exact(place, seen)
+        return Verdict(WRONG, f"then, unhurt, status {done.status}: {last_line(done)}")
+    return exact(place, seen)
 
 
-def _exact(place: Workplace, seen: str) -> Verdict:
+def exact(place: Workplace, seen: str) -> Verdict:
+    """Compares the end of a run with that of the reference."""
     ours, wanted = place.results(), place.lab.reference().results()
     other = [name for name in wanted if ours[name] != wanted[name]]
     if other:
@@ -69,7 +70,7 @@ def _exact(place: Workplace, seen: str) -> Verdict:
     return Verdict(EXACT, seen)
 
 
-def _problem(done: Done) -> str | None:
+def problem_of(done: Done) -> str | None:
     """What is wrong whatever the fault."""
     if not done.sprung:
         return "the fault never happened"
@@ -77,7 +78,7 @@ def _problem(done: Done) -> str | None:
         return "does not end"
     if "Traceback" in done.stdout + done.stderr:
         lines = len(done.stderr.splitlines())
-        return f"status {done.status}, a traceback, {lines} lines: {_last_line(done)}"
+        return f"status {done.status}, a traceback, {lines} lines: {last_line(done)}"
     return None
 
 
@@ -87,6 +88,7 @@ def _told(done: Done) -> str:
     return " ".join(line for line in lines if line.startswith("warning:"))
 
 
-def _last_line(done: Done) -> str:
+def last_line(done: Done) -> str:
+    """The last line on standard error or, if there is none, on standard output."""
     lines = (done.stderr or done.stdout).strip().splitlines()
     return lines[-1][:300] if lines else "says nothing"

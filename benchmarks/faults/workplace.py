@@ -83,6 +83,7 @@ class Done:
       status: its exit status, -n if signal n ended it, None if it did not end in time.
       sprung: whether its trap, if it had one, sprang.
       lost: the files of checkpoints whose content is nowhere among the checkpoints any more.
+      seconds: how long it was waited for.
     """
 
     status: int | None
@@ -90,6 +91,7 @@ class Done:
     stderr: str
     sprung: bool
     lost: Sequence[str] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,13 @@ class Lab:
       directory: the DIR of the campaign.
       steps: the length of the runs, a multiple of 4.
       timeout: seconds after which a command counts as hanging.
+      kind: the workplaces of the cases, on one host or on two.
     """
 
     directory: Path
     steps: int
     timeout: float
+    kind: "type[Workplace]"
 
     @property
     def every(self) -> int:
@@ -116,7 +120,7 @@ class Lab:
         whole = self.directory / "reference"
         if whole.exists():
             return
-        place = Workplace(self.directory / "reference.part", self)
+        place = self.place("reference.part")
         shutil.rmtree(place.directory, ignore_errors=True)
         place.begin("new")
         done = place.train()
@@ -125,11 +129,16 @@ class Lab:
         place.directory.rename(whole)
 
     def reference(self) -> "Workplace":
-        return Workplace(self.directory / "reference", self)
+        return self.place("reference")
+
+    def place(self, name: str) -> "Workplace":
+        return self.kind(self.directory / name, self)
 
 
 class Workplace:
     """The directory of one case."""
+
+    XLA_FLAGS = "--xla_backend_optimization_level=0"
 
     def __init__(self, directory: Path, lab: Lab):
         self.directory, self.lab = directory.absolute(), lab
@@ -151,8 +160,7 @@ class Workplace:
         for name in ("home", "tmp"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         shutil.copytree(SAMPLES, self.samples)
-        config = CONFIG.format(steps=self.lab.steps, every=self.lab.every)
-        (self.directory / "config.yaml").write_text(config, encoding="utf-8")
+        (self.directory / "config.yaml").write_text(self.config(), encoding="utf-8")
         if state == "new":
             return
         whole = self.lab.reference()
@@ -163,6 +171,9 @@ class Workplace:
         if state == "halfway":
             shutil.rmtree(self.run / "checkpoints" / str(self.lab.steps))
             (self.run / "report.html").unlink()
+
+    def config(self) -> str:
+        return CONFIG.format(steps=self.lab.steps, every=self.lab.every)
 
     def start(
         self,
@@ -270,7 +281,7 @@ class Workplace:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": self.XLA_FLAGS,
         }
         if trap:
             values["PYTHONPATH"] = f"{TRAP}{os.pathsep}{ROOT}"
