@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moi_jax.cli.arguments import add_hosts, text
 from moi_jax.cli.command import run_command
-from moi_jax.cli.hosts import join_hosts
+from moi_jax.cli.hosts import join_hosts, mistakes_told_to_hosts
 from moi_jax.cli.signals import StopSignals
 
 # Not __name__, which is __main__ in a command. A line that cannot be written is left out of the
@@ -55,7 +55,8 @@ def main() -> int:
 
     from moi_jax.config.load import load_config
 
-    config = load_config(args.config, args.overrides)
+    with mistakes_told_to_hosts(args):
+        config = load_config(args.config, args.overrides)
     if args.print_config:
         print(config.to_yaml(), end="")
         return 0

@@ -3,6 +3,7 @@
 import math
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from moi_jax.checkpoints.items import Json, ModelItems, newest_step
 from moi_jax.checkpoints.parameter_files import save_args
 from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.models.decoder import Tree
+from moi_jax.parallel import hosts
 
 
 class ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
@@ -155,10 +157,16 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Waits until the last save is complete on disk; raises UserError if it cannot be."""
         with self._writing():
+            # In turns: the manager's own wait goes on until all processes have written their files.
+            while self._manager.is_saving_in_progress():
+                self._manager.check_for_errors()
+                time.sleep(0.02)
             self._manager.wait_until_finished()
 
     def check(self) -> None:
         """Raises UserError if the last save has failed. It does not wait for one in progress."""
+        with self._writing():
+            self._manager.check_for_errors()
         if not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -187,8 +195,9 @@ class RunCheckpoints:
 
     def _cannot_save(self, error: Exception) -> UserError:
         step, size = self._last_save
-        for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)
+        if hosts.joined() is None:  # else another process may be writing there; removed later
+            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
         kept = newest_step(self.directory)
         way_out = "Free some space, then give" if is_full(error) else "Give"
         return UserError(

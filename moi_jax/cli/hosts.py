@@ -5,6 +5,8 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +19,22 @@ def join_hosts(args: argparse.Namespace, timeouts: "Cluster") -> None:
     from moi_jax.parallel.joining import join
 
     join(args.coordinator, args.num_processes, args.process_id, timeouts)
+
+
+@contextmanager
+def mistakes_told_to_hosts(args: argparse.Namespace) -> Iterator[None]:
+    """Lets a mistake that is found before the processes join end all of them, not this one alone.
+
+    The others would wait for it in vain.
+    """
+    from moi_jax.common.errors import UserError
+    from moi_jax.config import Cluster
+
+    try:
+        yield
+    except UserError:
+        join_hosts(args, Cluster())
+        raise
 
 
 def check_same_command(args: argparse.Namespace) -> None:
@@ -50,18 +68,29 @@ def fail_together(status: int | str | None, line: str | None) -> None:
     watch = _watch()
     if watch is None:
         return
-    if line is None:
-        # An error may come from the loss of another process. Then that one is named instead.
-        watch.end_if_another_is_lost()
-        traceback.print_exc()
-        line = repr(sys.exception())
-    elif line and sys.stderr:
-        print(line, file=sys.stderr)
     number = status if isinstance(status, int) else 1
-    watch.tell(number, line.removeprefix("error: "))
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
-    os._exit(number)  # an ordinary end would wait for the others
+    try:
+        if line is None:
+            # An error may come from the loss of another process. Then that one is named instead.
+            watch.end_if_another_is_lost()
+            shown, line = traceback.format_exc(), repr(sys.exception())
+        else:
+            shown, line = f"{line}\n" if line else "", line or "the reader of its output has left"
+        _show(shown)
+        watch.tell(number, line.removeprefix("error: "))
+    finally:
+        os._exit(number)  # an ordinary end would wait for the others
+
+
+def _show(text: str) -> None:
+    """Writes what is left for standard output, and the text to standard error, if they take it."""
+    with suppress(OSError):
+        if sys.stdout:
+            sys.stdout.flush()
+    with suppress(OSError):
+        if sys.stderr:
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def tell_hosts(status: int, line: str) -> None:

@@ -33,4 +33,4 @@ class Cluster(Section):
 
     join_seconds: Positive = 300  # at the start, until all of them are there
     lost_seconds: Positive = 60  # without a sign of life of one, until the others end
-    stuck_seconds: Count = 1800  # for a step or a batch of an evaluation; 0: no limit
+    stuck_seconds: Count = 1800  # for a step, a batch of an evaluation, or a save; 0: no limit

@@ -81,8 +81,11 @@ def _of_cluster(join_seconds: int) -> Place | None:
 def _local_devices() -> list[int] | None:
     """The GPU of a process that shares its host with others, as SLURM and Open MPI number them.
 
-    One process alone on its host takes all GPUs.
+    One process alone on its host takes all GPUs; so does one that sees no more than its own.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and "," not in visible:
+        return None
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # by node, such as 4(x2),1
     by_node = re.findall(r"(?:^|,)(\d+)", tasks)
     if max(*map(int, by_node), _number("OMPI_COMM_WORLD_LOCAL_SIZE"), 0) <= 1:

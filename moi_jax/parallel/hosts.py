@@ -125,17 +125,18 @@ def from_main(what: str, make: Callable[[], T]) -> T:
         return make()
     key = _hosts.new_key(what)
     if is_main():
-        value = make()
-        _hosts.store.key_value_set_bytes(key, json.dumps(value).encode())
-        return value
-    return json.loads(_hosts.get(key, 0))
+        text = json.dumps(make()).encode()
+        _hosts.store.key_value_set_bytes(key, text)
+    else:
+        text = _hosts.get(key, 0)
+    return json.loads(text)
 
 
 def check_same_code(settings: Mapping[str, Any]) -> None:
     """Checks that all processes run the same code, with the same settings; see `check_same`."""
-    if _hosts:
-        versions = {f"version of {name}": value for name, value in code_versions().items()}
-        check_same({**versions, **{f"setting {key}": value for key, value in settings.items()}})
+    # Also alone: a checkpoint records the code as it was at the start, not as it is edited later.
+    versions = {f"version of {name}": value for name, value in code_versions().items()}
+    check_same({**versions, **{f"setting {key}": value for key, value in settings.items()}})
 
 
 def check_same(values: Mapping[str, Any]) -> None:
@@ -152,7 +153,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     texts = _hosts.gather("comparing code, config and data", json.dumps(values))
     first, *others = (json.loads(text) for text in texts)
     for name, other in zip(_hosts.names[1:], others, strict=True):
-        for what in first.keys() | other.keys():
+        for what in sorted(first.keys() | other.keys()):
             if (here := first.get(what)) != (there := other.get(what)):
                 raise UserError(
                     f"{name} has another {what} than {_hosts.names[0]} ({there!s:.80}, not "

@@ -19,8 +19,9 @@ from moi_jax.parallel.watch import Watch
 
 log = logging.getLogger(__name__)
 
-# jax has a watch of its own, which crashes the process. Ours comes first, and names the lost one.
-JAX_IS_LATER = 60  # seconds
+# jax watches the processes too, by the wall clock, which may jump, and crashes the process. Ours
+# names the lost one. This many seconds are never over.
+NEVER = 10**7
 # How long a coordinator that is there may take to accept a connection, in seconds.
 ACCEPTS = 3
 
@@ -56,13 +57,13 @@ def join(
                 place.index,
                 local_device_ids=place.local_devices,
                 cluster_detection_method="deactivate",
-                initialization_timeout=timeouts.join_seconds + JAX_IS_LATER,
-                heartbeat_timeout_seconds=timeouts.lost_seconds + JAX_IS_LATER,
+                initialization_timeout=NEVER,
+                heartbeat_timeout_seconds=NEVER,
                 shutdown_timeout_seconds=timeouts.lost_seconds,
             )
         except (RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())[:200]
-            raise UserError(f"{me} cannot use the address {place.coordinator}: {why}") from None
+            raise UserError(f"{me} cannot join the others at {place.coordinator}: {why}") from None
         store: Any = distributed.global_state.client
         names = _exchange_names(store, place)
     watch = Watch(store, place.index, names, timeouts.lost_seconds)
@@ -83,6 +84,7 @@ def leave() -> None:
 
         hosts.wait_for_all("the end")
         joined.watch.stop()
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
         jax.distributed.shutdown()
         hosts.enter(None)
 
@@ -121,16 +123,16 @@ def _not_joined(me: str, place: Place, seconds: int) -> str:
     if place.index == 0:
         return (
             f"{me} waited {seconds} s at {place.coordinator}, and not all the others came; see "
-            f"that they were started, and that they reach this address (cluster.join_seconds)"
+            f"that they were started and reach this address; a config may set cluster.join_seconds"
         )
     return (
         f"{me} could not join the others at {place.coordinator} within {seconds} s; see that all "
-        f"were started, and that this address is process 0's (cluster.join_seconds)"
+        f"were started and that this is process 0's address; a config may set cluster.join_seconds"
     )
 
 
 def _end_on_abort(coordinator: str, watch: Watch) -> None:
-    """Lets a process that jax aborts, since the coordinator is gone, say so and end in order.
+    """Lets a process that jax aborts, since another one is gone, say so and end in order.
 
     jax aborts it from a thread of its own, and no handler of Python's `signal` would run then.
     """
@@ -142,6 +144,7 @@ def _end_on_abort(coordinator: str, watch: Watch) -> None:
             socket.create_connection((host.strip("[]"), int(port)), ACCEPTS).close()
         except OSError:
             watch.end_without_coordinator("its connection is closed")
+        watch.end_after_abort()
 
     global _handler
     _handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)

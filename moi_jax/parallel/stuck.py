@@ -48,7 +48,7 @@ def ending_when_stuck(
 
 
 def _end(seconds: int) -> None:
-    line = f"stuck: no step ended for {seconds} s (cluster.stuck_seconds){AGAIN}"
+    line = f"stuck: no step, batch or save ended for {seconds} s (cluster.stuck_seconds){AGAIN}"
     try:
         faulthandler.dump_traceback(all_threads=True)
         os.write(2, f"error: {line}\n".encode())

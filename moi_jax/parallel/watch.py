@@ -115,6 +115,10 @@ class Watch:
         """Ends this process: process 0, which runs the store, does not answer any more."""
         self._end(LOST, f"{self._names[0]} is lost: {why}{AGAIN}")
 
+    def end_after_abort(self) -> NoReturn:
+        """Ends this process, which jax aborts though process 0 is there: another one is not."""
+        self._end(LOST, f"jax gave up, since another process is lost or came back alone{AGAIN}")
+
     def _look_for_lost(self) -> None:
         for process, sign in self._read_signs():
             last, _ = self._signs.get(process, ("", 0))

@@ -78,7 +78,7 @@ def start_run(
     if hosts.is_main():
         _write_description(directory, experiment, mixture)
     answers = hosts.from_main(
-        "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)
+        "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)[-1:]
     )
     metrics_log = MetricsLog(
         directory, config.logging.trackers, logged, clock, config.checkpoint.retry_seconds
@@ -91,6 +91,7 @@ def start_run(
         if name == "held_out":
             early_stopping.count(metrics_log.last)
     schedule = make_schedule(config.optimizer, plan.total_steps)
+    profiled = config.train.profile_steps if hosts.is_main() else None
     return Run(
         config=config,
         directory=directory,
@@ -110,7 +111,7 @@ def start_run(
         epoch_of=lambda row: plan.locate(row)[0],
         evaluations=evaluations,
         early_stopping=early_stopping,
-        profiler=StepProfiler(config.train.profile_steps, plan.total_steps, directory / "profile"),
+        profiler=StepProfiler(profiled, plan.total_steps, directory / "profile"),
         checkpoints=checkpoints,
         log=metrics_log,
         clock=clock,

@@ -103,7 +103,8 @@ def train(
         )
     if config.model.preset:
         preset(config.model.preset)  # an unknown one is refused before the run directory is made
-    hosts.check_same_code(flat_settings(config.model_dump(mode="json")))
+    flags = {"fresh": fresh, "allow_change": allow_change, "strict_resume": strict_resume}
+    hosts.check_same_code(flags | flat_settings(config.model_dump(mode="json")))
     cache_dir = config.data.cache_dir
     with (
         Clock().running() as clock,

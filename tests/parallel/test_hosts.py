@@ -29,6 +29,7 @@ def run_program(*acts, count=2):
         (("fail", "wait"), [1, 1], ("ZeroDivisionError", "process 0 (*) stopped: ZeroDiv")),
         (("wait", "terminate"), [143, 143], ("process 1 (*) stopped: stopped by SIGTERM", "")),
         (("wait", "kill"), [LOST, -9], ("process 1 (*) is lost: it gave no sign of life", "")),
+        (("fail_after_another", "kill"), [LOST, -9], ("process 1 (*) is lost: it gave no", "")),
         (("kill", "wait"), [-9, LOST], ("", "process 0 (*) is lost: its connection is closed")),
         (("wait", "stick"), [LOST, LOST], ("process 1 (*) stopped: stuck: no step", "Thread")),
         (("differ",), [2, 2], ("process 1 (*) has another setting x than process 0", "")),
@@ -39,6 +40,27 @@ def test_processes_end_together_and_name_the_one_that_failed(acts, statuses, sho
     assert found == statuses, outputs
     for (_, error), text in zip(outputs, shown, strict=True):
         assert text.replace("*", platform.node()) in error
+
+
+def test_a_process_that_does_not_come_is_not_waited_for():
+    command = [sys.executable, "-m", "tests.support.host_program", "wait"]
+    for index, told in (("0", "not all the others came"), ("1", "could not join the others")):
+        flags = ["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", index]
+        done = subprocess.run(
+            [*command, "--join-seconds", "3", *flags],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == LOST
+        assert told in done.stderr.splitlines()[-1]
+
+
+def test_a_mistake_of_one_process_before_they_join_ends_all(tmp_path):
+    config = hosts_config(tmp_path)
+    processes = start_hosts(2, 1, ["moi_jax.train", "--config", config], ["train.steps=x"])
+    outputs, statuses = end_hosts(processes, 120)
+    assert statuses == [2, 2], outputs
+    assert "process 1 (" in outputs[0][1]
+    assert "train.steps" in outputs[0][1]
 
 
 def test_a_suspended_process_is_lost_and_says_so_when_it_wakes():

@@ -14,7 +14,7 @@ from moi_jax.checkpoints.hf.importer import import_checkpoint
 from support.evaluated_run import answer_train_and_evaluate, generate_arguments
 from support.hosts import end_hosts, run_hosts, start_hosts
 from support.published import tiny_published
-from support.runs import records, small_config
+from support.runs import lasting, records, small_config
 
 # Floats that are summed in another order.
 TOLERANCE = 2e-5
@@ -112,13 +112,7 @@ def same(left, right) -> None:
 
 def test_training_logs_the_same_losses_scores_and_samples_once(alone, together):
     runs = alone / "run", together[0] / "run"
-    metrics = [
-        [
-            {k: v for k, v in r.items() if "per_second" not in k}
-            for r in records(run / "metrics.jsonl")
-        ]
-        for run in runs
-    ]
+    metrics = [[lasting(r) for r in records(run / "metrics.jsonl")] for run in runs]
     assert [r["step"] for r in metrics[0] if "eval/gsm8k/score" in r] == [0, 2]
     same(*metrics)
     samples = [read(run / "samples.jsonl") for run in runs]

@@ -7,7 +7,6 @@ import argparse
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -54,7 +53,13 @@ def stick() -> None:
 
 
 def differ() -> None:
-    hosts.check_same({"setting x": hosts.process_index(), "setting y": 1})
+    hosts.check_same_code({"x": hosts.process_index(), "y": 1})
+
+
+def fail_after_another() -> None:
+    """Meets an error that comes from the loss of another process, as in a collective."""
+    time.sleep(1)
+    raise ZeroDivisionError("a consequence")
 
 
 def together() -> None:
@@ -94,14 +99,14 @@ def step() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("acts", nargs="+")
+    parser.add_argument("--join-seconds", type=int, default=60)
     add_hosts(parser)
     args = parser.parse_args()
     show_logs(process_index=hosts.process_index)
-    join_hosts(args, config.Cluster(join_seconds=60, lost_seconds=3))
+    join_hosts(args, config.Cluster(join_seconds=args.join_seconds, lost_seconds=3))
     act, *rest = args.acts[min(hosts.process_index(), len(args.acts) - 1)].split(":")
     return globals()[act](*rest) or 0
 
 
 if __name__ == "__main__":
-    sys.dont_write_bytecode = True
     run_command(main)

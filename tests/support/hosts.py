@@ -12,12 +12,15 @@ from support.runs import ROOT
 from support.xla import xla_flags
 
 
-def start_hosts(count: int, devices: int, command: Sequence[Any]) -> list[subprocess.Popen]:
+def start_hosts(
+    count: int, devices: int, command: Sequence[Any], of_last: Sequence[str] = ()
+) -> list[subprocess.Popen]:
     """Starts `python -m COMMAND` in so many processes, which find each other at a free port.
 
     Args:
       devices: of each process.
       command: the name of a module and its arguments, the same for all.
+      of_last: more arguments of the last process.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -26,7 +29,8 @@ def start_hosts(count: int, devices: int, command: Sequence[Any]) -> list[subpro
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
     return [
         start(
-            [sys.executable, "-m", *map(str, command), *together, "--process-id", str(index)],
+            [sys.executable, "-m", *map(str, command), *together, "--process-id", str(index),
+             *(of_last if index == count - 1 else ())],
             cwd=ROOT, env=environment, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
