@@ -59,6 +59,27 @@ class ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
         committed.rename(self._step)
 
 
+class _Manager(ocp.CheckpointManager):
+    """A manager that tells at once if this process cannot write its files.
+
+    orbax tells it when all processes are done. The others wait for this one, and it for them.
+    """
+
+    _failure: BaseException | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def raise_failure(self) -> None:
+        """Raises the error of the last save, where it has failed in this process."""
+        if self._failure:
+            raise self._failure
+
+
 class RunCheckpoints:
     """Saves and restores the steps of a run; retention never deletes the newest one."""
 
@@ -83,7 +104,7 @@ class RunCheckpoints:
         self._items = items
         self._last_save = (0, 0)  # its step and its bytes
         self._best_metric = config.best_metric
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
@@ -157,16 +178,16 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Waits until the last save is complete on disk; raises UserError if it cannot be."""
         with self._writing():
-            # In turns: the manager's own wait goes on until all processes have written their files.
             while self._manager.is_saving_in_progress():
-                self._manager.check_for_errors()
+                self._manager.raise_failure()
                 time.sleep(0.02)
+            self._manager.raise_failure()
             self._manager.wait_until_finished()
 
     def check(self) -> None:
         """Raises UserError if the last save has failed. It does not wait for one in progress."""
         with self._writing():
-            self._manager.check_for_errors()
+            self._manager.raise_failure()
         if not self._manager.is_saving_in_progress():
             self.wait()
 

@@ -4,10 +4,13 @@ Process i does the i-th act, and the last one if there are fewer.
 """
 
 import argparse
+import itertools
 import os
 import random
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moi_jax import config
@@ -17,8 +20,10 @@ from moi_jax.cli.hosts import join_hosts
 from moi_jax.cli.signals import StopSignals
 from moi_jax.common.errors import UserError
 from moi_jax.common.log import show_logs
+from moi_jax.config.load import load_config
 from moi_jax.parallel import hosts
 from moi_jax.parallel.stuck import ending_when_stuck
+from moi_jax.training import train as training
 
 
 def wait() -> None:
@@ -94,6 +99,17 @@ def step() -> int:
             time.sleep(pace.random() / 50)
     print("calls", calls)
     return signals.exit_status
+
+
+@contextmanager
+def _stop_after(steps: int) -> Iterator[Callable[[], bool]]:
+    calls = itertools.count(1)
+    yield lambda: next(calls) >= steps
+
+
+def train(config_path: str, steps: str) -> None:
+    """Trains so many steps of a run."""
+    training.train(load_config(config_path), stop=_stop_after(int(steps)))
 
 
 def main() -> int:
