@@ -5,6 +5,8 @@ import tarfile
 
 import pytest
 
+from moi_jax.config.run import Cluster
+
 from support.runs import ROOT
 from support.stubs import Stubs
 
@@ -139,6 +141,9 @@ def test_a_worker_starts_the_command_as_a_service(stubs, settings, tmp_path):
     assert ["mount", "-t", "nfs", "10.0.0.2:/moi", f"{tmp_path}/mnt"] in mount
     assert service[0] == "systemd-run"
     assert {"--property=RestartForceExitStatus=75", "--property=TimeoutStopSec=180"} < set(service)
+    # A worker that comes back before the others have lost it would abort them.
+    (pause,) = (word for word in service if word.startswith("--property=RestartSec="))
+    assert int(pause.rpartition("=")[2]) > Cluster().lost_seconds
     command = service[service.index("-m") - 1 :]
     assert command == [
         *[f"{tmp_path}/moi_jax/.venv/bin/python", "-m", "moi_jax.train"],
