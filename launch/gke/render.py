@@ -6,6 +6,7 @@ its base and the overrides, so a mistake in it is told before a node is paid for
 
 import argparse
 import math
+import os
 import re
 import string
 import sys
@@ -19,6 +20,7 @@ from moi_jax.config.load import load_config
 
 HERE = Path(__file__).parent
 WORKSPACE = Path("/workspace")
+MARGIN = 30  # seconds beside checkpoint.grace_seconds, to notice the signal and to end
 
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 COUNT = r"[1-9][0-9]*"
@@ -130,14 +132,15 @@ def derived(settings: Settings, path: Path) -> Settings:
 def check(config: Config, settings: Settings, devices: int) -> None:
     """Raises UserError if the run would lose work, write to another disk, or not use its nodes."""
     grace, termination = config.checkpoint.grace_seconds, settings["TERMINATION_SECONDS"]
-    if int(termination) <= grace:
+    if int(termination) < grace + MARGIN:
         raise UserError(
-            f"TERMINATION_SECONDS={termination} must be more than checkpoint.grace_seconds "
-            f"{grace}, or a host may be killed while it saves"
+            f"TERMINATION_SECONDS={termination} is too short to save; checkpoint.grace_seconds is "
+            f"{grace}, so choose {grace + MARGIN} or more"
         )
     # A path that starts with ~ is below HOME, which is the volume as well.
     run_dir = config.logging.run_dir
-    if run_dir.is_absolute() and not run_dir.is_relative_to(WORKSPACE):
+    below = run_dir.relative_to("~") if run_dir.parts[:1] == ("~",) else run_dir
+    if not Path(os.path.normpath(WORKSPACE / below)).is_relative_to(WORKSPACE):
         raise UserError(
             f"logging.run_dir {run_dir} is not on the volume, which is mounted at {WORKSPACE}; use "
             f"a relative path"

@@ -4,7 +4,7 @@
 #   DEVICES=4 launch/local/run.sh 2 train --config configs/quickstart.yaml
 #
 # DEVICES: the CPU devices that each process simulates. Without it process 0 has the first GPU of
-# the machine, process 1 the second, and so on.
+# the machine, process 1 the second, and so on; CUDA_VISIBLE_DEVICES=2,3 names others.
 # LOGS: the directory of process-0.log, process-1.log, ... (default: a new one in runs/local).
 # PYTHON: the interpreter (default: python).
 #
@@ -23,14 +23,23 @@ fi
 processes=$1 command=$2
 shift 2
 
+mapfile -t gpus < <(seq 0 $((processes - 1)))
+if [[ ${DEVICES:-} ]]; then
+  export JAX_PLATFORMS=cpu
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
+elif [[ -v CUDA_VISIBLE_DEVICES ]]; then
+  IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+  if ((${#gpus[@]} < processes)); then
+    echo "error: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has too few GPUs for $processes" \
+      "processes; name one for each, or set DEVICES to simulate devices" >&2
+    exit 2
+  fi
+fi
+
 python=${PYTHON:-python}
 logs=${LOGS:-runs/local/$(date +%Y%m%d-%H%M%S)-$$}
 mkdir -p "$logs"
 echo "logs in $logs" >&2
-if [[ ${DEVICES:-} ]]; then
-  export JAX_PLATFORMS=cpu
-  export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
-fi
 port=$("$python" -c 'import socket
 with socket.create_server(("localhost", 0)) as server: print(server.getsockname()[1])')
 
@@ -47,7 +56,7 @@ trap 'kill -s TERM -- "${!running[@]}" 2>/dev/null || true' TERM HUP
 for ((i = 0; i < processes; i++)); do
   output=$shown
   ((i == 0)) || exec {output}>>"$logs/process-$i.log"
-  CUDA_VISIBLE_DEVICES=$i "$python" -m "moi_jax.$command" "$@" \
+  CUDA_VISIBLE_DEVICES=${gpus[i]} "$python" -m "moi_jax.$command" "$@" \
     --coordinator "localhost:$port" --num-processes "$processes" --process-id "$i" \
     </dev/null >&"$output" 2>&1 &
   running[$!]=$i

@@ -9,7 +9,6 @@ set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
 SETTINGS=$(realpath "${SETTINGS:-$here/settings.env}")
-export SETTINGS
 # shellcheck source=settings.env
 source "$SETTINGS"
 
@@ -39,7 +38,7 @@ case ${1:-} in
     shift
     submit --array="1-$PREPARE_JOBS" --ntasks=1 --cpus-per-task="$PREPARE_CPUS" \
       --time="$PREPARE_TIME_LIMIT" --output="$LOGS/%A-prepare-%a.log" \
-      "${PREPARE_OPTIONS[@]}" "$@" "$here/prepare.sbatch"
+      "${PREPARE_OPTIONS[@]}" "$@" "$here/prepare.sbatch" "$SETTINGS"
     ;;
   train)
     shift
@@ -48,7 +47,7 @@ case ${1:-} in
     ((GPUS_PER_NODE == 0)) || gpus=(--gpus-per-node="$GPUS_PER_NODE")
     submit --nodes="$NODES" --ntasks-per-node="$TASKS_PER_NODE" "${gpus[@]}" \
       --cpus-per-task="$CPUS_PER_TASK" --time="$TIME_LIMIT" --signal="TERM@$STOP_SECONDS" \
-      --output="$LOGS/%j.log" "${SBATCH_OPTIONS[@]}" "$@" "$here/train.sbatch"
+      --output="$LOGS/%j.log" "${SBATCH_OPTIONS[@]}" "$@" "$here/train.sbatch" "$SETTINGS"
     ;;
   *)
     echo "error: say what to submit: $0 prepare|train [options of sbatch]" >&2

@@ -14,12 +14,19 @@ git -C "$root" add --all
 git -C "$root" archive --output="$work/moi_jax.tar.gz" "$(git -C "$root" write-tree)"
 cp "$settings" "$work/settings.env"
 
-# shellcheck disable=SC2016 # $(hostname) is for the worker
-on_workers all 'if systemctl --quiet is-active moi_jax; then
+# It runs also in the pause before it starts again ("activating"). The files that were sent last go
+# away, or one that was deleted here would stay there; what was made there stays, such as .venv.
+# shellcheck disable=SC2016 # $(...) is for the worker
+on_workers all 'set -eu
+case $(systemctl is-active moi_jax) in active | *activating)
   echo "error: it runs already on $(hostname); launch/tpu_vm/stop.sh stops it" >&2
   exit 2
-fi
-mkdir -p moi_jax'
+esac
+mkdir -p moi_jax
+cd moi_jax
+if [ -e moi_jax.tar.gz ]; then
+  tar --list --quoting-style=literal --file=moi_jax.tar.gz | grep -v /$ | xargs -d "\n" rm -f --
+fi'
 tpu tpu-vm scp "$work/moi_jax.tar.gz" "$work/settings.env" "$NAME:moi_jax/" --worker=all
 on_workers all 'cd moi_jax && tar --extract --file=moi_jax.tar.gz && launch/tpu_vm/worker.sh'
 echo "started; launch/tpu_vm/logs.sh follows it"

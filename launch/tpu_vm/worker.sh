@@ -19,13 +19,14 @@ PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --python 3.12 --allow-existing .venv
 python3 -m uv pip install --quiet --python .venv --editable '.[tpu]'
 
-# It starts again after another worker was lost (75), and where it was itself killed. The workers
-# have to find each other again, so all of them start after the same pause. systemd would expand
-# a $NAME in the command.
+# It starts again after another worker was lost (75), and where it was itself killed. The others
+# must have noticed that it is gone before it joins them again, hence the pause. systemd would
+# expand a $NAME in the command.
 arguments=("${COMMAND[@]:1}")
 sudo systemd-run --unit=moi_jax --collect --uid="$(id -u)" --gid="$(id -g)" \
   --working-directory="$PWD" --setenv=HOME="$HOME" --setenv=PYTHONUNBUFFERED=1 \
-  --property=Restart=on-abnormal --property=RestartForceExitStatus=75 --property=RestartSec=10 \
+  --property=Restart=on-abnormal --property=RestartForceExitStatus=75 \
+  --property=RestartSec="$RESTART_SECONDS" \
   --property=StartLimitIntervalSec=1d --property=StartLimitBurst="$((MAX_RESTARTS + 1))" \
   --property=TimeoutStopSec="$STOP_SECONDS" \
   "$PWD/.venv/bin/python" -m "moi_jax.${COMMAND[0]}" "${arguments[@]//\$/\$\$}"

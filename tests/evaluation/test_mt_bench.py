@@ -404,6 +404,19 @@ def test_the_environments_key_is_sent(evaluate, endpoint, monkeypatch):
     assert endpoint.keys == {"Bearer secret"}
 
 
+def test_the_password_of_an_address_is_used_and_not_shown(evaluate, endpoint, log_text):
+    url = endpoint.url.replace("//", "//me:secret@")
+    task, _, _ = evaluate(url=url)
+    assert endpoint.calls == 16
+    assert f" at {endpoint.url}: 16 of 16 calls" in log_text.getvalue()
+    assert task.settings()["judge_url"] == endpoint.url
+    endpoint.judgment = "refused"
+    with pytest.raises(UserError, match=f"^judge other at {endpoint.url}: "):
+        evaluate(url=url, judge="other")
+    with pytest.raises(UserError, match=r"^--judge-url host/v1 is not an address"):
+        evaluate(url="me:secret@host/v1")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

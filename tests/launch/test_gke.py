@@ -133,6 +133,11 @@ def test_the_run_has_its_config_and_the_volume(render, arguments, tmp_path):
     assert container["workingDir"] == mounts["workspace"]
 
 
+@pytest.mark.parametrize("run_dir", ["runs/x", "~/x", "/workspace/x", "runs/../x"])
+def test_a_run_on_the_volume_with_time_to_save_is_rendered(render, run_dir):
+    assert render(*TPU, f"logging.run_dir={run_dir}", TERMINATION_SECONDS=150)["JobSet"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "changes", "message"),
     [
@@ -143,10 +148,13 @@ def test_the_run_has_its_config_and_the_volume(render, arguments, tmp_path):
         (TPU, {"GPU_NODES": "0"}, "GPU_NODES=0 does not match"),
         (TPU, {"NODES": "3"}, "'NODES=3' is not NAME=VALUE with one of the names NAME, "),
         (TPU, {"TPU_CHIPS_PER_HOST": 5}, "32 chips, which is not a multiple of TPU_CHIPS_PER"),
-        (TPU, {"TERMINATION_SECONDS": 120}, "more than checkpoint.grace_seconds 120"),
+        (TPU, {"TERMINATION_SECONDS": 149}, "grace_seconds is 120, so choose 150 or more"),
         (TPU, {"TPU_SLICES": 2}, "does not fit the 64 devices of the settings"),
         (GPU, {"GPUS_PER_NODE": 4}, "does not fit the 4 devices of the settings"),
         ((*TPU, "logging.run_dir=/tmp/run"), {}, "/tmp/run is not on the volume"),
+        ((*TPU, "logging.run_dir=../tmp/run"), {}, "../tmp/run is not on the volume"),
+        ((*TPU, "logging.run_dir=~/../run"), {}, "~/../run is not on the volume"),
+        ((*TPU, "logging.run_dir=/workspace/../run"), {}, "/workspace/../run is not on the volume"),
         ((*TPU, "train.rows=1"), {}, "unknown key 'rows' in train"),
         (("gpu",), {}, "render.py gpu needs a config"),
     ],

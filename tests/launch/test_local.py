@@ -24,7 +24,8 @@ for _ in {1..600}; do sleep 0.05; done
 
 
 @pytest.fixture
-def stubs(tmp_path):
+def stubs(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return Stubs(tmp_path)
 
 
@@ -54,6 +55,21 @@ def test_process_0_is_shown_and_each_has_a_log(stubs, tmp_path):
     lines = [f"process {process} with GPU {process} and no flags\n" for process in range(2)]
     assert done.stdout == lines[0]
     assert [(tmp_path / "logs" / f"process-{n}.log").read_text() for n in range(2)] == lines
+
+
+def test_the_gpus_that_the_user_chose_are_dealt_out(stubs, tmp_path):
+    run(stubs, tmp_path, "2", "train", CUDA_VISIBLE_DEVICES="5,GPU-7,2")
+    logs = [(tmp_path / "logs" / f"process-{n}.log").read_text() for n in range(2)]
+    assert [log.split()[4] for log in logs] == ["5", "GPU-7"]
+
+
+def test_too_few_gpus_are_refused(stubs, tmp_path):
+    done = run(stubs, tmp_path, "2", "train", CUDA_VISIBLE_DEVICES="5")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: CUDA_VISIBLE_DEVICES=5 has too few GPUs for 2 processes;")
+    assert not stubs.calls("python")
+    done = run(stubs, tmp_path, "2", "train", CUDA_VISIBLE_DEVICES="5", DEVICES="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_devices_are_simulated_beside_other_flags(stubs, tmp_path):

@@ -52,7 +52,7 @@ def test_train_is_submitted_with_the_settings(stubs, settings, tmp_path):
             *["--parsable", "--job-name=moi_jax", "--nodes=1", "--ntasks-per-node=8"],
             *["--cpus-per-task=8", "--time=1-00:00:00", "--signal=TERM@180"],
             *[f"--output={tmp_path}/logs/%j.log", "--hold"],
-            *[f"{ROOT}/launch/slurm/train.sbatch"],
+            *[f"{ROOT}/launch/slurm/train.sbatch", str(settings)],
         ]
     ]
     assert done.stderr.startswith("warning: after scancel, scontrol requeue or a preemption this")
@@ -98,12 +98,12 @@ def test_prepare_is_an_array_of_shards(stubs, settings, tmp_path):
                 "--cpus-per-task=8",
             ],
             *["--time=04:00:00", f"--output={tmp_path}/logs/%A-prepare-%a.log"],
-            *[f"{ROOT}/launch/slurm/prepare.sbatch"],
+            *[f"{ROOT}/launch/slurm/prepare.sbatch", str(settings)],
         ]
     ]
-    variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
-    settings_of_job = {"SETTINGS": str(settings), "STATUS": "0"}
-    stubs.run("slurm/prepare.sbatch", **variables, **settings_of_job)
+    # One share alone is still one of 16.
+    variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"}
+    stubs.run("slurm/prepare.sbatch", str(settings), **variables, STATUS="0")
     assert stubs.calls("srun") == [
         [
             *["--ntasks=1", "--cpus-per-task=8", sys.executable, "-m", "moi_jax.prepare"],
@@ -120,6 +120,8 @@ def test_prepare_is_an_array_of_shards(stubs, settings, tmp_path):
         (137, 8, "RUNNING", True),  # a task was killed, which the others call a lost host
         (137, 1, "RUNNING", False),
         (130, 8, "RUNNING", False),
+        (134, 8, "RUNNING", False),  # a task aborts, which it would do again
+        (139, 8, "RUNNING", False),
         (0, 8, "RUNNING", False),
         (1, 8, "RUNNING", False),
         (2, 8, "RUNNING", False),
@@ -135,11 +137,36 @@ def test_a_job_goes_back_into_the_queue(stubs, settings, status, tasks, state, r
 def test_a_job_is_requeued_only_so_often(stubs, settings):
     done = job(stubs, settings, STATUS="75", SLURM_RESTART_COUNT="50")
     assert done.returncode == 75
-    assert done.stderr.startswith("error: requeued MAX_REQUEUES=50 times")
+    assert done.stderr == (
+        "error: not requeued: it was requeued MAX_REQUEUES=50 times; "
+        "submit the job again to resume\n"
+    )
     assert not stubs.calls("scontrol")
+
+
+def test_a_busy_controller_is_asked_again(stubs, settings, tmp_path):
+    stubs.add("squeue", f"mkdir '{tmp_path}/asked' 2>/dev/null && exit 1; echo $STATE")
+    job(stubs, settings, STATUS="75", RETRY_SECONDS="0")
+    assert stubs.calls("scontrol") == [["requeue", "17"]]
+
+
+@pytest.mark.parametrize(("name", "what"), [("squeue", "squeue"), ("scontrol", "scontrol requeue")])
+def test_a_job_that_cannot_be_requeued_says_so(stubs, settings, name, what):
+    stubs.add(name, "exit 1")
+    done = job(stubs, settings, STATUS="75", RETRY_SECONDS="0")
+    assert done.returncode == 75
+    assert done.stderr == (f"error: not requeued: {what} fails; submit the job again to resume\n")
+
+
+@pytest.mark.parametrize("script", ["train", "prepare"])
+def test_a_job_without_settings_does_not_run_others(stubs, script):
+    done = stubs.run(f"slurm/{script}.sbatch")
+    assert done.returncode != 0
+    assert "launch/slurm/submit.sh submits this script and names the settings" in done.stderr
+    assert not stubs.calls("srun")
 
 
 def job(stubs, settings, **variables):
     of_slurm = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "node-1"}
-    defaults = {**of_slurm, "STATE": "RUNNING", "SETTINGS": str(settings)}
-    return stubs.run("slurm/train.sbatch", **{**defaults, **variables})
+    defaults = {**of_slurm, "STATE": "RUNNING"}
+    return stubs.run("slurm/train.sbatch", str(settings), **{**defaults, **variables})

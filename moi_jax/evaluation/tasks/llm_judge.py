@@ -135,6 +135,11 @@ class Judge:
     retries: int = 4
     pause: float = 2.0
 
+    @property
+    def shown_url(self) -> str:
+        """The address for logs, messages and results: without a user name and password."""
+        return _without_user(self.url)
+
     def rate(
         self, requests: Sequence[JudgeRequest], answered_by: str, path: Path
     ) -> Iterator[Json]:
@@ -161,8 +166,8 @@ class Judge:
             what = f"cannot write {path}: {error}" if isinstance(error, OSError) else error
             done = sum(kept.find(self.model, request) is not None for request in requests)
             raise UserError(
-                f"judge {self.model} at {self.url}: {what}; {done} of {len(requests)} judgments "
-                f"are kept in {path}, and the same command continues from there"
+                f"judge {self.model} at {self.shown_url}: {what}; {done} of {len(requests)} "
+                f"judgments are kept in {path}, and the same command continues from there"
             ) from None
 
     def _check_cost(self, to_ask: Sequence[JudgeRequest], total: int) -> None:
@@ -170,8 +175,8 @@ class Judge:
         prompt = sum(map(_prompt_tokens, to_ask))
         judgment = MAX_TOKENS * len(to_ask)
         line = (
-            f"judging by {self.model} at {self.url}: {len(to_ask)} of {total} calls to make; if "
-            f"every judgment has the maximum length and no call is repeated, about {prompt:,} "
+            f"judging by {self.model} at {self.shown_url}: {len(to_ask)} of {total} calls to make; "
+            f"if every judgment has the maximum length and no call is repeated, about {prompt:,} "
             f"prompt tokens and {judgment:,} tokens of judgments"
         )
         if self.price is not None:
@@ -308,6 +313,10 @@ _HINTS = {
 }
 
 
+def _without_user(url: str) -> str:
+    return re.sub(r"^([^/]*://)?[^/?#]*@", r"\1", url)
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:200]
 
@@ -327,7 +336,9 @@ def make_judge(options: BenchmarkOptions) -> Judge | None:
     url = options.judge_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     address = urlsplit(url)
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise UserError(f"--judge-url {url} is not an address such as http://localhost:8000/v1")
+        raise UserError(
+            f"--judge-url {_without_user(url)} is not an address such as http://localhost:8000/v1"
+        )
     if url == OPENAI and not os.environ.get("OPENAI_API_KEY"):
         raise UserError(
             f"the judge at {OPENAI} needs the environment variable OPENAI_API_KEY; for another "

@@ -139,7 +139,7 @@ class MTBench(Task):
         return {
             "judge": self.judge.model,
             "judge_version": ", ".join(sorted(self._versions)),
-            "judge_url": self.judge.url,
+            "judge_url": self.judge.shown_url,
             "judge_prompts": _hash(self._prompts),
         }
 
