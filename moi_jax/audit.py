@@ -29,6 +29,7 @@ def main() -> int:
     from moi_jax.common.log import show_logs
     from moi_jax.evaluation.while_training import make_evaluations
     from moi_jax.training.audit.audit import AuditOptions, audit
+    from moi_jax.training.audit.finding import OK
 
     show_logs(warnings_to_stderr=True)
     options = AuditOptions(
@@ -40,10 +41,10 @@ def main() -> int:
         seed=args.seed,
     )
     result = audit(options, jax.devices(), make_evaluations)
-    log.info(f"{'passed' if result.passed else 'FAILED'}: {result.summary}")
+    log.info(f"{'passed' if result.verdict == OK else result.verdict}: {result.summary}")
     log.info(f"findings {result.file}")
     log.info(f"page     {result.page}")
-    return 0 if result.passed else 1
+    return 0 if result.verdict == OK else 1
 
 
 def _check(file: Path) -> int:
@@ -63,8 +64,8 @@ def _arguments() -> argparse.Namespace:
         description="Checks that a run is what it says: checkpoints, data, recorded figures and "
         "the realised mix; rows run segment by segment, and steps replayed from a checkpoint. It "
         "changes nothing in the run, which may go on meanwhile.",
-        epilog="Exit status: 0 no check failed, 1 a check failed, 2 your mistake (one line says "
-        "which). What it proves: docs/audit.md.",
+        epilog="Exit status: 0 passed, 1 a check failed or could not be made, 2 your mistake "
+        "(one line says which). What it proves: docs/audit.md.",
     )
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the directory of a run")
     parser.add_argument(

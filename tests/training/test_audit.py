@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 import shutil
 import sys
@@ -18,16 +19,30 @@ import tensorstore
 import moi_jax.audit
 from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.damage import DamagedCheckpoint
+from moi_jax.checkpoints.damaged_steps import check_step
 from moi_jax.common.errors import UserError
 from moi_jax.models.attention.xla import xla_attention
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import make_model
-from moi_jax.training.audit.finding import FAILED, NOT_DONE, OK, NotDone, make_check
-from moi_jax.training.audit.inputs import check_cache, check_plan, check_sources, check_versions
-from moi_jax.training.audit.records import check_metrics
+from moi_jax.training.audit.audit import AuditResult
+from moi_jax.training.audit.finding import FAILED, NOT_DONE, OK, Finding, NotDone, make_check
+from moi_jax.training.audit.inputs import (
+    check_cache,
+    check_config,
+    check_plan,
+    check_sources,
+    check_versions,
+)
+from moi_jax.training.audit.records import check_metrics, check_mixture
 from moi_jax.training.audit.replay import check_replay
 from moi_jax.training.audit.row_figures import RowFigures
-from moi_jax.training.audit.saved_run import PlannedRun, SavedRun, check_checkpoints, open_run
+from moi_jax.training.audit.saved_run import (
+    PlannedRun,
+    SavedRun,
+    check_checkpoints,
+    open_run,
+    read_files,
+)
 from moi_jax.training.audit.segments import check_segments
 from moi_jax.training.audit.signed import sign, write_signed
 from moi_jax.training.audit.stretch import Stretch, choose_stretch, replay
@@ -35,6 +50,7 @@ from moi_jax.training.run_directory import LOCK
 
 from support.runs import SAMPLES, records, small_config, train_here
 
+METRICS = "metrics.jsonl"
 CHECKS = (
     "checkpoints", "values", "config", "versions", "sources", "cache", "content", "plan",
     "mixture", "metrics", "mix", "held-out", "segments", "replay",
@@ -197,9 +213,13 @@ def planned(whole) -> tuple[SavedRun, PlannedRun, RowFigures]:
 def recorded(planned, tmp_path) -> tuple[SavedRun, PlannedRun, RowFigures]:
     """The same with a copy of its records."""
     saved, *rest = planned
-    for name in ("config.yaml", "metrics.jsonl"):
+    for name in ("config.yaml", "mixture.json", METRICS):
         shutil.copy(saved.directory / name, tmp_path)
-    return dataclasses.replace(saved, directory=tmp_path), *rest
+    return read_again(dataclasses.replace(saved, directory=tmp_path)), *rest
+
+
+def read_again(saved: SavedRun) -> SavedRun:
+    return dataclasses.replace(saved, records=read_files(saved.directory))
 
 
 @pytest.mark.parametrize(
@@ -217,22 +237,70 @@ def recorded(planned, tmp_path) -> tuple[SavedRun, PlannedRun, RowFigures]:
     ],
 )
 def test_each_recorded_figure_is_recomputed(recorded, step, key, named):
-    saved, *_ = recorded
-    assert make_check(check_metrics, *recorded).verdict == OK
+    saved, *rest = recorded
+    assert make_check(check_metrics, saved, *rest).verdict == OK
     change_record(saved.directory, step, key, lambda value: value * 1.001 if value else 1)
-    found = make_check(check_metrics, *recorded)
+    found = make_check(check_metrics, read_again(saved), *rest)
     assert found.verdict == FAILED
     assert re.match(rf"metrics\.jsonl, step {step}: .*{named}", found.text)
 
 
 def test_a_record_that_was_taken_out_is_missed(recorded):
-    saved, *_ = recorded
+    saved, *rest = recorded
     log = saved.directory / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(line for line in lines if not line.startswith('{"step": 2,')))
-    found = make_check(check_metrics, *recorded)
+    found = make_check(check_metrics, read_again(saved), *rest)
     assert found.verdict == FAILED
     assert "nothing between the steps 0 and 3" in found.text
+
+
+@pytest.mark.parametrize(
+    ("step", "values"),
+    [
+        (2, {"row": "x"}),
+        (2, {"row": 10**13}),
+        (4, {"skipped": True}),
+        (4, {"skipped": True, "first_row": -1}),
+        (4, {"skipped": True, "first_row": 0}),
+        (4, {"loss": "0.5"}),
+        (3, {"domain/chat/loss": [1]}),
+        (3, {"eval/chat/loss": {}}),
+        (6, {"loss": float("nan")}),
+        (6, {"token_loss": 10**400}),
+        (2, {"step": True}),
+        (2, {"step": 1}),
+    ],
+)
+def test_a_value_that_no_run_writes_is_named(recorded, step, values):
+    saved, *rest = recorded
+    log = records(saved.directory / "metrics.jsonl")
+    next(record for record in log if record["step"] == step).update(values)
+    text = "".join(json.dumps(record) + "\n" for record in log)
+    saved.records["metrics.jsonl"] = text.encode()
+    found = make_check(check_metrics, saved, *rest)
+    assert found.verdict == FAILED
+    assert found.text.startswith("metrics.jsonl, ")
+
+
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [(check_config, "config.yaml"), (check_mixture, "mixture.json"), (check_metrics, METRICS)],
+)
+def test_any_flipped_bit_of_a_record_gives_a_finding(recorded, check, name):
+    saved, *rest = recorded
+    needed = rest[: {check_config: 0, check_mixture: 1, check_metrics: 2}[check]]
+    content, draw = saved.records[name], random.Random(0)
+    for _ in range(40):
+        flipped = bytearray(content)
+        flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        saved.records[name] = bytes(flipped)
+        assert make_check(check, saved, *needed).verdict in (OK, FAILED)
+    saved.records[name] = content.replace(b"o", b"\xff")
+    found = make_check(check, saved, *needed)
+    assert found.verdict == FAILED
+    assert found.text.startswith(name)
+    assert "restore it" in found.text
 
 
 def test_segments_that_see_each_other_are_found(planned):
@@ -274,6 +342,38 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_no_damage(tmp_path):
     assert make_check(check).verdict == NOT_DONE
     step.mkdir()
     assert make_check(check).verdict == FAILED
+
+
+def test_checkpoints_that_are_all_deleted_while_they_are_read_are_listed_again(run, monkeypatch):
+    folder = run / "checkpoints"
+    folder.rename(run / "later")
+    shutil.copytree(run / "later" / "3", folder / "3")
+
+    def goes_on(step, arrays):
+        if step.name == "3":
+            shutil.rmtree(folder)
+            if (run / "later").exists():
+                (run / "later").rename(folder)
+                shutil.rmtree(folder / "3")
+        check_step(step, arrays)
+
+    monkeypatch.setattr("moi_jax.training.audit.saved_run.check_step", goes_on)
+    found = make_check(check_checkpoints, run)
+    assert [saved.step for saved in found.value] == [6]
+    (folder / "6").rename(folder / "3")
+    found = make_check(check_checkpoints, run)
+    assert found.verdict == FAILED
+    assert "has no checkpoint any more" in found.text
+
+
+def test_an_audit_whose_main_checks_were_not_made_is_not_ok(tmp_path):
+    def verdict(name, of_it):
+        made = {check: Finding(OK, "") for check in CHECKS} | {name: Finding(of_it, "")}
+        return AuditResult(made, tmp_path, tmp_path).verdict
+
+    assert verdict("replay", NOT_DONE) == OK
+    assert verdict("mix", NOT_DONE) == NOT_DONE
+    assert verdict("replay", FAILED) == FAILED
 
 
 def steps_kept(*numbers: int, changed_at: int = 0) -> SimpleNamespace:
