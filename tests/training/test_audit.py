@@ -45,10 +45,10 @@ from moi_jax.training.audit.saved_run import (
 )
 from moi_jax.training.audit.segments import check_segments
 from moi_jax.training.audit.signed import sign, write_signed
-from moi_jax.training.audit.stretch import Stretch, choose_stretch, replay
+from moi_jax.training.audit.stretch import Replayed, Stretch, choose_stretch, replay
 from moi_jax.training.run_directory import LOCK
 
-from support.runs import SAMPLES, records, small_config, train_here
+from support.runs import SAMPLES, records, small_config, stop_after, train_here
 
 METRICS = "metrics.jsonl"
 CHECKS = (
@@ -374,6 +374,38 @@ def test_an_audit_whose_main_checks_were_not_made_is_not_ok(tmp_path):
     assert verdict("replay", NOT_DONE) == OK
     assert verdict("mix", NOT_DONE) == NOT_DONE
     assert verdict("replay", FAILED) == FAILED
+
+
+def test_a_step_that_is_not_replayed_but_logged_is_found(planned, monkeypatch):
+    saved, data, _ = planned
+
+    def of_skipped_steps(run, data, stretch, logged):
+        return Replayed(None, (), [], 0.0)
+
+    monkeypatch.setattr("moi_jax.training.audit.replay.replay", of_skipped_steps)
+    same = {"different": []}
+    monkeypatch.setattr("moi_jax.training.audit.replay._compare_state", lambda *_, loose: same)
+    found = make_check(partial(check_replay, most=20), saved, data)
+    assert found.verdict == FAILED
+    assert "metrics.jsonl, step 4 has figures" in found.text
+
+
+def test_a_run_whose_settings_changed_is_sound_without_its_first_checkpoints(run):
+    """It goes on with another length, twice, and only the last checkpoint is kept."""
+    config = run.parent / "config.yaml"
+    shutil.copy(run / "config.yaml", config)
+    keep = ("checkpoint.keep_last=1", "checkpoint.keep_best=0", "eval.every=0")
+    longer = (f"logging.run_dir={run}", "train.steps=8", *keep)
+    train_here(config, *longer, allow_change=True, stop=stop_after(1))
+    train_here(config, *longer)
+    saved = opened(run)
+    assert [step.step for step in saved.steps] == [8]
+    data = check_cache(saved).value
+    found = make_check(check_metrics, saved, data, check_plan(saved, data).value)
+    assert found.verdict == OK
+    assert "figures only after step 6" in found.text
+    with pytest.raises(NotDone, match="changed after step 6"):
+        choose_stretch(saved, 20)
 
 
 def steps_kept(*numbers: int, changed_at: int = 0) -> SimpleNamespace:

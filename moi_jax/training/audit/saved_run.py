@@ -71,7 +71,7 @@ class SavedRun:
       mesh: that of the run if these devices allow it.
       bind: parameters -> model, on the mesh.
       unchanged_since: the step since which optimizer, batch and length are those of the newest
-        checkpoint, as far as the checkpoints tell.
+        checkpoint.
     """
 
     directory: Path
@@ -249,6 +249,10 @@ def _mesh(newest: SavedStep, config: Config, devices: Sequence[jax.Device]) -> M
 
 
 def _unchanged_since(steps: list[SavedStep]) -> int:
+    """The step that the newest checkpoint records, or else as far as the checkpoints tell."""
+    recorded = steps[0].position.get("unchanged_since")
+    if recorded is not None:
+        return recorded
     newest = steps[0].config.model_dump(mode="json")
     for saved in steps[1:]:
         changes = config_changes(saved.config.model_dump(mode="json"), newest)
