@@ -2,11 +2,11 @@
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
 from moi_jax.cli.arguments import COUNT, POSITIVE, text
 from moi_jax.cli.command import run_command
+from moi_jax.common.deterministic import ask_for_determinism
 from moi_jax.common.errors import UserError
 
 # Not __name__, which is __main__ in a command.
@@ -18,11 +18,7 @@ def main() -> int:
     if args.check:
         return _check(args.check)
 
-    from moi_jax.config.load import load_config
-
-    if load_config(args.run / "config.yaml").train.deterministic:  # XLA reads it when jax starts
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    _refuse_processes()
 
     import jax
 
@@ -30,8 +26,11 @@ def main() -> int:
     from moi_jax.evaluation.while_training import make_evaluations
     from moi_jax.training.audit.audit import AuditOptions, audit
     from moi_jax.training.audit.finding import OK
+    from moi_jax.training.audit.saved_run import find_run, was_deterministic
 
     show_logs(warnings_to_stderr=True)
+    if was_deterministic(find_run(args.run)):
+        ask_for_determinism()
     options = AuditOptions(
         run=args.run,
         overrides=tuple(args.overrides),
@@ -45,6 +44,16 @@ def main() -> int:
     log.info(f"findings {result.file}")
     log.info(f"page     {result.page}")
     return 0 if result.verdict == OK else 1
+
+
+def _refuse_processes() -> None:
+    from moi_jax.parallel.cluster_environment import find_place
+
+    if place := find_place(None, None, None, join_seconds=10):
+        raise UserError(
+            f"{place.found_by} started {place.count} processes, and an audit runs in one; start it "
+            f"as one task on one host"
+        )
 
 
 def _check(file: Path) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -20,6 +21,7 @@ import moi_jax.audit
 from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.damage import DamagedCheckpoint
 from moi_jax.checkpoints.damaged_steps import check_step
+from moi_jax.common import deterministic
 from moi_jax.common.errors import UserError
 from moi_jax.models.attention.xla import xla_attention
 from moi_jax.models.compute import Compute
@@ -440,9 +442,30 @@ def test_a_checkpoint_of_a_version_that_recorded_less_is_audited(run):
 
 
 def test_what_is_no_run_or_would_be_another_run_is_refused(whole, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"cannot read the config .*config\.yaml"):
+    with pytest.raises(UserError, match=r"is no run: it has no config\.yaml"):
         command(monkeypatch, tmp_path)
     with pytest.raises(UserError, match=r"optimizer\.learning_rate.* would make it another run"):
         command(monkeypatch, whole, "optimizer.learning_rate=1.0", "--out", tmp_path / "out")
     with pytest.raises(UserError, match="name either the directory of a run, or --check"):
         command(monkeypatch)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "7.0;tcp://10.0.0.1:1234")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with pytest.raises(UserError, match="2 processes, and an audit runs in one"):
+        command(monkeypatch, whole)
+
+
+def test_a_config_that_cannot_be_read_is_a_finding_of_its_check(run, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    (run / "config.yaml").write_bytes(b"train: {steps\xff")
+    asked = SimpleNamespace(verdict=FAILED, summary="", file=run, page=run)
+    monkeypatch.setattr("moi_jax.training.audit.audit.audit", lambda *_: asked)
+    assert command(monkeypatch, run) == 1  # it comes to the audit
+    assert deterministic.FLAG not in os.environ["XLA_FLAGS"]
+    found = make_check(check_config, opened(run))
+    assert found.verdict == FAILED
+    assert "is not valid YAML" in found.text
+    config = run / "checkpoints" / "6" / "config" / "metadata"
+    config.write_text(config.read_text().replace('"deterministic": false', '"deterministic": true'))
+    assert command(monkeypatch, run) == 1
+    assert deterministic.FLAG in os.environ["XLA_FLAGS"]

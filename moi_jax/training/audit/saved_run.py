@@ -119,6 +119,17 @@ def find_run(run: Path) -> Path:
     return directory
 
 
+def was_deterministic(directory: Path) -> bool:
+    """Whether train.deterministic is set in the newest checkpoint whose config can be read."""
+    for path in all_steps(directory / "checkpoints"):
+        try:
+            config = make_config(read_json_item(path, "config"), where=str(path))
+            return config.train.deterministic
+        except UserError:
+            continue  # the check of the checkpoints tells it
+    return False
+
+
 def check_checkpoints(directory: Path) -> Finding:
     """Checks all files of every checkpoint against its checksums; the value is the sound steps."""
     sound: list[SavedStep] = []
