@@ -2,11 +2,11 @@
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
 from moi_jax.cli.arguments import COUNT, POSITIVE, text
 from moi_jax.cli.command import run_command
+from moi_jax.common.deterministic import ask_for_determinism
 from moi_jax.common.errors import UserError
 
 # Not __name__, which is __main__ in a command.
@@ -18,19 +18,19 @@ def main() -> int:
     if args.check:
         return _check(args.check)
 
-    from moi_jax.config.load import load_config
-
-    if load_config(args.run / "config.yaml").train.deterministic:  # XLA reads it when jax starts
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    _refuse_processes()
 
     import jax
 
     from moi_jax.common.log import show_logs
     from moi_jax.evaluation.while_training import make_evaluations
     from moi_jax.training.audit.audit import AuditOptions, audit
+    from moi_jax.training.audit.finding import OK
+    from moi_jax.training.audit.saved_run import find_run, was_deterministic
 
     show_logs(warnings_to_stderr=True)
+    if was_deterministic(find_run(args.run)):
+        ask_for_determinism()
     options = AuditOptions(
         run=args.run,
         overrides=tuple(args.overrides),
@@ -40,10 +40,20 @@ def main() -> int:
         seed=args.seed,
     )
     result = audit(options, jax.devices(), make_evaluations)
-    log.info(f"{'passed' if result.passed else 'FAILED'}: {result.summary}")
+    log.info(f"{'passed' if result.verdict == OK else result.verdict}: {result.summary}")
     log.info(f"findings {result.file}")
     log.info(f"page     {result.page}")
-    return 0 if result.passed else 1
+    return 0 if result.verdict == OK else 1
+
+
+def _refuse_processes() -> None:
+    from moi_jax.parallel.cluster_environment import find_place
+
+    if place := find_place(None, None, None, join_seconds=10):
+        raise UserError(
+            f"{place.found_by} started {place.count} processes, and an audit runs in one; start it "
+            f"as one task on one host"
+        )
 
 
 def _check(file: Path) -> int:
@@ -63,8 +73,8 @@ def _arguments() -> argparse.Namespace:
         description="Checks that a run is what it says: checkpoints, data, recorded figures and "
         "the realised mix; rows run segment by segment, and steps replayed from a checkpoint. It "
         "changes nothing in the run, which may go on meanwhile.",
-        epilog="Exit status: 0 no check failed, 1 a check failed, 2 your mistake (one line says "
-        "which). What it proves: docs/audit.md.",
+        epilog="Exit status: 0 passed, 1 a check failed or could not be made, 2 your mistake "
+        "(one line says which). What it proves: docs/audit.md.",
     )
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="the directory of a run")
     parser.add_argument(

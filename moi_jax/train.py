@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from moi_jax.cli.arguments import add_hosts, text
 from moi_jax.cli.command import run_command
 from moi_jax.cli.hosts import join_hosts, mistakes_told_to_hosts
 from moi_jax.cli.signals import StopSignals
+from moi_jax.common.deterministic import ask_for_determinism
 
 # Not __name__, which is __main__ in a command. A line that cannot be written is left out of the
 # log, while print() would raise: the run ends as it should, whatever became of standard output.
@@ -60,9 +60,8 @@ def main() -> int:
     if args.print_config:
         print(config.to_yaml(), end="")
         return 0
-    if config.train.deterministic:  # XLA reads it when jax starts
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    if config.train.deterministic:
+        ask_for_determinism()
 
     from moi_jax.common.log import show_logs
     from moi_jax.evaluation.while_training import make_evaluations

@@ -146,6 +146,7 @@ def _save(run: Run, losses: dict[str, float]) -> None:
         "skipped_in_a_row": run.skipped_in_a_row,
         "early_stopping": run.early_stopping.to_json(),
         "missed": sorted(run.missed),
+        "unchanged_since": run.unchanged_since,
         **({"losses": run.loss_limit.to_json()} if run.loss_limit.ratio else {}),
         **run.position(run.row),
     }

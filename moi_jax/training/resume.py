@@ -29,6 +29,7 @@ FIRST_POSITION: dict[str, Any] = {
     "skipped_in_a_row": 0,
     "early_stopping": {},
     "missed": [],
+    "unchanged_since": 0,
 }
 
 # Keys, or prefixes of keys, that may differ when a run is resumed. All other keys must stay, or
@@ -93,7 +94,8 @@ def resume_position(
     before = read_json_item(step, "config")
     # The checkpoint holds everything that came from model.init_from.
     may_change = (*MAY_CHANGE, "model.init_from")
-    check_resume(directory, before, experiment.config, allow_change, may_change)
+    if check_resume(directory, before, experiment.config, allow_change, may_change):
+        position["unchanged_since"] = saved_step
     check_fingerprints(directory, position["fingerprints"], fingerprints(experiment, dataset))
     return position
 
@@ -170,12 +172,16 @@ def check_resume(
     config: Config,
     allow_change: bool,
     may_change: tuple[str, ...] = MAY_CHANGE,
-) -> None:
+) -> bool:
     """Compares `before`, the config with which a run was started, with the config of now.
+
+    Returns:
+      Whether they differ in what only `allow_change` allows.
 
     Raises:
       UserError: a difference makes it another run. The message names the first one.
     """
+    allowed = False
     for change, may in config_changes(before, config.model_dump(mode="json"), may_change):
         if may == "always":
             log.info("resuming with %s", change)
@@ -190,6 +196,8 @@ def check_resume(
             )
         else:
             log.info("resuming with %s (allowed)", change)
+            allowed = True
+    return allowed
 
 
 def config_changes(

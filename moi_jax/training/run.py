@@ -72,6 +72,7 @@ class Run:
     checkpoints: RunCheckpoints
     log: MetricsLog
     clock: Clock
+    unchanged_since: int | None  # the step; None if an older version has not recorded it
     missed: set[str] = field(default_factory=set)  # evaluations abandoned at this step
 
     @property

@@ -116,6 +116,7 @@ def start_run(
         log=metrics_log,
         clock=clock,
         missed=missed,
+        unchanged_since=position.get("unchanged_since"),
     )
 
 

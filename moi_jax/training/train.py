@@ -1,7 +1,6 @@
 """A whole run as a library function; a process or notebook may call it many times."""
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.damaged_steps import set_aside_damaged_steps
 from moi_jax.checkpoints.experiment import Experiment, open_experiment
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
+from moi_jax.common import deterministic
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.common.retry import retried
@@ -36,9 +36,6 @@ from moi_jax.training.start import start_run
 from moi_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
-
-# XLA reads it when jax starts.
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 # (experiment, its data, parameters -> model, mesh, run directory) -> the evaluations of the model
 # while it trains.
@@ -96,10 +93,10 @@ def train(
     Raises:
       UserError: config, data, checkpoint or run directory are wrong or do not fit together.
     """
-    if config.train.deterministic and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+    if config.train.deterministic and not deterministic.is_deterministic():
         raise UserError(
-            f"train.deterministic needs XLA_FLAGS={DETERMINISTIC} before jax starts; set it in the "
-            f"environment, or train with python -m moi_jax.train, which does"
+            f"train.deterministic needs XLA_FLAGS={deterministic.FLAG} before jax starts; set it "
+            f"in the environment, or train with python -m moi_jax.train, which does"
         )
     if config.model.preset:
         preset(config.model.preset)  # an unknown one is refused before the run directory is made

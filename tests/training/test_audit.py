@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import random
 import re
 import shutil
 import sys
@@ -18,23 +20,39 @@ import tensorstore
 import moi_jax.audit
 from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.damage import DamagedCheckpoint
+from moi_jax.checkpoints.damaged_steps import check_step
+from moi_jax.common import deterministic
 from moi_jax.common.errors import UserError
 from moi_jax.models.attention.xla import xla_attention
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import make_model
-from moi_jax.training.audit.finding import FAILED, NOT_DONE, OK, NotDone, make_check
-from moi_jax.training.audit.inputs import check_cache, check_plan, check_sources, check_versions
-from moi_jax.training.audit.records import check_metrics
+from moi_jax.training.audit.audit import AuditResult
+from moi_jax.training.audit.finding import FAILED, NOT_DONE, OK, Finding, NotDone, make_check
+from moi_jax.training.audit.inputs import (
+    check_cache,
+    check_config,
+    check_plan,
+    check_sources,
+    check_versions,
+)
+from moi_jax.training.audit.records import check_metrics, check_mixture
 from moi_jax.training.audit.replay import check_replay
 from moi_jax.training.audit.row_figures import RowFigures
-from moi_jax.training.audit.saved_run import PlannedRun, SavedRun, check_checkpoints, open_run
+from moi_jax.training.audit.saved_run import (
+    PlannedRun,
+    SavedRun,
+    check_checkpoints,
+    open_run,
+    read_files,
+)
 from moi_jax.training.audit.segments import check_segments
 from moi_jax.training.audit.signed import sign, write_signed
-from moi_jax.training.audit.stretch import Stretch, choose_stretch, replay
+from moi_jax.training.audit.stretch import Replayed, Stretch, choose_stretch, replay
 from moi_jax.training.run_directory import LOCK
 
-from support.runs import SAMPLES, records, small_config, train_here
+from support.runs import SAMPLES, records, small_config, stop_after, train_here
 
+METRICS = "metrics.jsonl"
 CHECKS = (
     "checkpoints", "values", "config", "versions", "sources", "cache", "content", "plan",
     "mixture", "metrics", "mix", "held-out", "segments", "replay",
@@ -197,9 +215,13 @@ def planned(whole) -> tuple[SavedRun, PlannedRun, RowFigures]:
 def recorded(planned, tmp_path) -> tuple[SavedRun, PlannedRun, RowFigures]:
     """The same with a copy of its records."""
     saved, *rest = planned
-    for name in ("config.yaml", "metrics.jsonl"):
+    for name in ("config.yaml", "mixture.json", METRICS):
         shutil.copy(saved.directory / name, tmp_path)
-    return dataclasses.replace(saved, directory=tmp_path), *rest
+    return read_again(dataclasses.replace(saved, directory=tmp_path)), *rest
+
+
+def read_again(saved: SavedRun) -> SavedRun:
+    return dataclasses.replace(saved, records=read_files(saved.directory))
 
 
 @pytest.mark.parametrize(
@@ -217,22 +239,70 @@ def recorded(planned, tmp_path) -> tuple[SavedRun, PlannedRun, RowFigures]:
     ],
 )
 def test_each_recorded_figure_is_recomputed(recorded, step, key, named):
-    saved, *_ = recorded
-    assert make_check(check_metrics, *recorded).verdict == OK
+    saved, *rest = recorded
+    assert make_check(check_metrics, saved, *rest).verdict == OK
     change_record(saved.directory, step, key, lambda value: value * 1.001 if value else 1)
-    found = make_check(check_metrics, *recorded)
+    found = make_check(check_metrics, read_again(saved), *rest)
     assert found.verdict == FAILED
     assert re.match(rf"metrics\.jsonl, step {step}: .*{named}", found.text)
 
 
 def test_a_record_that_was_taken_out_is_missed(recorded):
-    saved, *_ = recorded
+    saved, *rest = recorded
     log = saved.directory / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(line for line in lines if not line.startswith('{"step": 2,')))
-    found = make_check(check_metrics, *recorded)
+    found = make_check(check_metrics, read_again(saved), *rest)
     assert found.verdict == FAILED
     assert "nothing between the steps 0 and 3" in found.text
+
+
+@pytest.mark.parametrize(
+    ("step", "values"),
+    [
+        (2, {"row": "x"}),
+        (2, {"row": 10**13}),
+        (4, {"skipped": True}),
+        (4, {"skipped": True, "first_row": -1}),
+        (4, {"skipped": True, "first_row": 0}),
+        (4, {"loss": "0.5"}),
+        (3, {"domain/chat/loss": [1]}),
+        (3, {"eval/chat/loss": {}}),
+        (6, {"loss": float("nan")}),
+        (6, {"token_loss": 10**400}),
+        (2, {"step": True}),
+        (2, {"step": 1}),
+    ],
+)
+def test_a_value_that_no_run_writes_is_named(recorded, step, values):
+    saved, *rest = recorded
+    log = records(saved.directory / "metrics.jsonl")
+    next(record for record in log if record["step"] == step).update(values)
+    text = "".join(json.dumps(record) + "\n" for record in log)
+    saved.records["metrics.jsonl"] = text.encode()
+    found = make_check(check_metrics, saved, *rest)
+    assert found.verdict == FAILED
+    assert found.text.startswith("metrics.jsonl, ")
+
+
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [(check_config, "config.yaml"), (check_mixture, "mixture.json"), (check_metrics, METRICS)],
+)
+def test_any_flipped_bit_of_a_record_gives_a_finding(recorded, check, name):
+    saved, *rest = recorded
+    needed = rest[: {check_config: 0, check_mixture: 1, check_metrics: 2}[check]]
+    content, draw = saved.records[name], random.Random(0)
+    for _ in range(40):
+        flipped = bytearray(content)
+        flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        saved.records[name] = bytes(flipped)
+        assert make_check(check, saved, *needed).verdict in (OK, FAILED)
+    saved.records[name] = content.replace(b"o", b"\xff")
+    found = make_check(check, saved, *needed)
+    assert found.verdict == FAILED
+    assert found.text.startswith(name)
+    assert "restore it" in found.text
 
 
 def test_segments_that_see_each_other_are_found(planned):
@@ -276,6 +346,70 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_no_damage(tmp_path):
     assert make_check(check).verdict == FAILED
 
 
+def test_checkpoints_that_are_all_deleted_while_they_are_read_are_listed_again(run, monkeypatch):
+    folder = run / "checkpoints"
+    folder.rename(run / "later")
+    shutil.copytree(run / "later" / "3", folder / "3")
+
+    def goes_on(step, arrays):
+        if step.name == "3":
+            shutil.rmtree(folder)
+            if (run / "later").exists():
+                (run / "later").rename(folder)
+                shutil.rmtree(folder / "3")
+        check_step(step, arrays)
+
+    monkeypatch.setattr("moi_jax.training.audit.saved_run.check_step", goes_on)
+    found = make_check(check_checkpoints, run)
+    assert [saved.step for saved in found.value] == [6]
+    (folder / "6").rename(folder / "3")
+    found = make_check(check_checkpoints, run)
+    assert found.verdict == FAILED
+    assert "has no checkpoint any more" in found.text
+
+
+def test_an_audit_whose_main_checks_were_not_made_is_not_ok(tmp_path):
+    def verdict(name, of_it):
+        made = {check: Finding(OK, "") for check in CHECKS} | {name: Finding(of_it, "")}
+        return AuditResult(made, tmp_path, tmp_path).verdict
+
+    assert verdict("replay", NOT_DONE) == OK
+    assert verdict("mix", NOT_DONE) == NOT_DONE
+    assert verdict("replay", FAILED) == FAILED
+
+
+def test_a_step_that_is_not_replayed_but_logged_is_found(planned, monkeypatch):
+    saved, data, _ = planned
+
+    def of_skipped_steps(run, data, stretch, logged):
+        return Replayed(None, (), [], 0.0)
+
+    monkeypatch.setattr("moi_jax.training.audit.replay.replay", of_skipped_steps)
+    same = {"different": []}
+    monkeypatch.setattr("moi_jax.training.audit.replay._compare_state", lambda *_, loose: same)
+    found = make_check(partial(check_replay, most=20), saved, data)
+    assert found.verdict == FAILED
+    assert "metrics.jsonl, step 4 has figures" in found.text
+
+
+def test_a_run_whose_settings_changed_is_sound_without_its_first_checkpoints(run):
+    """It goes on with another length, twice, and only the last checkpoint is kept."""
+    config = run.parent / "config.yaml"
+    shutil.copy(run / "config.yaml", config)
+    keep = ("checkpoint.keep_last=1", "checkpoint.keep_best=0", "eval.every=0")
+    longer = (f"logging.run_dir={run}", "train.steps=8", *keep)
+    train_here(config, *longer, allow_change=True, stop=stop_after(1))
+    train_here(config, *longer)
+    saved = opened(run)
+    assert [step.step for step in saved.steps] == [8]
+    data = check_cache(saved).value
+    found = make_check(check_metrics, saved, data, check_plan(saved, data).value)
+    assert found.verdict == OK
+    assert "figures only after step 6" in found.text
+    with pytest.raises(NotDone, match="changed after step 6"):
+        choose_stretch(saved, 20)
+
+
 def steps_kept(*numbers: int, changed_at: int = 0) -> SimpleNamespace:
     kept = [SimpleNamespace(step=number) for number in numbers]
     return SimpleNamespace(steps=kept, newest=kept[0], unchanged_since=changed_at)
@@ -308,9 +442,30 @@ def test_a_checkpoint_of_a_version_that_recorded_less_is_audited(run):
 
 
 def test_what_is_no_run_or_would_be_another_run_is_refused(whole, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"cannot read the config .*config\.yaml"):
+    with pytest.raises(UserError, match=r"is no run: it has no config\.yaml"):
         command(monkeypatch, tmp_path)
     with pytest.raises(UserError, match=r"optimizer\.learning_rate.* would make it another run"):
         command(monkeypatch, whole, "optimizer.learning_rate=1.0", "--out", tmp_path / "out")
     with pytest.raises(UserError, match="name either the directory of a run, or --check"):
         command(monkeypatch)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "7.0;tcp://10.0.0.1:1234")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    with pytest.raises(UserError, match="2 processes, and an audit runs in one"):
+        command(monkeypatch, whole)
+
+
+def test_a_config_that_cannot_be_read_is_a_finding_of_its_check(run, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    (run / "config.yaml").write_bytes(b"train: {steps\xff")
+    asked = SimpleNamespace(verdict=FAILED, summary="", file=run, page=run)
+    monkeypatch.setattr("moi_jax.training.audit.audit.audit", lambda *_: asked)
+    assert command(monkeypatch, run) == 1  # it comes to the audit
+    assert deterministic.FLAG not in os.environ["XLA_FLAGS"]
+    found = make_check(check_config, opened(run))
+    assert found.verdict == FAILED
+    assert "is not valid YAML" in found.text
+    config = run / "checkpoints" / "6" / "config" / "metadata"
+    config.write_text(config.read_text().replace('"deterministic": false', '"deterministic": true'))
+    assert command(monkeypatch, run) == 1
+    assert deterministic.FLAG in os.environ["XLA_FLAGS"]

@@ -1,5 +1,6 @@
 """An audit of a run: a chain of checks, one line each, and a signed file with what they found."""
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,12 +14,11 @@ from typing import Any
 import jax
 
 from moi_jax import config as config_lib
-from moi_jax.checkpoints.items import all_steps
 from moi_jax.common.atomic_files import check_writable
-from moi_jax.common.checksums import SUMS, digests
+from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import cannot_write
 from moi_jax.parallel.mesh import make_mesh
-from moi_jax.training.audit.finding import FAILED, OK, Finding, make_check
+from moi_jax.training.audit.finding import FAILED, NOT_DONE, OK, Finding, Verdict, make_check
 from moi_jax.training.audit.held_out import check_held_out
 from moi_jax.training.audit.inputs import (
     check_cache,
@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 FORMAT = 1  # of audit.json
-RECORDS = ("config.yaml", "mixture.json", "metrics.jsonl")
+# Checks that a sound run may lack what they need for. Without any other one nothing is proved.
+OPTIONAL = ("versions", "sources", "held-out", "replay")
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,12 @@ class AuditResult:
     page: Path
 
     @property
-    def passed(self) -> bool:
-        """Whether no check has failed."""
-        return all(finding.verdict != FAILED for finding in self.findings.values())
+    def verdict(self) -> Verdict:
+        """FAILED if a check has failed; ok only if all but the optional ones were made."""
+        if FAILED in (finding.verdict for finding in self.findings.values()):
+            return FAILED
+        needed = [self.findings[name].verdict for name in self.findings.keys() - OPTIONAL]
+        return NOT_DONE if NOT_DONE in needed else OK
 
     @property
     def summary(self) -> str:
@@ -114,10 +118,9 @@ def audit(
     directory = find_run(options.run)
     out = options.out or directory / "audit"
     check_writable(out)
-    files = _hash_files(directory)
     findings, run = _check_all(directory, options, devices, make_evaluations)
-    content = _content(options, findings, run, files, devices)
     result = AuditResult(findings, out / "audit.json", out / "audit.html")
+    content = _content(options, result, run, devices)
     try:
         write_signed(result.file, signed := sign(content))
         write_page(result.page, signed)
@@ -160,23 +163,22 @@ def _check_all(
     return findings, run
 
 
-def _hash_files(directory: Path) -> dict[str, str]:
-    """sha256 hex of the records of a run, and of the checksums of each checkpoint."""
-    paths = [directory / name for name in RECORDS]
-    paths += [step / SUMS for step in all_steps(directory / "checkpoints")]
-    names = [path.relative_to(directory).as_posix() for path in paths if path.is_file()]
-    return dict(digests(directory, names))
+def _hash_files(run: SavedRun) -> dict[str, str]:
+    """sha256 hex of the records that were checked, and of the checksums of each checkpoint."""
+    contents = dict(run.records)
+    contents |= {f"checkpoints/{saved.step}/{SUMS}": saved.sums for saved in run.steps}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def _content(
     options: AuditOptions,
-    findings: dict[str, Finding],
+    result: AuditResult,
     run: SavedRun | None,
-    files: dict[str, str],
     devices: Sequence[jax.Device],
 ) -> Json:
     """The content of audit.json."""
-    verdicts = {finding.verdict for finding in findings.values()}
+    findings = result.findings
+    files = _hash_files(run) if run else {}
     mesh = run.mesh if run else make_mesh(config_lib.Mesh(), devices)
     for domain in findings["sources"].figures.get("sources", {}).values():
         files |= {f"source {name}": digest for name, digest in domain["files"].items()}
@@ -184,7 +186,7 @@ def _content(
         "format": FORMAT,
         "run": str(options.run),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "verdict": FAILED if FAILED in verdicts else OK,
+        "verdict": result.verdict,
         "checkpoint": run.newest.step if run else None,
         "settings": {
             "rows": options.rows,

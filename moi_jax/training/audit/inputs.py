@@ -4,7 +4,9 @@ from typing import Any
 
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
-from moi_jax.config.load import load_config
+from moi_jax.config import Config
+from moi_jax.config.files import NOT_YAML, parse_yaml
+from moi_jax.config.load import make_config
 from moi_jax.data.cache.inspection import open_unchanged, verify_records
 from moi_jax.data.cache.prepare import domain_sources
 from moi_jax.data.dataset import select_dataset
@@ -23,7 +25,7 @@ Sources = dict[str, dict[str, Any]]
 def check_config(run: SavedRun) -> Finding:
     """config.yaml and the configs of all checkpoints are those of one run."""
     newest = run.newest.config.model_dump(mode="json")
-    others = {"config.yaml": load_config(run.directory / "config.yaml")}
+    others = {"config.yaml": _recorded_config(run)}
     others |= {f"checkpoint {saved.step}": saved.config for saved in run.steps[1:]}
     changed = []
     for name, config in others.items():
@@ -41,6 +43,21 @@ def check_config(run: SavedRun) -> Finding:
         text += f"; settings that may change have changed: {changed[0]}"
         text += f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     return passed(text, changed=changed)
+
+
+def _recorded_config(run: SavedRun) -> Config:
+    """The config of config.yaml; raises UserError where it is none."""
+    place = f"config.yaml of {run.directory}"
+    try:
+        values = parse_yaml(run.records.get("config.yaml", b"").decode("utf-8"))
+    except NOT_YAML as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{place} is not valid YAML ({reason}); restore it from the checkpoint"
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{place} holds no sections; restore it from the checkpoint")
+    return make_config(values, where=place)
 
 
 def check_sources(run: SavedRun) -> Finding:

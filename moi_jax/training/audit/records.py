@@ -2,15 +2,14 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from moi_jax.common.errors import UserError
-from moi_jax.config.load import load_config
 from moi_jax.training.audit.finding import Finding, passed
 from moi_jax.training.audit.row_figures import RowFigures
 from moi_jax.training.audit.saved_run import PlannedRun, SavedRun
@@ -19,13 +18,13 @@ from moi_jax.training.optimizer import make_schedule
 from moi_jax.training.resume import different
 
 RESTORE = "it has changed since the run wrote it; restore it from a copy"
+TEXTS = ("reason", "written")  # the keys of a record that are no figures
 RATE_TOLERANCE = 1e-6  # of a learning rate in float32, relative
 
 
 def check_mixture(run: SavedRun, data: PlannedRun) -> Finding:
     """mixture.json has the figures of the plan."""
-    path = run.directory / "mixture.json"
-    recorded = _json(path, path.read_text(encoding="utf-8") if path.exists() else "")
+    recorded = _json("mixture.json", run.records.get("mixture.json", b""))
     planned = json.loads(json.dumps(data.dataset.mixture(data.plan)))
     for change in different(planned, recorded):
         key, _, values = change.partition(": ")
@@ -75,13 +74,12 @@ def _at_step(step: int, check: Callable[..., None], *arguments: Any) -> None:
 
 def read_records(run: SavedRun) -> list[Record]:
     """The records up to the newest sound checkpoint, in order."""
-    path = run.directory / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = run.records.get("metrics.jsonl", b"").splitlines()
     records: list[Record] = []
     for place, line in enumerate(lines, 1):
         if place == len(lines) and records and records[-1]["step"] >= run.newest.step:
             break  # a run that goes on may be writing it
-        records.append(_json(path, line, place))
+        records.append(_record(line, place))
     records = [record for record in records if record["step"] <= run.newest.step]
     for before, after in zip(records, records[1:], strict=False):
         if after["step"] <= before["step"]:
@@ -93,30 +91,61 @@ def read_records(run: SavedRun) -> list[Record]:
     return records
 
 
-def _json(path: Path, text: str, line: int | None = None) -> Any:
+def _json(place: str, content: bytes) -> Any:
     try:
-        value = json.loads(text)
-        if line and not isinstance(value["step"], int):
-            raise ValueError("its step is no number")
-        return value
-    except (ValueError, KeyError, TypeError) as error:
-        place = f"{path.name}, line {line}" if line else path.name
-        raise UserError(f"{place} is missing or no record ({error}); {RESTORE}") from None
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is missing or no JSON ({error}); {RESTORE}") from None
+
+
+def _record(line: bytes, number: int) -> Record:
+    """A line of metrics.jsonl; raises UserError where a value is none that a run writes."""
+    place = f"metrics.jsonl, line {number}"
+    record = _json(place, line)
+    if not isinstance(record, dict) or not _is_count(record.get("step")):
+        raise UserError(f"{place} is no record of a step; {RESTORE}")
+    counts = [key for key in ("row", "first_row") if key in record or "skipped" in record]
+    counts += ["row"] if "fill" in record else []
+    for key, value in {**dict.fromkeys(counts), **record}.items():
+        if key in counts:
+            right = _is_count(value)
+        elif key == "skipped":
+            right = value is True
+        else:
+            right = isinstance(value, str) if key in TEXTS else _is_figure(value)
+        if not right:
+            raise UserError(
+                f"metrics.jsonl, step {record['step']}: {key} is {str(value)[:40]}, which no run "
+                f"writes; {RESTORE}"
+            )
+    return record
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it is a number; null stands for one that was not finite."""
+    return value is None or (type(value) in (int, float) and abs(value) <= sys.float_info.max)
 
 
 def _check_steps(run: SavedRun, trained: list[Record]) -> None:
     """Every step of the run lies in a record, and every checkpoint at the end of one."""
-    configs = [saved.config for saved in run.steps]
-    configs.append(load_config(run.directory / "config.yaml"))
-    every = max(config.logging.every for config in configs)
-    before = 0
+    every = max(saved.config.logging.every for saved in run.steps)
+    before, row = 0, 0
     for record in trained:
         if record["step"] - before > every:
             raise UserError(
                 f"metrics.jsonl has nothing between the steps {before} and {record['step']}, but "
                 f"every {every} steps are logged; {RESTORE}"
             )
-        before = record["step"]
+        if not row < record["row"] <= run.newest.position["row"]:
+            raise UserError(
+                f"metrics.jsonl, step {record['step']}: row is {record['row']}, after row {row} "
+                f"and with {run.newest.position['row']} rows read in all; {RESTORE}"
+            )
+        before, row = record["step"], record["row"]
     row_at = {record["step"]: record["row"] for record in trained}
     for saved in run.steps:
         if saved.step and row_at.get(saved.step) != saved.position["row"]:

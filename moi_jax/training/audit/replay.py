@@ -38,6 +38,12 @@ def check_replay(run: SavedRun, data: PlannedRun, most: int) -> Finding:
         )
     loosened = _why_not_bit_for_bit(run, stretch)
     replayed = replay(run, data, stretch, set(logged))
+    if lost := set(logged) - {record["step"] for record in replayed.records}:
+        raise UserError(
+            f"metrics.jsonl, step {min(lost)} has figures, but replayed from {stretch.origin} all "
+            f"steps before it are skipped; the record or the checkpoint has changed since the run "
+            f"wrote it: restore them from a copy"
+        )
     exact, worst = True, 0.0
     for record in replayed.records:
         before = recorded[record["step"]]

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from moi_jax import config as config_lib
 from moi_jax.checkpoints.arrays import read_arrays
 from moi_jax.checkpoints.checksums import ARRAYS
-from moi_jax.checkpoints.damage import DamagedCheckpoint
+from moi_jax.checkpoints.damage import DamagedCheckpoint, cannot_read
 from moi_jax.checkpoints.damaged_steps import check_step
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.items import all_steps, read_items, read_json_item
-from moi_jax.common.checksums import SUMS, read_sums
+from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.config import Config
@@ -35,6 +35,7 @@ from moi_jax.training.resume import config_changes
 from moi_jax.training.state import abstract_state
 
 Json = dict[str, Any]
+RECORDS = ("config.yaml", "mixture.json", "metrics.jsonl")
 
 # The largest difference of losses that are computed in another way, in nats; see docs/design.md.
 LOSS_BARS = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 1e-3}
@@ -46,11 +47,13 @@ class SavedStep:
 
     Attributes:
       position: where the run stood in its data, see `training.resume`.
+      sums: its checksum file; empty in a checkpoint of a version that wrote none.
     """
 
     path: Path
     position: Json
     config: Config
+    sums: bytes
 
     @property
     def step(self) -> int:
@@ -63,15 +66,17 @@ class SavedRun:
 
     Attributes:
       steps: the sound checkpoints, the newest first.
+      records: the files of RECORDS that are there, read once: what is checked is what is signed.
       experiment: of the newest one, all from its own items.
       mesh: that of the run if these devices allow it.
       bind: parameters -> model, on the mesh.
       unchanged_since: the step since which optimizer, batch and length are those of the newest
-        checkpoint, as far as the checkpoints tell.
+        checkpoint.
     """
 
     directory: Path
     steps: list[SavedStep]
+    records: dict[str, bytes]
     experiment: Experiment
     mesh: Mesh
     bind: Bind
@@ -114,27 +119,52 @@ def find_run(run: Path) -> Path:
     return directory
 
 
-def check_checkpoints(directory: Path) -> Finding:
-    """Checks all files of every checkpoint against its checksums; the value is the sound steps."""
-    sound, damaged, files = [], [], 0
+def was_deterministic(directory: Path) -> bool:
+    """Whether train.deterministic is set in the newest checkpoint whose config can be read."""
     for path in all_steps(directory / "checkpoints"):
         try:
-            check_step(path, arrays=True)
             config = make_config(read_json_item(path, "config"), where=str(path))
-            position = read_json_item(path, "position")
-            if str(position["step"]) != path.name:
-                raise DamagedCheckpoint(path, f"its position is that of step {position['step']}")
-            files += len(read_sums(path)) if (path / SUMS).exists() else 0
-            sound.append(SavedStep(path, position, config))
-        except UserError as error:
-            if path.exists():  # or the run that goes on has deleted it meanwhile
-                damaged.append(str(error))
+            return config.train.deterministic
+        except UserError:
+            continue  # the check of the checkpoints tells it
+    return False
+
+
+def check_checkpoints(directory: Path) -> Finding:
+    """Checks all files of every checkpoint against its checksums; the value is the sound steps."""
+    sound: list[SavedStep] = []
+    damaged: list[str] = []
+    while not (sound or damaged):  # a run that goes on may delete all that were listed
+        paths = all_steps(directory / "checkpoints")
+        if not paths:
+            raise UserError(f"{directory} has no checkpoint any more; audit again when it has one")
+        for path in paths:
+            try:
+                sound.append(_read_step(path))
+            except UserError as error:
+                if path.exists():
+                    damaged.append(str(error))
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         return failed(damaged[0] + more, sound or None, damaged=damaged)
     numbers = [saved.step for saved in sound]
+    files = sum(saved.sums.count(b"\n") for saved in sound)
     text = f"steps {', '.join(map(str, numbers))}: {files:,} files are as they were written"
     return passed(text, sound or None, steps=numbers, files=files)
+
+
+def _read_step(path: Path) -> SavedStep:
+    """Checks and reads one checkpoint; raises UserError where it is not sound."""
+    try:
+        sums = (path / SUMS).read_bytes() if (path / SUMS).exists() else b""
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    check_step(path, arrays=True)
+    config = make_config(read_json_item(path, "config"), where=str(path))
+    position = read_json_item(path, "position")
+    if str(position["step"]) != path.name:
+        raise DamagedCheckpoint(path, f"its position is that of step {position['step']}")
+    return SavedStep(path, position, config, sums)
 
 
 def open_run(
@@ -150,7 +180,7 @@ def open_run(
 
     Raises:
       UserError: an override would make it another run, the mesh does not fit the devices, or this
-        version cannot render the run's chat template.
+        version cannot render the run's chat template; or a record cannot be read.
     """
     newest = steps[0]
     items = read_items(newest.path)
@@ -168,12 +198,24 @@ def open_run(
     return SavedRun(
         directory=directory,
         steps=steps,
+        records=read_files(directory),
         experiment=experiment,
         mesh=mesh,
         bind=make_model(items.model, compute),
         microbatch_rows=rows,
         unchanged_since=_unchanged_since(steps),
     )
+
+
+def read_files(directory: Path) -> dict[str, bytes]:
+    """The files of RECORDS that a run has, by name; raises UserError where one cannot be read."""
+    paths = [directory / name for name in RECORDS]
+    try:
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; get read access to it"
+        ) from None
 
 
 def check_finite_values(run: SavedRun) -> Finding:
@@ -218,6 +260,10 @@ def _mesh(newest: SavedStep, config: Config, devices: Sequence[jax.Device]) -> M
 
 
 def _unchanged_since(steps: list[SavedStep]) -> int:
+    """The step that the newest checkpoint records, or else as far as the checkpoints tell."""
+    recorded = steps[0].position.get("unchanged_since")
+    if recorded is not None:
+        return recorded
     newest = steps[0].config.model_dump(mode="json")
     for saved in steps[1:]:
         changes = config_changes(saved.config.model_dump(mode="json"), newest)

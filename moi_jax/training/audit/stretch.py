@@ -86,7 +86,8 @@ def choose_stretch(run: SavedRun, most: int) -> Stretch:
     """The newest two checkpoints at most `most` steps apart, or the first steps between two.
 
     Raises:
-      NotDone: only one checkpoint is kept, more than `most` steps from the start of the run.
+      NotDone: only one checkpoint is kept since settings changed, more than `most` steps from the
+        start of the run.
     """
     pairs = [
         (older, newer)
@@ -98,6 +99,11 @@ def choose_stretch(run: SavedRun, most: int) -> Stretch:
             return Stretch(older, newer, apart)
     if pairs:
         return Stretch(*pairs[0], most)
+    if run.unchanged_since:
+        raise NotDone(
+            f"only checkpoint {run.newest.step} is kept with its settings, which changed after "
+            f"step {run.unchanged_since}"
+        )
     if run.newest.step <= most:
         return Stretch(None, run.newest, run.newest.step)
     raise NotDone(

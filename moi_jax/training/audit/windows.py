@@ -52,10 +52,12 @@ def check_window(
     Raises:
       UserError: the first figure that differs.
     """
-    record, rows = window.record, window.rows()
-    batch_rows = config.train.global_batch_rows
-    _equal("row", number(record, "row"), _next_row(window, len(figures.tokens), batch_rows))
+    record, batch_rows = window.record, config.train.global_batch_rows
+    _equal("row", record["row"], _next_row(window, len(figures.tokens), batch_rows))
     last = window.first_row + (window.step - window.after - 1) * batch_rows
+    rows = window.rows()
+    if last >= record["row"] or not len(rows):
+        raise UserError("the rows before it, or those that were skipped, leave no row for its step")
     _equal("epoch", number(record, "epoch"), int(figures.epochs[last]))
     tokens = int(figures.tokens[rows].sum())
     _equal("fill", number(record, "fill"), tokens / (len(rows) * config.data.sequence_length))
