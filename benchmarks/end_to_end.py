@@ -23,6 +23,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "moi_jax" / "data" / "samples"
 STEPS = 16
+LIMIT = 900  # seconds for a command
 ENVIRONMENT = {
     **os.environ,
     "PYTHON": sys.executable,
@@ -35,6 +36,7 @@ ENVIRONMENT = {
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
+        ENVIRONMENT["LOGS"] = str(work / "logs")
         published = publish(work / "published")
         command("convert", "import", published, "--out", work / "imported")
         config = write_config(work, work / "imported")
@@ -101,7 +103,7 @@ def command(name: str, *arguments: object, processes: int = 1) -> str:
     else:
         line, environment = local(name, *arguments, processes=processes), ENVIRONMENT
     done = subprocess.run(
-        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT
     )
     if done.returncode:
         sys.exit(f"{name} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -115,22 +117,24 @@ def local(name: str, *arguments: object, processes: int) -> list[str]:
 def train_with_a_kill(work: Path, config: Path) -> Path:
     """Trains on two processes, kills one of them with SIGKILL, and resumes."""
     run = work / "run"
-    environment = {**ENVIRONMENT, "LOGS": str(work / "logs")}
+    environment = {**ENVIRONMENT, "LOGS": str(work / "logs-of-the-killed")}
     process = subprocess.Popen(
         local("train", "--config", config, processes=2),
         cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not (run / "checkpoints" / "8").exists() and process.poll() is None:
-        time.sleep(0.1)
+    while not (run / "checkpoints" / "4").exists() and process.poll() is None:
+        time.sleep(0.05)
     found = subprocess.run(
-        ["pgrep", "-f", f"{config} .*--process-id 1"], capture_output=True, text=True, check=True
+        ["pgrep", "-f", f"{config} .*--process-id 1"], capture_output=True, text=True, check=False
     )
     for number in found.stdout.split():
         os.kill(int(number), signal.SIGKILL)
-    status = process.wait()
-    log = (work / "logs/process-0.log").read_text().splitlines()
+    status = process.wait(LIMIT)
+    log = (work / "logs-of-the-killed/process-0.log").read_text().splitlines()
     tell("process 1 killed", status in (75, 137), f"status {status}; process 0: {log[-1]}")
-    command("train", "--config", config, processes=2)
+    told = command("train", "--config", config, processes=2)
+    resumed = [line for line in told.splitlines() if line.startswith("resuming from step")]
+    tell("the same command again", len(resumed) == 1, "; ".join(resumed))
 
     alone = work / "alone"
     command("train", "--config", config, f"logging.run_dir={alone}")
