@@ -13,6 +13,7 @@ import pytest
 
 from support.hosts import end_hosts, run_hosts, start_hosts
 from support.runs import ROOT, records, small_config, train_here
+from support.xla import QUICK_COMPILATION
 
 LOST = 75
 
@@ -146,7 +147,7 @@ def test_two_processes_of_the_local_launcher_train_as_one(alone, tmp_path):
         [ROOT / "launch/local/run.sh", "2", "train", "--config", config],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "DEVICES": "4", "LOGS": tmp_path / "logs", "PYTHON": sys.executable,
-             "XLA_FLAGS": ""},
+             "XLA_FLAGS": QUICK_COMPILATION},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     same_run(config.parent / "run", alone)
