@@ -60,9 +60,9 @@ class ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
 
 
 class _Manager(ocp.CheckpointManager):
-    """A manager that tells at once if this process cannot write its files.
+    """A manager that tells one of many processes at once if it cannot write its files.
 
-    orbax tells it when all processes are done. The others wait for this one, and it for them.
+    orbax tells it when all are done, and the others wait for this one.
     """
 
     _failure: BaseException | None = None
@@ -178,16 +178,18 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Waits until the last save is complete on disk; raises UserError if it cannot be."""
         with self._writing():
-            while self._manager.is_saving_in_progress():
+            if hosts.joined():
+                while self._manager.is_saving_in_progress():
+                    self._manager.raise_failure()
+                    time.sleep(0.02)
                 self._manager.raise_failure()
-                time.sleep(0.02)
-            self._manager.raise_failure()
             self._manager.wait_until_finished()
 
     def check(self) -> None:
         """Raises UserError if the last save has failed. It does not wait for one in progress."""
-        with self._writing():
-            self._manager.raise_failure()
+        if hosts.joined():
+            with self._writing():
+                self._manager.raise_failure()
         if not self._manager.is_saving_in_progress():
             self.wait()
 
