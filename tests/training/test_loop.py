@@ -76,6 +76,7 @@ class Stage:
             step=0,
             row=0,
             skipped_in_a_row=0,
+            unchanged_since=0,
             loss_limit=LossLimit(config.train.max_loss_ratio),
             batches=iter([None] * STEPS),
             train_step=self.train_step,
@@ -150,7 +151,9 @@ def test_a_step_is_read_after_the_next_is_dispatched_and_before_it_is_evaluated(
         "read 4", "look 4", "save 4", "step 5", "step 6", "read 5", "read 6", "look 6", "save 6",
     ]  # fmt: skip
     count = stage.saved[4].pop("early_stopping")
-    assert stage.saved[4] == {"step": 4, "skipped_in_a_row": 0, "row": 8, "missed": []}
+    assert stage.saved[4] == {
+        "step": 4, "skipped_in_a_row": 0, "row": 8, "missed": [], "unchanged_since": 0
+    }  # fmt: skip
     assert (count["best"], count["without_best"]) == (1.0, 2)
     assert [record["loss"] for record in stage.logged()] == [1, 2, 3, 4, 5, 6]
 
