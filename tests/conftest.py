@@ -30,6 +30,16 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A command that a test runs in this process shows its log; the next test must not."""
+    logger = logging.getLogger("moi_jax")
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
 @pytest.fixture
 def log_text() -> Iterator[io.StringIO]:
     """What moi_jax logs, as plain text."""

@@ -4,7 +4,6 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterator
 
 import pytest
 from rich.table import Table
@@ -22,16 +21,12 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
-    """A logger below moi_jax; the handlers of other tests are put back afterwards."""
+def log(monkeypatch: pytest.MonkeyPatch) -> logging.Logger:
+    """A logger below moi_jax, and a terminal of its own."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    root = logging.getLogger("moi_jax")
-    before = root.handlers[:], root.propagate, root.level
-    yield logging.getLogger("moi_jax.some.room")
-    root.handlers[:], root.propagate = before[:2]
-    root.setLevel(before[2])
+    return logging.getLogger("moi_jax.some.room")
 
 
 def show_on(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, **options: int) -> io.StringIO:
