@@ -11,7 +11,7 @@ from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.checkpoints.hf.weights import import_parameters
 from moi_jax.models import rotary
 from moi_jax.models.decoder import make_model
-from moi_jax.models.loss import token_nll
+from moi_jax.models.loss import weighted_nll
 from moi_jax.models.parameters import map_parameters
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "qwen_v1"
@@ -38,8 +38,9 @@ def main() -> None:
         hidden, _ = model.hidden_states(tokens, positions, segments, extend_context=False)
         hidden = hidden[:, :-1]
         targets = labels[:, 1:]
-        nll = token_nll(hidden, model.head_kernel(), np.maximum(targets, 0).astype(np.int32))
-        return jnp.sum(jnp.where(targets >= 0, nll, 0)) / np.sum(targets >= 0)
+        weights = (targets >= 0) / np.sum(targets >= 0)
+        targets = np.maximum(targets, 0).astype(np.int32)
+        return weighted_nll(hidden, model.head_kernel(), targets, weights)[0]
 
     value, gradients = jax.value_and_grad(loss)(parameters)
     flat = dict(import_parameters(config, lambda name: expected[f"32/{name}"], np.float32))

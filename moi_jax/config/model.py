@@ -3,7 +3,32 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field, model_validator
+
 from moi_jax.config.section import AutoFloatType, FloatType, Section
+
+# Which tensors of a layer are kept for the backward pass, from the least to the most.
+Remat = Literal[
+    "full",
+    "save_qkv_proj",
+    "save_dot_except_mlp",
+    "save_dot_with_context_except_mlp",
+    "minimal",
+    "minimal_with_context",
+    "none",
+]
+RematTensor = Literal[
+    "decoder_layer_input",
+    "query_proj",
+    "key_proj",
+    "value_proj",
+    "context",
+    "out_proj",
+    "mlp_gate",
+    "mlp_up",
+    "mlp_down",
+]
+RematAction = Literal["save", "recompute", "offload"]
 
 
 class Model(Section):
@@ -13,10 +38,18 @@ class Model(Section):
     # A checkpoint of ours, published weights, or an id of the hub; null: random weights.
     init_from: Path | None = None
     allow_longer: bool = False  # rows longer than the model's seq_length (see docs/method.md)
-    remat: Literal["full", "dots", "none"] = "full"
+    remat: Remat = "full"
+    # Exceptions from it, by tensor: save, recompute or offload (to the memory of the host).
+    remat_tensors: dict[RematTensor, RematAction] = Field({})
     param_dtype: FloatType = "float32"
     compute_dtype: AutoFloatType = "auto"  # auto: bfloat16, float32 on CPU
     attention: Literal["auto", "xla", "splash", "gpu"] = "auto"
+
+    @model_validator(mode="after")
+    def check(self) -> "Model":
+        if self.remat == "none" and self.remat_tensors:
+            raise ValueError("remat_tensors has no effect with remat: none; use another remat")
+        return self
 
 
 class TokenizerConfig(Section):

@@ -1,14 +1,12 @@
 """The compute settings of a model: they change speed and rounding, never the architecture."""
 
 import dataclasses
-from typing import Literal
 
 import jax
 
 from moi_jax.models.attention import AttentionFn
 from moi_jax.models.attention.xla import xla_attention
-
-Remat = Literal["none", "full", "dots"]
+from moi_jax.models.remat import RematPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +15,12 @@ class Compute:
 
     Attributes:
       dtype: the dtype of the activations and of the matrix products.
-      remat: none; full (the backward pass recomputes each layer); dots (it recomputes all but
-        the projections).
+      remat: what the backward pass recomputes; None keeps everything.
       attention: the backend, see `models.attention.choose_attention`.
     """
 
     dtype: jax.typing.DTypeLike = "float32"
-    remat: Remat = "none"
+    remat: RematPolicy | None = None
     attention: AttentionFn = xla_attention
 
 

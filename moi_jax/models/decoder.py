@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from moi_jax.models import rotary
@@ -19,7 +20,7 @@ from moi_jax.models.attention import AttentionFn
 from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.rotary import Rotary
-from moi_jax.parallel.axes import constrain
+from moi_jax.parallel.axes import constrain, in_layout
 
 # Nested dicts of arrays; the keys are the names of modules and parameters.
 Tree = dict[str, Any]
@@ -49,6 +50,18 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: DTypeLi
     return (stddev * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
 
 
+def _cast_in_place(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Casts the kernel of one layer, and keeps XLA from casting those of all layers beforehand.
+
+    XLA would move the cast out of the scan over layers, and hold the copy that long. It does not
+    move the rounding, which changes no bit: the cast rounds the same way.
+    """
+    if kernel.dtype == dtype:
+        return kernel
+    bits = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(kernel, bits.nexp, bits.nmant).astype(dtype)
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias over one or more axes: every matrix of the decoder, also the head."""
 
@@ -71,7 +84,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., inputs] to [..., outputs] in x's dtype."""
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contracted)
+        y = jnp.tensordot(x, _cast_in_place(self.kernel[...], x.dtype), self.contracted)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -88,6 +101,38 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup(dtype: DTypeLike, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Maps int32[B, S] to the rows of the table [V, D], cast to `dtype` and split by rows.
+
+    Each device looks up its part of D for all tokens of its group. An all-to-all then gives it the
+    other parts of its own rows. So no device ever holds the whole table or its gradient.
+    """
+    x = jnp.take(table.astype(dtype), tokens, axis=0)
+    x = constrain(x, "logits_batch", None, "embed")
+    return constrain(x, "batch", "sequence", None)
+
+
+def _lookup_forward(
+    dtype: DTypeLike, table: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _lookup(dtype, table, tokens), (table, tokens)
+
+
+def _lookup_backward(
+    dtype: DTypeLike, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, None]:
+    table, tokens = residuals
+    cotangent = constrain(cotangent, "logits_batch", None, "embed").astype(table.dtype)
+    gradient = jnp.zeros_like(table).at[tokens].add(cotangent)
+    # The scatter leaves V as the major dimension. In this layout a TPU pads the shards of D, and
+    # the optimizer would copy the table and its moments into it and back.
+    return in_layout(gradient, (1, 0), "vocab", "embed"), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
 class Embedding(nnx.Module):
     """The table of token vectors [V, D]. In a tied model it is also the head."""
 
@@ -98,15 +143,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Maps int32[B, S] to [B, S, D], split by rows."""
-        # Each device looks up its part of D for all rows. An all-to-all then gives it the other
-        # parts of its own rows. So no device ever holds the whole table or its gradient.
-        x = jnp.take(self.table[...], tokens, axis=0).astype(dtype)
-        x = constrain(x, "logits_batch", "sequence", "embed")
-        return constrain(x, "batch", "sequence", None)
-
-    def as_head(self, dtype: DTypeLike) -> jax.Array:
-        """Returns [D, V], sharded like the kernel of a separate head."""
-        return constrain(self.table[...].astype(dtype), "head_vocab", None).T
+        return _lookup(dtype, self.table[...], tokens)
 
 
 class Attention(nnx.Module):
@@ -128,13 +165,15 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array, angles: Rotary) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Maps [B, S, D] to rotated query [B, S, H, N] and key, and value [B, S, K, N]."""
-        query, key = self.query(x), self.key(x)
+        query = checkpoint_name(self.query(x), "query_proj")
+        key = checkpoint_name(self.key(x), "key_proj")
+        value = checkpoint_name(self.value(x), "value_proj")
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = (rotary.apply_rotary(heads, angles.cos, angles.sin) for heads in (query, key))
         if angles.query_scale is not None:
             query = query * angles.query_scale[..., None, None].astype(query.dtype)
-        return query, key, self.value(x)
+        return query, key, value
 
 
 class MLP(nnx.Module):
@@ -150,7 +189,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, S, D] to [B, S, D]."""
-        return self.down(self.up(x) * jax.nn.silu(self.gate(x)))
+        gate = checkpoint_name(self.gate(x), "mlp_gate")
+        up = checkpoint_name(self.up(x), "mlp_up")
+        return checkpoint_name(self.down(up * jax.nn.silu(gate)), "mlp_down")
 
 
 class DecoderLayer(nnx.Module):
@@ -174,14 +215,13 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, None]:
         """Maps [B, S, D] to [B, S, D]. The None is for the scan, which keeps nothing."""
-        query, key, value = self.before_attention(x, angles)
-        attended = self.attend(query, key, value, segment_ids, positions)
-        return self.after_attention(x, attended), None
+        return self.keeping_kv(x, angles, segment_ids, positions)[0], None
 
     def keeping_kv(
         self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Does the same as `__call__`, and returns the keys and values [B, S, K, N] for a cache."""
+        x = checkpoint_name(x, "decoder_layer_input")
         query, key, value = self.before_attention(x, angles)
         attended = self.attend(query, key, value, segment_ids, positions)
         return self.after_attention(x, attended), (key, value)
@@ -194,7 +234,7 @@ class DecoderLayer(nnx.Module):
 
     def after_attention(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the projected output of attention [B, S, H, N], then the MLP's, to x [B, S, D]."""
-        x = x + self.attention.out(attended)
+        x = x + checkpoint_name(self.attention.out(attended), "out_proj")
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, "batch", "sequence", None)
 
@@ -228,8 +268,8 @@ class Decoder(nnx.Module):
         self.head = None if config.tied_head else self._separate_head(param_dtype, rngs)
 
     def _separate_head(self, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
-        inputs: Dims = {None: self.config.hidden_size}
-        outputs: Dims = {"head_vocab": self.config.vocab_size}
+        inputs: Dims = {"embed": self.config.hidden_size}
+        outputs: Dims = {"vocab": self.config.vocab_size}
         stddev = self.config.initializer_range
         return Linear(inputs, outputs, stddev=stddev, dtype=dtype, rngs=rngs)
 
@@ -284,8 +324,9 @@ class Decoder(nnx.Module):
         )
 
         layer = DecoderLayer.keeping_kv if keep_kv else DecoderLayer.__call__
+        remat = self.compute.remat
         run = nnx.scan(
-            _with_remat(layer, self.compute.remat),
+            remat.apply(layer) if remat else layer,
             in_axes=(0, nnx.Carry, None, None, None),
             out_axes=(nnx.Carry, 0),
         )
@@ -300,15 +341,14 @@ class Decoder(nnx.Module):
         return rotary.ntk_alpha(lengths, self.config.seq_length)
 
     def head_kernel(self) -> jax.Array:
-        """Returns [D, V] in the compute dtype, from the head or from the tied embedding."""
-        if self.head is None:
-            return self.embedding.as_head(self.compute.dtype)
-        return self.head.kernel[...].astype(self.compute.dtype)
+        """Returns [D, V] in the dtype of the parameters, from the head or the tied embedding."""
+        return self.embedding.table[...].T if self.head is None else self.head.kernel[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps [B, S, D] to [B, S, V] in the compute dtype, but at least float32."""
         wide = jnp.promote_types(self.compute.dtype, jnp.float32)
-        return jnp.einsum("bsd,dv->bsv", hidden, self.head_kernel(), preferred_element_type=wide)
+        head = self.head_kernel().astype(self.compute.dtype)
+        return jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=wide)
 
 
 # Parameters -> the model that has them. They are one tree, or several that together make it up.
@@ -343,13 +383,3 @@ def _inference(
     model = nnx.merge(graph, parameters)
     hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=True)
     return model.logits(hidden).astype(jnp.float32)
-
-
-def _with_remat(layer: Any, remat: str) -> Any:
-    if remat == "none":
-        return layer
-    policy = None
-    if remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # XLA cannot merge the recomputation with the forward pass inside a scan, so CSE is harmless.
-    return nnx.remat(layer, policy=policy, prevent_cse=False)

@@ -4,9 +4,12 @@ Every mesh has three axes: data (splits the batch), fsdp (splits the batch and t
 tensor (splits heads, MLP width and vocabulary).
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -17,9 +20,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "sequence": (),  # the tokens of a row, not split: context parallelism is not built
     "embed": ("fsdp",),
     "vocab": ("tensor",),
-    # The vocabulary of the head and of the logits. It is also split over fsdp, so that no device
-    # holds the whole gradient of the head. A tied head gets there from (vocab, embed) by one
-    # all-to-all over fsdp, because tensor stays the outer axis.
+    # The vocabulary of the logits, and of the head while the loss is computed. It is also split
+    # over fsdp, so that no device holds the whole gradient of the head. The head gets there from
+    # (embed, vocab) by one all-to-all over fsdp, because tensor stays the outer axis.
     "head_vocab": ("tensor", "fsdp"),
     "logits_batch": ("data",),
     "heads": ("tensor",),
@@ -56,3 +59,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     spec = partition_spec(axes, x.shape, dict(mesh.shape))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shard_count(axis: str, size: int | None = None) -> int:
+    """Returns into how many parts the current mesh splits a logical axis; 1 without a mesh.
+
+    With `size` it is 1 if the parts do not divide that dimension.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis])
+    return parts if size is None or size % parts == 0 else 1
+
+
+def in_layout(x: jax.Array, major_to_minor: tuple[int, ...], *axes: str | None) -> jax.Array:
+    """Constrains each device's part of an array with these logical axes to an order in memory."""
+    layout = partial(with_layout_constraint, layouts=Layout(major_to_minor=major_to_minor))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return layout(x)
+    # XLA does not split a constraint of the layout by itself: it would gather the whole array.
+    spec = partition_spec(axes, x.shape, dict(mesh.shape))
+    return jax.shard_map(layout, in_specs=spec, out_specs=spec, check_vma=False)(x)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,15 @@ from jax.sharding import Mesh
 from moi_jax.data.loader import Batch
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
-from moi_jax.models.loss import token_nll
+from moi_jax.models.loss import weighted_nll
 from moi_jax.parallel.placing import batch_sharding, replicated
 from moi_jax.training.optimizer import Schedule
 from moi_jax.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
+# (trainable, frozen, microbatch) -> sum(w nll), and the sums for all metrics.
+LossSums = Callable[[Tree, Tree, Batch], tuple[jax.Array, Metrics]]
+SumsAndGradients = tuple[tuple[jax.Array, Metrics], Tree]
 TrainStep = Callable[[TrainState, Batch, np.float32], tuple[TrainState, Metrics]]
 
 
@@ -56,13 +58,7 @@ def _train_step(
     max_loss: jax.Array,
 ) -> tuple[TrainState, Metrics]:
     loss_sums = partial(microbatch_sums, bind, domains)
-    (weighted, sums), gradients = _zeros(loss_sums, state, batch)
-    # Sums over the A microbatches of the batch [A, M, S].
-    (weighted, sums), gradients = jax.lax.scan(
-        partial(_add_microbatch, loss_sums, state.trainable, state.frozen),
-        ((weighted, sums), gradients),
-        batch,
-    )[0]
+    (weighted, sums), gradients = _batch_sums(loss_sums, state, batch)
     scale = 1 / jnp.where(sums["weights"] > 0, sums["weights"], 1)
     gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
     loss, gradient_norm = weighted * scale, optax.tree.norm(gradients)
@@ -99,12 +95,10 @@ def microbatch_sums(
     hidden, _ = model.hidden_states(
         batch.tokens, batch.positions, batch.segment_ids, extend_context=False
     )
-    nll = token_nll(hidden, model.head_kernel(), batch.targets)
+    weighted, nll = weighted_nll(hidden, model.head_kernel(), batch.targets, batch.loss_weights)
     counts = batch.loss_weights > 0
-    # A position with weight zero must not change the sum, not even by 0 * inf.
     nll = jnp.where(counts, nll, 0)
     in_domain = batch.domain_ids[..., None] == jnp.arange(domains)
-    weighted = jnp.sum(nll * batch.loss_weights.astype(nll.dtype))
     return weighted, {
         "weights": jnp.sum(batch.loss_weights.astype(nll.dtype)),
         "nll": jnp.sum(nll),
@@ -115,20 +109,23 @@ def microbatch_sums(
     }
 
 
-def _add_microbatch(
-    loss_sums: Callable[..., Any], trainable: Tree, frozen: Tree, total: Any, microbatch: Batch
-) -> tuple[Any, None]:
-    """Adds the sums and gradients of one microbatch to the total."""
-    new = jax.value_and_grad(loss_sums, has_aux=True)(trainable, frozen, microbatch)
-    return jax.tree.map(jnp.add, total, new), None
+def _batch_sums(loss_sums: LossSums, state: TrainState, batch: Batch) -> SumsAndGradients:
+    """Computes the sums over the microbatches of [A, M, S], and the gradients of `weighted`."""
+    gradient = jax.value_and_grad(loss_sums, has_aux=True)
 
+    def of(microbatch: Batch) -> SumsAndGradients:
+        sums, gradients = gradient(state.trainable, state.frozen, microbatch)
+        return sums, jax.tree.map(_widened, gradients)
 
-def _zeros(loss_sums: Callable[..., Any], state: TrainState, batch: Batch) -> Any:
-    """Returns sums and gradients of zero to add to; gradients are float32 or wider."""
+    def add(total: SumsAndGradients, microbatch: Batch) -> tuple[SumsAndGradients, None]:
+        return jax.tree.map(jnp.add, total, of(microbatch)), None
+
     first = jax.tree.map(lambda x: x[0], batch)
-    shapes = jax.eval_shape(loss_sums, state.trainable, state.frozen, first)
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    gradients = jax.tree.map(
-        lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), state.trainable
-    )
-    return sums, gradients
+    if batch.tokens.shape[0] == 1:
+        return of(first)  # adding it to zeros would take the memory of the gradients twice
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, first))
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _widened(gradient: jax.Array) -> jax.Array:
+    return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))

@@ -23,6 +23,7 @@ from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.models.presets import preset
+from moi_jax.models.remat import remat_policy
 from moi_jax.parallel import hosts
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
@@ -171,7 +172,8 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
     name = "train.microbatch_rows" if config.train.microbatch_rows else "train.global_batch_rows"
     check_rows(rows, mesh, name)
     attention = choose_attention(config.model.attention, devices[0].platform, mesh)
-    compute = Compute(config.model.compute_dtype, config.model.remat, attention)
+    remat = remat_policy(config.model.remat, config.model.remat_tensors)
+    compute = Compute(config.model.compute_dtype, remat, attention)
     return mesh, make_model(experiment.model, compute), rows
 
 

@@ -26,6 +26,7 @@ from moi_jax.models.decoder import make_model
 from moi_jax.models.families import FAMILIES
 from moi_jax.models.parameters import abstract_parameters, map_parameters, parameter_specs
 from moi_jax.models.presets import PRESETS
+from moi_jax.models.remat import RematPolicy
 
 LOGITS_ATOL = 2e-5
 GRADIENTS_ATOL = 1e-6
@@ -129,9 +130,11 @@ def test_loss_and_gradients_equal_transformers(case):
     positions = np.arange(LENGTH, dtype=np.int32)[None].repeat(2, 0)
 
     def mean_loss(parameters):
-        decoder = make_model(config, Compute(remat="full"))(parameters)
+        decoder = make_model(config, Compute(remat=RematPolicy()))(parameters)
         hidden, _ = decoder.hidden_states(tokens, positions, segment_ids, extend_context=False)
-        return jnp.mean(loss.token_nll(hidden[:, :-1], decoder.head_kernel(), tokens[:, 1:]))
+        targets = tokens[:, 1:]
+        weights = jnp.full(targets.shape, 1 / targets.size)
+        return loss.weighted_nll(hidden[:, :-1], decoder.head_kernel(), targets, weights)[0]
 
     ours, gradients = jax.jit(jax.value_and_grad(mean_loss))(parameters)
     model.zero_grad()
@@ -445,7 +448,8 @@ def program_and_gradients(config, mesh_axes):
         segment_ids = jnp.ones_like(tokens)
         positions = rotary.segment_positions(segment_ids)
         hidden, _ = decoder.hidden_states(tokens, positions, segment_ids, extend_context=False)
-        return jnp.mean(loss.token_nll(hidden, decoder.head_kernel(), tokens))
+        weights = jnp.full(tokens.shape, 1 / tokens.size)
+        return loss.weighted_nll(hidden, decoder.head_kernel(), tokens, weights)[0]
 
     mesh = make_mesh(config_lib.Mesh(**mesh_axes), jax.devices())
     with jax.set_mesh(mesh):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moi_jax.models import loss as loss_lib
-from moi_jax.models.loss import token_nll
+from moi_jax.models.loss import weighted_nll
 
 B, S, D, V = 4, 24, 8, 50
 
@@ -30,11 +30,17 @@ def test_chunks_give_the_whole_loss_and_gradients(monkeypatch, chunk_tokens):
     hidden, head, targets = inputs()
     weights = np.linspace(0, 1, B * S).reshape(B, S)
 
-    def total(nll, hidden, head):
-        return jnp.sum(weights * nll(hidden, head, targets))
+    def chunked(hidden, head):
+        return weighted_nll(hidden, head, targets, weights)
 
-    ours = jax.value_and_grad(lambda h, w: total(token_nll, h, w), argnums=(0, 1))(hidden, head)
-    whole = jax.value_and_grad(lambda h, w: total(whole_nll, h, w), argnums=(0, 1))(hidden, head)
+    def plain(hidden, head):
+        nll = whole_nll(hidden, head, targets)
+        return jnp.sum(weights * nll), nll
+
+    ours, whole = (
+        jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, head)
+        for total in (chunked, plain)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, whole)
 
 
@@ -55,9 +61,11 @@ def test_logits_are_never_whole_forward_or_backward(monkeypatch):
     monkeypatch.setattr(loss_lib, "CHUNK_TOKENS", 16)
     hidden, head, targets = inputs()
 
-    def of(nll):
-        gradient = jax.grad(lambda h, w: jnp.sum(nll(h, w, targets)), argnums=(0, 1))
+    def of(total):
+        gradient = jax.grad(total, argnums=(0, 1))
         return largest_array(jax.make_jaxpr(gradient)(hidden, head).jaxpr)
 
-    assert of(whole_nll) >= B * S * V  # the check does find whole logits where they exist
-    assert of(token_nll) <= max(16 * V, B * S * D)
+    weights = np.ones((B, S), np.float32)
+    # The check does find whole logits where they exist.
+    assert of(lambda h, w: jnp.sum(whole_nll(h, w, targets))) >= B * S * V
+    assert of(lambda h, w: weighted_nll(h, w, targets, weights)[0]) <= max(16 * V, B * S * D)

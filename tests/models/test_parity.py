@@ -13,7 +13,7 @@ import pytest
 from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.models import rotary
 from moi_jax.models.decoder import make_model
-from moi_jax.models.loss import token_nll
+from moi_jax.models.loss import weighted_nll
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -74,7 +74,9 @@ def test_loss_and_gradients_equal_transformers_qwen2(golden, fixture, length):
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
         positions = rotary.segment_positions(segment_ids)
         hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
-        return jnp.mean(token_nll(hidden[:, :-1], model.head_kernel(), tokens[:, 1:]))
+        targets = tokens[:, 1:]
+        weights = jnp.full(targets.shape, 1 / targets.size)
+        return weighted_nll(hidden[:, :-1], model.head_kernel(), targets, weights)[0]
 
     ours, gradients = jax.value_and_grad(loss)(parameters)
     reference = qwen2_of(config, parameters)

@@ -13,6 +13,7 @@ from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import parameter_shardings, random_parameters
 from moi_jax.models.presets import PRESETS
+from moi_jax.models.remat import remat_policy
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import place_batch
 from moi_jax.training.optimizer import make_optimizer, make_schedule
@@ -61,7 +62,7 @@ def programs(mesh, dtype, compute, remat):
     moment_dtype = "float64" if dtype == "float64" else "float32"
     config = OPTIMIZER.model_copy(update={"moment_dtype": moment_dtype})
     optimizer, schedule = make_optimizer(config, MODEL), make_schedule(config, STEPS)
-    bind = make_model(MODEL, Compute(compute or dtype, remat))
+    bind = make_model(MODEL, Compute(compute or dtype, remat_policy(remat, {})))
     step = make_train_step(MODEL, bind, optimizer, schedule, DOMAINS, mesh)
     return optimizer, step, make_row_sums(bind, mesh)
 

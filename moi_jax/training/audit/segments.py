@@ -9,7 +9,7 @@ from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.data.loader import Batch
 from moi_jax.models.decoder import Tree
-from moi_jax.models.loss import token_nll
+from moi_jax.models.loss import token_scores
 from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated
 from moi_jax.training.audit.finding import Finding, passed
 from moi_jax.training.audit.mix import sample_rows
@@ -121,7 +121,7 @@ def _token_losses(run: SavedRun) -> TokenLosses:
         hidden, _ = model.hidden_states(
             batch.tokens, batch.positions, batch.segment_ids, extend_context=False
         )
-        return token_nll(hidden, model.head_kernel(), batch.targets)
+        return token_scores(hidden, model.head_kernel(), batch.targets)[0]
 
     jitted = jax.jit(step, out_shardings=replicated(run.mesh))
     return lambda batch: jax.device_get(jitted(parameters, place_rows(batch, run.mesh)))
