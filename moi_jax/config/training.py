@@ -17,7 +17,7 @@ class Loss(Section):
 class Optimizer(Section):
     """The optimizer and the schedule of its learning rate."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: float = Field(1.0e-5, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.01, ge=0, le=1)
@@ -27,6 +27,16 @@ class Optimizer(Section):
     eps: float = Field(1.0e-8, gt=0)
     clip_norm: float | None = Field(1.0, gt=0)  # null: no clipping
     moment_dtype: FloatType = "float32"  # of the first moment
+    second_moment_dtype: FloatType = "float32"  # only adamw's
+    gradient_dtype: FloatType = "float32"  # while microbatches are added up, and until the update
+
+    @model_validator(mode="after")
+    def check(self) -> "Optimizer":
+        if self.second_moment_dtype != "float32" and self.name != "adamw":
+            raise ValueError(
+                f"second_moment_dtype has no effect on {self.name}; remove it or use adamw"
+            )
+        return self
 
 
 class Mesh(Section):

@@ -31,7 +31,12 @@ Dims = dict[str | None, int]
 
 
 def parameter(
-    value: jax.Array, axes: tuple[str | None, ...], *, decays: bool = False, trainable: bool = True
+    value: jax.Array,
+    axes: tuple[str | None, ...],
+    *,
+    decays: bool = False,
+    trainable: bool = True,
+    contracted: int = 0,
 ) -> nnx.Param:
     """Declares a parameter, with its metadata.
 
@@ -41,8 +46,11 @@ def parameter(
       decays: whether weight decay applies. It does for matrices, not for norms and biases.
       trainable: whether it is trained. A frozen parameter has no gradient and no optimizer
         state.
+      contracted: of a matrix, the number of its axes that a product sums over.
     """
-    return nnx.Param(value, logical_axes=axes, decays=decays, trainable=trainable)
+    return nnx.Param(
+        value, logical_axes=axes, decays=decays, trainable=trainable, contracted=contracted
+    )
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: DTypeLike) -> jax.Array:
@@ -77,7 +85,8 @@ class Linear(nnx.Module):
     ):
         shape = (*inputs.values(), *outputs.values())
         axes = (*inputs, *outputs)
-        self.kernel = parameter(normal(rngs, shape, stddev, dtype), axes, decays=True)
+        kernel = normal(rngs, shape, stddev, dtype)
+        self.kernel = parameter(kernel, axes, decays=True, contracted=len(inputs))
         zeros = jnp.zeros(tuple(outputs.values()), dtype)
         self.bias = parameter(zeros, tuple(outputs)) if bias else None
         self.contracted = len(inputs)

@@ -28,6 +28,7 @@ class Parameter:
     axes: tuple[str | None, ...]  # logical axes, see parallel/axes.py
     decays: bool
     trainable: bool
+    contracted: int  # of a matrix: the number of its axes that a product sums over; else 0
 
 
 @cache
@@ -40,6 +41,7 @@ def parameter_specs(config: ModelConfig) -> dict[str, Parameter]:
             param.get_metadata("logical_axes"),
             param.get_metadata("decays"),
             param.get_metadata("trainable"),
+            param.get_metadata("contracted"),
         )
         for path, param in nnx.to_flat_state(state)
     }

@@ -1,14 +1,18 @@
-"""The AdamW optimizer and the learning-rate schedules."""
+"""The optimizers and the learning-rate schedules."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 
 from moi_jax import config as config_lib
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.parameters import map_parameters, split_trainable
+from moi_jax.models.decoder import Tree
+from moi_jax.models.parameters import Parameter, map_parameters, split_trainable
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -36,7 +40,7 @@ def make_schedule(config: config_lib.Optimizer, steps: int) -> Schedule:
 def make_optimizer(
     config: config_lib.Optimizer, model: ModelConfig
 ) -> optax.GradientTransformation:
-    """Makes the optimizer: clipping, Adam's direction, decoupled weight decay.
+    """Makes the optimizer: clipping, the direction of its kind, decoupled weight decay.
 
     Norms and biases do not decay. The train step applies the learning rate, because the rate
     follows the step of the run, which also counts skipped updates.
@@ -48,8 +52,62 @@ def make_optimizer(
         clip = optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(
         clip,
-        optax.scale_by_adam(
-            config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.moment_dtype)
-        ),
+        _direction(config, model),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
+
+
+def _direction(config: config_lib.Optimizer, model: ModelConfig) -> optax.GradientTransformation:
+    """Returns the direction of an update, of about the size 1 for each parameter."""
+    first = jnp.dtype(config.moment_dtype)
+    if config.name == "lion":
+        return optax.scale_by_lion(config.b1, config.b2, mu_dtype=first)
+    if config.name == "adafactor":
+        # Without momentum, as in T5. The update is clipped over all layers of a stacked parameter.
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    if config.name == "muon":
+        # The matrices of the layers are orthogonalised; for the rest it is Adam. The updates are as
+        # large as Adam's (arXiv 2502.16982, section 2.2), so that both take the same learning rate,
+        # which is not applied here.
+        return optax.contrib.muon(
+            learning_rate=-1.0,
+            beta=config.b1,
+            mu_dtype=first,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_matrices_of_layers(model),
+            consistent_rms=0.2,
+        )
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=first)
+    return _with_second_moment_in(jnp.dtype(config.second_moment_dtype), adam)
+
+
+def _matrices_of_layers(model: ModelConfig) -> Tree:
+    """Returns the axes of each matrix in the layers, as Muon takes them; None elsewhere."""
+
+    def axes(path: str, parameter: Parameter) -> Any:
+        if not path.startswith("layers.") or not parameter.contracted:
+            return None
+        ends = 1 + parameter.contracted  # after the axis of the layers
+        rest = tuple(range(ends, len(parameter.shape)))
+        return MuonDimensionNumbers(tuple(range(1, ends)), rest)
+
+    return split_trainable(model, map_parameters(model, axes))[0]
+
+
+def _with_second_moment_in(
+    dtype: jnp.dtype, adam: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Stores the second moment of scale_by_adam in another dtype, and computes as before."""
+
+    def stored(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+        return state._replace(nu=optax.tree.cast(state.nu, dtype))
+
+    def update(gradients: Tree, state: optax.ScaleByAdamState, parameters: Tree | None) -> Any:
+        wide = jax.tree.map(lambda v, g: v.astype(g.dtype), state.nu, gradients)
+        updates, state = adam.update(gradients, state._replace(nu=wide), parameters)
+        return updates, stored(state)
+
+    if dtype == jnp.float32:
+        return adam
+    return optax.GradientTransformation(lambda parameters: stored(adam.init(parameters)), update)

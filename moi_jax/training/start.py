@@ -105,7 +105,13 @@ def start_run(
         loss_limit=LossLimit(config.train.max_loss_ratio, position.get("losses", ())),
         batches=placed_batches(dataset, plan, position["row"], microbatch_rows, mesh),
         train_step=make_train_step(
-            model, bind, optimizer, schedule, len(dataset.corpus.names), mesh
+            model,
+            bind,
+            optimizer,
+            schedule,
+            len(dataset.corpus.names),
+            mesh,
+            config.optimizer.gradient_dtype,
         ),
         position=lambda row: saved_position(experiment, dataset, plan, mesh, row),
         epoch_of=lambda row: plan.locate(row)[0],

@@ -6,7 +6,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
 
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
@@ -55,17 +56,25 @@ class TrainState:
 def state_shardings(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Returns the shardings of the whole state; moments are sharded like their parameters."""
+    """Returns the shardings of the whole state; moments are sharded like their parameters.
+
+    What an optimizer keeps in another shape, as the factors of adafactor, is small and whole on
+    every device.
+    """
     trainable, frozen = split_trainable(config, parameter_shardings(config, mesh))
     abstract, _ = split_trainable(config, abstract_parameters(config, jnp.float32))
+    shardings, shapes = map(traverse_util.flatten_dict, (trainable, abstract))
     whole = replicated(mesh)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, abstract),
-        trainable,
-        transform_non_params=lambda _: whole,
-    )
+
+    def sharding(path: tuple, kept: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        for start in range(len(names)):  # an optimizer may have names of its own before
+            parameter = names[start:]
+            if parameter in shapes and shapes[parameter].shape == kept.shape:
+                return shardings[parameter]
+        return whole
+
+    moments = jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, abstract))
     return TrainState(cast(Any, whole), trainable, frozen, moments)
 
 

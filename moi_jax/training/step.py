@@ -31,6 +31,7 @@ def make_train_step(
     schedule: Schedule,
     domains: int,
     mesh: Mesh,
+    gradient_dtype: jax.typing.DTypeLike = "float32",
 ) -> TrainStep:
     """Makes the jitted step: (state, batch [A, M, S], max_loss) -> (state, metrics).
 
@@ -38,10 +39,14 @@ def make_train_step(
     and all devices. The update is applied only if the loss is at most max_loss, loss and gradient
     norm are finite and some weight is not zero (the metric `applied`). Otherwise parameters and
     moments stay, and only the step counts up.
+
+    Args:
+      gradient_dtype: of the gradients until the update, and of their sum over microbatches. In
+        float32 a gradient that is wider stays so.
     """
     state = state_shardings(config, optimizer, mesh)
     return jax.jit(
-        partial(_train_step, bind, optimizer, schedule, domains),
+        partial(_train_step, bind, optimizer, schedule, domains, jnp.dtype(gradient_dtype)),
         in_shardings=(state, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
@@ -53,14 +58,15 @@ def _train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     domains: int,
+    gradient_dtype: jnp.dtype,
     state: TrainState,
     batch: Batch,
     max_loss: jax.Array,
 ) -> tuple[TrainState, Metrics]:
     loss_sums = partial(microbatch_sums, bind, domains)
-    (weighted, sums), gradients = _batch_sums(loss_sums, state, batch)
+    (weighted, sums), gradients = _batch_sums(loss_sums, gradient_dtype, state, batch)
     scale = 1 / jnp.where(sums["weights"] > 0, sums["weights"], 1)
-    gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+    gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), jax.tree.map(_widened, gradients))
     loss, gradient_norm = weighted * scale, optax.tree.norm(gradients)
     applied = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & (sums["weights"] > 0)
     applied &= loss <= max_loss
@@ -109,13 +115,17 @@ def microbatch_sums(
     }
 
 
-def _batch_sums(loss_sums: LossSums, state: TrainState, batch: Batch) -> SumsAndGradients:
-    """Computes the sums over the microbatches of [A, M, S], and the gradients of `weighted`."""
+def _batch_sums(
+    loss_sums: LossSums, dtype: jnp.dtype, state: TrainState, batch: Batch
+) -> SumsAndGradients:
+    """Computes the sums over the microbatches of [A, M, S], and the gradients of sum(w nll)."""
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
 
     def of(microbatch: Batch) -> SumsAndGradients:
         sums, gradients = gradient(state.trainable, state.frozen, microbatch)
-        return sums, jax.tree.map(_widened, gradients)
+        if dtype == jnp.float32:
+            return sums, jax.tree.map(_widened, gradients)
+        return sums, optax.tree.cast(gradients, dtype)
 
     def add(total: SumsAndGradients, microbatch: Batch) -> tuple[SumsAndGradients, None]:
         return jax.tree.map(jnp.add, total, of(microbatch)), None

@@ -128,7 +128,15 @@ def replay(run: SavedRun, data: PlannedRun, stretch: Stretch, logged: set[int]) 
     else:
         state = new_state(model, optimizer, _first_parameters(run), run.mesh)
     schedule = make_schedule(config.optimizer, data.plan.total_steps)
-    step = make_train_step(model, run.bind, optimizer, schedule, len(names), run.mesh)
+    step = make_train_step(
+        model,
+        run.bind,
+        optimizer,
+        schedule,
+        len(names),
+        run.mesh,
+        config.optimizer.gradient_dtype,
+    )
     position = stretch.start.position if stretch.start else FIRST_POSITION
     row, limit = position["row"], LossLimit(config.train.max_loss_ratio, position.get("losses", ()))
     batches = placed_batches(data.dataset, data.plan, row, run.microbatch_rows, run.mesh)
