@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moi_jax import config as config_lib
 from moi_jax.models import loss as loss_lib
 from moi_jax.models.loss import weighted_nll
+from moi_jax.parallel.mesh import make_mesh
 
 B, S, D, V = 4, 24, 8, 50
 
@@ -42,6 +44,44 @@ def test_chunks_give_the_whole_loss_and_gradients(monkeypatch, chunk_tokens):
         for total in (chunked, plain)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, whole)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["fsdp", "data, fsdp, tensor"]
+)
+def test_a_vocabulary_that_does_not_divide_over_the_mesh_gives_the_same(axes):
+    """V = 50 is padded to 56 or 52 where the logits are split, and only there."""
+    hidden, head, targets = (np.repeat(x, 2, axis=0) if x.ndim > 1 else x for x in inputs())
+    head, weights = head[:D], np.linspace(0, 1, 2 * B * S, dtype=np.float32).reshape(2 * B, S)
+    mesh = make_mesh(config_lib.Mesh(**axes), jax.devices())
+
+    def loss(hidden, head):
+        return weighted_nll(hidden, head, targets, weights)
+
+    with jax.set_mesh(mesh):
+        ours = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+    nll = whole_nll(hidden, head, targets)
+    np.testing.assert_allclose(ours[0][1], nll, rtol=1e-5, atol=1e-5)
+    whole = jax.grad(lambda h, w: jnp.sum(weights * whole_nll(h, w, targets)), argnums=(0, 1))(
+        hidden, head
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours[1], whole
+    )
+
+
+def test_a_position_without_weight_counts_nothing_even_if_it_is_not_finite():
+    hidden, head, targets = inputs()
+    weights = np.ones((B, S), np.float32)
+    weights[1, 3] = 0
+    hidden[1, 3] = np.inf
+    value, gradients = jax.value_and_grad(lambda h: weighted_nll(h, head, targets, weights)[0])(
+        hidden
+    )
+    assert np.isfinite(value)
+    others = weights > 0
+    assert np.isfinite(np.asarray(gradients)[others]).all()
+    np.testing.assert_array_equal(np.asarray(gradients)[1, 3], 0)
 
 
 def largest_array(jaxpr) -> int:
