@@ -24,7 +24,7 @@ from moi_jax.parallel.axes import constrain, in_layout
 
 # Nested dicts of arrays; the keys are the names of modules and parameters.
 Tree = dict[str, Any]
-# The keys and the values of all layers, [L, B, S, K, N] each.
+# Keys and values: [B, S, K, N] each of one layer, [L, B, S, K, N] each of all layers.
 KeysAndValues = tuple[jax.Array, jax.Array]
 # Logical axis -> size, in the order of the array. None is never split, see parallel/axes.py.
 Dims = dict[str | None, int]
@@ -224,13 +224,15 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, None]:
         """Maps [B, S, D] to [B, S, D]. The None is for the scan, which keeps nothing."""
-        return self.keeping_kv(x, angles, segment_ids, positions)[0], None
+        x = checkpoint_name(x, "decoder_layer_input")
+        query, key, value = self.before_attention(x, angles)
+        attended = self.attend(query, key, value, segment_ids, positions)
+        return self.after_attention(x, attended), None
 
     def keeping_kv(
         self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, KeysAndValues]:
         """Does the same as `__call__`, and returns the keys and values [B, S, K, N] for a cache."""
-        x = checkpoint_name(x, "decoder_layer_input")
         query, key, value = self.before_attention(x, angles)
         attended = self.attend(query, key, value, segment_ids, positions)
         return self.after_attention(x, attended), (key, value)

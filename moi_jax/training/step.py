@@ -119,22 +119,24 @@ def _batch_sums(
     loss_sums: LossSums, dtype: jnp.dtype, state: TrainState, batch: Batch
 ) -> SumsAndGradients:
     """Computes the sums over the microbatches of [A, M, S], and the gradients of sum(w nll)."""
-    gradient = jax.value_and_grad(loss_sums, has_aux=True)
-
-    def of(microbatch: Batch) -> SumsAndGradients:
-        sums, gradients = gradient(state.trainable, state.frozen, microbatch)
-        if dtype == jnp.float32:
-            return sums, jax.tree.map(_widened, gradients)
-        return sums, optax.tree.cast(gradients, dtype)
-
-    def add(total: SumsAndGradients, microbatch: Batch) -> tuple[SumsAndGradients, None]:
-        return jax.tree.map(jnp.add, total, of(microbatch)), None
-
+    gradient = partial(jax.value_and_grad(loss_sums, has_aux=True), state.trainable, state.frozen)
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:
-        return of(first)  # adding it to zeros would take the memory of the gradients twice
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, first))
+        # Adding them to zeros would take the memory of the gradients twice.
+        return _with_gradients_in(dtype, gradient(first))
+
+    def add(total: SumsAndGradients, microbatch: Batch) -> tuple[SumsAndGradients, None]:
+        new = _with_gradients_in(dtype, gradient(microbatch))
+        return jax.tree.map(jnp.add, total, new), None
+
+    shapes = jax.eval_shape(lambda x: _with_gradients_in(dtype, gradient(x)), first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _with_gradients_in(dtype: jnp.dtype, sums: SumsAndGradients) -> SumsAndGradients:
+    cast = _widened if dtype == jnp.float32 else lambda gradient: gradient.astype(dtype)
+    return sums[0], jax.tree.map(cast, sums[1])
 
 
 def _widened(gradient: jax.Array) -> jax.Array:
