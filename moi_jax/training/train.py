@@ -24,6 +24,7 @@ from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.models.presets import preset
 from moi_jax.parallel import hosts
+from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
 from moi_jax.training.goodput import Clock
@@ -170,6 +171,7 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     name = "train.microbatch_rows" if config.train.microbatch_rows else "train.global_batch_rows"
     check_rows(rows, mesh, name)
+    check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
     attention = choose_attention(config.model.attention, devices[0].platform, mesh)
     compute = Compute(config.model.compute_dtype, config.model.remat, attention)
     return mesh, make_model(experiment.model, compute), rows

@@ -26,6 +26,7 @@ VARIANTS = {
     "data axis and accumulation": dict(
         mesh={"data": 2, "fsdp": 2, "tensor": 2}, microbatch_rows=ROWS // 2
     ),
+    "context axis": dict(mesh={"data": 2, "fsdp": 2, "context": 2}),
     "accumulation": dict(mesh=ONE, microbatch_rows=ROWS // 4),
     "remat": dict(mesh=ONE, remat="full"),
 }
@@ -53,7 +54,7 @@ def test_20_losses_in_float64_agree_within_1e_9(one_float64, variant):
 
 def test_20_losses_in_float32_agree():
     one = losses(STEPS, "float32", mesh=ONE)
-    for variant in ("mesh", "accumulation"):
+    for variant in ("mesh", "context axis", "accumulation"):
         other = losses(STEPS, "float32", **VARIANTS[variant])
         assert abs(other[0] - one[0]) < 5e-6
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-5)
@@ -104,7 +105,7 @@ def test_a_dimension_that_does_not_divide_stays_whole():
     [
         ({"fsdp": 16}, "does not fit 8 cpu devices"),
         ({"tensor": 3}, "does not fit 8 cpu devices"),
-        ({"context": 2}, "mesh.context 2 is not built yet"),
+        ({"context": 3, "fsdp": -1}, "does not fit 8 cpu devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
