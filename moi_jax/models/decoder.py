@@ -103,7 +103,9 @@ class Embedding(nnx.Module):
         tokens = constrain(tokens, "logits_batch", None)
         x = jnp.take(self.table[...], tokens, axis=0).astype(dtype)
         x = constrain(x, "logits_batch", None, "embed")
-        x = constrain(x, "logits_batch", "sequence", "embed")  # XLA needs an all-to-all for each axis
+        x = constrain(
+            x, "logits_batch", "sequence", "embed"
+        )  # XLA needs an all-to-all for each axis
         return constrain(x, "batch", "sequence", None)
 
     def as_head(self, dtype: DTypeLike) -> jax.Array:

@@ -5,7 +5,9 @@ tensor (splits heads, MLP width and vocabulary), context (splits the tokens of a
 parameters like fsdp).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import jax
 from jax.sharding import PartitionSpec
@@ -29,28 +31,41 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def partition_spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh_shape: dict[str, int]
-) -> PartitionSpec:
-    """Returns the partition spec of an array with these logical axes.
+def split_axes(
+    axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]
+) -> list[tuple[str, ...]]:
+    """Returns for each dimension of an array the mesh axes that split it, outermost first.
 
-    A mesh axis is left out if it does not divide the dimension (together with the mesh axes
-    before it). The array is then not split over it, which is correct but takes more memory. It is
-    also left out if an earlier dimension is split over it.
+    A mesh axis is left out where it does not divide the dimension (together with the mesh axes
+    before it), or where it splits an earlier dimension. A mesh axis that is left out everywhere
+    splits `embed`, if it divides that. So the key kernel [D, K, N] of a model with fewer KV heads
+    than tensor has devices is split along D, and no device holds it whole.
+
+    Args:
+      axes: one logical axis for each dimension; None is never split.
     """
-    spec: list[tuple[str, ...] | None] = []
-    used: set[str] = set()
-    for axis, size in zip(axes, shape, strict=True):
-        chosen: list[str] = []
-        parts = 1
-        for mesh_axis in RULES.get(axis or "", ()):
-            count = mesh_shape.get(mesh_axis, 1)
-            if count > 1 and mesh_axis not in used and size % (parts * count) == 0:
-                chosen.append(mesh_axis)
-                used.add(mesh_axis)
-                parts *= count
-        spec.append(tuple(chosen) or None)
-    return PartitionSpec(*spec)
+    split: list[list[str]] = [[] for _ in axes]
+
+    def split_over(place: int, mesh_axes: Sequence[str]) -> None:
+        for mesh_axis in mesh_axes:
+            parts = math.prod(mesh_shape.get(each, 1) for each in [*split[place], mesh_axis])
+            is_free = not any(mesh_axis in chosen for chosen in split)
+            if mesh_shape.get(mesh_axis, 1) > 1 and is_free and shape[place] % parts == 0:
+                split[place].append(mesh_axis)
+
+    asked = [RULES.get(axis or "", ()) for axis in axes]
+    for place, mesh_axes in enumerate(asked):
+        split_over(place, mesh_axes)
+    if "embed" in axes:
+        split_over(list(axes).index("embed"), list(chain.from_iterable(asked)))
+    return [tuple(chosen) for chosen in split]
+
+
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh_shape: Mapping[str, int]
+) -> PartitionSpec:
+    """Returns the partition spec of an array with these logical axes, see `split_axes`."""
+    return PartitionSpec(*(chosen or None for chosen in split_axes(axes, shape, mesh_shape)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -33,6 +33,7 @@ from moi_jax.training.report import write_report
 from moi_jax.training.resume import flat_settings
 from moi_jax.training.run import Evaluations, NoEvaluations
 from moi_jax.training.run_directory import move_aside, run_directory
+from moi_jax.training.sharding import undivided_line
 from moi_jax.training.start import start_run
 from moi_jax.training.state import TrainState
 
@@ -172,6 +173,8 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
     name = "train.microbatch_rows" if config.train.microbatch_rows else "train.global_batch_rows"
     check_rows(rows, mesh, name)
     check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
+    if undivided := undivided_line(experiment.model, mesh.shape):
+        log.warning(f"{undivided}; --print-sharding shows what a device holds of each parameter")
     attention = choose_attention(config.model.attention, devices[0].platform, mesh)
     compute = Compute(config.model.compute_dtype, config.model.remat, attention)
     return mesh, make_model(experiment.model, compute), rows

@@ -463,7 +463,15 @@ def on_one_device():
     return program_and_gradients(TIED, {"fsdp": 1})[1]
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "tensor": 2, "context": 2},
+    ],
+    ids=str,
+)
 def test_a_tied_table_and_its_gradient_are_never_whole_on_a_device(
     on_one_device, axes, monkeypatch
 ):
