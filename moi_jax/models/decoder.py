@@ -98,14 +98,13 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Maps int32[B, S] to [B, S, D], split by rows."""
-        # Each device looks up its part of D for all tokens. An all-to-all then gives it the other
-        # parts of its own tokens. So no device ever holds the whole table or its gradient.
+        # Each device looks up its part of D for all tokens. An all-to-all for each mesh axis then
+        # gives it the other parts of its own tokens. So no device ever holds the whole table or its
+        # gradient.
         tokens = constrain(tokens, "logits_batch", None)
         x = jnp.take(self.table[...], tokens, axis=0).astype(dtype)
         x = constrain(x, "logits_batch", None, "embed")
-        x = constrain(
-            x, "logits_batch", "sequence", "embed"
-        )  # XLA needs an all-to-all for each axis
+        x = constrain(x, "logits_batch", "sequence", "embed")
         return constrain(x, "batch", "sequence", None)
 
     def as_head(self, dtype: DTypeLike) -> jax.Array:

@@ -68,7 +68,7 @@ def test_training_warns_once_of_what_its_mesh_does_not_divide(tmp_path, log_text
 
 
 def test_training_refuses_rows_that_the_context_axis_cannot_cut(tmp_path):
-    with pytest.raises(UserError, match="data.sequence_length 256 is not a multiple of 10"):
+    with pytest.raises(UserError, match=r"data.sequence_length 256 is not a multiple of 10"):
         train_lib._model_on_mesh(opened(tmp_path, {"fsdp": 1, "context": 5}), jax.devices())
 
 
