@@ -198,11 +198,18 @@ assert placed.shape == (2, 8, 3)
 for shard in placed.addressable_shards:
     np.testing.assert_array_equal(shard.data, whole.reshape(2, 8, 3)[shard.index])
 print("sum", int(jax.jit(lambda x: x.sum())(placed)))
+split = make_mesh(config.Mesh(fsdp=1, context=4), jax.devices())
+held = local_rows(16, 8, split)
+rows = np.arange(16 * 8).reshape(16, 8)
+placed = place_batch(Batch(*[rows[held]] * 6), held, 8, split).tokens
+for shard in placed.addressable_shards:
+    early, late = shard.index[2].start // 2, 7 - shard.index[2].start // 2
+    np.testing.assert_array_equal(shard.data, rows.reshape(2, 8, 8)[:, :, [early, late]])
 """
 
 
 def test_two_hosts_read_disjoint_rows_and_place_one_batch():
-    """Runs two real processes with two devices each."""
+    """Runs two real processes with two devices each; a context axis over both splits each row."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
