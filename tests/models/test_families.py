@@ -450,7 +450,7 @@ def program_and_gradients(config, mesh_axes):
     mesh = make_mesh(config_lib.Mesh(**mesh_axes), jax.devices())
     with jax.set_mesh(mesh):
         shardings = parameter_shardings(config, mesh)
-        rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+        rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "context"))
         parameters = random_parameters(config, 0, "float32", mesh)
         step = jax.jit(jax.grad(mean_loss), in_shardings=(shardings, rows), out_shardings=shardings)
         program = step.lower(parameters, tokens).compile()

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import moi_jax
 from moi_jax import config as config_lib
 from moi_jax.common.errors import UserError
 from moi_jax.data.loader import PackedInstruction, assemble
@@ -117,3 +118,9 @@ def test_the_state_is_split_over_the_context_axis_too():
     assert query.sharding.shard_shape(query.shape) == (2, 32 // 8, 4, 8)
     head = trainer.state.parameters["head"]["kernel"]  # [D, V]
     assert head.sharding.shard_shape(head.shape) == (32, 64 // 8)
+
+
+def test_a_model_to_be_called_is_not_loaded_onto_a_mesh_that_splits_rows():
+    mesh = make_mesh(config_lib.Mesh(**SPLIT), jax.devices())
+    with pytest.raises(UserError, match="the mesh has context 2, but a model that is called takes"):
+        moi_jax.load("no/such/run", mesh=mesh)
