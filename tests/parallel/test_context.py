@@ -112,6 +112,17 @@ def test_losses_and_row_sums_of_packed_rows_are_those_of_one_device_under_every_
             np.testing.assert_allclose(part, other, rtol=0, atol=1e-9)
 
 
+def test_a_device_has_the_scores_of_its_own_queries_alone():
+    with jax.enable_x64(True):
+        trainer = Trainer(SPLIT, dtype="float64")
+        with jax.set_mesh(trainer.mesh):
+            batch, limit = trainer.place(random_batch(0)), np.float32(np.inf)
+            text = trainer._step.lower(trainer.state, batch, limit).compile().as_text()
+    # [2 rows, 2 KV heads, 2 query heads of each, queries, keys]
+    assert f"f64[2,2,2,{LENGTH // 2},{LENGTH}]" in text
+    assert f"f64[2,2,2,{LENGTH},{LENGTH}]" not in text
+
+
 def test_the_state_is_split_over_the_context_axis_too():
     trainer = Trainer({"fsdp": 2, "context": 4})
     query = trainer.state.parameters["layers"]["attention"]["query"]["kernel"]  # [L, D, H, N]
