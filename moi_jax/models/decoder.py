@@ -114,11 +114,13 @@ class RMSNorm(nnx.Module):
 def _lookup(dtype: DTypeLike, table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Maps int32[B, S] to the rows of the table [V, D], cast to `dtype` and split by rows.
 
-    Each device looks up its part of D for all tokens of its group. An all-to-all then gives it the
-    other parts of its own rows. So no device ever holds the whole table or its gradient.
+    Each device looks up its part of D for all tokens. An all-to-all for each mesh axis then gives
+    it the other parts of its own tokens. So no device ever holds the whole table or its gradient.
     """
+    tokens = constrain(tokens, "logits_batch", None)
     x = jnp.take(table.astype(dtype), tokens, axis=0)
     x = constrain(x, "logits_batch", None, "embed")
+    x = constrain(x, "logits_batch", "sequence", "embed")
     return constrain(x, "batch", "sequence", None)
 
 
@@ -132,6 +134,8 @@ def _lookup_backward(
     dtype: DTypeLike, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, None]:
     table, tokens = residuals
+    tokens = constrain(tokens, "logits_batch", None)
+    cotangent = constrain(cotangent, "logits_batch", "sequence", "embed")
     cotangent = constrain(cotangent, "logits_batch", None, "embed").astype(table.dtype)
     gradient = jnp.zeros_like(table).at[tokens].add(cotangent)
     # The scatter leaves V as the major dimension. In this layout a TPU pads the shards of D, and
@@ -182,6 +186,8 @@ class Attention(nnx.Module):
         query, key = (rotary.apply_rotary(heads, angles.cos, angles.sin) for heads in (query, key))
         if angles.query_scale is not None:
             query = query * angles.query_scale[..., None, None].astype(query.dtype)
+        # A device has the queries of its own tokens, and gathers the keys and values of the row.
+        key, value = (constrain(x, "batch", None, "kv_heads", None) for x in (key, value))
         return query, key, value
 
 

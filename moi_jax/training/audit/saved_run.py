@@ -26,6 +26,7 @@ from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.models.remat import remat_policy
+from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
 from moi_jax.text.prompts import saved_template
@@ -194,6 +195,7 @@ def open_run(
     mesh = _mesh(newest, config, devices)
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     check_rows(rows, mesh, "the microbatch of the run,")
+    check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
     attention = choose_attention(config.model.attention, devices[0].platform, mesh)
     remat = remat_policy(config.model.remat, config.model.remat_tensors)
     compute = Compute(config.model.compute_dtype, remat, attention)
