@@ -128,7 +128,7 @@ def test_the_state_is_split_over_the_context_axis_too():
     query = trainer.state.parameters["layers"]["attention"]["query"]["kernel"]  # [L, D, H, N]
     assert query.sharding.shard_shape(query.shape) == (2, 32 // 8, 4, 8)
     head = trainer.state.parameters["head"]["kernel"]  # [D, V]
-    assert head.sharding.shard_shape(head.shape) == (32, 64 // 8)
+    assert head.sharding.shard_shape(head.shape) == (32 // 8, 64)
 
 
 def test_a_model_to_be_called_is_not_loaded_onto_a_mesh_that_splits_rows():

@@ -78,8 +78,8 @@ def test_parameters_and_moments_are_sharded():
     trainer = Trainer(EIGHT)
     query = trainer.state.parameters["layers"]["attention"]["query"]["kernel"]  # [L, D, H, N]
     assert query.sharding.shard_shape(query.shape) == (2, 32 // 4, 4 // 2, 8)
-    head = trainer.state.parameters["head"]["kernel"]  # [D, V], the vocabulary over fsdp and tensor
-    assert head.sharding.shard_shape(head.shape) == (32, 64 // 8)
+    head = trainer.state.parameters["head"]["kernel"]  # [D, V]
+    assert head.sharding.shard_shape(head.shape) == (32 // 4, 64 // 2)
     sharded = [x for x in jax.tree.leaves(trainer.state.opt_state) if x.ndim > 2]
     assert sharded
     assert all(not x.is_fully_replicated for x in sharded)

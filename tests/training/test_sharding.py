@@ -47,19 +47,19 @@ def test_what_a_mesh_does_not_divide_is_told_in_one_line_with_every_parameter():
     assert line.startswith(told)
     assert undivided_line(MODEL, {"data": 8, "fsdp": 2, "tensor": 2, "context": 2}) is None
     odd = dataclasses.replace(MODEL, vocab_size=66)
-    assert "head_vocab 66 over fsdp 4 (head.kernel)" in undivided_line(
-        odd, {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
+    assert "vocab 66 over tensor 4 (embedding.table, head.kernel)" in undivided_line(
+        odd, {"data": 1, "fsdp": 1, "tensor": 4, "context": 1}
     )
 
 
 def test_a_table_for_devices_that_are_not_there_asks_for_none(capsys, monkeypatch):
     monkeypatch.setattr(jax, "devices", None)
     config = ROOT / "configs" / "qwen_7b_moi.yaml"
-    print_sharding(load_config(config, ["mesh.data=2", "mesh.fsdp=256"]))
+    print_sharding(load_config(config, ["mesh.data=2", "mesh.fsdp=96"]))
     printed = capsys.readouterr().out
-    assert "data 2 x fsdp 256 x tensor 1 x context 1" in printed
-    assert re.search(r"embedding.table .* 151936 x 4096 .* vocab, embed .* -, fsdp ", printed)
-    assert "does not divide head_vocab 151936 over fsdp 256" in printed
+    assert "data 2 x fsdp 96 x tensor 1 x context 1" in printed
+    assert re.search(r"embedding.table .* 151936 x 4096 .* vocab, embed .* -, - ", printed)
+    assert "does not divide embed 4096 over fsdp 96" in printed
 
 
 def test_training_warns_once_of_what_its_mesh_does_not_divide(tmp_path, log_text):
