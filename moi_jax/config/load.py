@@ -13,7 +13,6 @@ from moi_jax.config.files import NOT_YAML, parse_yaml, read_files
 
 # Keys whose other values are planned but not built, with the values that are.
 BUILT: dict[str, tuple[Any, ...]] = {
-    "model.attention": ("auto", "xla"),
     "mesh.context": (1,),
 }
 # Old names of keys that do not resemble the new ones.

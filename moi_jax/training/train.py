@@ -170,7 +170,9 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     name = "train.microbatch_rows" if config.train.microbatch_rows else "train.global_batch_rows"
     check_rows(rows, mesh, name)
-    attention = choose_attention(config.model.attention, devices[0].platform, mesh)
+    attention = choose_attention(
+        config.model, experiment.model, devices[0], mesh, config.model.compute_dtype
+    )
     compute = Compute(config.model.compute_dtype, config.model.remat, attention)
     return mesh, make_model(experiment.model, compute), rows
 

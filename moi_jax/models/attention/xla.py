@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def xla_attention(
@@ -41,4 +42,4 @@ def xla_attention(
         "bkgst,bktn->bkgsn", weights.astype(value.dtype), value, preferred_element_type=wide
     )
     output = (output / total).astype(value.dtype)
-    return output.transpose(0, 3, 1, 2, 4).reshape(b, s, h, n)
+    return checkpoint_name(output.transpose(0, 3, 1, 2, 4).reshape(b, s, h, n), "context")

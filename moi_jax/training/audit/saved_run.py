@@ -193,7 +193,9 @@ def open_run(
     mesh = _mesh(newest, config, devices)
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     check_rows(rows, mesh, "the microbatch of the run,")
-    attention = choose_attention(config.model.attention, devices[0].platform, mesh)
+    attention = choose_attention(
+        config.model, items.model, devices[0], mesh, config.model.compute_dtype
+    )
     compute = Compute(config.model.compute_dtype, config.model.remat, attention)
     return SavedRun(
         directory=directory,
