@@ -83,9 +83,8 @@ def open_checkpoint(
         tokenizer = Tokenizer.from_files(items.tokenizer, template)
     except UserError as error:
         raise UserError(f"{step}: {error}") from None
-    platform = devices[0].platform
-    dtype = resolve_dtype(dtype, platform)
-    bind, parameters = _read_model(step, items.model, dtype, platform, placed_on, verify)
+    dtype = resolve_dtype(dtype, devices[0].platform)
+    bind, parameters = _read_model(step, items.model, dtype, devices[0], placed_on, verify)
     return OpenCheckpoint(
         step=step,
         config=items.model,
@@ -131,8 +130,8 @@ def load(
     items = read_items(step)
     if chat_template is None and items.prompts["chat_template"] is not None:
         chat_template = saved_template(items.prompts, path, "chat_template")
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    bind, parameters = _read_model(step, items.model, dtype, platform, mesh, verify)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    bind, parameters = _read_model(step, items.model, dtype, device, mesh, verify)
     return bind(parameters), Tokenizer.from_files(items.tokenizer, chat_template)
 
 
@@ -140,11 +139,11 @@ def _read_model(
     step: Path,
     config: ModelConfig,
     dtype: jax.typing.DTypeLike,
-    platform: str,
+    device: jax.Device,
     mesh: Mesh | None,
     verify: bool,
 ) -> tuple[Bind, Tree]:
-    """A function parameters -> model for the platform, and the parameters on the mesh."""
-    attention = choose_attention("auto", platform, mesh)
+    """A function parameters -> model for the device, and the parameters on the mesh."""
+    attention = choose_attention(config_lib.Model(), config, device, mesh, dtype)
     bind = make_model(config, Compute(dtype, attention=attention))
     return bind, read_parameters(step, config, dtype, mesh, verify)

@@ -11,7 +11,7 @@ from moi_jax.config.data import (
 )
 from moi_jax.config.evaluation import Benchmarks, Eval
 from moi_jax.config.experiment import Config
-from moi_jax.config.model import Model, TokenizerConfig
+from moi_jax.config.model import Model, SplashBlocks, TokenizerConfig
 from moi_jax.config.run import Checkpoint, Cluster, Logging
 from moi_jax.config.section import Section
 from moi_jax.config.strategies import STRATEGIES
@@ -37,6 +37,7 @@ __all__ = [
     "SamplePrompt",
     "Section",
     "Source",
+    "SplashBlocks",
     "Stage",
     "TokenizerConfig",
     "Train",

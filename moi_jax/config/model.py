@@ -1,7 +1,7 @@
 """The sections `model` and `tokenizer`: what is trained, and how text becomes ids."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,30 @@ RematTensor = Literal[
     "mlp_down",
 ]
 RematAction = Literal["save", "recompute", "offload"]
+Block = Annotated[int, Field(gt=0, multiple_of=128, strict=True)]
+
+
+class SplashBlocks(Section):
+    """The largest blocks of the splash kernels, in tokens (see docs/attention.md)."""
+
+    # Forward: rows of the scores, columns that are loaded, columns that are computed at once.
+    q: Block = 1024
+    kv: Block = 1024
+    kv_compute: Block = 512
+    # Backward, one kernel for all three gradients: the same.
+    q_dkv: Block = 1024
+    kv_dkv: Block = 1024
+    kv_dkv_compute: Block = 512
+
+    @model_validator(mode="after")
+    def check(self) -> "SplashBlocks":
+        for loaded, computed in (("kv", "kv_compute"), ("kv_dkv", "kv_dkv_compute")):
+            if getattr(self, loaded) % getattr(self, computed):
+                raise ValueError(
+                    f"{loaded} {getattr(self, loaded)} is not a multiple of {computed} "
+                    f"{getattr(self, computed)}"
+                )
+        return self
 
 
 class Model(Section):
@@ -43,7 +67,8 @@ class Model(Section):
     remat_tensors: dict[RematTensor, RematAction] = Field({})
     param_dtype: FloatType = "float32"
     compute_dtype: AutoFloatType = "auto"  # auto: bfloat16, float32 on CPU
-    attention: Literal["auto", "xla", "splash", "gpu"] = "auto"
+    attention: Literal["auto", "xla", "splash", "mosaic_gpu"] = "auto"
+    splash_blocks: SplashBlocks = SplashBlocks()
 
     @model_validator(mode="after")
     def check(self) -> "Model":

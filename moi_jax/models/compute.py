@@ -3,10 +3,13 @@
 import dataclasses
 
 import jax
+from jax.sharding import Mesh
 
-from moi_jax.models.attention import AttentionFn
+from moi_jax import config as config_lib
+from moi_jax.models.attention import AttentionFn, choose_attention
 from moi_jax.models.attention.xla import xla_attention
-from moi_jax.models.remat import RematPolicy
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.remat import RematPolicy, remat_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,22 @@ class Compute:
     dtype: jax.typing.DTypeLike = "float32"
     remat: RematPolicy | None = None
     attention: AttentionFn = xla_attention
+
+
+def make_compute(
+    settings: config_lib.Model, model: ModelConfig, device: jax.Device, mesh: Mesh
+) -> Compute:
+    """Makes the settings of training a model on a mesh, from the section `model` of a config.
+
+    Args:
+      device: one of the mesh's, which decides what `auto` is.
+
+    Raises:
+      UserError: the attention that the config names cannot compute this model here.
+    """
+    dtype = resolve_dtype(settings.compute_dtype, device.platform)
+    attention = choose_attention(settings, model, device, mesh, dtype)
+    return Compute(dtype, remat_policy(settings.remat, settings.remat_tensors), attention)
 
 
 def resolve_dtype(name: str, platform: str) -> str:

@@ -19,11 +19,9 @@ from moi_jax.common.home import expand_home
 from moi_jax.common.retry import retried
 from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset, open_dataset
-from moi_jax.models.attention import choose_attention
-from moi_jax.models.compute import Compute
+from moi_jax.models.compute import make_compute
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.models.presets import preset
-from moi_jax.models.remat import remat_policy
 from moi_jax.parallel import hosts
 from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.mesh import make_mesh
@@ -176,9 +174,7 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
     check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
     if undivided := undivided_line(experiment.model, mesh.shape):
         log.warning(f"{undivided}; --print-sharding shows what a device holds of each parameter")
-    attention = choose_attention(config.model.attention, devices[0].platform, mesh)
-    remat = remat_policy(config.model.remat, config.model.remat_tensors)
-    compute = Compute(config.model.compute_dtype, remat, attention)
+    compute = make_compute(config.model, experiment.model, devices[0], mesh)
     return mesh, make_model(experiment.model, compute), rows
 
 

@@ -117,8 +117,18 @@ def test_a_switch_set_beside_the_strategy_wins():
         ({"train": {"profile_steps": [5, 3]}}, "profile_steps [5, 3] ends before it begins"),
         ({"train": {"profile_steps": [0, 3]}}, "train.profile_steps.0: Input should be greater"),
         ({"train": {"profile_steps": [3]}}, "train.profile_steps"),
-        ({"model": {"attention": "splash"}}, "model.attention=splash is not built yet"),
-        ({"model": {"attention": "flash"}}, "model.attention: use auto or xla (got 'flash')"),
+        (
+            {"model": {"attention": "flash"}},
+            "'splash' or 'mosaic_gpu' (got 'flash')",
+        ),
+        (
+            {"model": {"splash_blocks": {"q": 100}}},
+            "model.splash_blocks.q: Input should be a multiple of 128 (got 100)",
+        ),
+        (
+            {"model": {"splash_blocks": {"kv": 512, "kv_compute": 384}}},
+            "model.splash_blocks: kv 512 is not a multiple of kv_compute 384",
+        ),
         (
             {"model": {"compute_dtype": "fp16"}},
             "model.compute_dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float64' (got",

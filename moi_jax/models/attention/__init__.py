@@ -1,12 +1,21 @@
 """Attention inside segments. Each backend is a file; it is chosen here and passed to the model."""
 
+import logging
 from typing import Protocol
 
 import jax
 from jax.sharding import Mesh
 
 from moi_jax.common.errors import UserError
+from moi_jax.config import Model
+from moi_jax.models.attention.refusals import refusal
 from moi_jax.models.attention.xla import xla_attention
+from moi_jax.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+# What `auto` takes on each platform, unless the backend refuses.
+AUTOMATIC = {"cpu": "xla", "tpu": "splash", "gpu": "mosaic_gpu"}
 
 
 class AttentionFn(Protocol):
@@ -15,6 +24,11 @@ class AttentionFn(Protocol):
     A backend is hashable and equal to itself, since it is part of what a compiled program is
     cached by. It is traced once for all layers, under scan and rematerialisation, and divides the
     scores by sqrt(N) itself. Padding has segment 0 and positions 0; what comes out there is unused.
+    A segment is one run of equal ids, whose positions rise along the row.
+
+    What the backward pass keeps of the results has the name "context" for rematerialisation
+    (`jax.ad_checkpoint.checkpoint_name`). A policy that saves this name does not run the kernel
+    again.
     """
 
     def __call__(
@@ -36,18 +50,40 @@ class AttentionFn(Protocol):
         ...
 
 
-def choose_attention(name: str, platform: str, mesh: Mesh | None) -> AttentionFn:
-    """Returns the backend that model.attention names, for a platform and a mesh.
+def choose_attention(
+    settings: Model,
+    model: ModelConfig,
+    device: jax.Device,
+    mesh: Mesh | None,
+    dtype: jax.typing.DTypeLike,
+) -> AttentionFn:
+    """Returns the backend that `model.attention` names.
 
     Args:
-      name: auto, or the name of a backend.
-      platform: cpu, gpu or tpu.
+      settings: the section `model` of a config.
+      device: one of the devices on which the model will run; it may be one of a topology.
       mesh: the mesh over which rows and heads are split; None means one device.
+      dtype: of the activations.
 
     Raises:
-      UserError: there is no such backend.
+      UserError: the backend cannot compute this model here. `auto` takes xla instead, with a
+        warning.
     """
-    del platform, mesh  # so far, one backend serves all of them
-    if name in ("auto", "xla"):
-        return xla_attention
-    raise UserError(f"model.attention {name} is not built yet; use auto or xla")
+    automatic = settings.attention == "auto"
+    name = AUTOMATIC.get(device.platform, "xla") if automatic else settings.attention
+    reason = refusal(name, model, device, mesh, dtype)
+    if reason and automatic:
+        log.warning(f"attention is xla, which holds all S x S scores, not {name}: {reason}")
+        name = "xla"
+    elif reason:
+        raise UserError(f"model.attention {name}: {reason}; use auto or xla")
+    # A kernel's packages are imported where it is used; tokamax is an extra.
+    if name == "splash":
+        from moi_jax.models.attention.splash import SplashAttention
+
+        return SplashAttention(settings.splash_blocks, mesh)
+    if name == "mosaic_gpu":
+        from moi_jax.models.attention.mosaic_gpu import MosaicGpuAttention
+
+        return MosaicGpuAttention(mesh)
+    return xla_attention

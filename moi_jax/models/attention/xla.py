@@ -42,5 +42,4 @@ def xla_attention(
         "bkgst,bktn->bkgsn", weights.astype(value.dtype), value, preferred_element_type=wide
     )
     output = (output / total).astype(value.dtype)
-    output = output.transpose(0, 3, 1, 2, 4).reshape(b, s, h, n)
-    return checkpoint_name(output, "context")
+    return checkpoint_name(output.transpose(0, 3, 1, 2, 4).reshape(b, s, h, n), "context")

@@ -22,10 +22,8 @@ from moi_jax.config import Config
 from moi_jax.config.load import apply_override, make_config
 from moi_jax.data.dataset import Dataset
 from moi_jax.data.planning.training_plan import TrainingPlan
-from moi_jax.models.attention import choose_attention
-from moi_jax.models.compute import Compute
+from moi_jax.models.compute import make_compute
 from moi_jax.models.decoder import Bind, make_model
-from moi_jax.models.remat import remat_policy
 from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
@@ -196,9 +194,7 @@ def open_run(
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     check_rows(rows, mesh, "the microbatch of the run,")
     check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
-    attention = choose_attention(config.model.attention, devices[0].platform, mesh)
-    remat = remat_policy(config.model.remat, config.model.remat_tensors)
-    compute = Compute(config.model.compute_dtype, remat, attention)
+    compute = make_compute(config.model, items.model, devices[0], mesh)
     return SavedRun(
         directory=directory,
         steps=steps,

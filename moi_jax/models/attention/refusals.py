@@ -1,0 +1,72 @@
+"""What each attention backend cannot compute, said before anything is compiled."""
+
+import importlib.metadata
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moi_jax.models.config import ModelConfig
+
+TOKAMAX = "0.0.12"  # has the kernels that mosaic_gpu calls; setup.cfg pins the same version
+
+
+def refusal(
+    name: str,
+    model: ModelConfig,
+    device: jax.Device,
+    mesh: Mesh | None,
+    dtype: jax.typing.DTypeLike,
+) -> str | None:
+    """Returns why a backend cannot compute a model's attention, or None if it can.
+
+    Args:
+      name: xla, which can compute everything, splash or mosaic_gpu.
+      device: one of the devices of the mesh.
+      dtype: of the activations.
+    """
+    if name == "xla":
+        return None
+    reasons = {"splash": _splash, "mosaic_gpu": _mosaic_gpu}[name]
+    found = [*reasons(model, device, jnp.dtype(dtype).name)]
+    if mesh is not None and mesh.shape.get("context", 1) > 1:
+        found.append("it is not built for rows that mesh.context splits")
+    return found[0] if found else None
+
+
+def _splash(model: ModelConfig, device: jax.Device, dtype: str) -> Iterator[str]:
+    if device.platform != "tpu":
+        yield f"it runs on a TPU, and the device is a {device.platform.upper()}"
+    if dtype not in ("bfloat16", "float32"):
+        yield f"it computes in bfloat16 or float32, not in {dtype}"
+    if model.head_dim > 256:  # the widest heads that were compiled
+        yield f"it takes heads of up to 256, and the model's are {model.head_dim} wide"
+
+
+def _mosaic_gpu(model: ModelConfig, device: jax.Device, dtype: str) -> Iterator[str]:
+    if device.platform != "gpu":
+        yield f"it runs on a GPU, and the device is a {device.platform.upper()}"
+    # Blackwell is 10.0. There, tokamax's backward kernel with k_start needs more shared memory than
+    # there is for heads of 128, and adds the queries' gradient in no fixed order.
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != "9.0":
+        yield f"it runs on compute capability 9.0 (H100, H200), and this GPU's is {capability}"
+    if dtype != "bfloat16":
+        yield f"it computes in bfloat16, not in {dtype}"
+    if model.head_dim > 128:  # what the shared memory holds with the tiles that are fixed
+        yield f"it takes heads of up to 128, and the model's are {model.head_dim} wide"
+    installed = _installed("tokamax")
+    if installed != TOKAMAX:
+        yield (
+            f"it calls kernels of tokamax {TOKAMAX}, and {installed or 'none'} is installed (pip "
+            f"install 'moi_jax[mosaic_gpu]')"
+        )
+
+
+def _installed(package: str) -> str | None:
+    """Returns the version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

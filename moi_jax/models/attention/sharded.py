@@ -1,0 +1,64 @@
+"""What the kernels share: they run on the rows and heads of a device, whose rows they pad."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moi_jax.parallel.axes import partition_spec
+
+# Attention of one device: query [B, S, H, N], key and value [B, S, K, N], segment_ids int32[B, S].
+LocalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def attend_on_mesh(
+    local: LocalAttention,
+    mesh: Mesh | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """Computes `local` for the rows and heads that each device holds.
+
+    XLA cannot partition a kernel by itself. Rows and heads need nothing from one another, so a
+    device computes its own and nothing is communicated. What does not divide over the mesh is
+    computed by each device.
+
+    Args:
+      mesh: the mesh that the arrays are laid out on; None means one device.
+      query: [B, S, H, N]; key, value: [B, S, K, N]; segment_ids: int32[B, S].
+
+    Returns:
+      [B, S, H, N] in the query's dtype.
+    """
+    if mesh is None:
+        return local(query, key, value, segment_ids)
+    sizes = dict(mesh.shape)
+    of_query = partition_spec(("batch", None, "heads", None), query.shape, sizes)
+    of_key = partition_spec(("batch", None, "kv_heads", None), key.shape, sizes)
+    if of_query != of_key:
+        # The query heads are split and the KV heads do not divide. Each query head gets its own
+        # copy of its KV head, so that a device has the ones that its query heads need.
+        group = query.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(heads, group, axis=2) for heads in (key, value))
+    of_ids = partition_spec(("batch", None), segment_ids.shape, sizes)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(of_query, of_query, of_query, of_ids),
+        out_specs=of_query,
+        check_vma=False,  # the kernels do not say which mesh axes their outputs vary over
+    )(query, key, value, segment_ids)
+
+
+def pad_rows(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Appends zeros to arrays [B, S, ...] until S is a multiple.
+
+    No token of a row sees what is added behind it, and its gradient is zero.
+    """
+    count = -arrays[0].shape[1] % multiple
+    return tuple(
+        jnp.pad(array, [(0, 0), (0, count)] + [(0, 0)] * (array.ndim - 2)) for array in arrays
+    )
