@@ -20,8 +20,8 @@ def main() -> int:
     if args.check:
         return _check(args.check)
 
-    _refuse_processes()
     prepare_jax(COMPILATION_CACHE)  # a replay needs the flags of the run
+    _refuse_processes()
 
     import jax
 
