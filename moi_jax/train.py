@@ -37,7 +37,9 @@ def main() -> int:
         help="settings that override FILE",
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved config, and the flags of XLA, and exit"
+        "--print-config",
+        action="store_true",
+        help="print the resolved config, the flags of XLA as comments, and exit",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="start over; an old run is moved aside, not deleted"

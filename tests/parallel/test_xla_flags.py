@@ -27,7 +27,8 @@ FOR_TPU = """
 import jax
 from jax.experimental import topologies
 [chip, *_] = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
-square = jax.ShapeDtypeStruct((128, 128), "bfloat16", sharding=jax.sharding.SingleDeviceSharding(chip))
+place = jax.sharding.SingleDeviceSharding(chip)
+square = jax.ShapeDtypeStruct((128, 128), "bfloat16", sharding=place)
 jax.jit(lambda x: x @ x).lower(square).compile()
 """
 FOR_CPU = "import jax; print(jax.jit(lambda x: x + 1)(1), jax.config.jax_optimization_level)"
