@@ -1,0 +1,423 @@
+"""What one GPU of 80 GB does with this code, in at most six minutes and without a network.
+
+    python benchmarks/gpu.py all --out DIR
+    python benchmarks/gpu.py all --out DIR --dry    # tiny sizes, on any device; the tests run it
+
+The parts, in order of worth; each is a command of its own too:
+
+    contract   the attention kernel against a float64 oracle, and no bit leaks between segments
+    attention  its speed beside XLA's, and beside the card's rate of matrix products
+    train      the train step of Qwen2.5-1.5B, full fine-tuning: tokens/s, MFU, memory
+    largest    the same for the largest model of LARGEST that fits
+    greedy     greedy tokens in float32, equal to the CPU's
+
+Each part is a process, so that its peak memory is its own, and writes DIR/PART.json after each of
+its results. A part that lacks a package says SKIPPED and why; the others run. Without a network,
+bring the packages as wheels: `pip download '.[cuda]' tokamax==0.0.12 -d wheels` on another machine,
+then `pip install --no-index --find-links wheels ...` here.
+
+Rows have made-up segments, as long as chunks of the public sets are on average. With --config they
+are the first rows of that config, whose data must be prepared.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+MINUTES = 6
+CHUNK = 1255  # tokens of a mean chunk, see docs/benchmarks.md
+# (model, batch rows), the largest first. 16 bytes a parameter: float32 parameters, gradients and
+# two moments.
+LARGEST = (("qwen3-4b", 2), ("qwen2.5-3b", 4))
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large the parts are; `DRY` runs in seconds on a CPU."""
+
+    lengths: tuple[int, ...] = (4096, 8192)
+    heads: tuple[tuple[int, int], ...] = ((28, 4), (32, 32))
+    width: int = 128
+    matmul: int = 8192
+    calls: int = 10
+    model: str = "qwen2.5-1.5b"
+    rows: int = 8
+    steps: int = 6
+    largest: tuple[tuple[str, int], ...] = LARGEST
+    sampled: str = "qwen2.5-0.5b"
+    new_tokens: int = 32
+
+
+DRY = Sizes(
+    lengths=(128,), heads=((4, 2),), width=32, matmul=256, calls=2, model="tiny", rows=2, steps=2,
+    largest=(("tiny", 2),), sampled="tiny", new_tokens=4,
+)  # fmt: skip
+
+
+def kernel() -> tuple[str, Any]:
+    """The attention of this device and its name: a kernel on a GPU, else XLA's.
+
+    Raises:
+      ImportError: the kernel's package is missing.
+    """
+    import jax
+
+    from moi_jax.models.attention.xla import xla_attention
+
+    if jax.default_backend() != "gpu":
+        return "xla", xla_attention
+    import tokamax  # noqa: F401
+
+    from moi_jax.models.attention.mosaic_gpu import MosaicGpuAttention
+
+    return "mosaic_gpu", MosaicGpuAttention()
+
+
+def kernel_or_xla() -> tuple[str, Any]:
+    """The same, or XLA's attention where the kernel's package is missing."""
+    from moi_jax.models.attention.xla import xla_attention
+
+    try:
+        return kernel()
+    except ImportError as error:
+        print(f"mosaic_gpu SKIPPED: {error}; attention is XLA's", flush=True)
+        return "xla", xla_attention
+
+
+def contract(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
+    from moi_jax.models.attention.contract import Case, cases, run_contract
+
+    name, attend = kernel()
+    chosen = [Case(4, 2, ((1, 2, 63), (65,)), 128, 32, "float32")] if args.dry else cases()
+    for case in chosen:
+        found = run_contract(attend, [case])
+        yield {
+            "backend": name,
+            "case": str(case),
+            "passed": all(result.passed for result in found),
+            "checks": [str(result) for result in found],
+        }
+
+
+def attention(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
+    """Forward, and forward + backward, in bfloat16. Operations: two products for each pair in use
+    forward and four backward, without those that a kernel computes again."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from moi_jax.models.attention.xla import xla_attention
+
+    size = (sizes.matmul, sizes.matmul)
+    matrix = jax.random.normal(jax.random.key(0), size, jnp.bfloat16)
+    product = seconds(jax.jit(jnp.matmul), (matrix, matrix), sizes.calls)
+    rate = 2 * sizes.matmul**3 / product
+    yield {"matmul": sizes.matmul, "tflops": rate / 1e12}
+    name, attend = kernel_or_xla()
+    backends = {name: attend, "xla": xla_attention}
+    for length in sizes.lengths:
+        for heads, kv_heads in sizes.heads:
+            rng = np.random.default_rng(0)
+            rows = max(sizes.lengths) // length
+            shapes = [(rows, length, n, sizes.width) for n in (heads, kv_heads, kv_heads, heads)]
+            *inputs, gradient = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes)
+            ids, positions, segments = packed_rows(rng, rows, length)
+            pairs = sum(n * (n + 1) // 2 for n in segments)
+            for label, function in backends.items():
+                timed = time_attention(function, inputs, gradient, ids, positions, sizes.calls)
+                for passes, (direction, took) in zip((1, 3), timed.items(), strict=True):
+                    done = 4 * passes * pairs * heads * sizes.width / took
+                    yield {
+                        "backend": label, "S": length, "rows": rows, "heads": f"{heads}/{kv_heads}",
+                        "direction": direction, "ms": took * 1e3, "useful_tflops": done / 1e12,
+                        "of_matmul": done / rate,
+                    }  # fmt: skip
+
+
+def time_attention(
+    function: Callable, inputs: Sequence, gradient: Any, ids: Any, positions: Any, calls: int
+) -> dict[str, float]:
+    """Seconds of a forward pass, and of a forward and backward pass."""
+    import jax
+
+    def forward(*heads: Any) -> Any:
+        return function(*heads, ids, positions)
+
+    def both(*heads: Any) -> Any:
+        output, pull = jax.vjp(forward, *heads)
+        return output, pull(gradient)
+
+    return {
+        "forward": seconds(jax.jit(forward), inputs, calls),
+        "forward + backward": seconds(jax.jit(both), inputs, calls),
+    }
+
+
+def train(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
+    yield train_step(sizes.model, sizes.rows, args, sizes)
+
+
+def largest(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
+    for model, rows in sizes.largest:
+        result = train_step(model, rows, args, sizes)
+        yield result
+        if result["fits"]:
+            return
+
+
+def train_step(name: str, rows: int, args: argparse.Namespace, sizes: Sizes) -> Result:
+    """Compiles the real train step, and runs it if the compiler's figure fits the device."""
+    import jax
+    import numpy as np
+
+    from moi_jax import config as config_lib
+    from moi_jax.models.compute import Compute, resolve_dtype
+    from moi_jax.models.decoder import make_model
+    from moi_jax.models.flops import causal_pairs
+    from moi_jax.models.parameters import random_parameters
+    from moi_jax.models.presets import preset
+    from moi_jax.parallel.mesh import make_mesh
+    from moi_jax.parallel.placing import place_batch
+    from moi_jax.training.device_figures import DeviceFigures, Work
+    from moi_jax.training.optimizer import make_optimizer, make_schedule
+    from moi_jax.training.state import abstract_state, new_state
+    from moi_jax.training.step import make_train_step
+
+    device, model = jax.devices()[0], preset(name)
+    mesh = make_mesh(config_lib.Mesh(), [device])
+    attention_name, attend = kernel_or_xla()
+    remat = config_lib.Model().remat
+    compute = Compute(resolve_dtype("auto", device.platform), remat, attend)
+    bind, settings = make_model(model, compute), config_lib.Optimizer()
+    optimizer, schedule = make_optimizer(settings, model), make_schedule(settings, 1000)
+    step = make_train_step(model, bind, optimizer, schedule, 4, mesh)
+    batch, segments = first_batch(args, rows, sizes.lengths[0], model.vocab_size)
+    tokens, length = int((batch.segment_ids > 0).sum()), batch.tokens.shape[1]
+    batch, limit = place_batch(batch, np.arange(rows), rows, mesh), np.float32(np.inf)
+    abstract = abstract_state(model, optimizer, "float32", mesh)
+    with jax.set_mesh(mesh):
+        started = time.monotonic()
+        compiled = step.lower(abstract, batch, limit).compile()  # type: ignore[attr-defined]
+        result: Result = {
+            "model": name, "rows": rows, "S": length, "tokens": tokens, "remat": remat,
+            "attention": attention_name, "compile_seconds": time.monotonic() - started,
+        }  # fmt: skip
+        memory = compiled.memory_analysis()
+        needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        has = (device.memory_stats() or {}).get("bytes_limit", needs)
+        result |= {"compiler_bytes": needs, "limit_bytes": has, "fits": needs <= has}
+        result |= planned_bytes(args.out, name, rows, length, device.device_kind)
+        if needs > has:
+            return result
+        parameters = random_parameters(model, 0, "float32", mesh)
+        state, took = new_state(model, optimizer, parameters, mesh), []
+        del parameters
+        for _ in range(sizes.steps + 1):
+            started = time.monotonic()
+            state, metrics = compiled(state, batch, limit)
+            loss = float(metrics["loss"])
+            took.append(time.monotonic() - started)
+    typical = median(took[1:])
+    work = Work(rows, tokens, causal_pairs(segments), typical)
+    return result | {
+        "loss": loss, "step_seconds": typical, "tokens_per_second": tokens / typical,
+        **DeviceFigures(model, length, mesh).record(work),
+    }  # fmt: skip
+
+
+def first_batch(args: argparse.Namespace, rows: int, length: int, vocab: int) -> tuple[Any, Any]:
+    """A numpy batch [rows, length] and the lengths of its segments."""
+    import numpy as np
+
+    from moi_jax.data.loader import Batch
+
+    if args.config:
+        from moi_jax.config.load import load_config
+        from moi_jax.training.batches import batches
+
+        batch = next(batches(load_config(args.config, [f"train.global_batch_rows={rows}"])))
+        real = [ids[ids > 0] for ids in batch.segment_ids]
+        return batch, np.concatenate([np.bincount(ids)[1:] for ids in real])
+    rng = np.random.default_rng(0)
+    ids, positions, segments = packed_rows(rng, rows, length)
+    real = ids > 0
+    tokens, targets = rng.integers(0, vocab, (2, rows, length)).astype(np.int32)
+    weights = (rng.random((rows, length)) < 0.5) * real
+    domains = np.where(real, 0, -1).astype(np.int32)
+    batch = Batch(tokens, targets, ids, positions, domains, weights.astype(np.float32))
+    return batch, segments
+
+
+def packed_rows(rng: Any, rows: int, length: int) -> tuple[Any, Any, Any]:
+    """Rows of segments of about CHUNK tokens, at most a third of a row: ids, positions, lengths."""
+    import numpy as np
+
+    ids, positions = np.zeros((2, rows, length), np.int32)
+    segments = []
+    for row in range(rows):
+        start = 0
+        while start < length:
+            drawn = int(rng.lognormal(np.log(min(CHUNK, length / 3)) - 0.125, 0.5)) + 1
+            end = min(start + drawn, length)
+            ids[row, start:end] = ids[row, start - 1] + 1 if start else 1
+            positions[row, start:end] = np.arange(end - start)
+            segments.append(end - start)
+            start = end
+    return ids, positions, np.array(segments)
+
+
+def planned_bytes(out: Path, model: str, rows: int, length: int, device_kind: str) -> Result:
+    """What `moi_jax.plan` says of the peak memory, which it knows by arithmetic for GPUs."""
+    from moi_jax.parallel.chips import chip_of
+
+    if (chip := chip_of(device_kind)) is None:
+        return {}
+    config = out / f"plan_{model}.json"  # JSON is YAML
+    source = {"name": "chat", "sources": [{"path": "chat.jsonl"}]}
+    sections = {
+        "model": {"preset": model},
+        "data": {"sequence_length": length, "domains": [source]},
+        "train": {"steps": 100, "global_batch_rows": rows},
+    }
+    config.write_text(json.dumps(sections))
+    command = ["-m", "moi_jax.plan", "--config", config, "--topology", f"{chip.name}:1", "--json"]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    if done.returncode:
+        return {"plan": f"SKIPPED: {done.stderr.strip().splitlines()[-1]}"}
+    return {"plan_bytes": json.loads(done.stdout)["per_chip"]["peak_bytes"]}
+
+
+def greedy(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
+    """A model of 4 layers with wide random weights, so that the likeliest token leads by far."""
+    import jax
+    import numpy as np
+
+    from moi_jax.models.compute import Compute
+    from moi_jax.models.decoder import make_model
+    from moi_jax.models.parameters import random_parameters
+    from moi_jax.models.presets import preset
+    from moi_jax.sampling.requests import Request
+    from moi_jax.sampling.sampler import Sampler
+
+    model = dataclasses.replace(preset(sizes.sampled), num_layers=4, initializer_range=0.2)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, model.vocab_size, n).tolist() for n in (5, 17, 64, 100)]
+    requests = [Request(prompt, max_new_tokens=sizes.new_tokens) for prompt in prompts]
+    cpu, device = jax.devices("cpu")[0], jax.devices()[0]
+    with jax.default_device(cpu):
+        parameters = jax.device_get(random_parameters(model, 0, "float32"))
+    answers = []
+    for place in (cpu, device):
+        # Without it a GPU multiplies float32 in 19 bits (TF32).
+        with jax.default_device(place), jax.default_matmul_precision("highest"):
+            sampler = Sampler(
+                make_model(model, Compute("float32", "none")), model, stop_ids=(),
+                vocab_size=model.vocab_size, decode=str, slots=4, context=256,
+            )  # fmt: skip
+            done = sampler.run(jax.device_put(parameters, place), requests)
+            answers.append({number: list(answer.tokens) for number, answer in done})
+    yield {"model": sizes.sampled, "prompts": len(prompts), "equal": answers[0] == answers[1],
+           "tokens": answers}  # fmt: skip
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Sizes], Iterator[Result]]] = {
+    "contract": contract, "attention": attention, "train": train, "largest": largest,
+    "greedy": greedy,
+}  # fmt: skip
+
+
+def seconds(function: Callable, arguments: Sequence, calls: int) -> float:
+    """The median time of a call, over five rounds after one that compiles."""
+    import jax
+
+    jax.block_until_ready(function(*arguments))
+    rounds = []
+    for _ in range(5):
+        started = time.monotonic()
+        outputs = [function(*arguments) for _ in range(calls)]
+        jax.block_until_ready(outputs)
+        rounds.append((time.monotonic() - started) / calls)
+    return median(rounds)
+
+
+def run_part(name: str, args: argparse.Namespace) -> int:
+    """Runs a part in this process, and writes its JSON after each result.
+
+    Returns:
+      1 if a result is wrong, else 0.
+    """
+    from moi_jax.parallel.xla_flags import apply_flags, likely_platform
+
+    apply_flags(likely_platform())
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
+    import jax
+
+    started, results = time.monotonic(), []
+    report: Result = {"part": name, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+    def write(status: str, **more: Any) -> None:
+        report.update(status=status, seconds=time.monotonic() - started, results=results, **more)
+        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1))
+
+    write("running")
+    try:
+        for result in PARTS[name](args, DRY if args.dry else Sizes()):
+            results.append(result)
+            write("running")
+            print(name, json.dumps(result), flush=True)
+    except ImportError as error:
+        write("skipped", reason=str(error))
+        print(f"{name} SKIPPED: {error}", flush=True)
+        return 0
+    except Exception as error:
+        write("failed", reason=repr(error))
+        raise
+    write("done")
+    return int(any(False in (result.get("passed"), result.get("equal")) for result in results))
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Runs all parts, each in a process of its own, until the time is over."""
+    end, status = time.monotonic() + 60 * MINUTES, 0
+    options = [
+        *(["--dry"] if args.dry else []),
+        *(["--config", args.config] if args.config else []),
+    ]
+    for name in PARTS:
+        command = [sys.executable, __file__, name, "--out", str(args.out), *options]
+        try:
+            status |= subprocess.run(command, timeout=max(0, end - time.monotonic())).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{name} SKIPPED: {MINUTES} minutes are over; what it had is in {name}.json")
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("all", *PARTS))
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes")
+    parser.add_argument("--config", metavar="FILE", help="a config whose rows are trained on")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.part == "all":
+        return run_all(args)
+    return run_part(args.part, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
