@@ -163,79 +163,28 @@ def time_attention(
 
 
 def train(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
-    yield train_step(sizes.model, sizes.rows, args, sizes)
+    yield time_train_step(sizes.model, sizes.rows, args, sizes)
 
 
 def largest(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
     for model, rows in sizes.largest:
-        result = train_step(model, rows, args, sizes)
+        result = time_train_step(model, rows, args, sizes)
         yield result
         if result["fits"]:
             return
 
 
-def train_step(name: str, rows: int, args: argparse.Namespace, sizes: Sizes) -> Result:
-    """Compiles the real train step, and runs it if the compiler's figure fits the device."""
-    import jax
-    import numpy as np
+def time_train_step(model: str, rows: int, args: argparse.Namespace, sizes: Sizes) -> Result:
+    """The figures of `gpu_train_step`, with the attention that it had."""
+    from gpu_train_step import train_step
 
-    from moi_jax import config as config_lib
-    from moi_jax.models.compute import Compute, resolve_dtype
-    from moi_jax.models.decoder import make_model
-    from moi_jax.models.flops import causal_pairs
-    from moi_jax.models.parameters import random_parameters
-    from moi_jax.models.presets import preset
-    from moi_jax.parallel.mesh import make_mesh
-    from moi_jax.parallel.placing import place_batch
-    from moi_jax.training.device_figures import DeviceFigures, Work
-    from moi_jax.training.optimizer import make_optimizer, make_schedule
-    from moi_jax.training.state import abstract_state, new_state
-    from moi_jax.training.step import make_train_step
-
-    device, model = jax.devices()[0], preset(name)
-    mesh = make_mesh(config_lib.Mesh(), [device])
-    attention_name, attend = kernel_or_xla()
-    remat = config_lib.Model().remat
-    compute = Compute(resolve_dtype("auto", device.platform), remat, attend)
-    bind, settings = make_model(model, compute), config_lib.Optimizer()
-    optimizer, schedule = make_optimizer(settings, model), make_schedule(settings, 1000)
-    step = make_train_step(model, bind, optimizer, schedule, 4, mesh)
-    batch, segments = first_batch(args, rows, sizes.lengths[0], model.vocab_size)
-    tokens, length = int((batch.segment_ids > 0).sum()), batch.tokens.shape[1]
-    batch, limit = place_batch(batch, np.arange(rows), rows, mesh), np.float32(np.inf)
-    abstract = abstract_state(model, optimizer, "float32", mesh)
-    with jax.set_mesh(mesh):
-        started = time.monotonic()
-        compiled = step.lower(abstract, batch, limit).compile()  # type: ignore[attr-defined]
-        result: Result = {
-            "model": name, "rows": rows, "S": length, "tokens": tokens, "remat": remat,
-            "attention": attention_name, "compile_seconds": time.monotonic() - started,
-        }  # fmt: skip
-        memory = compiled.memory_analysis()
-        needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        has = (device.memory_stats() or {}).get("bytes_limit", needs)
-        result |= {"compiler_bytes": needs, "limit_bytes": has, "fits": needs <= has}
-        result |= planned_bytes(args.out, name, rows, length, device.device_kind)
-        if needs > has:
-            return result
-        parameters = random_parameters(model, 0, "float32", mesh)
-        state, took = new_state(model, optimizer, parameters, mesh), []
-        del parameters
-        for _ in range(sizes.steps + 1):
-            started = time.monotonic()
-            state, metrics = compiled(state, batch, limit)
-            loss = float(metrics["loss"])
-            took.append(time.monotonic() - started)
-    typical = median(took[1:])
-    work = Work(rows, tokens, causal_pairs(segments), typical)
-    return result | {
-        "loss": loss, "step_seconds": typical, "tokens_per_second": tokens / typical,
-        **DeviceFigures(model, length, mesh).record(work),
-    }  # fmt: skip
+    attention, attend = kernel_or_xla()
+    batch = first_batch(args, rows, sizes.lengths[0])
+    return {"attention": attention} | train_step(model, batch, attend, sizes.steps, args.out)
 
 
-def first_batch(args: argparse.Namespace, rows: int, length: int, vocab: int) -> tuple[Any, Any]:
-    """A numpy batch [rows, length] and the lengths of its segments."""
+def first_batch(args: argparse.Namespace, rows: int, length: int) -> Any:
+    """A numpy batch [rows, length]: of the config, or made up. Every vocabulary has its tokens."""
     import numpy as np
 
     from moi_jax.data.loader import Batch
@@ -244,17 +193,13 @@ def first_batch(args: argparse.Namespace, rows: int, length: int, vocab: int) ->
         from moi_jax.config.load import load_config
         from moi_jax.training.batches import batches
 
-        batch = next(batches(load_config(args.config, [f"train.global_batch_rows={rows}"])))
-        real = [ids[ids > 0] for ids in batch.segment_ids]
-        return batch, np.concatenate([np.bincount(ids)[1:] for ids in real])
+        return next(batches(load_config(args.config, [f"train.global_batch_rows={rows}"])))
     rng = np.random.default_rng(0)
-    ids, positions, segments = packed_rows(rng, rows, length)
-    real = ids > 0
-    tokens, targets = rng.integers(0, vocab, (2, rows, length)).astype(np.int32)
-    weights = (rng.random((rows, length)) < 0.5) * real
-    domains = np.where(real, 0, -1).astype(np.int32)
-    batch = Batch(tokens, targets, ids, positions, domains, weights.astype(np.float32))
-    return batch, segments
+    ids, positions, _ = packed_rows(rng, rows, length)
+    tokens, targets = rng.integers(0, 2048, (2, rows, length)).astype(np.int32)
+    weights = rng.random((rows, length)) < 0.5
+    domains = np.zeros((rows, length), np.int32)
+    return Batch(tokens, targets, ids, positions, domains, weights.astype(np.float32))
 
 
 def packed_rows(rng: Any, rows: int, length: int) -> tuple[Any, Any, Any]:
@@ -273,30 +218,6 @@ def packed_rows(rng: Any, rows: int, length: int) -> tuple[Any, Any, Any]:
             segments.append(end - start)
             start = end
     return ids, positions, np.array(segments)
-
-
-def planned_bytes(out: Path, model: str, rows: int, length: int, device_kind: str) -> Result:
-    """What `moi_jax.plan` says of the peak memory, which it knows by arithmetic for GPUs."""
-    from moi_jax.parallel.chips import chip_of
-
-    if (chip := chip_of(device_kind)) is None:
-        return {}
-    config = out / f"plan_{model}.json"  # JSON is YAML
-    source = {"name": "chat", "sources": [{"path": "chat.jsonl"}]}
-    sections = {
-        "model": {"preset": model},
-        "data": {"sequence_length": length, "domains": [source]},
-        "train": {"steps": 100, "global_batch_rows": rows},
-    }
-    config.write_text(json.dumps(sections))
-    command = ["-m", "moi_jax.plan", "--config", config, "--topology", f"{chip.name}:1", "--json"]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    if done.returncode:
-        return {"plan": f"SKIPPED: {done.stderr.strip().splitlines()[-1]}"}
-    return {"plan_bytes": json.loads(done.stdout)["per_chip"]["peak_bytes"]}
 
 
 def greedy(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:

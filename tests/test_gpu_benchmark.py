@@ -1,6 +1,6 @@
 """benchmarks/gpu.py with tiny sizes on the CPU: each part runs and leaves its file."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 from types import SimpleNamespace
@@ -9,15 +9,13 @@ import pytest
 
 from support.runs import ROOT
 
-SCRIPT = ROOT / "benchmarks" / "gpu.py"
-
 
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
-    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("gpu")
+    monkeypatch.setattr(module, "PARTS", dict(module.PARTS))
     return module
 
 
