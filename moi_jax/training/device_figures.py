@@ -51,7 +51,7 @@ class DeviceFigures:
             full = usual_flops(self._model, work.rows, self._sequence_length).total
             record["mfu"] = step_flops(self._model, work.tokens, work.pairs).total / most
             record["mfu_full_causal"] = full / most
-        if peak := max(map(_peak_memory, self._local)):
+        if peak := max(map(_peak_memory, self._local), default=0):
             record["peak_device_memory_bytes"] = peak
         return record
 
