@@ -6,8 +6,10 @@ from pathlib import Path
 
 from moi_jax.cli.arguments import COUNT, POSITIVE, text
 from moi_jax.cli.command import run_command
+from moi_jax.cli.jax_environment import prepare_jax
 from moi_jax.common.deterministic import ask_for_determinism
 from moi_jax.common.errors import UserError
+from moi_jax.config.training import COMPILATION_CACHE
 
 # Not __name__, which is __main__ in a command.
 log = logging.getLogger("moi_jax.audit")
@@ -18,6 +20,7 @@ def main() -> int:
     if args.check:
         return _check(args.check)
 
+    prepare_jax(COMPILATION_CACHE)  # a replay needs the flags of the run
     _refuse_processes()
 
     import jax

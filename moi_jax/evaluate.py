@@ -16,6 +16,8 @@ from moi_jax.cli.arguments import (
 )
 from moi_jax.cli.command import run_command
 from moi_jax.cli.hosts import check_same_command, join_hosts
+from moi_jax.cli.jax_environment import prepare_jax
+from moi_jax.config.training import COMPILATION_CACHE
 from moi_jax.evaluation.options import (
     HELD_OUT,
     BenchmarkOptions,
@@ -34,6 +36,7 @@ def main() -> int:
     args = _parser().parse_args()
     request = _request(args)
     check_request(request)  # before jax starts, which takes long
+    prepare_jax(COMPILATION_CACHE)
 
     import jax
 

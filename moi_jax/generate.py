@@ -17,8 +17,10 @@ from moi_jax.cli.arguments import (
 )
 from moi_jax.cli.command import run_command
 from moi_jax.cli.hosts import check_same_command, join_hosts
+from moi_jax.cli.jax_environment import prepare_jax
 from moi_jax.cli.signals import interrupts_end_answers
 from moi_jax.common.errors import UserError
+from moi_jax.config.training import COMPILATION_CACHE
 
 if TYPE_CHECKING:
     from moi_jax.checkpoints.opener import OpenCheckpoint
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     args = _arguments()
+    prepare_jax(COMPILATION_CACHE)
 
     from moi_jax.common.log import show_logs
     from moi_jax.config import Cluster

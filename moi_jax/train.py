@@ -9,8 +9,10 @@ from pathlib import Path
 from moi_jax.cli.arguments import add_hosts, text
 from moi_jax.cli.command import run_command
 from moi_jax.cli.hosts import join_hosts, mistakes_told_to_hosts
+from moi_jax.cli.jax_environment import prepare_jax
 from moi_jax.cli.signals import StopSignals
 from moi_jax.common.deterministic import ask_for_determinism
+from moi_jax.parallel.xla_flags import describe_flags, likely_platform
 
 # Not __name__, which is __main__ in a command. A line that cannot be written is left out of the
 # log, while print() would raise: the run ends as it should, whatever became of standard output.
@@ -35,7 +37,9 @@ def main() -> int:
         help="settings that override FILE",
     )
     parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved config and exit"
+        "--print-config",
+        action="store_true",
+        help="print the resolved config, the flags of XLA as comments, and exit",
     )
     parser.add_argument(
         "--print-sharding",
@@ -64,13 +68,14 @@ def main() -> int:
     with mistakes_told_to_hosts(args):
         config = load_config(args.config, args.overrides)
     if args.print_config:
-        print(config.to_yaml(), end="")
+        print(config.to_yaml() + describe_flags(likely_platform()), end="")
         return 0
     if args.print_sharding:
         from moi_jax.training.sharding import print_sharding
 
         print_sharding(config)
         return 0
+    prepare_jax(config.train.compilation_cache)
     if config.train.deterministic:
         ask_for_determinism()
 

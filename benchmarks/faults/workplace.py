@@ -49,7 +49,15 @@ checkpoint: {{every: {every}, keep_last: 3}}
 logging: {{run_dir: run, every: 1}}
 """
 # What the keys that depend on the time of things begin with.
-TIMINGS = ("tokens_per_second", "loss_tokens_per_second", "time/", "goodput", "written")
+TIMINGS = (
+    "tokens_per_second",
+    "loss_tokens_per_second",
+    "mfu",
+    "peak_device_memory_bytes",
+    "time/",
+    "goodput",
+    "written",
+)
 
 
 class Skip(Exception):

@@ -40,6 +40,9 @@ class Config(Section):
         model = filled["model"]
         if isinstance(model, dict) and not model.get("init_from") and not model.get("preset"):
             filled["model"] = {**model, "preset": "qwen-7b"}
+        data, train = filled["data"], filled["train"]
+        if isinstance(data, dict) and isinstance(train, dict) and data.get("cache_dir"):
+            filled["train"] = {"compilation_cache": f"{data['cache_dir']}/xla", **train}
         return {**values, **filled}
 
     @model_validator(mode="after")

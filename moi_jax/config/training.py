@@ -1,10 +1,14 @@
 """The sections `loss`, `optimizer`, `mesh` and `train`: how the model is trained."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from moi_jax.config.section import Count, FloatType, Positive, Section
+
+# Of commands without a config of the run, too.
+COMPILATION_CACHE = Path("~/.cache/moi_jax/xla")
 
 
 class Loss(Section):
@@ -72,6 +76,8 @@ class Train(Section):
     microbatch_rows: Positive | None = None  # null: global_batch_rows, no accumulation
     seed: Count = 0
     deterministic: bool = False  # asks the GPU compiler for run-to-run identical results
+    # Where jax keeps compiled programs: xla/ in data.cache_dir by default; null: nowhere.
+    compilation_cache: Path | None = COMPILATION_CACHE
     sample_prompts: tuple[SamplePrompt, ...] = ()
     sample_every: Count = 0  # 0: before and after training only
     sample_max_new_tokens: Positive = 64

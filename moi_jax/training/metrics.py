@@ -190,7 +190,7 @@ class StepWindow:
     def restart(self) -> None:
         """Starts an empty window now."""
         self._sums: dict[str, np.ndarray] = {}
-        self._rows = 0
+        self.rows = 0
         self._started = time.monotonic()
         self._paused = 0.0
 
@@ -203,12 +203,17 @@ class StepWindow:
         weighted = {"weighted": metrics["loss"] * metrics["weights"], **metrics}
         for key in ("weighted", *SUMMED):
             self._sums[key] = self._sums.get(key, 0) + np.asarray(weighted[key], np.float64)
-        self._rows += rows
+        self.rows += rows
 
     @property
     def empty(self) -> bool:
         """Whether no step was added yet."""
         return not self._sums
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in the batches."""
+        return int(self._sums["tokens"])
 
     @property
     def seconds(self) -> float:
@@ -223,7 +228,7 @@ class StepWindow:
             "token_loss": _ratio(sums["nll"], sums["loss_tokens"]),
             "tokens_per_second": float(sums["tokens"]) / seconds,
             "loss_tokens_per_second": float(sums["loss_tokens"]) / seconds,
-            "fill": _ratio(sums["tokens"], np.asarray(self._rows * self._sequence_length)),
+            "fill": _ratio(sums["tokens"], np.asarray(self.rows * self._sequence_length)),
         }
         for index, name in enumerate(self._domains):
             record[f"domain/{name}/loss"] = _ratio(
@@ -239,12 +244,23 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
     return float(numerator / denominator) if denominator > 0 else math.nan
 
 
-def log_step(record: Record, steps: int, seconds_a_step: float) -> None:
-    """Logs one line: step, loss, learning rate, throughput, fill, time left."""
+def log_step(
+    record: Record, steps: int, seconds_a_step: float, waited: float, compiled: float
+) -> None:
+    """Logs one line: step, loss, learning rate, throughput, fill, what it cost, time left.
+
+    Args:
+      waited, compiled: seconds since the line before, for data and for programs.
+    """
     left = timedelta(seconds=round((steps - record["step"]) * seconds_a_step))
+    cost = f"data wait {waited:.1f} s"
+    cost += f"  compile {compiled:.1f} s" if compiled >= 0.05 else ""
+    cost += f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+    if peak := record.get("peak_device_memory_bytes"):
+        cost += f"  memory {peak / 2**30:.2f} GiB"
     log.info(
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}  "
         f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
         f"{record['loss_tokens_per_second']:,.0f} loss tokens/s  fill {record['fill']:.1%}  "
-        f"left {left}"
+        f"{cost}  left {left}"
     )

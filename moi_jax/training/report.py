@@ -36,6 +36,8 @@ NOTES = {
     "Benchmarks": "On a few items of each (eval.benchmarks), 0 to 100.",
     "Learning rate and gradient norm": "The norm of the whole gradient, before clipping.",
     "Throughput and fill": "Fill is the share of row positions that hold tokens.",
+    "Utilisation of the devices": "Of their published bfloat16 peak. Solid: for the tokens and the "
+    "pairs that attention uses. Dashed: for full rows and causal attention over whole rows.",
 }
 SCORE = re.compile(r"eval/[^/]+/score")
 STYLE: dict[Any, Any] = {
@@ -138,6 +140,11 @@ def headline(run: RunRecord) -> list[tuple[str, str]]:
             figures.append((what, f"{loss[0][1]:.3f} → {loss[-1][1]:.3f}"))
     if speed := points(run, "tokens_per_second"):
         figures.append(("median tokens/s", number(median(value for _, value in speed))))
+    if utilisation := points(run, "mfu"):
+        figures.append(("median MFU", percent(median(value for _, value in utilisation))))
+    if memory := points(run, "peak_device_memory_bytes"):
+        most = max(value for _, value in memory)
+        figures.append(("peak device memory", f"{most / 2**30:.2f} GiB"))
     if run.mixture:
         figures.append(("fill of rows", percent(run.mixture["fill"])))
     if run.metrics:
@@ -194,6 +201,9 @@ def charts(run: RunRecord, looks: dict[str, tuple[str, str]]) -> list[dict[str, 
     def one(key: str, label: str | None = None, *look: str) -> Line:
         return Line(thin(points(run, key)), label, *look)
 
+    def percentages(key: str) -> list[Point]:
+        return [(step, 100 * value) for step, value in thin(points(run, key))]
+
     training = [one(f"domain/{name}/loss", name, *look) for name, look in looks.items()]
     held = {**looks, "mean": (INK, ".")}
     own = [one(f"eval/{name}/loss", name, *look) for name, look in held.items()]
@@ -207,7 +217,9 @@ def charts(run: RunRecord, looks: dict[str, tuple[str, str]]) -> list[dict[str, 
     ]
     speed = one("tokens_per_second", "all tokens", INK, "o")
     loss_speed = one("loss_tokens_per_second", "tokens with loss", INK, "s", "--")
-    fill = Line([(step, 100 * value) for step, value in thin(points(run, "fill"))])
+    fill = Line(percentages("fill"))
+    useful = Line(percentages("mfu"), "useful", INK, "o")
+    full = Line(percentages("mfu_full_causal"), "full causal rows", INK, "s", "--")
     panels = {
         "Training loss": {LOSS: [*training, one("token_loss", "all domains")]},
         "Held-out loss": {LOSS: own + other},
@@ -217,6 +229,7 @@ def charts(run: RunRecord, looks: dict[str, tuple[str, str]]) -> list[dict[str, 
             "gradient norm (L2)": [Line(thin(points(run, "grad_norm"), max))],
         },
         "Throughput and fill": {"tokens/s": [speed, loss_speed], "fill (%)": [fill]},
+        "Utilisation of the devices": {"MFU (%)": [useful, full]},
     }
     drawn = [
         {"title": title, "note": NOTES[title], "svg": draw(title, axes)}

@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "mesh",
     "model.remat",
     "tokenizer.path",
+    "train.compilation_cache",
     "train.deterministic",
     "train.max_skipped_in_a_row",
     "train.microbatch_rows",

@@ -9,6 +9,7 @@ from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.config import Config
 from moi_jax.data.loader import Batch
 from moi_jax.models.decoder import Tree
+from moi_jax.training.device_figures import DeviceFigures
 from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog
@@ -66,6 +67,8 @@ class Run:
     train_step: TrainStep
     position: Callable[[int], dict[str, Any]]  # row -> the data position for a checkpoint
     epoch_of: Callable[[int], int]  # row -> epoch
+    pairs_of: Callable[[int, int], int]  # rows [first, next) -> (query, key) pairs of attention
+    devices: DeviceFigures
     evaluations: Evaluations
     early_stopping: EarlyStopping
     profiler: StepProfiler

@@ -13,9 +13,11 @@ from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
 from moi_jax.data.dataset import Dataset
 from moi_jax.models.decoder import Bind, Tree
+from moi_jax.models.flops import causal_pairs
 from moi_jax.models.parameters import random_parameters
 from moi_jax.parallel import hosts
 from moi_jax.training.batches import placed_batches
+from moi_jax.training.device_figures import DeviceFigures
 from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog, Record, truncate_after
@@ -115,6 +117,8 @@ def start_run(
         ),
         position=lambda row: saved_position(experiment, dataset, plan, mesh, row),
         epoch_of=lambda row: plan.locate(row)[0],
+        pairs_of=lambda first, after: causal_pairs(plan.segment_lengths(first, after)),
+        devices=DeviceFigures(model, config.data.sequence_length, mesh),
         evaluations=evaluations,
         early_stopping=early_stopping,
         profiler=StepProfiler(profiled, plan.total_steps, directory / "profile"),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from moi_jax.common.errors import UserError
+from moi_jax.training.device_figures import Work
 from moi_jax.training.metrics import StepWindow, log_step
 from moi_jax.training.run import Run, is_due
 from moi_jax.training.step import Metrics
@@ -36,6 +37,8 @@ class StepReader:
         self._read: tuple[_Dispatched, dict[str, Any]] | None = None  # the step read last
         self._window = StepWindow(run.domains, run.config.data.sequence_length)
         self._window_step = run.step
+        self._pairs = 0
+        self._spent = dict(run.clock.seconds)
 
     def hold(self, step: int, first_row: int, next_row: int, metrics: Metrics) -> None:
         """Holds the metrics of a dispatched step until `read_previous`."""
@@ -66,6 +69,7 @@ class StepReader:
             run.skipped_in_a_row = 0
             run.loss_limit.add(held.step, float(metrics["loss"]))
             self._window.add(metrics, held.next_row - held.first_row)
+            self._pairs += run.pairs_of(held.first_row, held.next_row)
         else:
             self._report_skip(held, metrics)
         if held.step == run.steps or is_due(held.step, run.config.logging.every):
@@ -121,17 +125,20 @@ class StepReader:
         """
         if self._read is None or self._window.empty:
             return
-        run, (held, metrics) = self._run, self._read
-        seconds = self._window.seconds / (held.step - self._window_step)
+        run, window, (held, metrics) = self._run, self._window, self._read
+        seconds = window.seconds
         record = {
             "step": held.step,
             "epoch": run.epoch_of(held.first_row),
             "row": held.next_row,
             "learning_rate": float(metrics["learning_rate"]),
             "grad_norm": float(metrics["grad_norm"]),
-            **self._window.record(),
+            **window.record(),
+            **run.devices.record(Work(window.rows, window.tokens, self._pairs, seconds)),
         }
         run.log.write(record)
-        log_step(record, run.steps, seconds)
-        self._window.restart()
-        self._window_step = held.step
+        spent = dict(run.clock.seconds)
+        waited, compiled = (spent[part] - self._spent[part] for part in ("data_wait", "compile"))
+        log_step(record, run.steps, seconds / (held.step - self._window_step), waited, compiled)
+        window.restart()
+        self._window_step, self._pairs, self._spent = held.step, 0, spent

@@ -10,6 +10,9 @@ from jax.sharding import Mesh
 
 from moi_jax.common.versions import code_versions
 
+# The variables that carry flags of XLA, see moi_jax/parallel/xla_flags.py.
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL")
+
 CPU_INFO = Path("/proc/cpuinfo")  # Linux only
 
 Versions = dict[str, Any]
@@ -27,7 +30,7 @@ def versions(mesh: Mesh) -> Versions:
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        **{name: os.environ.get(name, "") for name in FLAGS},
     }
 
 

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from moi_jax.common.errors import UserError
 from moi_jax.config import Train
+from moi_jax.config.load import load_config
 from moi_jax.data.planning import training_plan
 from moi_jax.data.planning.epoch import plan_epoch
 from moi_jax.data.planning.training_plan import TrainingPlan
+from moi_jax.models.flops import causal_pairs
 
 from support.plans import (
     LENGTH,
@@ -20,6 +22,7 @@ from support.plans import (
     rows_of,
     switches,
 )
+from support.runs import open_data, small_config
 
 
 @st.composite
@@ -211,3 +214,19 @@ def test_a_staged_run_that_goes_on_finds_the_same_rows():
         assert resumed.locate(row) == run.locate(row)
         epoch = run.locate(row)[0]
         assert_same(resumed.epoch_plan(epoch), run.epoch_plan(epoch))
+
+
+@pytest.mark.parametrize("mask", ["chunk", "row", "instruction"])
+def test_segments_are_as_long_as_those_of_the_batches(tmp_path, mask):
+    """Rows of several epochs; every token of a batch counts the keys that it sees."""
+    path = small_config(tmp_path, data={"mask": mask}, train={"epochs": 3, "steps": None})
+    dataset = open_data(load_config(path))
+    plan = dataset.plan()
+    first, after = 1, plan.rows_before(2) + 2
+    batch = dataset.batch_reader(plan).read(range(first, after))
+    real = batch.segment_ids > 0
+    lengths = plan.segment_lengths(first, after)
+    assert len(lengths) == batch.segment_ids.max(axis=1).sum()
+    assert lengths.sum() == real.sum()
+    assert causal_pairs(lengths) == (batch.positions + 1)[real].sum()
+    assert len(plan.segment_lengths(3, 3)) == 0

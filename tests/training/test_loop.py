@@ -82,6 +82,8 @@ class Stage:
             train_step=self.train_step,
             position=lambda row: {"row": row},
             epoch_of=lambda row: 0,
+            pairs_of=lambda first, after: 10 * (after - first),
+            devices=SimpleNamespace(record=self.work),
             evaluations=SimpleNamespace(
                 held_out=self.evaluate,
                 benchmarks=self.benchmark if "benchmarks" in values["eval"] else None,
@@ -109,6 +111,10 @@ class Stage:
         }
         ones = ("weights", "nll", "loss_tokens", "tokens", "grad_norm", "learning_rate")
         return State(step), metrics | {name: Metric(1.0) for name in ones}
+
+    def work(self, work):
+        counted = {"rows": work.rows, "tokens": work.tokens, "pairs": work.pairs}
+        return {**counted, "mfu": 0.4321, "peak_device_memory_bytes": 3 << 29}
 
     def benchmark(self, parameters, give_up):
         if give_up():
@@ -214,6 +220,17 @@ def test_the_steps_before_a_checkpoint_are_logged_with_it(tmp_path):
     stage = Stage(tmp_path, stop_at=5, logging={"every": 3, "trackers": []})
     assert not stage.fit()
     assert [(r["step"], r["loss"]) for r in stage.logged()] == [(3, 2.0), (5, 4.5)]
+
+
+def test_a_log_line_has_the_figures_of_the_devices_for_its_steps(tmp_path, log_text):
+    """Steps of 2 rows, each of 1 token; the third is skipped."""
+    stage = Stage(tmp_path, not_finite={3}, logging={"every": 2, "trackers": []})
+    assert stage.fit()
+    keys = ("step", "rows", "tokens", "pairs")
+    assert [[record[key] for key in keys] for record in stage.logged()] == [
+        [2, 4, 2, 40], [4, 2, 1, 20], [6, 4, 2, 40],
+    ]  # fmt: skip
+    assert log_text.getvalue().count("data wait 0.0 s  mfu 43.2%  memory 1.50 GiB  left") == 3
 
 
 def test_a_run_without_a_new_best_ends_like_at_its_last_step(tmp_path):

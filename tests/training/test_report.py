@@ -191,6 +191,24 @@ def test_the_time_of_the_run_is_shown_by_what_it_went_to(tmp_path: Path, html: s
     assert "Where the time went" not in html  # an older run, whose records have no times
 
 
+def test_utilisation_and_memory_are_shown_where_the_devices_have_them(
+    tmp_path: Path, html: str
+) -> None:
+    of_devices = [
+        {"mfu": 0.30, "mfu_full_causal": 0.35, "peak_device_memory_bytes": 3 << 29},
+        {"mfu": 0.40, "mfu_full_causal": 0.45, "peak_device_memory_bytes": 2 << 30},
+    ]
+    lines = [training_line(n + 1, 2.0, 100.0) | figures for n, figures in enumerate(of_devices)]
+    page = report(write_run(tmp_path / "run", metrics=lines))
+    assert cards(page)["median MFU"] == "35.00 %"
+    assert cards(page)["peak device memory"] == "2.00 GiB"
+    [chart] = re.findall(r"<svg[^>]*Utilisation of the devices by step.*?</svg>", page, re.DOTALL)
+    assert ">useful</text>" in chart
+    assert ">full causal rows</text>" in chart
+    for of_none in ("median MFU", "peak device memory", "Utilisation"):
+        assert of_none not in html
+
+
 def test_scores_of_benchmarks_are_a_chart_of_their_own(tmp_path: Path, html: str) -> None:
     scored = [{"step": n, "eval/gsm8k/score": 10.0 * n} for n in range(3)]
     page = report(write_run(tmp_path / "run", metrics=[*METRICS, *scored]))

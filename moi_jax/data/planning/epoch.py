@@ -54,6 +54,21 @@ class EpochPlan:
         """int64[R + 1] into instructions: where each row begins."""
         return self.group_starts[self.row_starts]
 
+    def segment_lengths(self, first: int, after: int, mask: str) -> np.ndarray:
+        """int64[segments]: the tokens of each segment in the rows [first, after).
+
+        Args:
+          mask: what a segment is, as in `data.loader.assemble`.
+        """
+        begin, end = self.instruction_starts[[first, after]]
+        starts = {
+            "chunk": self.group_starts[self.row_starts[first] : self.row_starts[after]],
+            "row": self.instruction_starts[first:after],
+            "instruction": np.arange(begin, end),
+        }[mask]
+        lengths = self.corpus.lengths[self.instructions[begin:end]].astype(np.int64)
+        return np.add.reduceat(lengths, starts - begin)
+
     @cached_property
     def tokens(self) -> int:
         return int(self.corpus.lengths[self.instructions].sum(dtype=np.int64))

@@ -96,6 +96,18 @@ class TrainingPlan:
                 self._request(epoch + 1)
             return epoch, global_row - self._epoch_first_rows[epoch]
 
+    def segment_lengths(self, first_row: int, next_row: int) -> np.ndarray:
+        """int64[segments]: the tokens of each segment in the global rows [first_row, next_row)."""
+        assert self.data.mask is not None  # resolved by the config
+        found = [np.zeros(0, np.int64)]
+        while first_row < next_row:
+            epoch, row = self.locate(first_row)
+            plan = self.epoch_plan(epoch)
+            after = min(plan.rows, row + next_row - first_row)
+            found.append(plan.segment_lengths(row, after, self.data.mask))
+            first_row += after - row
+        return np.concatenate(found)
+
     def epoch_first_rows(self, global_row: int) -> list[int]:
         """The first global row of each epoch up to the one of this row; a checkpoint keeps them."""
         epoch, _ = self.locate(global_row)
