@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moi_jax.common.errors import UserError
 from moi_jax.config import Mesh as MeshConfig
 from moi_jax.config import Model, SplashBlocks
-from moi_jax.models import attention, rotary
+from moi_jax.models import attention
 from moi_jax.models.attention import choose_attention
 from moi_jax.models.attention.contract import Case, cases, compiled, make_inputs, run_contract
 from moi_jax.models.attention.refusals import TOKAMAX
