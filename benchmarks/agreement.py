@@ -1,7 +1,10 @@
-"""The same run on other meshes, with accumulation and remat: python benchmarks/agreement.py
+"""The same run on other meshes, with accumulation and remat.
+
+    python benchmarks/agreement.py [VARIANT ...]
 
 Trains twenty steps on the sample set with the training command, for each variant and precision.
-Prints how far the losses are from those on one device. Simulates eight devices on the CPU.
+Prints how far the losses are from those on one device. Simulates eight devices on the CPU. Names of
+variants choose some of them.
 """
 
 import json
@@ -20,6 +23,7 @@ ONE = ["mesh.fsdp=1"]
 VARIANTS = {
     "fsdp 4 x tensor 2": ["mesh.fsdp=4", "mesh.tensor=2"],
     "data 2 x fsdp 2 x tensor 2": ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
+    "data 2 x fsdp 2 x context 2": ["mesh.data=2", "mesh.fsdp=2", "mesh.context=2"],
     "4 microbatches": [*ONE, "train.microbatch_rows=2"],
     "remat full": [*ONE, "model.remat=full"],
 }
@@ -27,13 +31,13 @@ VARIANTS = {
 BARS = {"float64": (1e-9, 1e-9), "float32": (5e-6, 2e-5), "bfloat16": (1e-3, None)}
 
 
-def main() -> None:
+def main(*names: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         for dtype, (first_bar, bar) in BARS.items():
             one = losses(Path(directory), dtype, ONE)
             print(f"{dtype}: one device, loss {one[0]:.6f} -> {one[-1]:.6f}")
-            for name, overrides in VARIANTS.items():
-                other = losses(Path(directory), dtype, overrides)
+            for name in names or VARIANTS:
+                other = losses(Path(directory), dtype, VARIANTS[name])
                 differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
                 print(
                     f"  {name}: first step {differences[0]:.1e} (bar {first_bar:.0e}), "
@@ -84,4 +88,4 @@ def losses(directory: Path, dtype: str, overrides: list[str]) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

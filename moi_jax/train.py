@@ -38,6 +38,12 @@ def main() -> int:
         "--print-config", action="store_true", help="print the resolved config and exit"
     )
     parser.add_argument(
+        "--print-sharding",
+        action="store_true",
+        help="print how the mesh splits each parameter, and exit; needs no devices unless an axis "
+        "of the mesh is -1",
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="start over; an old run is moved aside, not deleted"
     )
     parser.add_argument(
@@ -59,6 +65,11 @@ def main() -> int:
         config = load_config(args.config, args.overrides)
     if args.print_config:
         print(config.to_yaml(), end="")
+        return 0
+    if args.print_sharding:
+        from moi_jax.training.sharding import print_sharding
+
+        print_sharding(config)
         return 0
     if config.train.deterministic:
         ask_for_determinism()

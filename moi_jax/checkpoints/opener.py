@@ -17,6 +17,7 @@ from moi_jax.models.compute import Compute, resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, Tree, make_model
 from moi_jax.parallel import hosts
+from moi_jax.parallel.context import context_shards
 from moi_jax.parallel.mesh import make_mesh, parse_mesh
 from moi_jax.text.prompts import saved_template
 from moi_jax.text.tokenizer import Tokenizer
@@ -111,15 +112,20 @@ def load(
     Args:
       path: a step directory, or a run (its newest step).
       dtype: of the parameters and the computation.
-      mesh: where the parameters are laid out; None is one device.
+      mesh: where the parameters are laid out; None is one device. Its context axis must be 1.
       chat_template: its name; None for the one that the checkpoint was made with, if any.
       verify: compare the files of the parameters with their checksums first, which reads them once
         more. All other files are always verified.
 
     Raises:
-      UserError: `path` holds no checkpoint, it is damaged or not finite, or its chat template has
-        changed since.
+      UserError: `path` holds no checkpoint, it is damaged or not finite, its chat template has
+        changed since, or the mesh splits rows.
     """
+    if (shards := context_shards(mesh)) > 1:
+        raise UserError(
+            f"load: the mesh has context {shards}, but a model that is called takes whole rows; "
+            f"use fsdp or tensor"
+        )
     step = find_step(Path(path))
     items = read_items(step)
     if chat_template is None and items.prompts["chat_template"] is not None:

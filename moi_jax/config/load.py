@@ -11,10 +11,6 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.config.files import NOT_YAML, parse_yaml, read_files
 
-# Keys whose other values are planned but not built, with the values that are.
-BUILT: dict[str, tuple[Any, ...]] = {
-    "mesh.context": (1,),
-}
 # Old names of keys that do not resemble the new ones.
 RENAMED = {"eval.generate": "benchmarks"}
 
@@ -39,20 +35,9 @@ def make_config(values: dict[str, Any], where: str = "config") -> Config:
       UserError: a key or value is wrong.
     """
     try:
-        config = Config.model_validate(values)
+        return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: {describe(error)}") from None
-    for key, built in BUILT.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value not in built:
-            raise UserError(f"{where}: {key}={value} is not built yet; use {_built(key)}")
-    return config
-
-
-def _built(key: str) -> str:
-    """The values of a key of BUILT, for a message."""
-    return " or ".join(map(str, BUILT[key]))
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -96,8 +81,6 @@ def describe(error: ValidationError) -> str:
         near = [renamed] if renamed else difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
         return f"unknown key {key!r} in {'.'.join(section) or 'the top level'}; {hint}"
-    if first["type"] == "literal_error" and place in BUILT:
-        return f"{place}: use {_built(place)} (got {first['input']!r})"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{place}: {message}" if place else message

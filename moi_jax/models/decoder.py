@@ -98,9 +98,12 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Maps int32[B, S] to [B, S, D], split by rows."""
-        # Each device looks up its part of D for all rows. An all-to-all then gives it the other
-        # parts of its own rows. So no device ever holds the whole table or its gradient.
+        # Each device looks up its part of D for all tokens. An all-to-all for each mesh axis then
+        # gives it the other parts of its own tokens. So no device ever holds the whole table or its
+        # gradient.
+        tokens = constrain(tokens, "logits_batch", None)
         x = jnp.take(self.table[...], tokens, axis=0).astype(dtype)
+        x = constrain(x, "logits_batch", None, "embed")
         x = constrain(x, "logits_batch", "sequence", "embed")
         return constrain(x, "batch", "sequence", None)
 
@@ -134,7 +137,10 @@ class Attention(nnx.Module):
         query, key = (rotary.apply_rotary(heads, angles.cos, angles.sin) for heads in (query, key))
         if angles.query_scale is not None:
             query = query * angles.query_scale[..., None, None].astype(query.dtype)
-        return query, key, self.value(x)
+        # A device has the queries of its own tokens, and gathers the keys and values of the row.
+        query = constrain(query, "batch", "sequence", "heads", None)
+        key, value = (constrain(x, "batch", None, "kv_heads", None) for x in (key, self.value(x)))
+        return query, key, value
 
 
 class MLP(nnx.Module):

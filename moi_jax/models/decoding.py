@@ -12,8 +12,14 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, DecoderLayer, KeysAndValues, Tree
 from moi_jax.models.kv_cache import Cache, write
 from moi_jax.models.parameters import parameter_specs
-from moi_jax.models.rotary import position_angles, segment_positions
+from moi_jax.models.rotary import position_angles
 from moi_jax.parallel.axes import constrain
+from moi_jax.parallel.context import (
+    context_order,
+    context_places,
+    context_shards,
+    padded_length,
+)
 
 
 class LayerViews(NamedTuple):
@@ -51,15 +57,22 @@ def prefill(
       The normed states [B, S, D], and the keys and values for a cache. Positions past the length
       of a prompt hold noise.
     """
+    given, shards = tokens.shape[1], context_shards(jax.sharding.get_abstract_mesh())
+    length = padded_length(given, shards)
+    order = context_order(length, shards)
+    tokens = jnp.pad(tokens, ((0, 0), (0, length - given)))[:, order]
+    positions = jnp.broadcast_to(jnp.asarray(order, jnp.int32), tokens.shape)
     ones = jnp.ones(tokens.shape, jnp.int32)
     alpha = model.rope_alpha(lengths)
     if alpha is not None:
         alpha = jnp.broadcast_to(alpha[:, None], tokens.shape)
-    positions = segment_positions(ones)
     hidden, kept = model.hidden_states(
         tokens, positions, ones, extend_context=True, rope_alpha=alpha, keep_kv=True
     )
     assert kept is not None
+    if shards > 1:  # back into the order of the prompt
+        places = context_places(given, shards)
+        hidden, kept = hidden[:, places], (kept[0][:, :, places], kept[1][:, :, places])
     return hidden, kept
 
 

@@ -52,6 +52,9 @@ def _in_chunks(
 
     hidden = hidden.reshape(b, s // width, width, d).swapaxes(0, 1)
     targets = targets.reshape(b, s // width, width).swapaxes(0, 1)
+    # Each device has a part of every chunk; the chunks themselves come one after another.
+    hidden = constrain(hidden, None, "batch", "sequence", None)
+    targets = constrain(targets, None, "batch", "sequence")
     _, scores = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, (hidden, targets))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, s), scores)
 
@@ -59,7 +62,7 @@ def _in_chunks(
 def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=wide)
-    return constrain(logits, "logits_batch", "sequence", "head_vocab")
+    return constrain(logits, "logits_batch", None, "head_vocab")
 
 
 def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:

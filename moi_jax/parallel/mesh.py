@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from moi_jax import config as config_lib
@@ -14,30 +15,62 @@ from moi_jax.parallel.axes import MESH_AXES
 def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device]) -> Mesh:
     """Makes the mesh of the config from the first of these devices, in their order.
 
+    The devices of several TPU slices, which only the data center's network connects, are split
+    along data, the outermost axis. All other axes stay within a slice.
+
     Args:
       devices: the devices of all hosts, such as `jax.devices()`, or of an abstract topology.
 
     Raises:
-      UserError: the mesh does not fit the number of devices, or has an axis that is not built.
+      UserError: the mesh does not fit the number of devices, or that of the slices.
     """
-    if config.context != 1:
-        raise UserError(f"mesh.context {config.context} is not built yet; use 1")
-    wanted = {axis: getattr(config, axis) for axis in MESH_AXES}
-    sizes = list(wanted.values())
-    if -1 in sizes:
-        known = -math.prod(sizes)
-        sizes[sizes.index(-1)] = len(devices) // known
-    needed = math.prod(sizes)
-    # A mesh without -1 may use fewer devices than there are; a mesh with -1 must use all.
-    if needed > len(devices) or needed == 0 or (-1 in wanted.values() and needed < len(devices)):
+    sizes = mesh_sizes(config, len(devices), devices[0].platform)
+    slices = _slices(devices[: math.prod(sizes.values())])
+    if sizes["data"] % len(slices) or len({len(of_slice) for of_slice in slices}) > 1:
         raise UserError(
-            f"mesh {wanted} does not fit {len(devices)} {devices[0].platform} devices; set "
-            f"axes whose product is the number of devices"
+            f"mesh {sizes} does not fit {len(slices)} slices of "
+            f"{' and '.join(str(len(of_slice)) for of_slice in slices)} chips: data is split over "
+            f"the slices; set mesh.data to a multiple of {len(slices)}"
         )
-    # Auto axes, because explicit axes (jax's default) reject the gather from a sharded embedding.
-    return jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:needed]
-    )
+    shape = [sizes["data"] // len(slices), *list(sizes.values())[1:]]
+    # Slice by slice, since jax.make_mesh takes one only. Auto axes, because explicit axes (jax's
+    # default) reject the gather from a sharded embedding.
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    meshes = [
+        jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=of_slice) for of_slice in slices
+    ]
+    return Mesh(np.concatenate([mesh.devices for mesh in meshes]), MESH_AXES, axis_types=auto)
+
+
+def mesh_sizes(config: config_lib.Mesh, count: int, platform: str) -> dict[str, int]:
+    """The size of each axis on `count` devices, in the order of MESH_AXES.
+
+    A mesh without -1 may use fewer devices than there are; a mesh with -1 must use all.
+
+    Raises:
+      UserError: the mesh does not fit the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    wanted = dict(sizes)
+    for axis, size in wanted.items():
+        if size == -1:
+            sizes[axis] = count // -math.prod(wanted.values())
+    needed = math.prod(sizes.values())
+    if needed > count or needed == 0 or (-1 in wanted.values() and needed < count):
+        raise UserError(
+            f"mesh {wanted} does not fit {count} {platform} devices; set axes whose product is the "
+            f"number of devices"
+        )
+    return sizes
+
+
+def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices by TPU slice. GPUs have a slice_index too, which tells their host."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        number = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(number, []).append(device)
+    return [slices[number] for number in sorted(slices)]
 
 
 def parse_mesh(text: str) -> config_lib.Mesh:

@@ -1,4 +1,4 @@
-"""Places pytrees on a mesh: parameters by their logical axes, batches by their rows."""
+"""Places pytrees on a mesh: parameters by their logical axes, batches by rows and tokens."""
 
 import math
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moi_jax.common.errors import UserError
 from moi_jax.parallel.axes import RULES, partition_spec
+from moi_jax.parallel.context import context_order, context_shards, padded_length
 
 T = TypeVar("T")
 
@@ -46,8 +47,8 @@ def check_rows(rows: int, mesh: Mesh, name: str) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding, by rows, of arrays [A, M, S]: A microbatches of M rows, S tokens."""
-    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"] or None))
+    """Returns the sharding of arrays [A, M, S]: A microbatches of M rows, S tokens."""
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"]))
 
 
 def local_rows(rows: int, microbatch_rows: int, mesh: Mesh) -> np.ndarray:
@@ -69,14 +70,17 @@ def place_batch(batch: T, rows: np.ndarray, microbatch_rows: int, mesh: Mesh) ->
     """Places a pytree of host arrays [rows of this host, S] on the mesh as global arrays [A, M, S].
 
     `rows` are the batch rows that the arrays hold, as `local_rows` returns them. Each device
-    takes the rows that it holds, so this works for any number of hosts.
+    takes what it holds of them, so this works for any number of hosts. The tokens of a row are in
+    `context_order`, see `check_sequence`.
     """
     sharding = batch_sharding(mesh)
     within = np.unique(rows % microbatch_rows)
     count = len(rows) // len(within)
+    shards = context_shards(mesh)
 
     def place(array: np.ndarray) -> jax.Array:
-        held = array.reshape(count, len(within), -1)
+        ordered = array[:, context_order(array.shape[-1], shards)]
+        held = ordered.reshape(count, len(within), -1)
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
@@ -90,12 +94,23 @@ def place_batch(batch: T, rows: np.ndarray, microbatch_rows: int, mesh: Mesh) ->
 
 
 def place_rows(rows: T, mesh: Mesh | None) -> T:
-    """Splits a pytree of host arrays [B, ...], which every host holds in full, by rows."""
+    """Splits a pytree of host arrays [B] or [B, S], which every host holds in full.
+
+    The tokens of a row are in `context_order`, and rows end in zeros up to a length that the
+    context axis divides.
+    """
     if mesh is None:
         return rows
-    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    shards = context_shards(mesh)
 
     def place(array: np.ndarray) -> jax.Array:
+        spec = PartitionSpec(RULES["batch"])
+        if array.ndim > 1:
+            spec = PartitionSpec(RULES["batch"], RULES["sequence"])
+            length = padded_length(array.shape[1], shards)
+            array = np.pad(array, ((0, 0), (0, length - array.shape[1])))
+            array = array[:, context_order(length, shards)]
+        sharding = NamedSharding(mesh, spec)
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree.map(place, rows)

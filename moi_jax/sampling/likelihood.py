@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import token_scores
+from moi_jax.parallel.context import context_order, context_places, context_shards
 from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated, round_up
 from moi_jax.sampling.prompt_batches import PREFILL_TOKENS
 
@@ -69,19 +70,21 @@ class LikelihoodScorer:
         def score(
             parameters: Tree, tokens: jax.Array, lengths: jax.Array, before: int
         ) -> tuple[jax.Array, ...]:
-            """See `_score`; tokens int32[B, S], lengths int32[B]."""
+            """See `_score`; tokens int32[B, S] in `context_order`, lengths int32[B]."""
             model = bind(parameters)
-            index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            split = tokens.shape[1], context_shards(mesh)
+            index = jnp.broadcast_to(jnp.asarray(context_order(*split), jnp.int32), tokens.shape)
+            place_of = jnp.asarray(context_places(*split))
             real = (index < lengths[:, None]).astype(jnp.int32)
             hidden, _ = model.hidden_states(tokens, index, real, extend_context=True)
-            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+            last = jnp.take_along_axis(hidden, place_of[lengths - 1][:, None, None], axis=1)
             log_probs = jax.nn.log_softmax(model.logits(last)[:, 0])
             likeliest = jnp.argmax(log_probs, axis=-1)
-            # The `before` places up to the last one. If a row has fewer, the first columns are
+            # The `before` tokens before the last one. If a row has fewer, the first columns are
             # meaningless, and no continuation uses them.
-            places = jnp.maximum(lengths[:, None] - 1 - before + jnp.arange(before), 0)
-            states = jnp.take_along_axis(hidden, places[..., None], axis=1)
-            targets = jnp.take_along_axis(tokens, places + 1, axis=1)
+            scored = jnp.maximum(lengths[:, None] - 1 - before + jnp.arange(before), 0)
+            states = jnp.take_along_axis(hidden, place_of[scored][..., None], axis=1)
+            targets = jnp.take_along_axis(tokens, place_of[scored + 1], axis=1)
             return log_probs, likeliest, *token_scores(states, model.head_kernel(), targets)
 
         self._score_rows = jax.jit(

@@ -24,6 +24,7 @@ from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.models.presets import preset
 from moi_jax.parallel import hosts
+from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
 from moi_jax.training.goodput import Clock
@@ -32,6 +33,7 @@ from moi_jax.training.report import write_report
 from moi_jax.training.resume import flat_settings
 from moi_jax.training.run import Evaluations, NoEvaluations
 from moi_jax.training.run_directory import move_aside, run_directory
+from moi_jax.training.sharding import undivided_line
 from moi_jax.training.start import start_run
 from moi_jax.training.state import TrainState
 
@@ -170,6 +172,9 @@ def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tup
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     name = "train.microbatch_rows" if config.train.microbatch_rows else "train.global_batch_rows"
     check_rows(rows, mesh, name)
+    check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
+    if undivided := undivided_line(experiment.model, mesh.shape):
+        log.warning(f"{undivided}; --print-sharding shows what a device holds of each parameter")
     attention = choose_attention(
         config.model, experiment.model, devices[0], mesh, config.model.compute_dtype
     )

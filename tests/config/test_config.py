@@ -81,7 +81,6 @@ def test_a_switch_set_beside_the_strategy_wins():
             "unknown key 'wieght' in data.domains.0.sources.0; did you mean 'weight'?",
         ),
         ({"data": {"held_out": {"fracton": 0.1}}}, "did you mean 'fraction'?"),
-        ({"mesh": {"context": 2}}, "mesh.context=2 is not built yet; use 1"),
         (data(temperature=2.0), "temperature is refused with sampling: balanced, which does not"),
         (data(unit="loss_tokens"), "unit: loss_tokens is refused with sampling: balanced"),
         (

@@ -49,9 +49,10 @@ def test_the_mesh_is_that_of_the_topology(name):
     mesh, (_, torus) = load_config(DIRECTORY / f"{name}.yaml").mesh, TOPOLOGIES[name]
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     assert math.prod(sizes) == math.prod(torus)
-    assignments = itertools.product(range(len(sizes)), repeat=len(torus))
+    axes = range(len(sizes))
+    assignments = itertools.product(axes, repeat=len(torus))
     laid_out = (
-        [math.prod(n for n, a in zip(torus, chosen, strict=True) if a == axis) for axis in range(3)]
+        [math.prod(n for n, a in zip(torus, chosen, strict=True) if a == axis) for axis in axes]
         for chosen in assignments
     )
     assert sizes in laid_out
@@ -82,7 +83,7 @@ def test_the_arithmetic_refuses_what_the_compiler_refused():
 
 
 def alone():
-    return AbstractMesh((1, 1, 1), MESH_AXES)
+    return AbstractMesh((1, 1, 1, 1), MESH_AXES)
 
 
 def step_bytes(config, mesh):

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 
 from moi_jax import config as config_lib
 from moi_jax.common.errors import UserError
@@ -26,6 +27,8 @@ VARIANTS = {
     "data axis and accumulation": dict(
         mesh={"data": 2, "fsdp": 2, "tensor": 2}, microbatch_rows=ROWS // 2
     ),
+    # MODEL has 2 KV heads.
+    "context axis and tensor over the KV heads": dict(mesh={"tensor": 4, "context": 2}),
     "accumulation": dict(mesh=ONE, microbatch_rows=ROWS // 4),
     "remat": dict(mesh=ONE, remat="full"),
 }
@@ -53,7 +56,7 @@ def test_20_losses_in_float64_agree_within_1e_9(one_float64, variant):
 
 def test_20_losses_in_float32_agree():
     one = losses(STEPS, "float32", mesh=ONE)
-    for variant in ("mesh", "accumulation"):
+    for variant in ("mesh", "context axis and tensor over the KV heads", "accumulation"):
         other = losses(STEPS, "float32", **VARIANTS[variant])
         assert abs(other[0] - one[0]) < 5e-6
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-5)
@@ -82,6 +85,15 @@ def test_parameters_and_moments_are_sharded():
     assert all(not x.is_fully_replicated for x in sharded)
 
 
+def test_key_kernels_are_split_along_the_width_where_tensor_has_more_devices_than_kv_heads():
+    trainer = Trainer({"fsdp": 2, "tensor": 4})
+    attention = trainer.state.parameters["layers"]["attention"]  # 4 heads, 2 KV heads
+    shards = {name: tree["kernel"].sharding.shard_shape(tree["kernel"].shape)
+              for name, tree in attention.items()}  # fmt: skip
+    assert shards["query"] == (2, 32 // 2, 4 // 4, 8)
+    assert shards["key"] == shards["value"] == (2, 32 // 8, 2, 8)
+
+
 def test_qwen_7b_shards_every_matrix_over_an_fsdp_mesh():
     mesh = {"data": 1, "fsdp": 8, "tensor": 4}
     for path, p in parameter_specs(PRESETS["qwen-7b"]).items():
@@ -99,12 +111,61 @@ def test_a_dimension_that_does_not_divide_stays_whole():
     )
 
 
+class Chip:
+    """A chip of a TPU slice, as jax describes it: each slice counts its coordinates from 0."""
+
+    platform, device_kind, core_on_chip, num_cores = "tpu", "TPU v5", 0, 1
+
+    def __init__(self, slice_index, coords):
+        self.slice_index = self.process_index = slice_index
+        self.coords = (*coords, 0)
+        self.id = 100 * slice_index + 10 * coords[0] + coords[1]
+
+    def __repr__(self):
+        return f"{self.slice_index}/{self.coords}"
+
+
+def chips(*shapes):
+    """The chips of slices of these shapes, such as (2, 2)."""
+    return [
+        Chip(number, (x, y)) for number, (a, b) in enumerate(shapes)
+        for y in range(b) for x in range(a)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "shape"), [(2, (1, 4)), (4, (2, 2))])
+def test_data_is_split_over_the_slices_as_jax_lays_them_out(data, shape):
+    devices = chips((2, 2), (2, 2))
+    mesh = make_mesh(config_lib.Mesh(data=data), devices[::-1])
+    expected = create_hybrid_device_mesh(shape, (2, 1), devices)
+    np.testing.assert_array_equal(mesh.devices[:, :, 0, 0], expected)
+    numbers = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert np.unique(numbers[: data // 2]).tolist() == [0]
+    assert np.unique(numbers[data // 2 :]).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("axes", "slices"),
+    [({}, [(2, 2)] * 2), ({"data": 4}, [(2, 2)] * 3), ({"data": 2, "fsdp": 3}, [(2, 2), (2, 1)])],
+    ids=str,
+)
+def test_a_mesh_that_would_split_another_axis_over_slices_is_refused(axes, slices):
+    message = f"{len(slices)} slices of .* set mesh.data to a multiple of {len(slices)}"
+    with pytest.raises(UserError, match=message):
+        make_mesh(config_lib.Mesh(**axes), chips(*slices))
+
+
+def test_a_mesh_of_one_slice_takes_the_first_of_several():
+    mesh = make_mesh(config_lib.Mesh(fsdp=4), chips((2, 2), (2, 2)))
+    assert {chip.slice_index for chip in mesh.devices.flat} == {0}
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
         ({"fsdp": 16}, "does not fit 8 cpu devices"),
         ({"tensor": 3}, "does not fit 8 cpu devices"),
-        ({"context": 2}, "mesh.context 2 is not built yet"),
+        ({"context": 3, "fsdp": -1}, "does not fit 8 cpu devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
@@ -137,11 +198,18 @@ assert placed.shape == (2, 8, 3)
 for shard in placed.addressable_shards:
     np.testing.assert_array_equal(shard.data, whole.reshape(2, 8, 3)[shard.index])
 print("sum", int(jax.jit(lambda x: x.sum())(placed)))
+split = make_mesh(config.Mesh(fsdp=1, context=4), jax.devices())
+held = local_rows(16, 8, split)
+rows = np.arange(16 * 8).reshape(16, 8)
+placed = place_batch(Batch(*[rows[held]] * 6), held, 8, split).tokens
+for shard in placed.addressable_shards:
+    early, late = shard.index[2].start // 2, 7 - shard.index[2].start // 2
+    np.testing.assert_array_equal(shard.data, rows.reshape(2, 8, 8)[:, :, [early, late]])
 """
 
 
 def test_two_hosts_read_disjoint_rows_and_place_one_batch():
-    """Runs two real processes with two devices each."""
+    """Runs two real processes with two devices each; a context axis over both splits each row."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

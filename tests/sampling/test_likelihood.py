@@ -93,9 +93,12 @@ def test_likelihoods_equal_torch_together_and_one_by_one(llama, scorer):
     check([scored(scorer, parameters, [pair])[0] for pair in pairs], truth)
 
 
-def test_likelihoods_are_the_same_on_a_mesh(llama):
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 3}], ids=str
+)
+def test_likelihoods_are_the_same_on_a_mesh(llama, axes):
     config, parameters, pairs, truth = llama
-    mesh = make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2), jax.devices())
+    mesh = make_mesh(config_lib.Mesh(**axes), jax.devices())
     placed = jax.device_put(parameters, parameter_shardings(config, mesh))
     scorer = make_scorer(config, rows=3, mesh=mesh)
     check(scored(scorer, placed, pairs[:6]), truth[:6])

@@ -195,6 +195,14 @@ def test_the_cache_and_the_rows_lie_on_the_mesh_and_the_tokens_are_the_same(para
     assert jax.sharding.get_abstract_mesh().empty  # left as it was
 
 
+def test_the_tokens_are_the_same_where_a_context_axis_splits_the_prompts(parameters):
+    requests = [Request(prompt, max_new_tokens=12) for prompt in random_prompts((9, 60, 2))]
+    expected = tokens_of(sampler_of(MODEL, slots=4), parameters, requests)
+    mesh = make_mesh(config_lib.Mesh(fsdp=2, context=3), jax.devices())
+    placed = jax.device_put(parameters, parameter_shardings(MODEL, mesh))
+    assert tokens_of(sampler_of(MODEL, slots=4, mesh=mesh), placed, requests) == expected
+
+
 SAMPLED = [
     Request(prompt, max_new_tokens=24, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     for prompt, temperature, top_k, top_p, seed in zip(

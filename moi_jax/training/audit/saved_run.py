@@ -25,6 +25,7 @@ from moi_jax.data.planning.training_plan import TrainingPlan
 from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import Bind, make_model
+from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
 from moi_jax.text.prompts import saved_template
@@ -193,6 +194,7 @@ def open_run(
     mesh = _mesh(newest, config, devices)
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     check_rows(rows, mesh, "the microbatch of the run,")
+    check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
     attention = choose_attention(
         config.model, items.model, devices[0], mesh, config.model.compute_dtype
     )

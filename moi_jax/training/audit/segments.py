@@ -10,6 +10,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.data.loader import Batch
 from moi_jax.models.decoder import Tree
 from moi_jax.models.loss import token_nll
+from moi_jax.parallel.context import context_places, context_shards
 from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated
 from moi_jax.training.audit.finding import Finding, passed
 from moi_jax.training.audit.mix import sample_rows
@@ -124,7 +125,12 @@ def _token_losses(run: SavedRun) -> TokenLosses:
         return token_nll(hidden, model.head_kernel(), batch.targets)
 
     jitted = jax.jit(step, out_shardings=replicated(run.mesh))
-    return lambda batch: jax.device_get(jitted(parameters, place_rows(batch, run.mesh)))
+
+    def losses(batch: Batch) -> np.ndarray:
+        of_places = jax.device_get(jitted(parameters, place_rows(batch, run.mesh)))
+        return of_places[:, context_places(batch.tokens.shape[1], context_shards(run.mesh))]
+
+    return losses
 
 
 def _check(run: SavedRun, row: int, difference: np.ndarray) -> None:

@@ -1,0 +1,76 @@
+"""The table of shardings, and the one line about what a mesh does not divide."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+from flax import traverse_util
+
+from moi_jax import config as config_lib
+from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.common.errors import UserError
+from moi_jax.common.log import LogTable
+from moi_jax.config.load import load_config
+from moi_jax.models.parameters import parameter_shardings
+from moi_jax.parallel.mesh import make_mesh
+from moi_jax.training import train as train_lib
+from moi_jax.training.sharding import print_sharding, sharding_table, undivided_line
+
+from support.runs import ROOT, small_config
+from support.trainer import MODEL, initial_parameters
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"tensor": 4, "context": 2}], ids=str)
+def test_the_table_tells_the_bytes_that_a_device_holds(axes):
+    mesh = make_mesh(config_lib.Mesh(**{"fsdp": 1} | axes), jax.devices())
+    placed = jax.device_put(initial_parameters("float32"), parameter_shardings(MODEL, mesh))
+    held = {
+        path: array.addressable_shards[0].data.nbytes
+        for path, array in traverse_util.flatten_dict(placed, sep=".").items()
+    }
+    lines = str(LogTable(sharding_table(MODEL, mesh.shape, "float32"))).splitlines()
+    told = {cells[1]: int(cells[-2].replace(",", "")) for cells in map(cells_of, lines[4:-1])
+            if len(cells) > 1}  # fmt: skip
+    assert told == held | {"all": sum(held.values())}
+
+
+def cells_of(line):
+    return [cell.strip() for cell in re.split("[│┃]", line)]
+
+
+def test_what_a_mesh_does_not_divide_is_told_in_one_line_with_every_parameter():
+    line = undivided_line(MODEL, {"data": 1, "fsdp": 2, "tensor": 4, "context": 1})
+    paths = [f"layers.attention.{name}.{part}" for name in ("key", "value")
+             for part in ("bias", "kernel")]  # fmt: skip
+    told = f"the mesh does not divide kv_heads 2 over tensor 4 ({', '.join(paths)}): "
+    assert line.startswith(told)
+    assert undivided_line(MODEL, {"data": 8, "fsdp": 2, "tensor": 2, "context": 2}) is None
+    odd = dataclasses.replace(MODEL, vocab_size=66)
+    assert "head_vocab 66 over fsdp 4 (head.kernel)" in undivided_line(
+        odd, {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
+    )
+
+
+def test_a_table_for_devices_that_are_not_there_asks_for_none(capsys, monkeypatch):
+    monkeypatch.setattr(jax, "devices", None)
+    config = ROOT / "configs" / "qwen_7b_moi.yaml"
+    print_sharding(load_config(config, ["mesh.data=2", "mesh.fsdp=256"]))
+    printed = capsys.readouterr().out
+    assert "data 2 x fsdp 256 x tensor 1 x context 1" in printed
+    assert re.search(r"embedding.table .* 151936 x 4096 .* vocab, embed .* -, fsdp ", printed)
+    assert "does not divide head_vocab 151936 over fsdp 256" in printed
+
+
+def test_training_warns_once_of_what_its_mesh_does_not_divide(tmp_path, log_text):
+    train_lib._model_on_mesh(opened(tmp_path, {"tensor": 8}), jax.devices())
+    assert log_text.getvalue().count("the mesh does not divide") == 1
+
+
+def test_training_refuses_rows_that_the_context_axis_cannot_cut(tmp_path):
+    with pytest.raises(UserError, match=r"data.sequence_length 256 is not a multiple of 10"):
+        train_lib._model_on_mesh(opened(tmp_path, {"fsdp": 1, "context": 5}), jax.devices())
+
+
+def opened(directory, mesh):
+    return open_experiment(load_config(small_config(directory, mesh=mesh))).on_platform("cpu")
