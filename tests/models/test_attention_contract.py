@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from moi_jax.common.errors import UserError
 from moi_jax.config import Mesh as MeshConfig
 from moi_jax.config import Model, SplashBlocks
-from moi_jax.models import attention, rotary
+from moi_jax.models import attention
 from moi_jax.models.attention import choose_attention
 from moi_jax.models.attention.contract import Case, cases, compiled, make_inputs, run_contract
 from moi_jax.models.attention.refusals import TOKAMAX
@@ -32,6 +32,8 @@ from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import PRESETS
+from moi_jax.parallel.axes import MESH_AXES
+from moi_jax.parallel.context import context_order
 from moi_jax.parallel.mesh import make_mesh
 
 # Several blocks a row, so that some are skipped, some masked in part, and sums go over blocks.
@@ -40,9 +42,8 @@ SMALL = SplashBlocks(
 )
 BACKENDS = {"xla": xla_attention, "splash": SplashAttention(SMALL, interpret=True)}
 ROWS = ((1, 2, 63, 64, 65, 127), (383,), (192, 65, 1))
-# No other size in the programs is a multiple of it, apart from the padded length of its rows.
 SEQUENCE = 1200
-PADDED = 1280
+LENGTHS = (1200, 1280, 600, 640)  # of a row and of half of one, as they are and padded
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -121,6 +122,22 @@ def test_rows_and_heads_are_split_over_a_mesh(rows, heads, kv_heads):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("context", "length"), [(2, 384), (4, 136)])
+def test_splash_keeps_the_contract_where_a_context_axis_splits_the_rows(context, length):
+    """The second length is no multiple of a block, neither for a device nor in all."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2, context=context), jax.devices())
+    splash = SplashAttention(SMALL, mesh, interpret=True)
+    order = context_order(length, context)
+
+    def attend(*arrays):
+        return splash(*(x[:, order] for x in arrays))[:, np.argsort(order)]
+
+    lengths = (1, 2, 63, 64, 65, 127) if length == 384 else (1, 2, 63, 64)
+    case = Case(4, 2, (lengths, (length - 1,)), length, width=16, dtype="float32")
+    failed = [str(result) for result in run_contract(attend, [case]) if not result.passed]
+    assert not failed
+
+
 def test_model_with_splash_equals_one_with_xla():
     config = dataclasses.replace(
         PRESETS["tiny"], num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=97,
@@ -162,9 +179,9 @@ def gradient_program(attend, mesh=None, saved=()):
 
 
 def square_arrays(text):
-    """Returns the shapes in a program's text that have two dimensions of a whole row."""
+    """Returns the shapes in a program's text that have two dimensions of a row, or half of one."""
     shapes = {tuple(re.findall(r"\d+", dims)) for dims in re.findall(r"[\[<]((?:\d+[,x]?)+)", text)}
-    return [shape for shape in shapes if sum(int(n) in (SEQUENCE, PADDED) for n in shape) > 1]
+    return [shape for shape in shapes if sum(int(n) in LENGTHS for n in shape) > 1]
 
 
 def test_square_arrays_are_found_in_the_programs_of_xla():
@@ -176,15 +193,19 @@ def test_square_arrays_are_found_in_the_programs_of_xla():
 # Where rows are rematerialised in full, the forward kernel runs twice; saving "context" avoids it.
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "saved", "kernels"),
-    [("v5e:2x2", (), 3), ("v5p:2x2x1", ("context",), 2), ("v6e:2x2", ("context",), 2)],
+    ("topology", "split", "saved", "kernels"),
+    [
+        ("v5e:2x2", "fsdp", (), 3),
+        ("v5p:2x2x1", "context", ("context",), 2),
+        ("v6e:2x2", "fsdp", ("context",), 2),
+    ],
 )
-def test_splash_compiles_for_tpus_without_all_scores(topology, saved, kernels, monkeypatch):
+def test_splash_compiles_for_tpus_without_all_scores(topology, split, saved, kernels, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), chips)
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, "tensor": 2, split: 2}), chips)
     attend = choose_attention(Model(), PRESETS["qwen2.5-0.5b"], chips[0], mesh, "bfloat16")
     text = gradient_program(attend, mesh, saved).lower().compile().as_text()
     assert len(re.findall(r"custom_call_target=\"tpu_custom_call", text)) == kernels
@@ -222,7 +243,7 @@ A100, H100, B200 = (
 )
 QWEN = PRESETS["qwen2.5-7b"]
 WIDE = dataclasses.replace(QWEN, head_dim=512)
-SPLIT_ROWS = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1, "context": 2})
+SPLIT_ROWS = AbstractMesh((1, 1, 1, 2), MESH_AXES)
 
 
 @pytest.fixture
