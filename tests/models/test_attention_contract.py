@@ -264,7 +264,7 @@ def test_backend_refuses_by_name_what_it_cannot_compute(name, device, model, mes
 
 
 def test_mosaic_gpu_names_the_version_of_tokamax_that_it_needs(monkeypatch):
-    for installed in (None, "0.0.17"):
+    for installed in (None, "0.0.1"):
         monkeypatch.setattr(attention.refusals, "_installed", lambda package, v=installed: v)
         with pytest.raises(UserError, match=f"tokamax {TOKAMAX}, and {installed or 'none'} is"):
             choose_attention(Model(attention="mosaic_gpu"), QWEN, H100, None, "bfloat16")

@@ -1,6 +1,7 @@
 """What each attention backend cannot compute, said before anything is compiled."""
 
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -10,7 +11,8 @@ from jax.sharding import Mesh
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.context import context_shards
 
-TOKAMAX = "0.0.12"  # has the kernels that mosaic_gpu calls; setup.cfg pins the same version
+# The version with the kernels that mosaic_gpu calls; setup.cfg pins the same ones.
+TOKAMAX = "0.0.12" if sys.version_info < (3, 12) else "0.0.17"
 
 
 def refusal(
