@@ -138,7 +138,6 @@ class Attention(nnx.Module):
         if angles.query_scale is not None:
             query = query * angles.query_scale[..., None, None].astype(query.dtype)
         # A device has the queries of its own tokens, and gathers the keys and values of the row.
-        query = constrain(query, "batch", "sequence", "heads", None)
         key, value = (constrain(x, "batch", None, "kv_heads", None) for x in (key, self.value(x)))
         return query, key, value
 

@@ -13,7 +13,7 @@ from moi_jax.common.errors import UserError
 
 def context_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Returns the number of parts into which the tokens of a row are split; 1 without a mesh."""
-    return 1 if mesh is None or mesh.empty else mesh.shape["context"]
+    return 1 if mesh is None or mesh.empty else mesh.shape.get("context", 1)
 
 
 def context_order(sequence: int, shards: int) -> np.ndarray:
