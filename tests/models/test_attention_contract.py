@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from moi_jax.common.errors import UserError
 from moi_jax.config import Mesh as MeshConfig
@@ -28,11 +28,12 @@ from moi_jax.models.attention.refusals import TOKAMAX
 from moi_jax.models.attention.sharded import attend_on_mesh
 from moi_jax.models.attention.splash import SplashAttention
 from moi_jax.models.attention.xla import xla_attention
-from moi_jax.models.compute import Compute
-from moi_jax.models.decoder import make_model
-from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import PRESETS
+from moi_jax.parallel.axes import MESH_AXES
+from moi_jax.parallel.context import context_order
 from moi_jax.parallel.mesh import make_mesh
+
+from support.trainer import Trainer, random_batch
 
 # Several blocks a row, so that some are skipped, some masked in part, and sums go over blocks.
 SMALL = SplashBlocks(
@@ -40,9 +41,8 @@ SMALL = SplashBlocks(
 )
 BACKENDS = {"xla": xla_attention, "splash": SplashAttention(SMALL, interpret=True)}
 ROWS = ((1, 2, 63, 64, 65, 127), (383,), (192, 65, 1))
-# No other size in the programs is a multiple of it, apart from the padded length of its rows.
 SEQUENCE = 1200
-PADDED = 1280
+LENGTHS = (1200, 1280, 600, 640)  # of a row and of half of one, as they are and padded
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -89,12 +89,9 @@ def test_whole_matrix_has_the_lengths_and_heads_where_kernels_go_wrong():
     assert all(any(sum(row) < case.length for row in case.rows) for case in cases())
 
 
-@pytest.mark.parametrize("length", [5, 130])
-def test_splash_pads_short_and_uneven_rows(length):
-    """A prompt is often shorter than a block, and no multiple of it."""
-    case = Case(2, 1, ((length,), (length - 2,)), length, width=16, dtype="float32")
-    results = run_contract(BACKENDS["splash"], [case])
-    assert all(result.passed for result in results)
+def test_splash_pads_rows_that_are_no_multiple_of_a_block():
+    case = Case(2, 1, ((130,), (128,)), 130, width=16, dtype="float32")
+    assert all(result.passed for result in run_contract(BACKENDS["splash"], [case]))
 
 
 @pytest.mark.parametrize(
@@ -121,19 +118,30 @@ def test_rows_and_heads_are_split_over_a_mesh(rows, heads, kv_heads):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_model_with_splash_equals_one_with_xla():
-    config = dataclasses.replace(
-        PRESETS["tiny"], num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=97,
-        hidden_size=32, mlp_width=48, seq_length=64, initializer_range=0.3,
-    )  # fmt: skip
-    parameters = random_parameters(config, 0, jnp.float32)
-    tokens = np.random.default_rng(0).integers(0, 97, (2, 64)).astype(np.int32)
-    segment_ids = np.repeat([[1, 2, 3, 0]] * 2, (10, 33, 15, 6), axis=1)
-    expected, found = (
-        make_model(config, Compute(attention=attend))(parameters)(tokens, None, segment_ids)
-        for attend in BACKENDS.values()
+def test_splash_keeps_the_contract_where_a_context_axis_splits_the_rows():
+    """A device has 192 queries of 384, which is no multiple of a block."""
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=2, context=2), jax.devices())
+    splash = SplashAttention(SMALL, mesh, interpret=True)
+    order = context_order(384, 2)
+
+    def attend(*arrays):
+        return splash(*(x[:, order] for x in arrays))[:, np.argsort(order)]
+
+    case = Case(4, 2, ROWS, 384, width=16, dtype="float32")
+    failed = [str(result) for result in run_contract(attend, [case]) if not result.passed]
+    assert not failed
+
+
+def test_a_step_with_splash_on_all_axes_equals_one_with_xla_on_one_device():
+    one = Trainer({"fsdp": 1})
+    split = Trainer(
+        {"fsdp": 2, "tensor": 2, "context": 2},
+        attention=lambda mesh: SplashAttention(SMALL, mesh, interpret=True),
     )
-    np.testing.assert_allclose(found[:, :-6], expected[:, :-6], atol=1e-4)
+    for seed in range(3):
+        expected, found = (trainer.step(random_batch(seed)) for trainer in (one, split))
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=0, atol=5e-6)
+        np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-5)
 
 
 def gradient_program(attend, mesh=None, saved=()):
@@ -162,9 +170,9 @@ def gradient_program(attend, mesh=None, saved=()):
 
 
 def square_arrays(text):
-    """Returns the shapes in a program's text that have two dimensions of a whole row."""
+    """Returns the shapes in a program's text that have two dimensions of a row, or half of one."""
     shapes = {tuple(re.findall(r"\d+", dims)) for dims in re.findall(r"[\[<]((?:\d+[,x]?)+)", text)}
-    return [shape for shape in shapes if sum(int(n) in (SEQUENCE, PADDED) for n in shape) > 1]
+    return [shape for shape in shapes if sum(int(n) in LENGTHS for n in shape) > 1]
 
 
 def test_square_arrays_are_found_in_the_programs_of_xla():
@@ -176,15 +184,19 @@ def test_square_arrays_are_found_in_the_programs_of_xla():
 # Where rows are rematerialised in full, the forward kernel runs twice; saving "context" avoids it.
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("topology", "saved", "kernels"),
-    [("v5e:2x2", (), 3), ("v5p:2x2x1", ("context",), 2), ("v6e:2x2", ("context",), 2)],
+    ("topology", "split", "saved", "kernels"),
+    [
+        ("v5e:2x2", "fsdp", (), 3),
+        ("v5p:2x2x1", "context", ("context",), 2),
+        ("v6e:2x2", "fsdp", ("context",), 2),
+    ],
 )
-def test_splash_compiles_for_tpus_without_all_scores(topology, saved, kernels, monkeypatch):
+def test_splash_compiles_for_tpus_without_all_scores(topology, split, saved, kernels, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), chips)
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, "tensor": 2, split: 2}), chips)
     attend = choose_attention(Model(), PRESETS["qwen2.5-0.5b"], chips[0], mesh, "bfloat16")
     text = gradient_program(attend, mesh, saved).lower().compile().as_text()
     assert len(re.findall(r"custom_call_target=\"tpu_custom_call", text)) == kernels
@@ -222,7 +234,7 @@ A100, H100, B200 = (
 )
 QWEN = PRESETS["qwen2.5-7b"]
 WIDE = dataclasses.replace(QWEN, head_dim=512)
-SPLIT_ROWS = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1, "context": 2})
+SPLIT_ROWS = AbstractMesh((1, 1, 1, 2), MESH_AXES)
 
 
 @pytest.fixture
@@ -252,7 +264,7 @@ def test_backend_refuses_by_name_what_it_cannot_compute(name, device, model, mes
 
 
 def test_mosaic_gpu_names_the_version_of_tokamax_that_it_needs(monkeypatch):
-    for installed in (None, "0.0.17"):
+    for installed in (None, "0.0.1"):
         monkeypatch.setattr(attention.refusals, "_installed", lambda package, v=installed: v)
         with pytest.raises(UserError, match=f"tokamax {TOKAMAX}, and {installed or 'none'} is"):
             choose_attention(Model(attention="mosaic_gpu"), QWEN, H100, None, "bfloat16")

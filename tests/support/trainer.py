@@ -9,6 +9,7 @@ import numpy as np
 from moi_jax import config as config_lib
 from moi_jax.data.loader import Batch
 from moi_jax.evaluation.row_sums import make_row_sums
+from moi_jax.models.attention.xla import xla_attention
 from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import parameter_shardings, random_parameters
@@ -57,12 +58,12 @@ def initial_parameters(dtype):
 
 
 @functools.cache
-def programs(mesh, dtype, compute, remat):
+def programs(mesh, dtype, compute, remat, attention):
     """Optimizer, train step and row sums on a mesh: traced once for all Trainers alike."""
     moment_dtype = "float64" if dtype == "float64" else "float32"
     config = OPTIMIZER.model_copy(update={"moment_dtype": moment_dtype})
     optimizer, schedule = make_optimizer(config, MODEL), make_schedule(config, STEPS)
-    bind = make_model(MODEL, Compute(compute or dtype, remat_policy(remat, {})))
+    bind = make_model(MODEL, Compute(compute or dtype, remat_policy(remat, {}), attention(mesh)))
     step = make_train_step(MODEL, bind, optimizer, schedule, DOMAINS, mesh)
     return optimizer, step, make_row_sums(bind, mesh)
 
@@ -70,10 +71,21 @@ def programs(mesh, dtype, compute, remat):
 class Trainer:
     """The jitted step on a mesh, with batches given as numpy."""
 
-    def __init__(self, mesh, microbatch_rows=ROWS, *, dtype="float32", compute=None, remat="none"):
+    def __init__(
+        self,
+        mesh,
+        microbatch_rows=ROWS,
+        *,
+        dtype="float32",
+        compute=None,
+        remat="none",
+        attention=lambda mesh: xla_attention,
+    ):
         self.mesh = make_mesh(config_lib.Mesh(**mesh), jax.devices())
         self.microbatch_rows = microbatch_rows
-        optimizer, self._step, self._row_sums = programs(self.mesh, dtype, compute, remat)
+        optimizer, self._step, self._row_sums = programs(
+            self.mesh, dtype, compute, remat, attention
+        )
         # Copied: the state donates its arrays, which may lie in the memory of numpy's.
         parameters = jax.tree.map(np.copy, initial_parameters(dtype))
         placed = jax.device_put(parameters, parameter_shardings(MODEL, self.mesh))

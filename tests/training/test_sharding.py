@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+import sys
 
 import jax
 import pytest
 from flax import traverse_util
 
 from moi_jax import config as config_lib
+from moi_jax import train as command
 from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.common.errors import UserError
 from moi_jax.common.log import LogTable
@@ -15,7 +17,7 @@ from moi_jax.config.load import load_config
 from moi_jax.models.parameters import parameter_shardings
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.training import train as train_lib
-from moi_jax.training.sharding import print_sharding, sharding_table, undivided_line
+from moi_jax.training.sharding import sharding_table, undivided_line
 
 from support.runs import ROOT, small_config
 from support.trainer import MODEL, initial_parameters
@@ -54,8 +56,10 @@ def test_what_a_mesh_does_not_divide_is_told_in_one_line_with_every_parameter():
 
 def test_a_table_for_devices_that_are_not_there_asks_for_none(capsys, monkeypatch):
     monkeypatch.setattr(jax, "devices", None)
-    config = ROOT / "configs" / "qwen_7b_moi.yaml"
-    print_sharding(load_config(config, ["mesh.data=2", "mesh.fsdp=96"]))
+    config = str(ROOT / "configs" / "qwen_7b_moi.yaml")
+    arguments = ["--config", config, "--print-sharding", "mesh.data=2", "mesh.fsdp=96"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    assert command.main() == 0
     printed = capsys.readouterr().out
     assert "data 2 x fsdp 96 x tensor 1 x context 1" in printed
     assert re.search(r"embedding.table .* 151936 x 4096 .* vocab, embed .* -, - ", printed)

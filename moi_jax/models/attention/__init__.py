@@ -24,7 +24,8 @@ class AttentionFn(Protocol):
     A backend is hashable and equal to itself, since it is part of what a compiled program is
     cached by. It is traced once for all layers, under scan and rematerialisation, and divides the
     scores by sqrt(N) itself. Padding has segment 0 and positions 0; what comes out there is unused.
-    A segment is one run of equal ids, whose positions rise along the row.
+    A segment is one run of equal ids, whose positions rise along the row; where a context axis
+    splits the rows, their tokens lie in the order of `parallel.context.context_order`.
 
     What the backward pass keeps of the results has the name "context" for rematerialisation
     (`jax.ad_checkpoint.checkpoint_name`). A policy that saves this name does not run the kernel
@@ -62,7 +63,7 @@ def choose_attention(
     Args:
       settings: the section `model` of a config.
       device: one of the devices on which the model will run; it may be one of a topology.
-      mesh: the mesh over which rows and heads are split; None means one device.
+      mesh: the mesh over which rows, heads and queries are split; None means one device.
       dtype: of the activations.
 
     Raises:

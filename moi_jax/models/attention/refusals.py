@@ -1,6 +1,7 @@
 """What each attention backend cannot compute, said before anything is compiled."""
 
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
+from moi_jax.parallel.context import context_shards
 
-TOKAMAX = "0.0.12"  # has the kernels that mosaic_gpu calls; setup.cfg pins the same version
+# The version with the kernels that mosaic_gpu calls; setup.cfg pins the same ones.
+TOKAMAX = "0.0.12" if sys.version_info < (3, 12) else "0.0.17"
 
 
 def refusal(
@@ -29,13 +32,11 @@ def refusal(
     if name == "xla":
         return None
     reasons = {"splash": _splash, "mosaic_gpu": _mosaic_gpu}[name]
-    found = [*reasons(model, device, jnp.dtype(dtype).name)]
-    if mesh is not None and mesh.shape.get("context", 1) > 1:
-        found.append("it is not built for rows that mesh.context splits")
-    return found[0] if found else None
+    return next(reasons(model, device, mesh, jnp.dtype(dtype).name), None)
 
 
-def _splash(model: ModelConfig, device: jax.Device, dtype: str) -> Iterator[str]:
+def _splash(model: ModelConfig, device: jax.Device, mesh: Mesh | None, dtype: str) -> Iterator[str]:
+    del mesh  # it takes each of them
     if device.platform != "tpu":
         yield f"it runs on a TPU, and the device is a {device.platform.upper()}"
     if dtype not in ("bfloat16", "float32"):
@@ -44,7 +45,9 @@ def _splash(model: ModelConfig, device: jax.Device, dtype: str) -> Iterator[str]
         yield f"it takes heads of up to 256, and the model's are {model.head_dim} wide"
 
 
-def _mosaic_gpu(model: ModelConfig, device: jax.Device, dtype: str) -> Iterator[str]:
+def _mosaic_gpu(
+    model: ModelConfig, device: jax.Device, mesh: Mesh | None, dtype: str
+) -> Iterator[str]:
     if device.platform != "gpu":
         yield f"it runs on a GPU, and the device is a {device.platform.upper()}"
     # Blackwell is 10.0. There, tokamax's backward kernel with k_start needs more shared memory than
@@ -56,6 +59,8 @@ def _mosaic_gpu(model: ModelConfig, device: jax.Device, dtype: str) -> Iterator[
         yield f"it computes in bfloat16, not in {dtype}"
     if model.head_dim > 128:  # what the shared memory holds with the tiles that are fixed
         yield f"it takes heads of up to 128, and the model's are {model.head_dim} wide"
+    if context_shards(mesh) > 1:
+        yield "it needs whole rows, and mesh.context splits them"
     installed = _installed("tokamax")
     if installed != TOKAMAX:
         yield (

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from moi_jax.parallel.axes import partition_spec
 
-# Attention of one device: query [B, S, H, N], key and value [B, S, K, N], segment_ids int32[B, S].
+# Attention of one device: query [B, T, H, N], its own tokens of each row, in which there are S; key
+# and value [B, S, K, N]; segment_ids int32[B, S] -> [B, T, H, N].
 LocalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -20,11 +21,12 @@ def attend_on_mesh(
     value: jax.Array,
     segment_ids: jax.Array,
 ) -> jax.Array:
-    """Computes `local` for the rows and heads that each device holds.
+    """Computes `local` for the rows, heads and queries that each device holds.
 
     XLA cannot partition a kernel by itself. Rows and heads need nothing from one another, so a
-    device computes its own and nothing is communicated. What does not divide over the mesh is
-    computed by each device.
+    device computes its own and nothing is communicated. Where a context axis splits the rows, a
+    device gathers their keys and values. What does not divide over the mesh is computed by each
+    device.
 
     Args:
       mesh: the mesh that the arrays are laid out on; None means one device.
@@ -36,18 +38,18 @@ def attend_on_mesh(
     if mesh is None:
         return local(query, key, value, segment_ids)
     sizes = dict(mesh.shape)
-    of_query = partition_spec(("batch", None, "heads", None), query.shape, sizes)
+    of_query = partition_spec(("batch", "sequence", "heads", None), query.shape, sizes)
     of_key = partition_spec(("batch", None, "kv_heads", None), key.shape, sizes)
-    if of_query != of_key:
+    if of_query[2] != of_key[2]:
         # The query heads are split and the KV heads do not divide. Each query head gets its own
         # copy of its KV head, so that a device has the ones that its query heads need.
         group = query.shape[2] // key.shape[2]
         key, value = (jnp.repeat(heads, group, axis=2) for heads in (key, value))
-    of_ids = partition_spec(("batch", None), segment_ids.shape, sizes)
+    of_key = PartitionSpec(of_query[0], None, of_query[2], None)
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(of_query, of_query, of_query, of_ids),
+        in_specs=(of_query, of_key, of_key, PartitionSpec(of_query[0], None)),
         out_specs=of_query,
         check_vma=False,  # the kernels do not say which mesh axes their outputs vary over
     )(query, key, value, segment_ids)
