@@ -8,17 +8,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moi_jax.accounting.collectives import count_collectives
 from moi_jax.accounting.hlo import Module, largest_array, parse_module
 from moi_jax.accounting.memory import abstract_step
 from moi_jax.accounting.topology import Topology, described_devices
 from moi_jax.config import Config
+from moi_jax.data.loader import Batch
+from moi_jax.evaluation.row_sums import row_sums_step
 from moi_jax.models.compute import resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.chips import GIB
 from moi_jax.training.optimizer import make_optimizer, make_schedule
-from moi_jax.training.step import make_train_step, microbatch_sums
+from moi_jax.training.step import make_train_step
 from moi_jax.training.train import model_on_mesh
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 # As libtpu 0.0.42 says it; it names no buffers.
 REFUSED = re.compile(r"required for HLO temporaries \(([\d.]+)G\) exceeds available HBM")
 LISTED = 8  # largest buffers
+STEPS = 1000  # of the schedule; the program is the same for any number
 # Instructions that have no buffer of their own.
 NO_BUFFER = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant")
 
@@ -70,24 +74,27 @@ def compile_step(config: Config, model: ModelConfig, topology: Topology, step: s
 
 
 def lower_step(config: Config, model: ModelConfig, devices: list[jax.Device], step: str) -> Any:
-    """Traces the train step, or the sums of the held-out eval ("eval"), for these devices."""
+    """Traces the train step, or a batch of the held-out eval ("eval"), for these devices."""
     config = on_platform(config, devices[0].platform)
     mesh, bind, _ = model_on_mesh(config, model, devices)
     state, batch = abstract_step(config, model, mesh)
-    domains = max(1, len(config.data.domains))
-    if step == "train":
-        optimizer = make_optimizer(config.optimizer, model)
-        schedule = make_schedule(config.optimizer, 1000)
-        train_step = make_train_step(model, bind, optimizer, schedule, domains, mesh)
+    if step == "eval":
         with jax.set_mesh(mesh):
-            return train_step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32))  # type: ignore[attr-defined]
-
-    def forward(trainable: Any, frozen: Any, batch: Any) -> Any:
-        first = jax.tree.map(lambda x: x[0], batch)
-        return microbatch_sums(bind, domains, trainable, frozen, first)[1]
-
+            return row_sums_step(bind, mesh).lower(state.parameters, _one(batch, mesh))  # type: ignore[attr-defined]
+    optimizer = make_optimizer(config.optimizer, model)
+    schedule = make_schedule(config.optimizer, STEPS)
+    domains = max(1, len(config.data.domains))
+    train_step = make_train_step(model, bind, optimizer, schedule, domains, mesh)
     with jax.set_mesh(mesh):
-        return jax.jit(forward).lower(state.trainable, state.frozen, batch)
+        return train_step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32))  # type: ignore[attr-defined]
+
+
+def _one(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns one microbatch [M, S] of an abstract batch [A, M, S]."""
+    sharding = NamedSharding(mesh, PartitionSpec(*batch.tokens.sharding.spec[1:]))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding), batch
+    )
 
 
 def on_platform(config: Config, platform: str) -> Config:

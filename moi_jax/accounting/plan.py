@@ -26,7 +26,12 @@ from moi_jax.training.optimizer import make_optimizer
 from moi_jax.training.state import abstract_state
 
 # Of the temporaries, what a forward pass has too.
-FORWARD = ("one layer's activations", "attention scores of a layer", "logits of a chunk")
+FORWARD = (
+    "one layer's activations",
+    "attention scores of a layer",
+    "gathered weights of two layers",
+    "logits of a chunk",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,12 @@ import json
 import os
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from moi_jax import plan as command
-from moi_jax.accounting.compilation import Compiled
+from moi_jax.accounting.compilation import Compiled, lower_step
 from moi_jax.accounting.kept import keep, kept_path, read_kept
 from moi_jax.accounting.layers import kept_width, repeated_flops
 from moi_jax.accounting.memory import kv_cache_bytes
@@ -23,6 +24,7 @@ from moi_jax.accounting.work import full_rows, work_of
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config, make_config
 from moi_jax.models.flops import step_flops
+from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
 from moi_jax.parallel.chips import GIB, chip_of
 
@@ -38,7 +40,7 @@ CONFIG = make_config(
 )
 ONE_EPOCH = ("train.steps=null", "train.epochs=1")
 V5P = parse_topology("v5p:2x2x2", 1)
-H100 = parse_topology("h100:8", 1)
+WORK = full_rows(CONFIG, "a test")
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_work_is_that_of_the_batches(tmp_path, mask):
 
 
 def test_useful_operations_are_those_of_the_work():
-    work = dataclasses.replace(full_rows(CONFIG, "a test"), tokens=1000, pairs=5000)
+    work = dataclasses.replace(WORK, tokens=1000, pairs=5000)
     flops = flops_of(CONFIG, MODEL, work)
     assert flops.useful == step_flops(MODEL, 1000, 5000).total
     assert flops.useful < flops.usual < flops.executed
@@ -130,7 +132,7 @@ def test_useful_operations_are_those_of_the_work():
 
 def test_memory_by_arithmetic():
     """7.6e9 parameters in float32 with two moments, over 8 devices."""
-    plan = make_plan(CONFIG, MODEL, V5P, full_rows(CONFIG, "a test"))
+    plan = make_plan(CONFIG, MODEL, V5P, WORK)
     parameters = 7_615_616_512
     assert plan.arguments.parameters == pytest.approx(parameters * 4 / 8, rel=1e-3)
     assert plan.arguments.optimizer == pytest.approx(parameters * 8 / 8, rel=1e-3)
@@ -147,6 +149,19 @@ def test_the_cache_of_a_sampler():
     assert kv_cache_bytes(MODEL, 1, 100, tensor=8) == 28 * 2 * 100 * 4 * 128 * 2  # not divided
 
 
+def test_the_eval_step_is_that_of_the_held_out_evaluation(tmp_path):
+    """It lowers for the mesh, takes one microbatch, and holds no optimizer."""
+    config = load_config(small_config(tmp_path), ["mesh.fsdp=2", "mesh.tensor=2"])
+    lowered = lower_step(config, preset("tiny"), jax.devices()[:4], "eval")
+    assert [value.shape for value in lowered.out_info] == [(2,)] * 3
+    parameters, batch = lowered.args_info[0]
+    assert len(jax.tree.leaves(parameters)) == len(parameter_specs(preset("tiny")))
+    assert batch.tokens.shape == (2, 256)
+    plan = make_plan(config, preset("tiny"), parse_topology("h100:4", 1), WORK, "eval")
+    assert plan.arguments.optimizer == 0
+    assert "gradients" not in plan.temporaries
+
+
 # Sweep
 
 
@@ -157,7 +172,7 @@ def test_a_sweep_tries_the_fastest_first_and_no_more_than_the_limit():
         tried.append(config.model.remat)
         return make_plan(config, MODEL, V5P, full_rows(config, "a test"))
 
-    found = candidates(CONFIG, MODEL, V5P, full_rows(CONFIG, "a test"), ("remat", "rows"))
+    found = candidates(CONFIG, MODEL, V5P, WORK, ("remat", "rows"))
     planned = sweep(found, make, compiles=True, limit=2)
     assert len(tried) == len(planned) == 2
     times = [one.plan.roofline.step_s for one in planned]
@@ -168,7 +183,7 @@ def test_a_sweep_tries_the_fastest_first_and_no_more_than_the_limit():
 
 
 def test_what_needs_more_than_a_refused_setting_is_not_compiled():
-    found = candidates(CONFIG, MODEL, V5P, full_rows(CONFIG, "a test"), ("rows",))
+    found = candidates(CONFIG, MODEL, V5P, WORK, ("rows",))
     assert len({one.estimate.peak_bytes for one in found}) > 1
     refused = Compiled(0, 200 * GIB, True, {}, 0, [], 1.0)
     tried = []
@@ -186,12 +201,12 @@ def test_what_needs_more_than_a_refused_setting_is_not_compiled():
 def test_settings_that_cannot_fit_are_left_out():
     """Qwen2.5-7B's state alone, 16 bytes a parameter with gradients, is 15 GB on 8 chips."""
     v5e = parse_topology("v5e:2x4", 1)
-    assert not candidates(CONFIG, MODEL, v5e, full_rows(CONFIG, "a test"), ("remat", "rows"))
+    assert not candidates(CONFIG, MODEL, v5e, WORK, ("remat", "rows"))
 
 
 def test_meshes_of_a_sweep_fill_the_slices():
     two = parse_topology("v5p:2x2x2", 2)
-    found = candidates(CONFIG, MODEL, two, full_rows(CONFIG, "a test"), ("mesh", "rows"))
+    found = candidates(CONFIG, MODEL, two, WORK, ("mesh", "rows"))
     assert {tuple(one.estimate.mesh[a] for a in ("data", "fsdp", "tensor")) for one in found} == {
         (2, 8, 1), (2, 4, 2), (2, 2, 4),
     }  # fmt: skip
@@ -261,11 +276,12 @@ def test_what_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch, capsys, e
     planner = Planner(config, topology, "train")
     keep(
         kept_path(config, planner.model, topology, "train"),
-        Compiled(0, 20 * GIB, True, {}, 0, [], 5.0),
+        # Less than the chip has: what is free is in pieces.
+        Compiled(0, 10 * GIB, True, {}, 0, [], 5.0),
     )
     plan = planner.plan()
     assert not plan.fits
-    assert plan.temporaries_bytes == 20 * GIB
+    assert plan.temporaries_bytes == 10 * GIB
     text = run(monkeypatch, capsys, "--config", path, "--topology", "v5e:2x2")
     assert "DOES NOT FIT" in text
     assert "by arithmetic" in text
