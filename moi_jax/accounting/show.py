@@ -31,7 +31,7 @@ def describe_sweep(found: Sequence[Found], command: str) -> str:
         assert plan.roofline is not None
         lines.append(
             f"{'yes' if plan.fits else 'no':5}{plan.peak_bytes / GIB:7.1f}"
-            f"{plan.hbm_bytes / GIB:7.1f}{plan.roofline.step_s:9.2f}{plan.roofline.mfu:7.1%}  "
+            f"{plan.hbm_bytes / GIB:7.1f}{plan.roofline.step_s:9.3g}{plan.roofline.mfu:7.1%}  "
             f"{' '.join(one.overrides)}"
         )
     if found and found[0].plan.fits:
@@ -96,13 +96,13 @@ def _time(plan: Plan) -> list[str]:
     flops, line = plan.flops, plan.roofline
     assert flops is not None
     assert line is not None
-    network = f", network {line.network_s:.3f}" if line.network_s else ""
+    network = f", network {line.network_s:.3g}" if line.network_s else ""
     return [
         f"FLOPs of a step: useful {flops.useful:.4g}, usual {flops.usual:.4g}, with "
         f"rematerialisation {flops.executed:.4g}",
         f"  {plan.work.source}",
-        f"at least {line.step_s:.3f} s a step, bound by {line.bound}: "
-        f"compute {line.compute_s:.3f}, memory {line.hbm_s:.3f}, links {line.ici_s:.3f}{network}",
+        f"at least {line.step_s:.3g} s a step, bound by {line.bound}: "
+        f"compute {line.compute_s:.3g}, memory {line.hbm_s:.3g}, links {line.ici_s:.3g}{network}",
         f"MFU at most {line.mfu:.1%} by the usual count, {line.useful_mfu:.1%} useful",
     ]
 
@@ -114,7 +114,7 @@ def _run(plan: Plan, price: float | None) -> list[str]:
         lines.append("hours of the run: unknown without the data; prepare it, or set train.steps")
     else:
         usd = "" if cost.usd is None else f", ${cost.usd:,.2f}"
-        lines.append(f"at least {cost.hours:,.2f} hours for {plan.work.steps:,} steps{usd}")
+        lines.append(f"at least {cost.hours:,.3g} hours for {plan.work.steps:,} steps{usd}")
     if cost.usd_per_million_loss_tokens is not None:
         lines.append(f"${cost.usd_per_million_loss_tokens:,.4f} for a million loss tokens")
     return lines
