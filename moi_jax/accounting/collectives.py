@@ -3,6 +3,9 @@
 A collective in a loop counts as often as the loop runs. An asynchronous one counts once, where it
 starts. What the compiler made of windows (a matrix product that passes its operand around in a
 loop of collective-permutes) counts as these permutes.
+
+The TPU compiler may spread one collective over several fusions: its start, parts that overlap with
+other work, and its end. They share a channel, and count once.
 """
 
 import dataclasses
@@ -26,6 +29,7 @@ SENT = {
 }
 # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
 REDUCE_SCATTER_FUSION = "all-reduce-scatter"
+CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 @dataclasses.dataclass
@@ -77,13 +81,26 @@ def count_collectives(text: str) -> Traffic:
 
 
 def _walk(
-    module: Module, computation: str, times: int, unknown: set[str]
+    module: Module,
+    computation: str,
+    times: int,
+    unknown: set[str],
+    channels: set[str] | None = None,
 ) -> Iterator[tuple[str, Instruction, int, int]]:
-    """Yields (kind, instruction, bytes of its operands, how often it runs) of all collectives."""
+    """Yields (kind, instruction, bytes of its operands, how often it runs) of all collectives.
+
+    Args:
+      channels: those that were seen in the loop body, or the entry, that this is a part of.
+    """
+    channels = set() if channels is None else channels
     instructions = module.computations[computation]
     for instruction in instructions.values():
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in SENT:
+            channel = CHANNEL.search(instruction.attributes)
+            if channel and channel[1] in channels:
+                continue
+            channels |= {channel[1]} if channel else set()
             operands = sum(instructions[name].bytes for name in instruction.operands)
             fused = computation.startswith(REDUCE_SCATTER_FUSION)
             yield ("reduce-scatter" if fused else opcode), instruction, operands, times
@@ -96,7 +113,7 @@ def _walk(
             yield from inner
         elif not opcode.endswith(("-done", "-update")):
             for called in instruction.called:
-                yield from _walk(module, called, times, unknown)
+                yield from _walk(module, called, times, unknown, channels)
 
 
 def _group_size(instruction: Instruction) -> int:

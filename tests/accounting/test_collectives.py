@@ -56,6 +56,16 @@ NESTED = """HloModule step, is_scheduled=true
   ROOT %part = bf16[32,8]{1,0} dynamic-slice(%reduced), dynamic_slice_sizes={32,8}
 }
 
+%async_start (s: f32[16]) -> f32[64] {
+  %s = f32[16]{0} parameter(0)
+  ROOT %g = f32[64]{0} all-gather(%s), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%async_end (s.1: f32[16]) -> f32[64] {
+  %s.1 = f32[16]{0} parameter(0)
+  ROOT %g.1 = f32[64]{0} all-gather(%s.1), channel_id=9, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
 ENTRY %main (a: f32[64], b: bf16[64,8]) -> f32[64] {
   %a = f32[64]{0} parameter(0)
   %b = bf16[64,8]{1,0} parameter(1)
@@ -65,6 +75,9 @@ ENTRY %main (a: f32[64], b: bf16[64,8]) -> f32[64] {
   %gather = (bf16[64,8], bf16[256,8]) all-gather-start(%b), replica_groups=mesh['x'=4,'y'=2] {'x'}
   %whole = bf16[256,8]{1,0} all-gather-done(%gather)
   %scattered = bf16[32,8]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  %quarter = f32[16]{0} slice(%a), slice={[0:16]}
+  %begun = f32[64]{0} fusion(%quarter), kind=kCustom, calls=%async_start
+  %ended = f32[64]{0} fusion(%quarter), kind=kCustom, calls=%async_end
   %alone = f32[64]{0} all-reduce(%a), replica_groups={{0},{1}}, to_apply=%add
   ROOT %out = f32[64]{0} get-tuple-element(%steps), index=0
 }
@@ -78,8 +91,8 @@ def test_collectives_are_counted_by_hand():
         "collective-permute": (3 * 4, 3 * 4 * 256, 3 * 4 * 256),
         # A ring of 4 sends 2 * 3 / 4 of the operand.
         "all-reduce": (3, 3 * 256, 3 * 256 * 1.5),
-        # Of 4 chips each sends its part to 3 others.
-        "all-gather": (1, 1024, 3 * 1024),
+        # Of 4 chips each sends its part to 3 others; one is spread over two fusions.
+        "all-gather": (2, 1024 + 64, 3 * 1024 + 3 * 64),
         "reduce-scatter": (1, 1024, 512),
     }
     assert traffic.unknown_loops == 0
