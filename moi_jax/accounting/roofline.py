@@ -44,6 +44,11 @@ class Roofline:
         return max(self.compute_s, self.hbm_s, self.ici_s, self.network_s)
 
     @property
+    def serial_s(self) -> float:
+        """The time of a step in which nothing overlaps."""
+        return self.compute_s + self.hbm_s + self.ici_s + self.network_s
+
+    @property
     def bound(self) -> str:
         """The slowest resource."""
         times = {

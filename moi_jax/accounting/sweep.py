@@ -39,8 +39,8 @@ class Candidate:
     estimate: Plan
 
     @property
-    def speed(self) -> tuple[float, int]:
-        """Sorts by the time of a step, then by memory."""
+    def speed(self) -> tuple[float, float]:
+        """Sorts by the time of a step; of equal ones, what has less to overlap comes first."""
         return _speed(self.estimate)
 
 
@@ -163,6 +163,6 @@ def _needs_as_much(plan: Plan, refused: Plan) -> bool:
     return plan.mesh == refused.mesh and plan.peak_bytes >= refused.peak_bytes
 
 
-def _speed(plan: Plan) -> tuple[float, int]:
+def _speed(plan: Plan) -> tuple[float, float]:
     assert plan.roofline is not None
-    return plan.roofline.step_s, plan.peak_bytes
+    return plan.roofline.step_s, plan.roofline.serial_s
