@@ -12,7 +12,7 @@ from support.runs import ENVIRONMENT, ROOT, small_config
 PACKAGE = Path(__file__).parent.parent / "moi_jax"
 # A line that defines a name: a function, a class or a constant.
 DEFINES = r"\s*(?:def|class) {0}\b|{0}\b.*="
-COMMANDS = {"audit", "train", "prepare", "convert", "preview", "evaluate", "generate"}
+COMMANDS = {"audit", "train", "prepare", "convert", "plan", "preview", "evaluate", "generate"}
 
 
 def test_importing_the_package_imports_no_jax():

@@ -21,12 +21,8 @@ class RowSums(NamedTuple):
     correct: Any  # int32, targets that are the most likely token
 
 
-def make_row_sums(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
-    """Returns a function (parameters on `mesh`, numpy batch) -> numpy `RowSums`.
-
-    Every host passes the same batch. Its number of rows is a multiple of the mesh's batch shards.
-    Each host places its own rows on its devices and gets the sums of all rows.
-    """
+def row_sums_step(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
+    """Returns the jitted function (parameters, batch [B, S]), both on the mesh, -> `RowSums`."""
 
     def step(parameters: Tree, batch: Batch) -> RowSums:
         model = bind(parameters)
@@ -41,10 +37,19 @@ def make_row_sums(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
             correct=jnp.sum(counts & correct, axis=1, dtype=jnp.int32),
         )
 
-    jitted = jax.jit(step, out_shardings=replicated(mesh))
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def make_row_sums(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
+    """Returns a function (parameters on `mesh`, numpy batch) -> numpy `RowSums`.
+
+    Every host passes the same batch. Its number of rows is a multiple of the mesh's batch shards.
+    Each host places its own rows on its devices and gets the sums of all rows.
+    """
+    step = row_sums_step(bind, mesh)
 
     def sums(parameters: Tree, batch: Batch) -> RowSums:
         with jax.set_mesh(mesh):
-            return jax.device_get(jitted(parameters, place_rows(batch, mesh)))
+            return jax.device_get(step(parameters, place_rows(batch, mesh)))
 
     return sums

@@ -20,6 +20,7 @@ from moi_jax.common.retry import retried
 from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.models.compute import make_compute
+from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.models.presets import preset
 from moi_jax.parallel import hosts
@@ -119,7 +120,7 @@ def train(
             experiment = open_experiment(config, None if fresh else directory)
         devices = jax.devices() if devices is None else devices
         experiment = experiment.on_platform(devices[0].platform)
-        mesh, bind, microbatch_rows = _model_on_mesh(experiment, devices)
+        mesh, bind, microbatch_rows = model_on_mesh(experiment.config, experiment.model, devices)
         with hosts.one_first(cache_dir, "preparing the data"):
             dataset = open_dataset(experiment.config, experiment.tokenizer)
         evaluations: Evaluations = NoEvaluations()
@@ -160,22 +161,27 @@ def train(
         )
 
 
-def _model_on_mesh(experiment: Experiment, devices: Sequence[jax.Device]) -> tuple[Mesh, Bind, int]:
+def model_on_mesh(
+    config: Config, model: ModelConfig, devices: Sequence[jax.Device]
+) -> tuple[Mesh, Bind, int]:
     """Returns the mesh, parameters -> model, and the number of rows of a microbatch.
+
+    Args:
+      config: with the dtype of the platform, see `Experiment.on_platform`.
+      devices: of this run, or of an abstract topology.
 
     Raises:
       UserError: devices, rows and mesh do not fit together.
     """
-    config = experiment.config
     mesh = make_mesh(config.mesh, devices)
     rows = config.train.microbatch_rows or config.train.global_batch_rows
     name = "train.microbatch_rows" if config.train.microbatch_rows else "train.global_batch_rows"
     check_rows(rows, mesh, name)
     check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
-    if undivided := undivided_line(experiment.model, mesh.shape):
+    if undivided := undivided_line(model, mesh.shape):
         log.warning(f"{undivided}; --print-sharding shows what a device holds of each parameter")
-    compute = make_compute(config.model, experiment.model, devices[0], mesh)
-    return mesh, make_model(experiment.model, compute), rows
+    compute = make_compute(config.model, model, devices[0], mesh)
+    return mesh, make_model(model, compute), rows
 
 
 def _report(report: Path, config: Config) -> None:

@@ -1,7 +1,6 @@
 """Every config of configs/topologies fits its devices: mesh, rows and memory, by arithmetic.
 
-`python benchmarks/topologies.py` compiles the step and shows what it really needs, see
-docs/benchmarks.md.
+`python -m moi_jax.plan` compiles the step and shows what it really needs, see docs/plan.md.
 """
 
 import itertools

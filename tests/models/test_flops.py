@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moi_jax.models.compute import Compute
 from moi_jax.models.decoder import make_model
 from moi_jax.models.decoding import view_layers
 from moi_jax.models.flops import causal_pairs, step_flops, usual_flops
@@ -25,7 +24,7 @@ CONFIG = dataclasses.replace(
 def test_the_count_is_that_of_xla_for_unrolled_layers():
     """XLA counts the body of a loop once, so that the layers are called one by one here."""
     parameters = abstract_parameters(CONFIG, jnp.float32)
-    bind = make_model(CONFIG, Compute("float32", "none"))
+    bind = make_model(CONFIG)
     ones = jnp.ones((B, S), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(S), (B, S))
 

@@ -67,13 +67,15 @@ def test_a_table_for_devices_that_are_not_there_asks_for_none(capsys, monkeypatc
 
 
 def test_training_warns_once_of_what_its_mesh_does_not_divide(tmp_path, log_text):
-    train_lib._model_on_mesh(opened(tmp_path, {"tensor": 8}), jax.devices())
+    experiment = opened(tmp_path, {"tensor": 8})
+    train_lib.model_on_mesh(experiment.config, experiment.model, jax.devices())
     assert log_text.getvalue().count("the mesh does not divide") == 1
 
 
 def test_training_refuses_rows_that_the_context_axis_cannot_cut(tmp_path):
+    experiment = opened(tmp_path, {"fsdp": 1, "context": 5})
     with pytest.raises(UserError, match=r"data.sequence_length 256 is not a multiple of 10"):
-        train_lib._model_on_mesh(opened(tmp_path, {"fsdp": 1, "context": 5}), jax.devices())
+        train_lib.model_on_mesh(experiment.config, experiment.model, jax.devices())
 
 
 def opened(directory, mesh):

@@ -90,6 +90,16 @@ def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: i
     log.info(f"shard {shard} of {shards}: {len(mine)} of {len(items)} blocks are prepared")
 
 
+def are_prepared(data: config.Data, tokenizer: Tokenizer) -> bool:
+    """Whether all domains are in the cache, so that `prepare` has nothing to do.
+
+    Raises:
+      UserError: a source is missing or cannot be read.
+    """
+    jobs, builder = _remembering_jobs(data, tokenizer)
+    return all(job.open(builder) is not None for job in jobs)
+
+
 def domain_sources(data: config.Data, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """What the sources hold now: the key of each domain, and the digest of each of its files.
 

@@ -1,0 +1,151 @@
+"""Compiles a step for a topology without the hardware, and reads what the compiler made of it."""
+
+import dataclasses
+import logging
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moi_jax.accounting.collectives import count_collectives
+from moi_jax.accounting.hlo import Module, largest_array, parse_module
+from moi_jax.accounting.memory import abstract_step
+from moi_jax.accounting.topology import Topology, described_devices
+from moi_jax.config import Config
+from moi_jax.data.loader import Batch
+from moi_jax.evaluation.row_sums import row_sums_step
+from moi_jax.models.compute import resolve_dtype
+from moi_jax.models.config import ModelConfig
+from moi_jax.parallel.chips import GIB
+from moi_jax.training.optimizer import make_optimizer, make_schedule
+from moi_jax.training.step import make_train_step
+from moi_jax.training.train import model_on_mesh
+
+log = logging.getLogger(__name__)
+
+# As libtpu 0.0.42 says it; it names no buffers.
+REFUSED = re.compile(r"required for HLO temporaries \(([\d.]+)G\) exceeds available HBM")
+LISTED = 8  # largest buffers
+STEPS = 1000  # of the schedule; the program is the same for any number
+# Instructions that have no buffer of their own.
+NO_BUFFER = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a step on one device. Plain values, so that it can be kept.
+
+    Attributes:
+      arguments, temporaries: bytes; outputs that take the place of an argument count as arguments.
+      refused: the compiler found no room. Then only `temporaries` is known.
+      buffers: the largest results that the program computes, as (name, bytes).
+      seconds: how long it took to compile.
+    """
+
+    arguments: int
+    temporaries: int
+    refused: bool
+    collectives: dict[str, dict[str, float]]
+    unknown_loops: int
+    buffers: list[tuple[str, int]]
+    seconds: float
+
+
+def compile_step(config: Config, model: ModelConfig, topology: Topology, step: str) -> Compiled:
+    """Compiles the train or eval step of a config for a TPU.
+
+    Raises:
+      UserError: config and topology do not fit together.
+    """
+    lowered = lower_step(config, model, described_devices(topology), step)
+    begin = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = REFUSED.search(str(error))
+        if not found:
+            raise
+        seconds = time.monotonic() - begin
+        return Compiled(0, int(float(found[1]) * GIB), True, {}, 0, [], seconds)
+    return _read(compiled, time.monotonic() - begin)
+
+
+def lower_step(config: Config, model: ModelConfig, devices: list[jax.Device], step: str) -> Any:
+    """Traces the train step, or a batch of the held-out eval ("eval"), for these devices."""
+    config = on_platform(config, devices[0].platform)
+    mesh, bind, _ = model_on_mesh(config, model, devices)
+    state, batch = abstract_step(config, model, mesh)
+    if step == "eval":
+        with jax.set_mesh(mesh):
+            return row_sums_step(bind, mesh).lower(state.parameters, _one(batch, mesh))  # type: ignore[attr-defined]
+    optimizer = make_optimizer(config.optimizer, model)
+    schedule = make_schedule(config.optimizer, STEPS)
+    domains = max(1, len(config.data.domains))
+    train_step = make_train_step(
+        model, bind, optimizer, schedule, domains, mesh, config.optimizer.gradient_dtype
+    )
+    with jax.set_mesh(mesh):
+        return train_step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.float32))  # type: ignore[attr-defined]
+
+
+def _one(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns one microbatch [M, S] of an abstract batch [A, M, S]."""
+    sharding = NamedSharding(mesh, PartitionSpec(*batch.tokens.sharding.spec[1:]))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding), batch
+    )
+
+
+def on_platform(config: Config, platform: str) -> Config:
+    """Returns the config with the dtype that `auto` is on the platform."""
+    dtype = resolve_dtype(config.model.compute_dtype, platform)
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"compute_dtype": dtype})}
+    )
+
+
+def _read(compiled: Any, seconds: float) -> Compiled:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    traffic = count_collectives(text)
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes + max(0, outputs),
+        refused=False,
+        collectives={kind: dataclasses.asdict(c) for kind, c in traffic.kinds.items()},
+        unknown_loops=traffic.unknown_loops,
+        buffers=largest_buffers(text),
+        seconds=seconds,
+    )
+
+
+def largest_buffers(text: str) -> list[tuple[str, int]]:
+    """Returns the largest results of a compiled program, outside of fusions, as (name, bytes).
+
+    The name is the shape, and the operation of jax that it comes from. Not all of them need to
+    live at the same time.
+    """
+    module = parse_module(text)
+    found: dict[str, int] = {}
+    for name in _outside_fusions(module):
+        for instruction in module.computations[name].values():
+            if instruction.opcode in NO_BUFFER or instruction.opcode.endswith("-done"):
+                continue
+            origin = re.search(r'op_name="[^"]*?([^"/]*/[^"/]*)"', instruction.attributes)
+            label = f"{instruction.shape.split('{')[0].lstrip('(')} {origin[1] if origin else ''}"
+            found[label.strip()] = largest_array(instruction.shape)
+    return sorted(found.items(), key=lambda item: -item[1])[:LISTED]
+
+
+def _outside_fusions(module: Module) -> list[str]:
+    """The computations that the program runs by themselves: the entry and the bodies of loops."""
+    names, todo = [], [module.entry]
+    while todo:
+        names.append(todo.pop())
+        for instruction in module.computations[names[-1]].values():
+            if instruction.opcode == "while":
+                todo.append(instruction.computation("body"))
+    return names

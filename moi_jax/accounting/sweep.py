@@ -1,0 +1,168 @@
+"""Searches settings that fit a topology: many by arithmetic, the best of them by the compiler."""
+
+import dataclasses
+import itertools
+import logging
+import typing
+from collections.abc import Callable, Iterator, Sequence
+
+from moi_jax.accounting.memory import filled_mesh
+from moi_jax.accounting.plan import Plan, make_plan
+from moi_jax.accounting.topology import Topology
+from moi_jax.accounting.work import Work
+from moi_jax.common.errors import UserError
+from moi_jax.config import Config, Model
+from moi_jax.config.load import apply_override, make_config
+from moi_jax.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+DIMENSIONS = ("remat", "mesh", "rows", "attention")
+ROWS = (1, 2, 4, 8, 16, 32)  # of a microbatch, for each part of the mesh that splits the rows
+TENSOR = (1, 2, 4, 8)  # within a host
+ATTENTION = {"tpu": ("splash", "xla"), "gpu": ("mosaic_gpu", "xla")}
+
+MakePlan = Callable[[Config], Plan]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Settings and their plan.
+
+    Attributes:
+      overrides: section.key=value, as the train command takes them.
+      estimate: the plan by arithmetic.
+    """
+
+    overrides: tuple[str, ...]
+    config: Config
+    estimate: Plan
+
+    @property
+    def speed(self) -> tuple[float, float]:
+        """Sorts by the time of a step; of equal ones, what has less to overlap comes first."""
+        return _speed(self.estimate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A candidate with its final plan: compiled where there is a compiler."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+
+def parse_dimensions(text: str) -> tuple[str, ...]:
+    """Reads --sweep, such as "remat,rows".
+
+    Raises:
+      UserError: a name is unknown.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in DIMENSIONS:
+            raise UserError(f"--sweep {name!r} is unknown; use some of {','.join(DIMENSIONS)}")
+    return names
+
+
+def candidates(
+    config: Config, model: ModelConfig, topology: Topology, work: Work, names: Sequence[str]
+) -> list[Candidate]:
+    """Returns the settings that may fit, fastest first by arithmetic.
+
+    Left out is what cannot fit: its arguments, gradients and kept activations alone are more than
+    the memory. Settings that are estimated to fit come before those that may.
+    """
+    found = []
+    for overrides in _combinations(config, model, topology, names):
+        try:
+            changed = _with(config, overrides)
+            estimate = make_plan(changed, model, topology, work)
+        except UserError:  # such as rows that do not divide over the mesh
+            continue
+        if _least(estimate) <= estimate.hbm_bytes:
+            found.append(Candidate(overrides, changed, estimate))
+    return sorted(found, key=lambda one: (not one.estimate.fits, one.speed))
+
+
+def sweep(found: Sequence[Candidate], make: MakePlan, compiles: bool, limit: int) -> list[Found]:
+    """Plans the best candidates, and returns what it planned, best first.
+
+    Args:
+      found: in the order in which they are tried.
+      make: config -> its plan; it compiles where `compiles`.
+      limit: how many are planned at most.
+    """
+    if not compiles:
+        return [Found(one.overrides, one.estimate) for one in found[:limit]]
+    planned: list[Found] = []
+    refused: list[Plan] = []  # estimates of what did not fit
+    for one in found:
+        if len(planned) == limit:
+            break
+        if any(_needs_as_much(one.estimate, other) for other in refused):
+            continue
+        log.info(f"{len(planned) + 1} of at most {limit}: {' '.join(one.overrides)}")
+        plan = make(one.config)
+        planned.append(Found(one.overrides, plan))
+        if not plan.fits:
+            refused.append(one.estimate)
+    return sorted(planned, key=lambda one: (not one.plan.fits, _speed(one.plan)))
+
+
+def _combinations(
+    config: Config, model: ModelConfig, topology: Topology, names: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    """Yields the overrides of every combination of the settings that are swept."""
+    annotation = Model.model_fields["remat"].annotation
+    remats = [f"model.remat={name}" for name in typing.get_args(annotation)]
+    kernels = [f"model.attention={name}" for name in ATTENTION[topology.chip.platform]]
+    for remat, kernel, mesh in itertools.product(
+        remats if "remat" in names else [None],
+        kernels if "attention" in names else [None],
+        _meshes(model, topology) if "mesh" in names else [()],
+    ):
+        chosen = (*mesh, *(text for text in (remat, kernel) if text))
+        if "rows" not in names:
+            yield chosen
+            continue
+        shards = _batch_shards(config, topology, mesh)
+        for rows in ROWS:
+            if rows * shards <= config.train.global_batch_rows:
+                yield (*chosen, f"train.microbatch_rows={rows * shards}")
+
+
+def _meshes(model: ModelConfig, topology: Topology) -> Iterator[tuple[str, ...]]:
+    """Yields the meshes: data over slices, tensor within a host, fsdp takes the rest."""
+    for tensor in TENSOR:
+        fsdp, rest = divmod(topology.devices, topology.slices * tensor)
+        if rest == 0 and fsdp and model.num_heads % tensor == 0:
+            yield f"mesh.data={topology.slices}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"
+
+
+def _batch_shards(config: Config, topology: Topology, mesh: Sequence[str]) -> int:
+    """Returns over how many parts a mesh splits the rows."""
+    sizes = filled_mesh(_with(config, mesh).mesh, topology.devices, topology.name)
+    return sizes["data"] * sizes["fsdp"]
+
+
+def _with(config: Config, overrides: Sequence[str]) -> Config:
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        apply_override(values, override)
+    return make_config(values)
+
+
+def _least(plan: Plan) -> int:
+    parts = plan.temporaries
+    return plan.arguments.total + parts["gradients"] + parts["saved activations"]
+
+
+def _needs_as_much(plan: Plan, refused: Plan) -> bool:
+    """Whether a plan on the same mesh needs as much memory as one that does not fit."""
+    return plan.mesh == refused.mesh and plan.peak_bytes >= refused.peak_bytes
+
+
+def _speed(plan: Plan) -> tuple[float, float]:
+    assert plan.roofline is not None
+    return plan.roofline.step_s, plan.roofline.serial_s

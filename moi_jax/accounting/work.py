@@ -1,0 +1,94 @@
+"""What a step and a run have to do: tokens and pairs of attention, from the plan of the data."""
+
+import dataclasses
+import logging
+import re
+
+import numpy as np
+
+from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.common.errors import UserError
+from moi_jax.config import Config
+from moi_jax.data.cache.prepare import are_prepared
+from moi_jax.data.dataset import open_dataset
+from moi_jax.data.planning.epoch import EpochPlan
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.flops import causal_pairs
+from moi_jax.models.presets import preset
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The mean step of a run.
+
+    Attributes:
+      tokens: in segments, without padding.
+      pairs: (query, key) pairs that attention uses.
+      loss_tokens: tokens that carry loss; None if the data is not known.
+      steps: of the whole run; None if it depends on the data, and that is not known.
+      source: where the figures come from, as a sentence.
+    """
+
+    tokens: int
+    pairs: int
+    loss_tokens: int | None
+    steps: int | None
+    source: str
+
+
+def open_model(config: Config) -> ModelConfig:
+    """Returns the architecture: the preset, or that of model.init_from.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    if config.model.preset:
+        return preset(config.model.preset)
+    return open_experiment(config).model
+
+
+def work_of(config: Config) -> Work:
+    """Returns the work of a step, from the first epoch's plan where the data is prepared.
+
+    Nothing is prepared here. Without the data the rows count as full, each of them one segment.
+    """
+    try:
+        experiment = open_experiment(config)
+        if not are_prepared(experiment.config.data, experiment.tokenizer):
+            raise UserError("the data is not prepared; run python -m moi_jax.prepare first")
+        plan = open_dataset(experiment.config, experiment.tokenizer).plan()
+        epoch = plan.epoch_plan(0)
+    except UserError as error:
+        # The first clause says what is missing, the rest what to do about it.
+        return full_rows(config, re.split(r"[;:] ", str(error))[0])
+    share = config.train.global_batch_rows / epoch.rows
+    return Work(
+        tokens=round(epoch.tokens * share),
+        pairs=round(causal_pairs(segment_lengths(epoch, config.data.mask)) * share),
+        loss_tokens=round(epoch.loss_tokens * share),
+        steps=plan.total_steps,
+        source="segments of the first epoch's plan",
+    )
+
+
+def full_rows(config: Config, reason: str) -> Work:
+    """Returns the work of rows that are full, one segment each."""
+    rows, length = config.train.global_batch_rows, config.data.sequence_length
+    return Work(
+        tokens=rows * length,
+        pairs=rows * causal_pairs(np.array(length)),
+        loss_tokens=None,
+        steps=config.train.steps,
+        source=f"assumed: full rows, one segment each ({reason})",
+    )
+
+
+def segment_lengths(epoch: EpochPlan, mask: str | None) -> np.ndarray:
+    """Returns int64[segments]: the lengths of all segments of an epoch under data.mask."""
+    lengths = epoch.corpus.lengths[epoch.instructions].astype(np.int64)
+    if mask == "instruction":
+        return lengths
+    starts = epoch.instruction_starts if mask == "row" else epoch.group_starts
+    return np.diff(np.append(0, np.cumsum(lengths))[starts])

@@ -1,0 +1,327 @@
+"""The plan by arithmetic: rooflines, the work of a step, the sweep, the JSON, the messages."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moi_jax import plan as command
+from moi_jax.accounting.compilation import Compiled, lower_step
+from moi_jax.accounting.kept import kept_path, read_kept
+from moi_jax.accounting.layers import kept_width, repeated_flops
+from moi_jax.accounting.memory import kv_cache_bytes
+from moi_jax.accounting.plan import make_plan
+from moi_jax.accounting.roofline import Executed, flops_of, roofline
+from moi_jax.accounting.sweep import candidates, sweep
+from moi_jax.accounting.topology import parse_topology
+from moi_jax.accounting.work import full_rows, work_of
+from moi_jax.common.errors import UserError
+from moi_jax.config.load import load_config, make_config
+from moi_jax.models.flops import step_flops
+from moi_jax.models.parameters import parameter_specs
+from moi_jax.models.presets import preset
+from moi_jax.parallel.chips import GIB, chip_of
+
+from support.runs import open_data, small_config
+
+MODEL = preset("qwen2.5-7b")
+CONFIG = make_config(
+    {
+        "model": {"preset": "qwen2.5-7b", "attention": "xla"},
+        "data": {"sequence_length": 4096},
+        "train": {"global_batch_rows": 64, "microbatch_rows": 8, "steps": 100},
+    }
+)
+ONE_EPOCH = ("train.steps=null", "train.epochs=1")
+V5P = parse_topology("v5p:2x2x2", 1)
+WORK = full_rows(CONFIG, "a test")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """What a command sets for libtpu is gone after the test."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["plan", *map(str, arguments)])
+    assert command.main() == 0
+    return capsys.readouterr().out
+
+
+# Time
+
+
+def test_the_step_takes_as_long_as_its_slowest_resource():
+    chip = chip_of("TPU v5")  # 459e12 FLOP/s, 2.765e12 and 600e9 bytes/s, 6.25e9 by the network
+    flops = Executed(useful=459 * 10**12, usual=918 * 10**12, executed=1836 * 10**12)
+    line = roofline(chip, 2, flops, hbm_bytes=2.765e12, sent_bytes=0.6e12)
+    assert line.compute_s == pytest.approx(2)
+    assert (line.hbm_s, line.ici_s, line.network_s) == pytest.approx((1, 1, 0))
+    assert (line.step_s, line.bound) == (pytest.approx(2), "compute")
+    # 918e12 operations on two chips in two seconds.
+    assert (line.mfu, line.useful_mfu) == pytest.approx((0.5, 0.25))
+    slow = roofline(chip, 2, flops, 2.765e12, 0.6e12, network_bytes=62.5e9)
+    assert (slow.step_s, slow.bound) == (pytest.approx(10), "network")
+    assert slow.mfu == pytest.approx(0.1)
+
+
+def test_repeated_operations_are_those_of_what_is_not_kept():
+    """Qwen2.5-7B by its letters: D 3584, H 28, K 4, N 128, F 18944, L 28."""
+    tokens, pairs = 4096, 4096 * 4097 // 2
+    query, kv, out, up = 3584 * 3584, 3584 * 1024, 3584 * 3584, 3584 * 18944
+    attention = 28 * 4 * pairs * 28 * 128
+    assert repeated_flops(MODEL, "none", tokens, pairs) == 0
+    full = 28 * 2 * tokens * (query + kv + out + 2 * up) + attention
+    assert repeated_flops(MODEL, "full", tokens, pairs) == full
+    saved = full - 28 * 2 * tokens * (query + kv)
+    assert repeated_flops(MODEL, "save_qkv_proj", tokens, pairs) == saved
+    assert repeated_flops(MODEL, "minimal", tokens, pairs) == attention
+
+
+def test_more_is_kept_on_every_step_of_the_ladder():
+    ladder = (
+        "full", "save_qkv_proj", "save_dot_except_mlp", "save_dot_with_context_except_mlp",
+        "minimal", "minimal_with_context", "none",
+    )  # fmt: skip
+    widths = [kept_width(MODEL, name, tensor=1) for name in ladder]
+    assert widths[0] == 3584
+    assert widths[1] == 3584 + 3584 + 1024
+    assert widths[3] < widths[4]
+    # The context is 3584 wide, less than the MLP that `minimal` adds.
+    assert widths == sorted(widths)
+    assert kept_width(MODEL, "save_qkv_proj", tensor=4) == 3584 + (3584 + 1024) / 4
+
+
+# Work
+
+
+@pytest.mark.parametrize("mask", ["chunk", "row", "instruction"])
+def test_work_is_that_of_the_batches(tmp_path, mask):
+    """Oracle: the segment ids of every row of the epoch, as training reads them."""
+    config = load_config(small_config(tmp_path), [f"data.mask={mask}", *ONE_EPOCH])
+    assert work_of(config).source.startswith("assumed")
+    dataset = open_data(config)  # prepares the cache
+    plan = dataset.plan()
+    rows = plan.epoch_plan(0).rows
+    batch = dataset.batch_reader(plan).read(range(rows))
+    lengths = [np.unique(row[row > 0], return_counts=True)[1] for row in batch.segment_ids]
+    share = config.train.global_batch_rows / rows
+    work = work_of(config)
+    assert work.tokens == round((batch.segment_ids > 0).sum() * share)
+    assert work.pairs == round(sum((n * (n + 1) // 2).sum() for n in lengths) * share)
+    assert work.loss_tokens == round((batch.loss_weights > 0).sum() * share)
+    assert work.steps == plan.total_steps
+
+
+def test_useful_operations_are_those_of_the_work():
+    work = dataclasses.replace(WORK, tokens=1000, pairs=5000)
+    flops = flops_of(CONFIG, MODEL, work)
+    assert flops.useful == step_flops(MODEL, 1000, 5000).total
+    assert flops.useful < flops.usual < flops.executed
+
+
+# Memory
+
+
+def test_memory_by_arithmetic():
+    """7.6e9 parameters in float32 with two moments, over 8 devices."""
+    plan = make_plan(CONFIG, MODEL, V5P, WORK)
+    parameters = 7_615_616_512
+    assert plan.arguments.parameters == pytest.approx(parameters * 4 / 8, rel=1e-3)
+    assert plan.arguments.optimizer == pytest.approx(parameters * 8 / 8, rel=1e-3)
+    parts = plan.temporaries
+    assert parts["gradients"] == pytest.approx(2 * parameters * 4 / 8, rel=1e-3)  # accumulated
+    assert parts["saved activations"] == 28 * 4096 * 3584 * 2
+    assert plan.fits
+
+
+def test_the_cache_of_a_sampler():
+    """28 layers, keys and values, 4 heads of 128, 2 bytes."""
+    assert kv_cache_bytes(MODEL, rows=3, length=100, tensor=1) == 28 * 2 * 3 * 100 * 4 * 128 * 2
+    assert kv_cache_bytes(MODEL, 1, 100, tensor=4) == 28 * 2 * 100 * 128 * 2
+    assert kv_cache_bytes(MODEL, 1, 100, tensor=8) == 28 * 2 * 100 * 4 * 128 * 2  # not divided
+
+
+def test_the_eval_step_is_that_of_the_held_out_evaluation(tmp_path):
+    """It lowers for the mesh, takes one microbatch, and holds no optimizer."""
+    config = load_config(small_config(tmp_path), ["mesh.fsdp=2", "mesh.tensor=2"])
+    lowered = lower_step(config, preset("tiny"), jax.devices()[:4], "eval")
+    assert [value.shape for value in lowered.out_info] == [(2,)] * 3
+    parameters, batch = lowered.args_info[0]
+    assert len(jax.tree.leaves(parameters)) == len(parameter_specs(preset("tiny")))
+    assert batch.tokens.shape == (2, 256)
+    plan = make_plan(config, preset("tiny"), parse_topology("h100:4", 1), WORK, "eval")
+    assert plan.arguments.optimizer == 0
+    assert "gradients" not in plan.temporaries
+
+
+# Sweep
+
+
+def test_a_sweep_tries_the_fastest_first_and_no_more_than_the_limit():
+    tried = []
+
+    def make(config):
+        tried.append(config.model.remat)
+        return make_plan(config, MODEL, V5P, full_rows(config, "a test"))
+
+    found = candidates(CONFIG, MODEL, V5P, WORK, ("remat", "rows"))
+    planned = sweep(found, make, compiles=True, limit=2)
+    assert len(tried) == len(planned) == 2
+    times = [one.plan.roofline.step_s for one in planned]
+    assert times == sorted(times)
+    every = [one.estimate for one in found if one.estimate.fits]
+    assert times[0] == min(plan.roofline.step_s for plan in every)
+
+
+def test_what_needs_more_than_a_refused_setting_is_not_compiled():
+    found = candidates(CONFIG, MODEL, V5P, WORK, ("rows",))
+    assert len({one.estimate.peak_bytes for one in found}) > 1
+    refused = Compiled(0, 200 * GIB, True, {}, 0, [], 1.0)
+    tried = []
+
+    def make(config):
+        tried.append(config)
+        return make_plan(config, MODEL, V5P, full_rows(config, "a test"), "train", refused)
+
+    planned = sweep(found, make, compiles=True, limit=10)
+    assert not any(one.plan.fits for one in planned)
+    peaks = [make_plan(c, MODEL, V5P, full_rows(c, "a test")).peak_bytes for c in tried]
+    assert peaks == sorted(set(peaks), reverse=True)
+
+
+def test_settings_that_cannot_fit_are_left_out():
+    """Qwen2.5-7B's state alone, 16 bytes a parameter with gradients, is 15 GB on 8 chips."""
+    v5e = parse_topology("v5e:2x4", 1)
+    assert not candidates(CONFIG, MODEL, v5e, WORK, ("remat", "rows"))
+
+
+def test_meshes_of_a_sweep_fill_the_slices():
+    two = parse_topology("v5p:2x2x2", 2)
+    found = candidates(CONFIG, MODEL, two, WORK, ("mesh", "rows"))
+    assert {tuple(one.estimate.mesh[a] for a in ("data", "fsdp", "tensor")) for one in found} == {
+        (2, 8, 1), (2, 4, 2), (2, 2, 4),
+    }  # fmt: skip
+    assert all(one.estimate.roofline.network_s > 0 for one in found)
+
+
+# The command
+
+
+def test_the_json_is_the_contract(tmp_path, monkeypatch, capsys, environment):
+    config = small_config(tmp_path)
+    open_data(load_config(config))
+    out = run(
+        monkeypatch, capsys, "--config", config, "--topology", "h100:2", "--price", 3, "--json"
+    )
+    plan = json.loads(out)
+    assert plan.keys() >= {
+        "topology", "chips", "per_chip", "flops_per_step", "collectives", "roofline",
+    }  # fmt: skip
+    assert (plan["topology"], plan["chips"], plan["source"]) == ("h100:2", 2, "arithmetic")
+    memory = plan["per_chip"]
+    assert memory.keys() >= {
+        "arguments_bytes", "temporaries_bytes", "peak_bytes", "hbm_bytes", "fits",
+    }  # fmt: skip
+    assert memory["peak_bytes"] == memory["arguments_bytes"] + memory["temporaries_bytes"]
+    assert memory["fits"] is True
+    assert plan["flops_per_step"] == plan["flops"]["useful"] < plan["flops"]["usual"]
+    line = plan["roofline"]
+    assert line["step_s"] == max(line["compute_s"], line["hbm_s"], line["ici_s"])
+    assert 0 < line["mfu"] <= 1
+    assert all(kind.keys() == {"count", "bytes"} for kind in plan["collectives"].values())
+    run_ = plan["run"]
+    assert run_["hours"] == pytest.approx(plan["work"]["steps"] * line["step_s"] / 3600)
+    assert run_["usd"] == pytest.approx(run_["hours"] * 2 * 3)
+    loss_tokens = plan["work"]["steps"] * plan["work"]["loss_tokens"]
+    assert run_["usd_per_million_loss_tokens"] == pytest.approx(run_["usd"] / loss_tokens * 1e6)
+
+
+def test_a_compilation_is_kept_and_shown(tmp_path, monkeypatch, capsys, environment):
+    """What the compiler says takes the place of the arithmetic, and is asked for once."""
+    path = small_config(tmp_path, mesh={"fsdp": 2, "tensor": 2})
+    config, topology = load_config(path), parse_topology("v5p:2x2x1", 1)
+    kinds = {"all-gather": {"count": 7, "bytes": 2.0 * GIB, "operand_bytes": GIB}}
+    compiled = Compiled(3 * GIB, 5 * GIB, False, kinds, 0, [("f32[9] gradient", GIB)], 60.0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    calls = []
+
+    def compile_step(*arguments):
+        calls.append(arguments)
+        return compiled
+
+    monkeypatch.setattr("moi_jax.accounting.planner.compile_step", compile_step)
+    texts = [run(monkeypatch, capsys, "--config", path, "--topology", "v5p:2x2x1") for _ in "12"]
+    assert len(calls) == 1
+    assert texts[0] == texts[1]
+    assert "peak                8.00  of 95.74: fits, +87.74" in texts[0]
+    assert "all-gather             2.000  in 7" in texts[0]
+    assert read_kept(kept_path(config, preset("tiny"), topology, "train")) == compiled
+    other = load_config(path, ["model.remat=full"])
+    assert read_kept(kept_path(other, preset("tiny"), topology, "train")) is None
+
+
+def test_what_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch, capsys, environment):
+    """Even if there is less of it than the chip has: what is free may be in pieces."""
+    path = small_config(tmp_path, mesh={"fsdp": 2, "tensor": 2})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    refused = Compiled(0, 10 * GIB, True, {}, 0, [], 5.0)
+    monkeypatch.setattr("moi_jax.accounting.planner.compile_step", lambda *arguments: refused)
+    arguments = ("--config", path, "--topology", "v5e:2x2")
+    memory = json.loads(run(monkeypatch, capsys, *arguments, "--json"))["per_chip"]
+    assert memory["fits"] is False
+    assert memory["temporaries_bytes"] == 10 * GIB
+    text = run(monkeypatch, capsys, *arguments)
+    assert "DOES NOT FIT" in text
+    assert "the largest, by arithmetic" in text
+
+
+def test_a_sweep_prints_the_command_that_trains_the_best(
+    tmp_path, monkeypatch, capsys, environment
+):
+    path = small_config(tmp_path)
+    text = run(
+        monkeypatch, capsys, "--config", path, "--topology", "h100:2", "--sweep", "remat,rows",
+        "--max-compiles", 3, "train.seed=1",
+    )  # fmt: skip
+    last = text.strip().splitlines()[-1]
+    assert last.startswith(f"python -m moi_jax.train --config {path} train.seed=1 model.remat=")
+    assert text.count("\nyes") == 3
+
+
+def test_a_sampler_is_planned_by_arithmetic(tmp_path, monkeypatch, capsys, environment):
+    arguments = ("--config", small_config(tmp_path), "--topology", "v5e:2x2", "--step", "generate")
+    plan = json.loads(run(monkeypatch, capsys, *arguments, "--json"))
+    tiny = preset("tiny")
+    assert plan["kv_cache"]["bytes_per_row"] == kv_cache_bytes(tiny, 1, 256, 1)
+    assert plan["per_chip"]["optimizer_bytes"] == 0
+    assert "KV cache" in run(monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v9:2x2"], "'v9:2x2' is unknown.* Known: v4, v5e, v5p"),
+        (["--topology", "v5p"], "is unknown; give NAME:SHAPE"),
+        (["--topology", "h100:2x4"], "such as h100:8"),
+        (["--topology", "h100:0"], "has no chips"),
+        (["--topology", "h100:8", "--sweep", "remat,color"], "'color' is unknown"),
+        (["--topology", "h100:8", "--sweep", "remat", "--step", "eval"], "leave out --step"),
+        (["--topology", "h100:8", "mesh.fsdp=3"], "does not fill the 8 devices"),
+        (["--topology", "h100:3", "train.microbatch_rows=2"], "not a multiple of the 3"),
+        (["--topology", "v5p:2x2x2"], "libtpu, the compiler of the TPU, is not installed"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, environment, arguments, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    path = small_config(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plan", "--config", str(path), *arguments])
+    with pytest.raises(UserError, match=message) as error:
+        command.main()
+    assert "\n" not in str(error.value)
