@@ -1,27 +1,18 @@
 """What a layer keeps for the backward pass, and what it computes again, by remat policy.
 
-A layer has seven products whose results may be kept: the rotated query, key and value (kv), the
-context that attention returns, the output projection (out), and the MLP's gate, up and down. The
-input of the layer is always kept. The ladder of policies is that of MaxText (models/remat.py).
+The products of a layer have the names of its tensors in models/remat.py. The input of the layer is
+always kept, on the device or on the host.
 """
 
 import dataclasses
 
+from moi_jax.config.model import Model, RematTensor
 from moi_jax.models.config import ModelConfig
+from moi_jax.models.remat import remat_policy
 
-EVERYTHING = frozenset({"query", "kv", "context", "out", "gate", "up", "down"})
-PROJECTIONS = EVERYTHING - {"context"}
-KEPT: dict[str, frozenset[str]] = {
-    "full": frozenset(),
-    "save_qkv_proj": frozenset({"query", "kv"}),
-    "save_dot_except_mlp": frozenset({"query", "kv", "out"}),
-    "save_dot_with_context_except_mlp": frozenset({"query", "kv", "context", "out"}),
-    "minimal": PROJECTIONS,
-    "minimal_with_context": EVERYTHING,
-    "none": EVERYTHING,
-}
+INPUT: RematTensor = "decoder_layer_input"
 # Nothing in the backward pass of a layer needs its output, so that this is not computed again.
-NEVER_AGAIN = frozenset({"down"})
+OUTPUT: RematTensor = "mlp_down"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,40 +30,52 @@ class Product:
     split: bool = True
 
 
-def products(config: ModelConfig) -> dict[str, Product]:
+def products(config: ModelConfig) -> dict[RematTensor, Product]:
     """Returns the products of a layer by name."""
     c = config
-    heads, kv_heads = c.num_heads * c.head_dim, 2 * c.num_kv_heads * c.head_dim
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     mlp = c.hidden_size * c.mlp_width
     return {
-        "query": Product(heads, c.hidden_size * heads),
-        "kv": Product(kv_heads, c.hidden_size * kv_heads),
+        "query_proj": Product(heads, c.hidden_size * heads),
+        "key_proj": Product(kv_heads, c.hidden_size * kv_heads),
+        "value_proj": Product(kv_heads, c.hidden_size * kv_heads),
         "context": Product(heads, 0),
-        "out": Product(c.hidden_size, heads * c.hidden_size, split=False),
-        "gate": Product(c.mlp_width, mlp),
-        "up": Product(c.mlp_width, mlp),
-        "down": Product(c.hidden_size, mlp, split=False),
+        "out_proj": Product(c.hidden_size, heads * c.hidden_size, split=False),
+        "mlp_gate": Product(c.mlp_width, mlp),
+        "mlp_up": Product(c.mlp_width, mlp),
+        OUTPUT: Product(c.hidden_size, mlp, split=False),
     }
 
 
-def kept_width(config: ModelConfig, remat: str, tensor: int) -> float:
+def repeated_products(config: ModelConfig, settings: Model) -> set[RematTensor]:
+    """Returns the products that the backward pass computes again."""
+    policy = remat_policy(settings.remat, settings.remat_tensors)
+    if policy is None:
+        return set()
+    return set(products(config)) - policy.saved - policy.offloaded - {OUTPUT}
+
+
+def kept_width(config: ModelConfig, settings: Model, tensor: int) -> float:
     """Counts the elements that a layer keeps for each token on one device of `tensor`."""
-    found = products(config)
-    kept = sum(found[name].width / (tensor if found[name].split else 1) for name in KEPT[remat])
-    if remat == "none":
+    widths: dict[RematTensor, float] = {
+        name: product.width / (tensor if product.split else 1)
+        for name, product in products(config).items()
+    }
+    widths[INPUT] = config.hidden_size
+    policy = remat_policy(settings.remat, settings.remat_tensors)
+    if policy is None:
         # Beside the products: both normed inputs, and silu(gate) and its product with up.
-        kept += 2 * config.hidden_size + 2 * config.mlp_width / tensor
-    return config.hidden_size + kept
+        return sum(widths.values()) + 2 * config.hidden_size + 2 * config.mlp_width / tensor
+    return sum(widths[name] for name in {INPUT, *policy.saved} - policy.offloaded - {OUTPUT})
 
 
-def repeated_flops(config: ModelConfig, remat: str, tokens: int, pairs: int) -> int:
+def repeated_flops(config: ModelConfig, settings: Model, tokens: int, pairs: int) -> int:
     """Counts the operations that rematerialisation repeats in one step.
 
     Args:
       tokens, pairs: see `models.flops.step_flops`.
     """
-    found = products(config)
-    repeated = EVERYTHING - KEPT[remat] - NEVER_AGAIN
-    token = 2 * tokens * sum(found[name].matrix for name in repeated)
+    repeated = repeated_products(config, settings)
+    token = 2 * tokens * sum(products(config)[name].matrix for name in repeated)
     attention = 2 * 2 * pairs * config.num_heads * config.head_dim * ("context" in repeated)
     return config.num_layers * (token + attention)

@@ -15,6 +15,7 @@ from moi_jax import config as config_lib
 from moi_jax.accounting.layers import kept_width
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
+from moi_jax.config.model import Model
 from moi_jax.data.loader import Batch
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.flops import layer_matrix_size
@@ -78,13 +79,13 @@ def temporary_bytes(
     gradient = jnp.dtype(config.optimizer.gradient_dtype).itemsize
     trainable = sum(_device_elements(leaf) for leaf in jax.tree.leaves(state.trainable))
     accumulates = microbatch_rows(config) < config.train.global_batch_rows
-    of_all = kept_width(model, "none", tensor)
+    of_all = kept_width(model, Model(remat="none"), tensor)
     # The plain attention keeps the scores of a layer, their softmax and its gradient.
     scores = 3 * wide * rows * model.num_heads // tensor * length * config.data.sequence_length
     return {
         "gradients": trainable * gradient * (2 if accumulates else 1),
         "saved activations": int(
-            value * model.num_layers * tokens * kept_width(model, config.model.remat, tensor)
+            value * model.num_layers * tokens * kept_width(model, config.model, tensor)
         ),
         "one layer's activations": int(2 * value * tokens * of_all),
         "attention scores of a layer": scores if config.model.attention == "xla" else 0,

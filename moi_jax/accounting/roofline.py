@@ -78,7 +78,7 @@ def flops_of(config: Config, model: ModelConfig, work: Work) -> Executed:
     rows, length = config.train.global_batch_rows, config.data.sequence_length
     usual = usual_flops(model, rows, length)
     useful = step_flops(model, work.tokens, work.pairs)
-    repeated = repeated_flops(model, config.model.remat, rows * length, work.pairs)
+    repeated = repeated_flops(model, config.model, rows * length, work.pairs)
     # Attention of other segments is skipped; padding is computed.
     run = step_flops(model, rows * length, work.pairs)
     return Executed(useful.total, usual.total, run.total + repeated)

@@ -10,7 +10,7 @@ import math
 from jax.sharding import Mesh
 
 from moi_jax.accounting.collectives import SENT
-from moi_jax.accounting.layers import EVERYTHING, KEPT, NEVER_AGAIN
+from moi_jax.accounting.layers import repeated_products
 from moi_jax.accounting.memory import microbatch_rows
 from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
@@ -36,7 +36,7 @@ def step_traffic(config: Config, model: ModelConfig, mesh: Mesh) -> dict[str, fl
     tokens = rows // batch_shards(mesh) * config.data.sequence_length // shape.get("context", 1)
     states = HALF * tokens * model.hidden_size  # of one layer, [B, S, D]
     # Two sums over tensor forward, two backward; one where the output projection is repeated.
-    repeated = "out" in EVERYTHING - KEPT[config.model.remat] - NEVER_AGAIN
+    repeated = "out_proj" in repeated_products(model, config.model)
     layer_sums = (5 if repeated else 4) * model.num_layers
     operands = {
         # The loss gathers the final states of all rows, since it splits the vocabulary over fsdp.

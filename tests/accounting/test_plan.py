@@ -22,6 +22,7 @@ from moi_jax.accounting.topology import parse_topology
 from moi_jax.accounting.work import full_rows, work_of
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config, make_config
+from moi_jax.config.model import Model
 from moi_jax.models.flops import step_flops
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
@@ -76,12 +77,12 @@ def test_repeated_operations_are_those_of_what_is_not_kept():
     tokens, pairs = 4096, 4096 * 4097 // 2
     query, kv, out, up = 3584 * 3584, 3584 * 1024, 3584 * 3584, 3584 * 18944
     attention = 28 * 4 * pairs * 28 * 128
-    assert repeated_flops(MODEL, "none", tokens, pairs) == 0
+    assert repeated_flops(MODEL, Model(remat="none"), tokens, pairs) == 0
     full = 28 * 2 * tokens * (query + kv + out + 2 * up) + attention
-    assert repeated_flops(MODEL, "full", tokens, pairs) == full
+    assert repeated_flops(MODEL, Model(remat="full"), tokens, pairs) == full
     saved = full - 28 * 2 * tokens * (query + kv)
-    assert repeated_flops(MODEL, "save_qkv_proj", tokens, pairs) == saved
-    assert repeated_flops(MODEL, "minimal", tokens, pairs) == attention
+    assert repeated_flops(MODEL, Model(remat="save_qkv_proj"), tokens, pairs) == saved
+    assert repeated_flops(MODEL, Model(remat="minimal"), tokens, pairs) == attention
 
 
 def test_more_is_kept_on_every_step_of_the_ladder():
@@ -89,13 +90,22 @@ def test_more_is_kept_on_every_step_of_the_ladder():
         "full", "save_qkv_proj", "save_dot_except_mlp", "save_dot_with_context_except_mlp",
         "minimal", "minimal_with_context", "none",
     )  # fmt: skip
-    widths = [kept_width(MODEL, name, tensor=1) for name in ladder]
+    widths = [kept_width(MODEL, Model(remat=name), tensor=1) for name in ladder]
     assert widths[0] == 3584
     assert widths[1] == 3584 + 3584 + 1024
     assert widths[3] < widths[4]
     # The context is 3584 wide, less than the MLP that `minimal` adds.
     assert widths == sorted(widths)
-    assert kept_width(MODEL, "save_qkv_proj", tensor=4) == 3584 + (3584 + 1024) / 4
+    assert kept_width(MODEL, Model(remat="save_qkv_proj"), tensor=4) == 3584 + (3584 + 1024) / 4
+
+
+def test_what_waits_on_the_host_is_neither_kept_nor_repeated():
+    changes = {"decoder_layer_input": "offload", "query_proj": "offload", "mlp_up": "save"}
+    settings = Model(remat="full", remat_tensors=changes)
+    assert kept_width(MODEL, settings, tensor=1) == 18944
+    full = repeated_flops(MODEL, Model(remat="full"), tokens=4096, pairs=0)
+    less = 28 * 2 * 4096 * (3584 * 3584 + 3584 * 18944)
+    assert repeated_flops(MODEL, settings, tokens=4096, pairs=0) == full - less
 
 
 # Work
