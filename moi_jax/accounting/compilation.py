@@ -26,7 +26,7 @@ from moi_jax.training.train import model_on_mesh
 
 log = logging.getLogger(__name__)
 
-# As libtpu 0.0.42 says it; it names no buffers.
+# As libtpu 0.0.42 says it; it names no buffers. The figure holds the arguments too.
 REFUSED = re.compile(r"required for HLO temporaries \(([\d.]+)G\) exceeds available HBM")
 LISTED = 8  # largest buffers
 STEPS = 1000  # of the schedule; the program is the same for any number
@@ -39,14 +39,17 @@ class Compiled:
     """What the compiler says of a step on one device. Plain values, so that it can be kept.
 
     Attributes:
-      arguments, temporaries: bytes; outputs that take the place of an argument count as arguments.
-      refused: the compiler found no room. Then only `temporaries` is known.
+      arguments: bytes of what goes in.
+      peak: the most bytes that are in use at once, arguments included. The compiler refuses a
+        program by this figure. jax's `temp_size_in_bytes` is larger: programs compile whose
+        arguments and `temp_size_in_bytes` are more than the memory (tried with libtpu 0.0.42).
+      refused: the compiler found no room. Then only `peak` is known.
       buffers: the largest results that the program computes, as (name, bytes).
       seconds: how long it took to compile.
     """
 
     arguments: int
-    temporaries: int
+    peak: int
     refused: bool
     collectives: dict[str, dict[str, float]]
     unknown_loops: int
@@ -70,7 +73,7 @@ def compile_step(config: Config, model: ModelConfig, topology: Topology, step: s
             raise
         seconds = time.monotonic() - begin
         return Compiled(0, int(float(found[1]) * GIB), True, {}, 0, [], seconds)
-    return _read(compiled, time.monotonic() - begin)
+    return read_compiled(compiled, time.monotonic() - begin)
 
 
 def lower_step(config: Config, model: ModelConfig, devices: list[jax.Device], step: str) -> Any:
@@ -107,13 +110,13 @@ def on_platform(config: Config, platform: str) -> Config:
     )
 
 
-def _read(compiled: Any, seconds: float) -> Compiled:
+def read_compiled(compiled: Any, seconds: float) -> Compiled:
+    """Reads memory and collectives of a compiled program, which took so long to compile."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     traffic = count_collectives(text)
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes + max(0, outputs),
+        peak=memory.peak_memory_in_bytes,
         refused=False,
         collectives={kind: dataclasses.asdict(c) for kind, c in traffic.kinds.items()},
         unknown_loops=traffic.unknown_loops,

@@ -67,7 +67,9 @@ class Plan:
 
     @property
     def temporaries_bytes(self) -> int:
-        return self.compiled.temporaries if self.compiled else sum(self.temporaries.values())
+        if self.compiled:
+            return self.compiled.peak - self.arguments_bytes
+        return sum(self.temporaries.values())
 
     @property
     def peak_bytes(self) -> int:

@@ -258,7 +258,7 @@ def test_a_compilation_is_kept_and_shown(tmp_path, monkeypatch, capsys, environm
     path = small_config(tmp_path, mesh={"fsdp": 2, "tensor": 2})
     config, topology = load_config(path), parse_topology("v5p:2x2x1", 1)
     kinds = {"all-gather": {"count": 7, "bytes": 2.0 * GIB, "operand_bytes": GIB}}
-    compiled = Compiled(3 * GIB, 5 * GIB, False, kinds, 0, [("f32[9] gradient", GIB)], 60.0)
+    compiled = Compiled(3 * GIB, 8 * GIB, False, kinds, 0, [("f32[9] gradient", GIB)], 60.0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     calls = []
 
@@ -286,7 +286,7 @@ def test_what_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch, capsys, e
     arguments = ("--config", path, "--topology", "v5e:2x2")
     memory = json.loads(run(monkeypatch, capsys, *arguments, "--json"))["per_chip"]
     assert memory["fits"] is False
-    assert memory["temporaries_bytes"] == 10 * GIB
+    assert memory["peak_bytes"] == 10 * GIB
     text = run(monkeypatch, capsys, *arguments)
     assert "DOES NOT FIT" in text
     assert "the largest, by arithmetic" in text
