@@ -58,13 +58,13 @@ def initial_parameters(dtype):
 
 
 @functools.cache
-def programs(mesh, dtype, compute, remat, attention):
+def programs(mesh, dtype, compute, remat, attention, config):
     """Optimizer, train step and row sums on a mesh: traced once for all Trainers alike."""
-    moment_dtype = "float64" if dtype == "float64" else "float32"
-    config = OPTIMIZER.model_copy(update={"moment_dtype": moment_dtype})
+    if dtype == "float64":
+        config = config.model_copy(update={"moment_dtype": "float64"})
     optimizer, schedule = make_optimizer(config, MODEL), make_schedule(config, STEPS)
     bind = make_model(MODEL, Compute(compute or dtype, remat_policy(remat, {}), attention(mesh)))
-    step = make_train_step(MODEL, bind, optimizer, schedule, DOMAINS, mesh)
+    step = make_train_step(MODEL, bind, optimizer, schedule, DOMAINS, mesh, config.gradient_dtype)
     return optimizer, step, make_row_sums(bind, mesh)
 
 
@@ -80,16 +80,17 @@ class Trainer:
         compute=None,
         remat="none",
         attention=lambda mesh: xla_attention,
+        optimizer=OPTIMIZER,
     ):
         self.mesh = make_mesh(config_lib.Mesh(**mesh), jax.devices())
         self.microbatch_rows = microbatch_rows
-        optimizer, self._step, self._row_sums = programs(
-            self.mesh, dtype, compute, remat, attention
+        self.optimizer, self._step, self._row_sums = programs(
+            self.mesh, dtype, compute, remat, attention, optimizer
         )
         # Copied: the state donates its arrays, which may lie in the memory of numpy's.
         parameters = jax.tree.map(np.copy, initial_parameters(dtype))
         placed = jax.device_put(parameters, parameter_shardings(MODEL, self.mesh))
-        self.state = new_state(MODEL, optimizer, placed, self.mesh)
+        self.state = new_state(MODEL, self.optimizer, placed, self.mesh)
 
     def place(self, batch):
         rows = np.arange(len(batch.tokens))
