@@ -67,8 +67,8 @@ def _direction(config: config_lib.Optimizer, model: ModelConfig) -> optax.Gradie
         return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     if config.name == "muon":
         # The matrices of the layers are orthogonalised. The rest has Adam's direction, with
-        # Nesterov momentum as in optax. All updates are as large as Adam's (arXiv 2502.16982, section 2.2),
-        # so that both take the same learning rate, which is not applied here.
+        # Nesterov momentum as in optax. All updates are as large as Adam's (arXiv 2502.16982,
+        # section 2.2), so that both take the same learning rate, which is not applied here.
         return optax.contrib.muon(
             learning_rate=-1.0,
             beta=config.b1,
