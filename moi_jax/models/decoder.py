@@ -20,7 +20,7 @@ from moi_jax.models.attention import AttentionFn
 from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.rotary import Rotary
-from moi_jax.parallel.axes import constrain, in_layout
+from moi_jax.parallel.axes import constrain
 
 # Nested dicts of arrays; the keys are the names of modules and parameters.
 Tree = dict[str, Any]
@@ -138,9 +138,7 @@ def _lookup_backward(
     cotangent = constrain(cotangent, "logits_batch", "sequence", "embed")
     cotangent = constrain(cotangent, "logits_batch", None, "embed").astype(table.dtype)
     gradient = jnp.zeros_like(table).at[tokens].add(cotangent)
-    # The scatter leaves V as the major dimension. In this layout a TPU pads the shards of D, and
-    # the optimizer would copy the table and its moments into it and back.
-    return in_layout(gradient, (1, 0), "vocab", "embed"), None
+    return constrain(gradient, "vocab", "embed"), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -7,11 +7,9 @@ parameters like fsdp).
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import chain
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -87,14 +85,3 @@ def shard_count(axis: str, size: int | None = None) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else math.prod(mesh.shape[name] for name in RULES[axis])
     return parts if size is None or size % parts == 0 else 1
-
-
-def in_layout(x: jax.Array, major_to_minor: tuple[int, ...], *axes: str | None) -> jax.Array:
-    """Constrains each device's part of an array with these logical axes to an order in memory."""
-    layout = partial(with_layout_constraint, layouts=Layout(major_to_minor=major_to_minor))
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return layout(x)
-    # XLA does not split a constraint of the layout by itself: it would gather the whole array.
-    spec = partition_spec(axes, x.shape, dict(mesh.shape))
-    return jax.shard_map(layout, in_specs=spec, out_specs=spec, check_vma=False)(x)
