@@ -11,8 +11,6 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.remat import remat_policy
 
 INPUT: RematTensor = "decoder_layer_input"
-# Nothing in the backward pass of a layer needs its output, so that this is not computed again.
-OUTPUT: RematTensor = "mlp_down"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Product:
 
 
 def products(config: ModelConfig) -> dict[RematTensor, Product]:
-    """Returns the products of a layer by name."""
+    """Returns the products of a layer by name, but the last, which no backward pass reads."""
     c = config
     heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     mlp = c.hidden_size * c.mlp_width
@@ -43,7 +41,6 @@ def products(config: ModelConfig) -> dict[RematTensor, Product]:
         "out_proj": Product(c.hidden_size, heads * c.hidden_size, split=False),
         "mlp_gate": Product(c.mlp_width, mlp),
         "mlp_up": Product(c.mlp_width, mlp),
-        OUTPUT: Product(c.hidden_size, mlp, split=False),
     }
 
 
@@ -52,7 +49,7 @@ def repeated_products(config: ModelConfig, settings: Model) -> set[RematTensor]:
     policy = remat_policy(settings.remat, settings.remat_tensors)
     if policy is None:
         return set()
-    return set(products(config)) - policy.saved - policy.offloaded - {OUTPUT}
+    return set(products(config)) - policy.saved - policy.offloaded
 
 
 def kept_width(config: ModelConfig, settings: Model, tensor: int) -> float:
@@ -66,7 +63,7 @@ def kept_width(config: ModelConfig, settings: Model, tensor: int) -> float:
     if policy is None:
         # Beside the products: both normed inputs, and silu(gate) and its product with up.
         return sum(widths.values()) + 2 * config.hidden_size + 2 * config.mlp_width / tensor
-    return sum(widths[name] for name in {INPUT, *policy.saved} - policy.offloaded - {OUTPUT})
+    return sum(widths[name] for name in {INPUT, *policy.saved} - policy.offloaded)
 
 
 def repeated_flops(config: ModelConfig, settings: Model, tokens: int, pairs: int) -> int:

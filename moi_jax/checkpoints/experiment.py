@@ -46,9 +46,10 @@ class Experiment:
         Raises:
           UserError: the config asks for float64, which is switched off in jax.
         """
-        section = self.config.model
+        section, optimizer = self.config.model, self.config.optimizer
         dtype = resolve_dtype(section.compute_dtype, platform)
-        dtypes = (section.param_dtype, dtype, self.config.optimizer.moment_dtype)
+        moments = (optimizer.moment_dtype, optimizer.second_moment_dtype)
+        dtypes = (section.param_dtype, dtype, *moments, optimizer.gradient_dtype)
         if "float64" in dtypes and not jax.config.read("jax_enable_x64"):
             raise UserError(
                 "float64 is switched off in jax; set the environment variable JAX_ENABLE_X64=1"

@@ -26,7 +26,6 @@ RematTensor = Literal[
     "out_proj",
     "mlp_gate",
     "mlp_up",
-    "mlp_down",
 ]
 RematAction = Literal["save", "recompute", "offload"]
 Block = Annotated[int, Field(gt=0, multiple_of=128, strict=True)]
@@ -74,6 +73,10 @@ class Model(Section):
     def check(self) -> "Model":
         if self.remat == "none" and self.remat_tensors:
             raise ValueError("remat_tensors has no effect with remat: none; use another remat")
+        if self.remat_tensors.get("decoder_layer_input", "offload") != "offload":
+            raise ValueError(
+                "remat_tensors.decoder_layer_input is kept in any case; offload is its only choice"
+            )
         return self
 
 

@@ -18,6 +18,17 @@ class Loss(Section):
     targets: Literal["assistant", "qwen_official"] = "assistant"
 
 
+# The settings that an optimizer does not read.
+UNREAD: dict[str, tuple[str, ...]] = {
+    "adamw": (),
+    "adafactor": ("b1", "b2", "eps", "moment_dtype", "second_moment_dtype"),
+    "lion": ("eps", "second_moment_dtype"),
+    "muon": ("second_moment_dtype",),
+}
+# A bfloat16 has 8 bits: b2 times the moment is rounded back to it if 1 - b2 is less than 1/256.
+LARGEST_BFLOAT16_B2 = 0.996
+
+
 class Optimizer(Section):
     """The optimizer and the schedule of its learning rate."""
 
@@ -36,9 +47,13 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def check(self) -> "Optimizer":
-        if self.second_moment_dtype != "float32" and self.name != "adamw":
+        for key in UNREAD[self.name]:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect on {self.name}; remove it or use adamw")
+        if self.second_moment_dtype == "bfloat16" and self.b2 > LARGEST_BFLOAT16_B2:
             raise ValueError(
-                f"second_moment_dtype has no effect on {self.name}; remove it or use adamw"
+                f"b2 {self.b2} is too large for a second moment in bfloat16, which would never "
+                f"fall: set b2 to {LARGEST_BFLOAT16_B2} or less, or second_moment_dtype to float32"
             )
         return self
 

@@ -204,7 +204,7 @@ class MLP(nnx.Module):
         """Maps [B, S, D] to [B, S, D]."""
         gate = checkpoint_name(self.gate(x), "mlp_gate")
         up = checkpoint_name(self.up(x), "mlp_up")
-        return checkpoint_name(self.down(up * jax.nn.silu(gate)), "mlp_down")
+        return self.down(up * jax.nn.silu(gate))
 
 
 class DecoderLayer(nnx.Module):

@@ -13,7 +13,7 @@ from flax import nnx
 from moi_jax.config.model import Remat, RematAction, RematTensor
 
 _QKV: tuple[RematTensor, ...] = ("query_proj", "key_proj", "value_proj")
-_MLP: tuple[RematTensor, ...] = ("mlp_gate", "mlp_up", "mlp_down")
+_MLP: tuple[RematTensor, ...] = ("mlp_gate", "mlp_up")
 # The tensors that a policy keeps. decoder.py and the attention backends name them.
 SAVED: dict[Remat, tuple[RematTensor, ...]] = {
     "full": (),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from moi_jax import config as config_lib
@@ -33,13 +34,13 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device]) -> Mesh:
             f"the slices; set mesh.data to a multiple of {len(slices)}"
         )
     shape = [sizes["data"] // len(slices), *list(sizes.values())[1:]]
-    # Slice by slice, since jax.make_mesh takes one only. Auto axes, because explicit axes (jax's
-    # default) reject the gather from a sharded embedding.
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    meshes = [
-        jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=of_slice) for of_slice in slices
+    # Slice by slice. A mesh axis may be a part of a physical axis: data=2 on 4x4x4 chips.
+    arrays = [
+        create_device_mesh(shape, of_slice, allow_split_physical_axes=True) for of_slice in slices
     ]
-    return Mesh(np.concatenate([mesh.devices for mesh in meshes]), MESH_AXES, axis_types=auto)
+    # Auto axes, because explicit axes (jax's default) reject the gather from a sharded embedding.
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(np.concatenate(arrays), MESH_AXES, axis_types=auto)
 
 
 def mesh_sizes(config: config_lib.Mesh, count: int, platform: str) -> dict[str, int]:

@@ -13,7 +13,8 @@ from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
 from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.config import Config
-from moi_jax.config.load import load_config
+from moi_jax.config.files import merge
+from moi_jax.config.load import load_config, make_config
 from moi_jax.data.dataset import Dataset
 from moi_jax.data.planning.epoch import PLANNER
 from moi_jax.data.planning.training_plan import TrainingPlan
@@ -46,7 +47,9 @@ MAY_CHANGE = (
     "eval",
     "logging",
     "mesh",
+    "model.attention",
     "model.remat",
+    "model.splash_blocks",
     "tokenizer.path",
     "train.compilation_cache",
     "train.deterministic",
@@ -60,6 +63,8 @@ MAY_CHANGE = (
 )
 # Keys of a source that may differ: its content is compared, not its place.
 SOURCE_MAY_CHANGE = (".path", ".manual_dir", ".license")
+# The state of another optimizer is another tree.
+NEVER = ("optimizer.name",)
 MAY_CHANGE_IF_ALLOWED = (
     "optimizer",
     "train.early_stopping_patience",
@@ -204,14 +209,20 @@ def check_resume(
 def config_changes(
     before: dict[str, Any], now: dict[str, Any], may_change: tuple[str, ...] = MAY_CHANGE
 ) -> Iterator[tuple[str, Literal["always", "if allowed", "never"]]]:
-    """Yields each difference as "key: old -> new", and when a resumed run may have it."""
+    """Yields each difference as "key: old -> new", and when a resumed run may have it.
+
+    A setting that did not exist when `before` was saved had the effect of today's default.
+    """
+    before = merge(make_config({}).model_dump(mode="json"), before)
     for change in different(before, now):
         key = change.partition(":")[0]
         of_source = key.startswith("data.domains.") and key.endswith(SOURCE_MAY_CHANGE)
         if key.startswith(may_change) or of_source:
             yield change, "always"
+        elif key.startswith(MAY_CHANGE_IF_ALLOWED) and key not in NEVER:
+            yield change, "if allowed"
         else:
-            yield change, "if allowed" if key.startswith(MAY_CHANGE_IF_ALLOWED) else "never"
+            yield change, "never"
 
 
 def different(before: Any, now: Any) -> Iterator[str]:

@@ -103,8 +103,8 @@ def undivided_line(model: ModelConfig, sizes: Sizes) -> str | None:
         for (axis, size, mesh_axis), paths in found.items()
     ]
     return (
-        f"the mesh does not divide {'; '.join(parts)}: each device along such an axis computes all "
-        f"of that dimension"
+        f"the mesh does not divide {'; '.join(parts)}: the devices along such an axis do not share "
+        f"this dimension"
     )
 
 

@@ -98,7 +98,11 @@ def abstract_state(
 def initial_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, parameters: Tree
 ) -> TrainState:
-    """Makes the state before the first step; moments are at least float32 for any param dtype."""
+    """Makes the state before the first step.
+
+    Moments do not take the dtype of the parameters: they are float32, or wider like wider
+    parameters, unless the optimizer's config names another dtype.
+    """
     trainable, frozen = split_trainable(config, parameters)
     wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), trainable)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(wide))

@@ -54,7 +54,7 @@ def test_minimal_with_context_keeps_the_named_tensors():
         *[(b, s, width)] * 2,  # decoder_layer_input, which every policy keeps, and out_proj
         *[(b, s, heads, MODEL.head_dim)] * 2,  # query_proj, context
         *[(b, s, MODEL.num_kv_heads, MODEL.head_dim)] * 2,  # key_proj, value_proj
-        *[(b, s, mlp)] * 2,  # mlp_gate, mlp_up; nothing in the layer reads mlp_down again
+        *[(b, s, mlp)] * 2,  # mlp_gate, mlp_up
     ]
     assert kept_by_the_layers("minimal_with_context") == sorted(kept)
 
