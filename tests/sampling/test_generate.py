@@ -512,7 +512,7 @@ def test_a_chat_on_a_terminal_streams_and_goes_on_after_an_answer_was_stopped(ma
         (["--prompt-ids", "1", "--stop", "x"], "--stop cuts a text and --prompt-ids prints ids"),
         (["Hi", "--chat-template", "llama3"], r"no special token <\|begin_of_text\|>"),
         (["Hi", "--mesh", "tensor=3,data=3"], "does not fit 8 cpu devices"),
-        (["Hi", "--mesh", "context=2"], "'context=2' is not a mesh.*fsdp=2,tensor=4"),
+        (["Hi", "--mesh", "expert=2"], "'expert=2' is not a mesh.*fsdp=2,tensor=4"),
         (["Hi", "--mesh", "tensor=x"], "is not a mesh"),
         (["Hi", "--mesh", "fsdp=2,fsdp=2"], "is not a mesh"),
         (["Hi", "--mesh", "fsdp=-1,tensor=-1"], "is not a mesh"),
@@ -657,11 +657,11 @@ def test_a_checkpoint_of_another_rendering_is_opened_only_when_told_how(made, tm
 def test_a_checkpoint_is_opened_on_the_mesh_and_in_the_dtype_asked_for(made):
     opened = open_checkpoint(made, devices=jax.devices())
     assert (dict(opened.mesh.shape), opened.dtype) == (
-        {"data": 1, "fsdp": 1, "tensor": 8},
+        {"data": 1, "fsdp": 1, "tensor": 8, "context": 1},
         "float32",
     )
     opened = open_checkpoint(made, dtype="bfloat16", mesh="fsdp=2, tensor=2", devices=jax.devices())
-    assert dict(opened.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert dict(opened.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2, "context": 1}
     leaves = jax.tree.leaves(opened.parameters)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
     assert jnp.dtype(opened.bind(opened.parameters).compute.dtype) == jnp.bfloat16

@@ -56,7 +56,7 @@ def _training(step: Path) -> dict[str, Any] | None:
             f"{section}.{key}": value
             for section in SETTINGS
             for key, value in config[section].items()
-            if key != "init_from"  # a path on the trainer's machine
+            if key not in ("init_from", "compilation_cache")  # paths on the trainer's machine
         },
         "mixture": _mixture(run / "mixture.json"),
         "held_out": _held_out(run / "metrics.jsonl", step.name),
