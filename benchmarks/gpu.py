@@ -244,7 +244,7 @@ def greedy(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
         # Without it a GPU multiplies float32 in 19 bits (TF32).
         with jax.default_device(place), jax.default_matmul_precision("highest"):
             sampler = Sampler(
-                make_model(model, Compute("float32", "none")), model, stop_ids=(),
+                make_model(model, Compute("float32")), model, stop_ids=(),
                 vocab_size=model.vocab_size, decode=str, slots=4, context=256,
             )  # fmt: skip
             done = sampler.run(jax.device_put(parameters, place), requests)
