@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moi_jax.accounting.collectives import count_collectives
 from moi_jax.accounting.hlo import Module, largest_array, parse_module
 from moi_jax.accounting.memory import abstract_step
+from moi_jax.accounting.resolved import on_platform
 from moi_jax.accounting.topology import Topology, described_devices
 from moi_jax.config import Config
 from moi_jax.data.loader import Batch
 from moi_jax.evaluation.row_sums import row_sums_step
-from moi_jax.models.compute import resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.chips import GIB
 from moi_jax.training.optimizer import make_optimizer, make_schedule
@@ -99,14 +99,6 @@ def _one(batch: Batch, mesh: Mesh) -> Batch:
     sharding = NamedSharding(mesh, PartitionSpec(*batch.tokens.sharding.spec[1:]))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding), batch
-    )
-
-
-def on_platform(config: Config, platform: str) -> Config:
-    """Returns the config with the dtype that `auto` is on the platform."""
-    dtype = resolve_dtype(config.model.compute_dtype, platform)
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"compute_dtype": dtype})}
     )
 
 

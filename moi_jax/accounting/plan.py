@@ -15,6 +15,7 @@ from moi_jax.accounting.memory import (
     microbatch_rows,
     temporary_bytes,
 )
+from moi_jax.accounting.resolved import on_chip
 from moi_jax.accounting.roofline import Executed, Roofline, flops_of, hbm_traffic, roofline
 from moi_jax.accounting.topology import Topology
 from moi_jax.accounting.traffic import network_traffic, step_traffic
@@ -39,6 +40,7 @@ class Plan:
     """What one step of a config needs on each device of a topology.
 
     Attributes:
+      config: with the dtype and the attention that `auto` is on the chip.
       step: train, eval or generate.
       mesh: the size of each axis.
       arguments: by what they are, without padding.
@@ -126,12 +128,13 @@ def make_plan(
     """Makes the plan of a step; without `compiled` by arithmetic alone.
 
     Raises:
-      UserError: mesh or rows do not fit the topology.
+      UserError: mesh, rows or attention do not fit the topology.
     """
     sizes = filled_mesh(config.mesh, topology.devices, topology.name)
     mesh = _abstract(sizes)
     if step == "generate":
         return _generating(config, model, topology, work, sizes)
+    config = on_chip(config, model, topology.chip, mesh)
     key = "microbatch_rows" if config.train.microbatch_rows else "global_batch_rows"
     check_rows(microbatch_rows(config), mesh, f"train.{key}")
     state, batch = abstract_step(config, model, mesh)

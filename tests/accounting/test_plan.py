@@ -151,6 +151,33 @@ def test_memory_by_arithmetic():
     assert plan.fits
 
 
+@pytest.mark.parametrize(
+    ("topology", "mesh", "dtype", "attention"),
+    [
+        ("h100:8", {}, "auto", "mosaic_gpu"),
+        ("h200:8", {}, "auto", "mosaic_gpu"),
+        ("h100:8", {}, "float32", "xla"),
+        ("h100:8", {"fsdp": 4, "context": 2}, "auto", "xla"),
+        ("a100:8", {}, "auto", "xla"),
+        ("b200:8", {}, "auto", "xla"),
+        ("v5p:2x2x2", {"fsdp": 4, "context": 2}, "float32", "splash"),
+    ],
+)
+def test_scores_take_memory_where_training_computes_attention_with_xla(
+    topology, mesh, dtype, attention
+):
+    """The kernel for GPUs needs an H100, bfloat16 and whole rows (docs/attention.md)."""
+    values = CONFIG.model_dump(mode="json")
+    values["model"] |= {"attention": "auto", "compute_dtype": dtype}
+    values["mesh"] |= mesh
+    plan = make_plan(make_config(values), MODEL, parse_topology(topology, 1), WORK)
+    scores = plan.temporaries["attention scores of a layer"]
+    # A device has 8 / fsdp rows of 4096 / context queries.
+    assert scores == (3 * 4 * 28 * 4096 * 4096 if attention == "xla" else 0)
+    value = 4 if dtype == "float32" else 2
+    assert plan.temporaries["saved activations"] == 28 * 4096 * 3584 * value
+
+
 def test_the_cache_of_a_sampler():
     """28 layers, keys and values, 4 heads of 128, 2 bytes."""
     assert kv_cache_bytes(MODEL, rows=3, length=100, tensor=1) == 28 * 2 * 3 * 100 * 4 * 128 * 2
@@ -210,6 +237,12 @@ def test_settings_that_cannot_fit_are_left_out():
     """Qwen2.5-7B's state alone, 16 bytes a parameter with gradients, is 15 GB on 8 chips."""
     v5e = parse_topology("v5e:2x4", 1)
     assert not candidates(CONFIG, MODEL, v5e, WORK, ("remat", "rows"))
+
+
+def test_a_sweep_offers_only_the_attention_that_the_chip_has():
+    for topology, kernels in (("h100:8", {"mosaic_gpu", "xla"}), ("a100:8", {"xla"})):
+        found = candidates(CONFIG, MODEL, parse_topology(topology, 1), WORK, ("attention",))
+        assert {one.config.model.attention for one in found} == kernels
 
 
 def test_meshes_of_a_sweep_fill_the_slices():
@@ -325,6 +358,7 @@ def test_a_sampler_is_planned_by_arithmetic(tmp_path, monkeypatch, capsys, envir
         (["--topology", "h100:8", "--sweep", "remat", "--step", "eval"], "leave out --step"),
         (["--topology", "h100:8", "mesh.fsdp=3"], "does not fill the 8 devices"),
         (["--topology", "h100:3", "train.microbatch_rows=2"], "not a multiple of the 3"),
+        (["--topology", "a100:2", "model.attention=mosaic_gpu"], "on a100: .* this GPU's is 8.0"),
         (["--topology", "v5p:2x2x2"], "libtpu, the compiler of the TPU, is not installed"),
     ],
 )
