@@ -43,13 +43,14 @@ class Compiled:
       peak: the most bytes that are in use at once, arguments included. The compiler refuses a
         program by this figure. jax's `temp_size_in_bytes` is larger: programs compile whose
         arguments and `temp_size_in_bytes` are more than the memory (tried with libtpu 0.0.42).
-      refused: the compiler found no room. Then only `peak` is known.
+        None: it refused without a figure.
+      refused: the compiler found no room. Then no more than `peak` is known.
       buffers: the largest results that the program computes, as (name, bytes).
       seconds: how long it took to compile.
     """
 
     arguments: int
-    peak: int
+    peak: int | None
     refused: bool
     collectives: dict[str, dict[str, float]]
     unknown_loops: int
@@ -68,11 +69,11 @@ def compile_step(config: Config, model: ModelConfig, topology: Topology, step: s
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = REFUSED.search(str(error))
-        if not found:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        seconds = time.monotonic() - begin
-        return Compiled(0, int(float(found[1]) * GIB), True, {}, 0, [], seconds)
+        found = REFUSED.search(str(error))
+        peak = int(float(found[1]) * GIB) if found else None
+        return Compiled(0, peak, True, {}, 0, [], time.monotonic() - begin)
     return read_compiled(compiled, time.monotonic() - begin)
 
 

@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def temporaries_bytes(self) -> int:
-        if self.compiled:
+        if self.compiled and self.compiled.peak is not None:
             return self.compiled.peak - self.arguments_bytes
         return sum(self.temporaries.values())
 

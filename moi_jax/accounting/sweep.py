@@ -6,6 +6,8 @@ import logging
 import typing
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
 from moi_jax.accounting.memory import filled_mesh
 from moi_jax.accounting.plan import Plan, make_plan
 from moi_jax.accounting.topology import Topology
@@ -46,10 +48,20 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A candidate with its final plan: compiled where there is a compiler."""
+    """A candidate with its final plan.
+
+    Attributes:
+      plan: compiled where there is a compiler; the estimate if that failed.
+      failure: why it could not be compiled.
+    """
 
     overrides: tuple[str, ...]
     plan: Plan
+    failure: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.failure is None and self.plan.fits
 
 
 def parse_dimensions(text: str) -> tuple[str, ...]:
@@ -85,29 +97,48 @@ def candidates(
     return sorted(found, key=lambda one: (not one.estimate.fits, one.speed))
 
 
-def sweep(found: Sequence[Candidate], make: MakePlan, compiles: bool, limit: int) -> list[Found]:
-    """Plans the best candidates, and returns what it planned, best first.
+def sweep(
+    found: Sequence[Candidate], make: MakePlan, compiles: bool, limit: int
+) -> tuple[list[Found], int]:
+    """Plans the best candidates.
+
+    The last compilation goes to what needs least memory, if nothing has fitted before.
 
     Args:
       found: in the order in which they are tried.
       make: config -> its plan; it compiles where `compiles`.
       limit: how many are planned at most.
+
+    Returns:
+      What it planned, best first; the number of candidates that `limit` left out and that may fit.
     """
     if not compiles:
-        return [Found(one.overrides, one.estimate) for one in found[:limit]]
+        # All are planned, and those that fit stand first.
+        return [Found(one.overrides, one.estimate) for one in found[:limit]], 0
     planned: list[Found] = []
-    refused: list[Plan] = []  # estimates of what did not fit
-    for one in found:
-        if len(planned) == limit:
-            break
-        if any(_needs_as_much(one.estimate, other) for other in refused):
-            continue
+    left = list(found)
+    while left and len(planned) < limit:
+        one = left[0]
+        if planned and len(planned) == limit - 1 and not any(other.fits for other in planned):
+            one = min(left, key=lambda other: other.estimate.peak_bytes)
         log.info(f"{len(planned) + 1} of at most {limit}: {' '.join(one.overrides)}")
-        plan = make(one.config)
-        planned.append(Found(one.overrides, plan))
-        if not plan.fits:
-            refused.append(one.estimate)
-    return sorted(planned, key=lambda one: (not one.plan.fits, _speed(one.plan)))
+        planned.append(_planned(one, make))
+        left.remove(one)
+        if planned[-1].failure is None and not planned[-1].fits:
+            left = [other for other in left if not _needs_as_much(other.estimate, one.estimate)]
+    return sorted(planned, key=_order), len(left)
+
+
+def _planned(one: Candidate, make: MakePlan) -> Found:
+    """Plans a candidate; one that the compiler cannot take must not end the search."""
+    try:
+        return Found(one.overrides, make(one.config))
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        return Found(one.overrides, one.estimate, str(error).splitlines()[0])
+
+
+def _order(one: Found) -> tuple[bool, bool, tuple[float, float]]:
+    return not one.fits, one.failure is not None, _speed(one.plan)
 
 
 def _combinations(

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import sys
 
 import jax
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 
 from moi_jax import plan as command
+from moi_jax.accounting import compilation
 from moi_jax.accounting.compilation import Compiled, lower_step
 from moi_jax.accounting.kept import kept_path, read_kept
 from moi_jax.accounting.layers import kept_width, repeated_flops
 from moi_jax.accounting.memory import kv_cache_bytes
 from moi_jax.accounting.plan import make_plan
 from moi_jax.accounting.roofline import Executed, flops_of, roofline
+from moi_jax.accounting.show import describe_sweep
 from moi_jax.accounting.sweep import candidates, sweep
 from moi_jax.accounting.topology import parse_topology
 from moi_jax.accounting.work import full_rows, work_of
@@ -209,8 +212,9 @@ def test_a_sweep_tries_the_fastest_first_and_no_more_than_the_limit():
         return make_plan(config, MODEL, V5P, full_rows(config, "a test"))
 
     found = candidates(CONFIG, MODEL, V5P, WORK, ("remat", "rows"))
-    planned = sweep(found, make, compiles=True, limit=2)
+    planned, left = sweep(found, make, compiles=True, limit=2)
     assert len(tried) == len(planned) == 2
+    assert left == len(found) - 2
     times = [one.plan.roofline.step_s for one in planned]
     assert times == sorted(times)
     every = [one.estimate for one in found if one.estimate.fits]
@@ -227,10 +231,72 @@ def test_what_needs_more_than_a_refused_setting_is_not_compiled():
         tried.append(config)
         return make_plan(config, MODEL, V5P, full_rows(config, "a test"), "train", refused)
 
-    planned = sweep(found, make, compiles=True, limit=10)
+    planned, left = sweep(found, make, compiles=True, limit=10)
     assert not any(one.plan.fits for one in planned)
     peaks = [make_plan(c, MODEL, V5P, full_rows(c, "a test")).peak_bytes for c in tried]
     assert peaks == sorted(set(peaks), reverse=True)
+    assert left == 0
+
+
+def test_the_last_compilation_goes_to_what_needs_least_memory():
+    found = candidates(CONFIG, MODEL, V5P, WORK, ("remat", "mesh", "rows"))
+    refused = Compiled(0, None, True, {}, 0, [], 1.0)
+    tried = []
+
+    def make(config):
+        plan = make_plan(config, MODEL, V5P, WORK, "train", refused)
+        tried.append(plan.peak_bytes)  # by arithmetic, since the refusal tells no figure
+        return plan
+
+    planned, left = sweep(found, make, compiles=True, limit=2)
+    least = min(found, key=lambda one: one.estimate.peak_bytes).estimate
+    first = found[0].estimate
+    assert tried == [first.peak_bytes, least.peak_bytes]
+    # On other meshes, and what needs less than the first on its mesh.
+    assert first.mesh != least.mesh
+    others = [one.estimate for one in found if one.estimate.mesh != least.mesh]
+    assert left == sum(o.mesh != first.mesh or o.peak_bytes < first.peak_bytes for o in others) > 0
+    text = describe_sweep(planned, left, "train")
+    assert text.endswith(f"none of the 2 compiled fits; {left} others were not compiled "
+                         "(--max-compiles)")  # fmt: skip
+    assert "nothing fits" in describe_sweep(planned, 0, "train")
+
+
+@pytest.mark.parametrize("error", [UserError, jax.errors.JaxRuntimeError])
+def test_a_setting_that_does_not_compile_leaves_the_table_whole(error):
+    found = candidates(CONFIG, MODEL, V5P, WORK, ("rows",))
+
+    def make(config):
+        if config == found[0].config:
+            raise error("INTERNAL: it broke\nwith details")
+        return make_plan(config, MODEL, V5P, WORK)
+
+    planned, _ = sweep(found, make, compiles=True, limit=3)
+    assert [one.fits for one in planned] == [True, True, False]
+    [row] = [line for line in describe_sweep(planned, 0, "train").splitlines() if "broke" in line]
+    assert row.endswith(f"{found[0].overrides[0]}: INTERNAL: it broke")
+
+
+@pytest.mark.parametrize(
+    ("message", "peak"),
+    [
+        ("RESOURCE_EXHAUSTED: 3.50G required for HLO temporaries (3.50G) exceeds available HBM",
+         int(3.5 * GIB)),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem", None),
+    ],
+)  # fmt: skip
+def test_every_want_of_memory_is_a_refusal(monkeypatch, message, peak):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(compilation, "described_devices", lambda topology: [])
+    monkeypatch.setattr(compilation, "lower_step", lambda *arguments: Lowered())
+    compiled = compilation.compile_step(CONFIG, MODEL, V5P, "train")
+    assert (compiled.refused, compiled.peak) == (True, peak)
+    plan = make_plan(CONFIG, MODEL, V5P, WORK, "train", compiled)
+    assert not plan.fits
+    assert plan.peak_bytes == (peak or make_plan(CONFIG, MODEL, V5P, WORK).peak_bytes)
 
 
 def test_settings_that_cannot_fit_are_left_out():
@@ -331,10 +397,13 @@ def test_a_sweep_prints_the_command_that_trains_the_best(
     path = small_config(tmp_path)
     text = run(
         monkeypatch, capsys, "--config", path, "--topology", "h100:2", "--sweep", "remat,rows",
-        "--max-compiles", 3, "train.seed=1",
+        "--max-compiles", 3, "train.seed=1", "logging.run_dir=a run",
     )  # fmt: skip
     last = text.strip().splitlines()[-1]
-    assert last.startswith(f"python -m moi_jax.train --config {path} train.seed=1 model.remat=")
+    command = shlex.split(last)
+    assert command[:5] == ["python", "-m", "moi_jax.train", "--config", str(path)]
+    assert command[5:7] == ["train.seed=1", "logging.run_dir=a run"]
+    assert command[7].startswith("model.remat=")
     assert text.count("\nyes") == 3
 
 
