@@ -22,6 +22,7 @@ from moi_jax.accounting.traffic import network_traffic, step_traffic
 from moi_jax.accounting.work import Work
 from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
+from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.placing import check_rows
 from moi_jax.training.optimizer import make_optimizer
 from moi_jax.training.state import abstract_state
@@ -128,7 +129,7 @@ def make_plan(
     """Makes the plan of a step; without `compiled` by arithmetic alone.
 
     Raises:
-      UserError: mesh, rows or attention do not fit the topology.
+      UserError: mesh, rows, their length or attention do not fit the topology.
     """
     sizes = filled_mesh(config.mesh, topology.devices, topology.name)
     mesh = _abstract(sizes)
@@ -137,6 +138,7 @@ def make_plan(
     config = on_chip(config, model, topology.chip, mesh)
     key = "microbatch_rows" if config.train.microbatch_rows else "global_batch_rows"
     check_rows(microbatch_rows(config), mesh, f"train.{key}")
+    check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
     state, batch = abstract_step(config, model, mesh)
     arguments = argument_bytes(state, batch)
     temporaries = temporary_bytes(config, model, mesh, state)

@@ -84,16 +84,22 @@ def candidates(
 
     Left out is what cannot fit: its arguments, gradients and kept activations alone are more than
     the memory. Settings that are estimated to fit come before those that may.
+
+    Raises:
+      UserError: none of the settings is valid; it says why the first is not.
     """
-    found = []
+    valid, mistakes = [], []
     for overrides in _combinations(config, model, topology, names):
         try:
             changed = _with(config, overrides)
             estimate = make_plan(changed, model, topology, work)
-        except UserError:  # such as rows that do not divide over the mesh
+        except UserError as error:  # such as rows that do not divide over the mesh
+            mistakes.append(error)
             continue
-        if _least(estimate) <= estimate.hbm_bytes:
-            found.append(Candidate(overrides, changed, estimate))
+        valid.append(Candidate(overrides, changed, estimate))
+    if mistakes and not valid:
+        raise mistakes[0]
+    found = [one for one in valid if _least(one.estimate) <= one.estimate.hbm_bytes]
     return sorted(found, key=lambda one: (not one.estimate.fits, one.speed))
 
 
@@ -151,7 +157,7 @@ def _combinations(
     for remat, kernel, mesh in itertools.product(
         remats if "remat" in names else [None],
         kernels if "attention" in names else [None],
-        _meshes(model, topology) if "mesh" in names else [()],
+        _meshes(config, model, topology) if "mesh" in names else [()],
     ):
         chosen = (*mesh, *(text for text in (remat, kernel) if text))
         if "rows" not in names:
@@ -159,14 +165,18 @@ def _combinations(
             continue
         shards = _batch_shards(config, topology, mesh)
         for rows in ROWS:
-            if rows * shards <= config.train.global_batch_rows:
+            if rows == 1 or rows * shards <= config.train.global_batch_rows:
                 yield (*chosen, f"train.microbatch_rows={rows * shards}")
 
 
-def _meshes(model: ModelConfig, topology: Topology) -> Iterator[tuple[str, ...]]:
-    """Yields the meshes: data over slices, tensor within a host, fsdp takes the rest."""
+def _meshes(config: Config, model: ModelConfig, topology: Topology) -> Iterator[tuple[str, ...]]:
+    """Yields the meshes: data over slices, tensor within a host, fsdp takes the rest.
+
+    The context axis stays as it is in the config; of -1 nothing is left.
+    """
+    context = max(1, config.mesh.context)
     for tensor in TENSOR:
-        fsdp, rest = divmod(topology.devices, topology.slices * tensor)
+        fsdp, rest = divmod(topology.devices, topology.slices * tensor * context)
         if rest == 0 and fsdp and model.num_heads % tensor == 0:
             yield f"mesh.data={topology.slices}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"
 

@@ -46,6 +46,14 @@ V5P = parse_topology("v5p:2x2x2", 1)
 WORK = full_rows(CONFIG, "a test")
 
 
+def with_values(**sections):
+    """CONFIG with other values, by section."""
+    values = CONFIG.model_dump(mode="json")
+    for section, changes in sections.items():
+        values[section] |= changes
+    return make_config(values)
+
+
 @pytest.fixture
 def environment(monkeypatch):
     """What a command sets for libtpu is gone after the test."""
@@ -170,10 +178,8 @@ def test_scores_take_memory_where_training_computes_attention_with_xla(
     topology, mesh, dtype, attention
 ):
     """The kernel for GPUs needs an H100, bfloat16 and whole rows (docs/attention.md)."""
-    values = CONFIG.model_dump(mode="json")
-    values["model"] |= {"attention": "auto", "compute_dtype": dtype}
-    values["mesh"] |= mesh
-    plan = make_plan(make_config(values), MODEL, parse_topology(topology, 1), WORK)
+    config = with_values(model={"attention": "auto", "compute_dtype": dtype}, mesh=mesh)
+    plan = make_plan(config, MODEL, parse_topology(topology, 1), WORK)
     scores = plan.temporaries["attention scores of a layer"]
     # A device has 8 / fsdp rows of 4096 / context queries.
     assert scores == (3 * 4 * 28 * 4096 * 4096 if attention == "xla" else 0)
@@ -320,6 +326,26 @@ def test_meshes_of_a_sweep_fill_the_slices():
     assert all(one.estimate.roofline.network_s > 0 for one in found)
 
 
+def test_meshes_of_a_sweep_keep_the_context_axis():
+    config = with_values(mesh={"fsdp": 4, "context": 2})
+    found = candidates(config, MODEL, V5P, WORK, ("mesh", "rows"))
+    assert {tuple(one.estimate.mesh.values()) for one in found} == {
+        (1, 4, 1, 2), (1, 2, 2, 2), (1, 1, 4, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mesh": {"fsdp": 4, "context": 2}, "data": {"sequence_length": 4098}}, "4098 is not a"),
+        ({"train": {"global_batch_rows": 4, "microbatch_rows": 4}}, "microbatch_rows"),
+    ],
+)
+def test_a_sweep_without_a_valid_setting_says_why(values, message):
+    with pytest.raises(UserError, match=message):
+        candidates(with_values(**values), MODEL, V5P, WORK, ("rows",))
+
+
 # The command
 
 
@@ -427,6 +453,10 @@ def test_a_sampler_is_planned_by_arithmetic(tmp_path, monkeypatch, capsys, envir
         (["--topology", "h100:8", "--sweep", "remat", "--step", "eval"], "leave out --step"),
         (["--topology", "h100:8", "mesh.fsdp=3"], "does not fill the 8 devices"),
         (["--topology", "h100:3", "train.microbatch_rows=2"], "not a multiple of the 3"),
+        (
+            ["--topology", "h100:6", "mesh.fsdp=2", "mesh.context=3"],
+            "data.sequence_length 256 is not a multiple of 6",
+        ),
         (["--topology", "a100:2", "model.attention=mosaic_gpu"], "on a100: .* this GPU's is 8.0"),
         (["--topology", "v5p:2x2x2"], "libtpu, the compiler of the TPU, is not installed"),
     ],
