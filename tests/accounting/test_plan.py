@@ -10,15 +10,16 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from moi_jax import plan as command
 from moi_jax.accounting import compilation
 from moi_jax.accounting.compilation import Compiled, lower_step
 from moi_jax.accounting.kept import kept_path, read_kept
 from moi_jax.accounting.layers import kept_width, repeated_flops
-from moi_jax.accounting.memory import kv_cache_bytes
+from moi_jax.accounting.memory import Arguments, kv_cache_bytes
 from moi_jax.accounting.plan import make_plan
-from moi_jax.accounting.roofline import Executed, flops_of, roofline
+from moi_jax.accounting.roofline import Executed, flops_of, hbm_traffic, roofline
 from moi_jax.accounting.show import describe_sweep
 from moi_jax.accounting.sweep import candidates, sweep
 from moi_jax.accounting.topology import parse_topology
@@ -145,6 +146,16 @@ def test_useful_operations_are_those_of_the_work():
     flops = flops_of(CONFIG, MODEL, work)
     assert flops.useful == step_flops(MODEL, 1000, 5000).total
     assert flops.useful < flops.usual < flops.executed
+
+
+def test_weights_are_read_again_only_where_a_product_is_repeated():
+    """Gathered weights: 28 layers of 2 x (3584 x (2 x 3584 + 1024) + 3 x 3584 x 18944) bytes."""
+    weights = 28 * 2 * (3584 * (2 * 3584 + 1024) + 3 * 3584 * 18944)
+    nothing, state = {"gradients": 0, "saved activations": 0}, Arguments(0, 0, 0)
+    mesh = AbstractMesh((1,), ("tensor",))
+    for remat, passes in (("none", 3), ("minimal_with_context", 3), ("full", 4)):
+        config = with_values(model={"remat": remat}, train={"microbatch_rows": 64})
+        assert hbm_traffic(config, MODEL, mesh, state, nothing) == passes * weights
 
 
 # Memory
@@ -398,8 +409,13 @@ def test_a_compilation_is_kept_and_shown(tmp_path, monkeypatch, capsys, environm
     assert "peak                8.00  of 95.74: fits, +87.74" in texts[0]
     assert "all-gather             2.000  in 7" in texts[0]
     assert read_kept(kept_path(config, preset("tiny"), topology, "train")) == compiled
-    other = load_config(path, ["model.remat=full"])
-    assert read_kept(kept_path(other, preset("tiny"), topology, "train")) is None
+    same = load_config(
+        path, ["train.seed=7", "train.compilation_cache=null", "train.sample_every=3"]
+    )
+    assert read_kept(kept_path(same, preset("tiny"), topology, "train")) == compiled
+    for override in ("model.remat=full", "mesh.fsdp=4", "train.microbatch_rows=1"):
+        other = load_config(path, [override])
+        assert read_kept(kept_path(other, preset("tiny"), topology, "train")) is None
 
 
 def test_what_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch, capsys, environment):
