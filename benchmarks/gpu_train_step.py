@@ -22,6 +22,7 @@ from moi_jax.models.decoder import make_model
 from moi_jax.models.flops import causal_pairs
 from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import preset
+from moi_jax.models.remat import remat_policy
 from moi_jax.parallel.chips import chip_of
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import place_batch
@@ -51,7 +52,8 @@ def train_step(name: str, rows: Batch, attend: AttentionFn, steps: int, out: Pat
     mesh = make_mesh(config_lib.Mesh(), [device])
     settings = config_lib.Optimizer()
     optimizer, schedule = make_optimizer(settings, model), make_schedule(settings, 1000)
-    bind = make_model(model, Compute(resolve_dtype("auto", device.platform), REMAT, attend))
+    dtype = resolve_dtype("auto", device.platform)
+    bind = make_model(model, Compute(dtype, remat_policy(REMAT, {}), attend))
     step = make_train_step(model, bind, optimizer, schedule, 4, mesh)
     batch = place_batch(rows, np.arange(len(rows.tokens)), len(rows.tokens), mesh)
     abstract = abstract_state(model, optimizer, "float32", mesh)

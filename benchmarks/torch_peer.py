@@ -59,7 +59,7 @@ def our_step(model: ModelConfig, tokens: np.ndarray) -> Callable[[], float]:
     """One train step on the rows; returns the loss."""
     mesh = make_mesh(config_lib.Mesh(), jax.devices()[:1])
     optimizer, schedule = make_optimizer(OPTIMIZER, model), make_schedule(OPTIMIZER, 100)
-    bind = make_model(model, Compute("float32", "none"))
+    bind = make_model(model, Compute("float32"))
     state = new_state(model, optimizer, random_parameters(model, 0, "float32", mesh), mesh)
     train_step = make_train_step(model, bind, optimizer, schedule, 1, mesh)
     ones = np.ones((ROWS, LENGTH), np.int32)

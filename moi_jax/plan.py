@@ -36,10 +36,9 @@ def main() -> int:
     names = parse_dimensions(args.sweep) if args.sweep else ()
     planner = Planner(config, topology, args.step)
     if names:
-        command = " ".join(
-            ["python -m moi_jax.train --config", shlex.quote(args.config), *args.overrides]
-        )
-        _show_sweep(planner.sweep(names, args.max_compiles), command, args.price, args.json)
+        train = ["python", "-m", "moi_jax.train", "--config", args.config, *args.overrides]
+        found, left = planner.sweep(names, args.max_compiles)
+        _show_sweep(found, left, shlex.join(train), args.price, args.json)
     else:
         _show_plan(planner.plan(), args.price, args.json)
     return 0
@@ -55,17 +54,24 @@ def _show_plan(plan: "Plan", price: float | None, as_json: bool) -> None:
         print(describe_plan(plan, price))
 
 
-def _show_sweep(found: "list[Found]", command: str, price: float | None, as_json: bool) -> None:
+def _show_sweep(
+    found: "list[Found]", left: int, command: str, price: float | None, as_json: bool
+) -> None:
     from moi_jax.accounting.costs import plan_json
     from moi_jax.accounting.show import describe_plan, describe_sweep
 
     if as_json:
-        plans = [{"overrides": one.overrides, **plan_json(one.plan, price)} for one in found]
-        print(json.dumps({"command": command, "sweep": plans}, indent=2))
+        plans = [
+            {"overrides": one.overrides, "failure": one.failure}
+            if one.failure
+            else {"overrides": one.overrides, **plan_json(one.plan, price)}
+            for one in found
+        ]
+        print(json.dumps({"command": command, "not_compiled": left, "sweep": plans}, indent=2))
         return
-    if found[0].plan.fits:
+    if found[0].fits:
         print(describe_plan(found[0].plan, price), end="\n\n")
-    print(describe_sweep(found, command))
+    print(describe_sweep(found, left, command))
 
 
 def _arguments() -> argparse.Namespace:

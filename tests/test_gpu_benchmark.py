@@ -1,13 +1,17 @@
 """benchmarks/gpu.py with tiny sizes on the CPU: each part runs and leaves its file."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
 from types import SimpleNamespace
 
+import jax
 import pytest
 
-from support.runs import ROOT
+from moi_jax.config.load import load_config
+
+from support.runs import ROOT, open_data, small_config
 
 
 @pytest.fixture
@@ -54,6 +58,27 @@ def test_the_train_step_runs_on_packed_rows(gpu, results):
     assert result["tokens"] == 2 * 128
     assert 6 < result["loss"] < 9  # of random weights: log(2,048) is 7.6
     assert [row["fits"] for row in results("largest")] == [True]
+
+
+def test_after_a_model_that_finds_no_memory_the_next_one_runs(gpu, results, monkeypatch):
+    def time_train_step(model, *_):
+        if model == "large":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile trying")
+        return {"model": model, "fits": True}
+
+    monkeypatch.setattr(gpu, "time_train_step", time_train_step)
+    sizes = dataclasses.replace(gpu.DRY, largest=(("large", 2), ("small", 2), ("tiny", 2)))
+    monkeypatch.setattr(gpu, "DRY", sizes)
+    large, small = results("largest")
+    assert (large["fits"], large["reason"]) == (False, "RESOURCE_EXHAUSTED: Out of memory")
+    assert small == {"model": "small", "fits": True}
+
+
+def test_rows_of_a_config_are_one_microbatch(gpu, tmp_path):
+    config = small_config(tmp_path, train={"global_batch_rows": 8, "microbatch_rows": 4})
+    open_data(load_config(config))
+    batch = gpu.first_batch(SimpleNamespace(config=config), 2, 256)
+    assert batch.tokens.shape == (2, 256)
 
 
 def test_greedy_tokens_are_those_of_the_cpu(results):

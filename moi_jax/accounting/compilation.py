@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moi_jax.accounting.collectives import count_collectives
 from moi_jax.accounting.hlo import Module, largest_array, parse_module
 from moi_jax.accounting.memory import abstract_step
+from moi_jax.accounting.resolved import on_platform
 from moi_jax.accounting.topology import Topology, described_devices
 from moi_jax.config import Config
 from moi_jax.data.loader import Batch
 from moi_jax.evaluation.row_sums import row_sums_step
-from moi_jax.models.compute import resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.chips import GIB
 from moi_jax.training.optimizer import make_optimizer, make_schedule
@@ -43,13 +43,14 @@ class Compiled:
       peak: the most bytes that are in use at once, arguments included. The compiler refuses a
         program by this figure. jax's `temp_size_in_bytes` is larger: programs compile whose
         arguments and `temp_size_in_bytes` are more than the memory (tried with libtpu 0.0.42).
-      refused: the compiler found no room. Then only `peak` is known.
+        None: it refused without a figure.
+      refused: the compiler found no room. Then no more than `peak` is known.
       buffers: the largest results that the program computes, as (name, bytes).
       seconds: how long it took to compile.
     """
 
     arguments: int
-    peak: int
+    peak: int | None
     refused: bool
     collectives: dict[str, dict[str, float]]
     unknown_loops: int
@@ -68,11 +69,11 @@ def compile_step(config: Config, model: ModelConfig, topology: Topology, step: s
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = REFUSED.search(str(error))
-        if not found:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        seconds = time.monotonic() - begin
-        return Compiled(0, int(float(found[1]) * GIB), True, {}, 0, [], seconds)
+        found = REFUSED.search(str(error))
+        peak = int(float(found[1]) * GIB) if found else None
+        return Compiled(0, peak, True, {}, 0, [], time.monotonic() - begin)
     return read_compiled(compiled, time.monotonic() - begin)
 
 
@@ -99,14 +100,6 @@ def _one(batch: Batch, mesh: Mesh) -> Batch:
     sharding = NamedSharding(mesh, PartitionSpec(*batch.tokens.sharding.spec[1:]))
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding), batch
-    )
-
-
-def on_platform(config: Config, platform: str) -> Config:
-    """Returns the config with the dtype that `auto` is on the platform."""
-    dtype = resolve_dtype(config.model.compute_dtype, platform)
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"compute_dtype": dtype})}
     )
 
 

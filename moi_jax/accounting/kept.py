@@ -18,19 +18,24 @@ from moi_jax.common.home import expand_home
 from moi_jax.common.versions import code_versions
 from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
+from moi_jax.training.versions import FLAGS
 
 FOLDER = "plans"  # in data.cache_dir
-# The sections of the config on which the compiled step depends.
-SECTIONS = ("model", "optimizer", "mesh", "train", "loss")
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# The sections of the config on which the compiled step depends, and what is without effect on it.
+SECTIONS = {"model", "optimizer", "mesh", "train", "loss"}
+NO_EFFECT = {
+    "model": {"init_from"},
+    "train": {
+        "seed", "compilation_cache", "sample_prompts", "sample_every", "sample_max_new_tokens",
+    },
+}  # fmt: skip
 
 
 def kept_path(config: Config, model: ModelConfig, topology: Topology, step: str) -> Path:
     """Returns the file of a compilation; its name tells all on which the result depends."""
-    settings = config.model_dump(mode="json")
     key = json_fingerprint(
         {
-            "config": {name: settings[name] for name in SECTIONS},
+            "config": config.model_dump(mode="json", include=SECTIONS, exclude=NO_EFFECT),
             "sequence_length": config.data.sequence_length,
             "domains": len(config.data.domains),
             "model": model.to_json(),

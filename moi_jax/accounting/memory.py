@@ -70,11 +70,15 @@ def argument_bytes(state: TrainState, batch: Batch | None = None) -> Arguments:
 def temporary_bytes(
     config: Config, model: ModelConfig, mesh: Mesh, state: TrainState
 ) -> dict[str, int]:
-    """Estimates what a device holds at the peak of a step beside the arguments, by name."""
+    """Estimates what a device holds at the peak of a step beside the arguments, by name.
+
+    Args:
+      config: without `auto`, see `resolved.on_chip`.
+    """
     tensor = mesh.shape["tensor"]
     length = config.data.sequence_length // mesh.shape.get("context", 1)
     rows = microbatch_rows(config) // batch_shards(mesh)
-    tokens, value = rows * length, 2
+    tokens, value = rows * length, jnp.dtype(config.model.compute_dtype).itemsize
     wide = 4  # float32
     gradient = jnp.dtype(config.optimizer.gradient_dtype).itemsize
     trainable = sum(_device_elements(leaf) for leaf in jax.tree.leaves(state.trainable))

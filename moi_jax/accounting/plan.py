@@ -15,12 +15,14 @@ from moi_jax.accounting.memory import (
     microbatch_rows,
     temporary_bytes,
 )
+from moi_jax.accounting.resolved import on_chip
 from moi_jax.accounting.roofline import Executed, Roofline, flops_of, hbm_traffic, roofline
 from moi_jax.accounting.topology import Topology
 from moi_jax.accounting.traffic import network_traffic, step_traffic
 from moi_jax.accounting.work import Work
 from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
+from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.placing import check_rows
 from moi_jax.training.optimizer import make_optimizer
 from moi_jax.training.state import abstract_state
@@ -39,6 +41,7 @@ class Plan:
     """What one step of a config needs on each device of a topology.
 
     Attributes:
+      config: with the dtype and the attention that `auto` is on the chip.
       step: train, eval or generate.
       mesh: the size of each axis.
       arguments: by what they are, without padding.
@@ -67,7 +70,7 @@ class Plan:
 
     @property
     def temporaries_bytes(self) -> int:
-        if self.compiled:
+        if self.compiled and self.compiled.peak is not None:
             return self.compiled.peak - self.arguments_bytes
         return sum(self.temporaries.values())
 
@@ -126,14 +129,16 @@ def make_plan(
     """Makes the plan of a step; without `compiled` by arithmetic alone.
 
     Raises:
-      UserError: mesh or rows do not fit the topology.
+      UserError: mesh, rows, their length or attention do not fit the topology.
     """
     sizes = filled_mesh(config.mesh, topology.devices, topology.name)
     mesh = _abstract(sizes)
     if step == "generate":
         return _generating(config, model, topology, work, sizes)
+    config = on_chip(config, model, topology.chip, mesh)
     key = "microbatch_rows" if config.train.microbatch_rows else "global_batch_rows"
     check_rows(microbatch_rows(config), mesh, f"train.{key}")
+    check_sequence(config.data.sequence_length, mesh, "data.sequence_length")
     state, batch = abstract_step(config, model, mesh)
     arguments = argument_bytes(state, batch)
     temporaries = temporary_bytes(config, model, mesh, state)

@@ -43,8 +43,11 @@ class Planner:
         compiled = self._compiled(config)
         return make_plan(config, self.model, self.topology, self.work, self.step, compiled)
 
-    def sweep(self, names: Sequence[str], limit: int) -> list[Found]:
-        """Searches the settings of `names`; returns at most `limit` of them, best first.
+    def sweep(self, names: Sequence[str], limit: int) -> tuple[list[Found], int]:
+        """Searches the settings of `names`.
+
+        Returns:
+          At most `limit` of them, best first; how many others were not compiled and may fit.
 
         Raises:
           UserError: nothing can fit.

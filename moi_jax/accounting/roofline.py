@@ -9,7 +9,7 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from moi_jax.accounting.layers import repeated_flops
+from moi_jax.accounting.layers import repeated_flops, repeated_products
 from moi_jax.accounting.memory import Arguments, microbatch_rows
 from moi_jax.accounting.work import Work
 from moi_jax.config import Config
@@ -118,10 +118,10 @@ def hbm_traffic(
 
     The state is read and written once. The gradients are written and read for every microbatch,
     and so is what the layers keep. The gathered weights of every layer are read in three passes,
-    or in four with rematerialisation.
+    or in four where rematerialisation computes a product again.
     """
     microbatches = config.train.global_batch_rows // microbatch_rows(config)
-    passes = 3 if config.model.remat == "none" else 4
+    passes = 3 + bool(repeated_products(model, config.model))
     weights = 2 * model.num_layers * layer_matrix_size(model) / mesh.shape["tensor"]
     each = 2 * (temporaries["gradients"] + temporaries["saved activations"]) + passes * weights
     return 2 * (arguments.parameters + arguments.optimizer) + microbatches * each

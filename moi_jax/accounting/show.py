@@ -1,5 +1,6 @@
 """A plan and a sweep as text for a terminal."""
 
+import shlex
 from collections.abc import Sequence
 
 from moi_jax.accounting.costs import batch_shards_of, cost_of
@@ -23,19 +24,33 @@ def describe_plan(plan: Plan, price: float | None) -> str:
     return "\n".join(lines)
 
 
-def describe_sweep(found: Sequence[Found], command: str) -> str:
-    """Returns the table of a sweep, best first, and the command that trains the best."""
+def describe_sweep(found: Sequence[Found], left: int, command: str) -> str:
+    """Returns the table of a sweep, best first, and the command that trains the best.
+
+    Args:
+      left: the number of settings that were not compiled and may fit.
+      command: that trains the config without the settings of the sweep.
+    """
     lines = [f"{'fits':5}{'GiB':>7}{'of':>7}{'step s':>9}{'MFU':>7}  settings"]
     for one in found:
         plan = one.plan
+        if one.failure:
+            lines.append(f"{'?':37}{' '.join(one.overrides)}: {one.failure}")
+            continue
         assert plan.roofline is not None
         lines.append(
             f"{'yes' if plan.fits else 'no':5}{plan.peak_bytes / GIB:7.1f}"
             f"{plan.hbm_bytes / GIB:7.1f}{plan.roofline.step_s:9.3g}{plan.roofline.mfu:7.1%}  "
             f"{' '.join(one.overrides)}"
         )
-    if found and found[0].plan.fits:
-        lines += ["", f"{command} {' '.join(found[0].overrides)}"]
+    if found[0].fits:
+        lines += ["", f"{command} {shlex.join(found[0].overrides)}"]
+    elif left:
+        lines += [
+            "",
+            f"none of the {len(found)} compiled fits; {left} others were not compiled "
+            f"(--max-compiles)",
+        ]
     else:
         lines += ["", "nothing fits; take more chips, or shorter rows"]
     return "\n".join(lines)

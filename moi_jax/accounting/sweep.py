@@ -6,6 +6,8 @@ import logging
 import typing
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+
 from moi_jax.accounting.memory import filled_mesh
 from moi_jax.accounting.plan import Plan, make_plan
 from moi_jax.accounting.topology import Topology
@@ -46,10 +48,20 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A candidate with its final plan: compiled where there is a compiler."""
+    """A candidate with its final plan.
+
+    Attributes:
+      plan: compiled where there is a compiler; the estimate if that failed.
+      failure: why it could not be compiled.
+    """
 
     overrides: tuple[str, ...]
     plan: Plan
+    failure: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.failure is None and self.plan.fits
 
 
 def parse_dimensions(text: str) -> tuple[str, ...]:
@@ -72,42 +84,67 @@ def candidates(
 
     Left out is what cannot fit: its arguments, gradients and kept activations alone are more than
     the memory. Settings that are estimated to fit come before those that may.
+
+    Raises:
+      UserError: none of the settings is valid; it says why the first is not.
     """
-    found = []
+    valid, mistakes = [], []
     for overrides in _combinations(config, model, topology, names):
         try:
             changed = _with(config, overrides)
             estimate = make_plan(changed, model, topology, work)
-        except UserError:  # such as rows that do not divide over the mesh
+        except UserError as error:  # such as rows that do not divide over the mesh
+            mistakes.append(error)
             continue
-        if _least(estimate) <= estimate.hbm_bytes:
-            found.append(Candidate(overrides, changed, estimate))
+        valid.append(Candidate(overrides, changed, estimate))
+    if mistakes and not valid:
+        raise mistakes[0]
+    found = [one for one in valid if _least(one.estimate) <= one.estimate.hbm_bytes]
     return sorted(found, key=lambda one: (not one.estimate.fits, one.speed))
 
 
-def sweep(found: Sequence[Candidate], make: MakePlan, compiles: bool, limit: int) -> list[Found]:
-    """Plans the best candidates, and returns what it planned, best first.
+def sweep(
+    found: Sequence[Candidate], make: MakePlan, compiles: bool, limit: int
+) -> tuple[list[Found], int]:
+    """Plans the best candidates.
+
+    The last compilation goes to what needs least memory, if nothing has fitted before.
 
     Args:
       found: in the order in which they are tried.
       make: config -> its plan; it compiles where `compiles`.
       limit: how many are planned at most.
+
+    Returns:
+      What it planned, best first; the number of candidates that `limit` left out and that may fit.
     """
     if not compiles:
-        return [Found(one.overrides, one.estimate) for one in found[:limit]]
+        # All are planned, and those that fit stand first.
+        return [Found(one.overrides, one.estimate) for one in found[:limit]], 0
     planned: list[Found] = []
-    refused: list[Plan] = []  # estimates of what did not fit
-    for one in found:
-        if len(planned) == limit:
-            break
-        if any(_needs_as_much(one.estimate, other) for other in refused):
-            continue
+    left = list(found)
+    while left and len(planned) < limit:
+        one = left[0]
+        if planned and len(planned) == limit - 1 and not any(other.fits for other in planned):
+            one = min(left, key=lambda other: other.estimate.peak_bytes)
         log.info(f"{len(planned) + 1} of at most {limit}: {' '.join(one.overrides)}")
-        plan = make(one.config)
-        planned.append(Found(one.overrides, plan))
-        if not plan.fits:
-            refused.append(one.estimate)
-    return sorted(planned, key=lambda one: (not one.plan.fits, _speed(one.plan)))
+        planned.append(_planned(one, make))
+        left.remove(one)
+        if planned[-1].failure is None and not planned[-1].fits:
+            left = [other for other in left if not _needs_as_much(other.estimate, one.estimate)]
+    return sorted(planned, key=_order), len(left)
+
+
+def _planned(one: Candidate, make: MakePlan) -> Found:
+    """Plans a candidate; one that the compiler cannot take must not end the search."""
+    try:
+        return Found(one.overrides, make(one.config))
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        return Found(one.overrides, one.estimate, str(error).splitlines()[0])
+
+
+def _order(one: Found) -> tuple[bool, bool, tuple[float, float]]:
+    return not one.fits, one.failure is not None, _speed(one.plan)
 
 
 def _combinations(
@@ -120,7 +157,7 @@ def _combinations(
     for remat, kernel, mesh in itertools.product(
         remats if "remat" in names else [None],
         kernels if "attention" in names else [None],
-        _meshes(model, topology) if "mesh" in names else [()],
+        _meshes(config, model, topology) if "mesh" in names else [()],
     ):
         chosen = (*mesh, *(text for text in (remat, kernel) if text))
         if "rows" not in names:
@@ -128,14 +165,18 @@ def _combinations(
             continue
         shards = _batch_shards(config, topology, mesh)
         for rows in ROWS:
-            if rows * shards <= config.train.global_batch_rows:
+            if rows == 1 or rows * shards <= config.train.global_batch_rows:
                 yield (*chosen, f"train.microbatch_rows={rows * shards}")
 
 
-def _meshes(model: ModelConfig, topology: Topology) -> Iterator[tuple[str, ...]]:
-    """Yields the meshes: data over slices, tensor within a host, fsdp takes the rest."""
+def _meshes(config: Config, model: ModelConfig, topology: Topology) -> Iterator[tuple[str, ...]]:
+    """Yields the meshes: data over slices, tensor within a host, fsdp takes the rest.
+
+    The context axis stays as it is in the config; of -1 nothing is left.
+    """
+    context = max(1, config.mesh.context)
     for tensor in TENSOR:
-        fsdp, rest = divmod(topology.devices, topology.slices * tensor)
+        fsdp, rest = divmod(topology.devices, topology.slices * tensor * context)
         if rest == 0 and fsdp and model.num_heads % tensor == 0:
             yield f"mesh.data={topology.slices}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}"
 

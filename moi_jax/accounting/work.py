@@ -11,7 +11,6 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.data.cache.prepare import are_prepared
 from moi_jax.data.dataset import open_dataset
-from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.flops import causal_pairs
 from moi_jax.models.presets import preset
@@ -63,10 +62,13 @@ def work_of(config: Config) -> Work:
     except UserError as error:
         # The first clause says what is missing, the rest what to do about it.
         return full_rows(config, re.split(r"[;:] ", str(error))[0])
+    data = experiment.config.data
+    assert data.mask is not None  # resolved by the config
+    lengths = epoch.segment_lengths(0, epoch.rows, data.mask)
     share = config.train.global_batch_rows / epoch.rows
     return Work(
         tokens=round(epoch.tokens * share),
-        pairs=round(causal_pairs(segment_lengths(epoch, config.data.mask)) * share),
+        pairs=round(causal_pairs(lengths) * share),
         loss_tokens=round(epoch.loss_tokens * share),
         steps=plan.total_steps,
         source="segments of the first epoch's plan",
@@ -83,12 +85,3 @@ def full_rows(config: Config, reason: str) -> Work:
         steps=config.train.steps,
         source=f"assumed: full rows, one segment each ({reason})",
     )
-
-
-def segment_lengths(epoch: EpochPlan, mask: str | None) -> np.ndarray:
-    """Returns int64[segments]: the lengths of all segments of an epoch under data.mask."""
-    lengths = epoch.corpus.lengths[epoch.instructions].astype(np.int64)
-    if mask == "instruction":
-        return lengths
-    starts = epoch.instruction_starts if mask == "row" else epoch.group_starts
-    return np.diff(np.append(0, np.cumsum(lengths))[starts])

@@ -4,19 +4,23 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import sys
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from moi_jax import plan as command
+from moi_jax.accounting import compilation
 from moi_jax.accounting.compilation import Compiled, lower_step
 from moi_jax.accounting.kept import kept_path, read_kept
 from moi_jax.accounting.layers import kept_width, repeated_flops
-from moi_jax.accounting.memory import kv_cache_bytes
+from moi_jax.accounting.memory import Arguments, kv_cache_bytes
 from moi_jax.accounting.plan import make_plan
-from moi_jax.accounting.roofline import Executed, flops_of, roofline
+from moi_jax.accounting.roofline import Executed, flops_of, hbm_traffic, roofline
+from moi_jax.accounting.show import describe_sweep
 from moi_jax.accounting.sweep import candidates, sweep
 from moi_jax.accounting.topology import parse_topology
 from moi_jax.accounting.work import full_rows, work_of
@@ -41,6 +45,14 @@ CONFIG = make_config(
 ONE_EPOCH = ("train.steps=null", "train.epochs=1")
 V5P = parse_topology("v5p:2x2x2", 1)
 WORK = full_rows(CONFIG, "a test")
+
+
+def with_values(**sections):
+    """CONFIG with other values, by section."""
+    values = CONFIG.model_dump(mode="json")
+    for section, changes in sections.items():
+        values[section] |= changes
+    return make_config(values)
 
 
 @pytest.fixture
@@ -136,6 +148,16 @@ def test_useful_operations_are_those_of_the_work():
     assert flops.useful < flops.usual < flops.executed
 
 
+def test_weights_are_read_again_only_where_a_product_is_repeated():
+    """Gathered weights: 28 layers of 2 x (3584 x (2 x 3584 + 1024) + 3 x 3584 x 18944) bytes."""
+    weights = 28 * 2 * (3584 * (2 * 3584 + 1024) + 3 * 3584 * 18944)
+    nothing, state = {"gradients": 0, "saved activations": 0}, Arguments(0, 0, 0)
+    mesh = AbstractMesh((1,), ("tensor",))
+    for remat, passes in (("none", 3), ("minimal_with_context", 3), ("full", 4)):
+        config = with_values(model={"remat": remat}, train={"microbatch_rows": 64})
+        assert hbm_traffic(config, MODEL, mesh, state, nothing) == passes * weights
+
+
 # Memory
 
 
@@ -149,6 +171,31 @@ def test_memory_by_arithmetic():
     assert parts["gradients"] == pytest.approx(2 * parameters * 4 / 8, rel=1e-3)  # accumulated
     assert parts["saved activations"] == 28 * 4096 * 3584 * 2
     assert plan.fits
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "dtype", "attention"),
+    [
+        ("h100:8", {}, "auto", "mosaic_gpu"),
+        ("h200:8", {}, "auto", "mosaic_gpu"),
+        ("h100:8", {}, "float32", "xla"),
+        ("h100:8", {"fsdp": 4, "context": 2}, "auto", "xla"),
+        ("a100:8", {}, "auto", "xla"),
+        ("b200:8", {}, "auto", "xla"),
+        ("v5p:2x2x2", {"fsdp": 4, "context": 2}, "float32", "splash"),
+    ],
+)
+def test_scores_take_memory_where_training_computes_attention_with_xla(
+    topology, mesh, dtype, attention
+):
+    """The kernel for GPUs needs an H100, bfloat16 and whole rows (docs/attention.md)."""
+    config = with_values(model={"attention": "auto", "compute_dtype": dtype}, mesh=mesh)
+    plan = make_plan(config, MODEL, parse_topology(topology, 1), WORK)
+    scores = plan.temporaries["attention scores of a layer"]
+    # A device has 8 / fsdp rows of 4096 / context queries.
+    assert scores == (3 * 4 * 28 * 4096 * 4096 if attention == "xla" else 0)
+    value = 4 if dtype == "float32" else 2
+    assert plan.temporaries["saved activations"] == 28 * 4096 * 3584 * value
 
 
 def test_the_cache_of_a_sampler():
@@ -182,8 +229,9 @@ def test_a_sweep_tries_the_fastest_first_and_no_more_than_the_limit():
         return make_plan(config, MODEL, V5P, full_rows(config, "a test"))
 
     found = candidates(CONFIG, MODEL, V5P, WORK, ("remat", "rows"))
-    planned = sweep(found, make, compiles=True, limit=2)
+    planned, left = sweep(found, make, compiles=True, limit=2)
     assert len(tried) == len(planned) == 2
+    assert left == len(found) - 2
     times = [one.plan.roofline.step_s for one in planned]
     assert times == sorted(times)
     every = [one.estimate for one in found if one.estimate.fits]
@@ -200,16 +248,84 @@ def test_what_needs_more_than_a_refused_setting_is_not_compiled():
         tried.append(config)
         return make_plan(config, MODEL, V5P, full_rows(config, "a test"), "train", refused)
 
-    planned = sweep(found, make, compiles=True, limit=10)
+    planned, left = sweep(found, make, compiles=True, limit=10)
     assert not any(one.plan.fits for one in planned)
     peaks = [make_plan(c, MODEL, V5P, full_rows(c, "a test")).peak_bytes for c in tried]
     assert peaks == sorted(set(peaks), reverse=True)
+    assert left == 0
+
+
+def test_the_last_compilation_goes_to_what_needs_least_memory():
+    found = candidates(CONFIG, MODEL, V5P, WORK, ("remat", "mesh", "rows"))
+    refused = Compiled(0, None, True, {}, 0, [], 1.0)
+    tried = []
+
+    def make(config):
+        plan = make_plan(config, MODEL, V5P, WORK, "train", refused)
+        tried.append(plan.peak_bytes)  # by arithmetic, since the refusal tells no figure
+        return plan
+
+    planned, left = sweep(found, make, compiles=True, limit=2)
+    least = min(found, key=lambda one: one.estimate.peak_bytes).estimate
+    first = found[0].estimate
+    assert tried == [first.peak_bytes, least.peak_bytes]
+    # On other meshes, and what needs less than the first on its mesh.
+    assert first.mesh != least.mesh
+    others = [one.estimate for one in found if one.estimate.mesh != least.mesh]
+    assert left == sum(o.mesh != first.mesh or o.peak_bytes < first.peak_bytes for o in others) > 0
+    text = describe_sweep(planned, left, "train")
+    assert text.endswith(f"none of the 2 compiled fits; {left} others were not compiled "
+                         "(--max-compiles)")  # fmt: skip
+    assert "nothing fits" in describe_sweep(planned, 0, "train")
+
+
+@pytest.mark.parametrize("error", [UserError, jax.errors.JaxRuntimeError])
+def test_a_setting_that_does_not_compile_leaves_the_table_whole(error):
+    found = candidates(CONFIG, MODEL, V5P, WORK, ("rows",))
+
+    def make(config):
+        if config == found[0].config:
+            raise error("INTERNAL: it broke\nwith details")
+        return make_plan(config, MODEL, V5P, WORK)
+
+    planned, _ = sweep(found, make, compiles=True, limit=3)
+    assert [one.fits for one in planned] == [True, True, False]
+    [row] = [line for line in describe_sweep(planned, 0, "train").splitlines() if "broke" in line]
+    assert row.endswith(f"{found[0].overrides[0]}: INTERNAL: it broke")
+
+
+@pytest.mark.parametrize(
+    ("message", "peak"),
+    [
+        ("RESOURCE_EXHAUSTED: 3.50G required for HLO temporaries (3.50G) exceeds available HBM",
+         int(3.5 * GIB)),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem", None),
+    ],
+)  # fmt: skip
+def test_every_want_of_memory_is_a_refusal(monkeypatch, message, peak):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(compilation, "described_devices", lambda topology: [])
+    monkeypatch.setattr(compilation, "lower_step", lambda *arguments: Lowered())
+    compiled = compilation.compile_step(CONFIG, MODEL, V5P, "train")
+    assert (compiled.refused, compiled.peak) == (True, peak)
+    plan = make_plan(CONFIG, MODEL, V5P, WORK, "train", compiled)
+    assert not plan.fits
+    assert plan.peak_bytes == (peak or make_plan(CONFIG, MODEL, V5P, WORK).peak_bytes)
 
 
 def test_settings_that_cannot_fit_are_left_out():
     """Qwen2.5-7B's state alone, 16 bytes a parameter with gradients, is 15 GB on 8 chips."""
     v5e = parse_topology("v5e:2x4", 1)
     assert not candidates(CONFIG, MODEL, v5e, WORK, ("remat", "rows"))
+
+
+def test_a_sweep_offers_only_the_attention_that_the_chip_has():
+    for topology, kernels in (("h100:8", {"mosaic_gpu", "xla"}), ("a100:8", {"xla"})):
+        found = candidates(CONFIG, MODEL, parse_topology(topology, 1), WORK, ("attention",))
+        assert {one.config.model.attention for one in found} == kernels
 
 
 def test_meshes_of_a_sweep_fill_the_slices():
@@ -219,6 +335,26 @@ def test_meshes_of_a_sweep_fill_the_slices():
         (2, 8, 1), (2, 4, 2), (2, 2, 4),
     }  # fmt: skip
     assert all(one.estimate.roofline.network_s > 0 for one in found)
+
+
+def test_meshes_of_a_sweep_keep_the_context_axis():
+    config = with_values(mesh={"fsdp": 4, "context": 2})
+    found = candidates(config, MODEL, V5P, WORK, ("mesh", "rows"))
+    assert {tuple(one.estimate.mesh.values()) for one in found} == {
+        (1, 4, 1, 2), (1, 2, 2, 2), (1, 1, 4, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mesh": {"fsdp": 4, "context": 2}, "data": {"sequence_length": 4098}}, "4098 is not a"),
+        ({"train": {"global_batch_rows": 4, "microbatch_rows": 4}}, "microbatch_rows"),
+    ],
+)
+def test_a_sweep_without_a_valid_setting_says_why(values, message):
+    with pytest.raises(UserError, match=message):
+        candidates(with_values(**values), MODEL, V5P, WORK, ("rows",))
 
 
 # The command
@@ -273,8 +409,13 @@ def test_a_compilation_is_kept_and_shown(tmp_path, monkeypatch, capsys, environm
     assert "peak                8.00  of 95.74: fits, +87.74" in texts[0]
     assert "all-gather             2.000  in 7" in texts[0]
     assert read_kept(kept_path(config, preset("tiny"), topology, "train")) == compiled
-    other = load_config(path, ["model.remat=full"])
-    assert read_kept(kept_path(other, preset("tiny"), topology, "train")) is None
+    same = load_config(
+        path, ["train.seed=7", "train.compilation_cache=null", "train.sample_every=3"]
+    )
+    assert read_kept(kept_path(same, preset("tiny"), topology, "train")) == compiled
+    for override in ("model.remat=full", "mesh.fsdp=4", "train.microbatch_rows=1"):
+        other = load_config(path, [override])
+        assert read_kept(kept_path(other, preset("tiny"), topology, "train")) is None
 
 
 def test_what_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch, capsys, environment):
@@ -298,10 +439,13 @@ def test_a_sweep_prints_the_command_that_trains_the_best(
     path = small_config(tmp_path)
     text = run(
         monkeypatch, capsys, "--config", path, "--topology", "h100:2", "--sweep", "remat,rows",
-        "--max-compiles", 3, "train.seed=1",
+        "--max-compiles", 3, "train.seed=1", "logging.run_dir=a run",
     )  # fmt: skip
     last = text.strip().splitlines()[-1]
-    assert last.startswith(f"python -m moi_jax.train --config {path} train.seed=1 model.remat=")
+    command = shlex.split(last)
+    assert command[:5] == ["python", "-m", "moi_jax.train", "--config", str(path)]
+    assert command[5:7] == ["train.seed=1", "logging.run_dir=a run"]
+    assert command[7].startswith("model.remat=")
     assert text.count("\nyes") == 3
 
 
@@ -325,6 +469,11 @@ def test_a_sampler_is_planned_by_arithmetic(tmp_path, monkeypatch, capsys, envir
         (["--topology", "h100:8", "--sweep", "remat", "--step", "eval"], "leave out --step"),
         (["--topology", "h100:8", "mesh.fsdp=3"], "does not fill the 8 devices"),
         (["--topology", "h100:3", "train.microbatch_rows=2"], "not a multiple of the 3"),
+        (
+            ["--topology", "h100:6", "mesh.fsdp=2", "mesh.context=3"],
+            "data.sequence_length 256 is not a multiple of 6",
+        ),
+        (["--topology", "a100:2", "model.attention=mosaic_gpu"], "on a100: .* this GPU's is 8.0"),
         (["--topology", "v5p:2x2x2"], "libtpu, the compiler of the TPU, is not installed"),
     ],
 )

@@ -1,0 +1,54 @@
+"""What `auto` is on a chip, and which attention a chip has, without the chip."""
+
+import dataclasses
+from typing import Any, cast
+
+import jax
+from jax.sharding import Mesh
+
+from moi_jax.common.errors import UserError
+from moi_jax.config import Config
+from moi_jax.models.attention import AUTOMATIC
+from moi_jax.models.attention.refusals import TOKAMAX, refusal
+from moi_jax.models.compute import resolve_dtype
+from moi_jax.models.config import ModelConfig
+from moi_jax.parallel.chips import Chip
+
+# developer.nvidia.com/cuda-gpus
+CAPABILITY = {"a100": "8.0", "h100": "9.0", "h200": "9.0", "b200": "10.0"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    """What a backend asks of a device."""
+
+    platform: str
+    compute_capability: str | None
+
+
+def on_platform(config: Config, platform: str) -> Config:
+    """Returns the config with the dtype that `auto` is on the platform."""
+    return _changed(config, compute_dtype=resolve_dtype(config.model.compute_dtype, platform))
+
+
+def on_chip(config: Config, model: ModelConfig, chip: Chip, mesh: Mesh) -> Config:
+    """Returns the config with the dtype and the attention that training takes on the chip.
+
+    Raises:
+      UserError: the attention that the config names cannot compute this model there.
+    """
+    config = on_platform(config, chip.platform)
+    named = config.model.attention
+    name = AUTOMATIC[chip.platform] if named == "auto" else named
+    device = cast(jax.Device, _Described(chip.platform, CAPABILITY.get(chip.name)))
+    reason = refusal(name, model, device, mesh, config.model.compute_dtype)
+    # A package that is missing here may be installed where the config is trained.
+    if reason is None or f"tokamax {TOKAMAX}" in reason:
+        return _changed(config, attention=name)
+    if named == "auto":
+        return _changed(config, attention="xla")
+    raise UserError(f"model.attention {name} on {chip.name}: {reason}; use auto or xla")
+
+
+def _changed(config: Config, **settings: Any) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update=settings)})
