@@ -144,9 +144,10 @@ def make_plan(
     temporaries = temporary_bytes(config, model, mesh, state)
     plan = Plan(config, model, topology, step, sizes, arguments, temporaries, compiled, work)
     if step == "eval":
+        microbatch = arguments.batch * microbatch_rows(config) // config.train.global_batch_rows
         return dataclasses.replace(
             plan,
-            arguments=Arguments(arguments.parameters, 0, arguments.batch),
+            arguments=Arguments(arguments.parameters, 0, microbatch),
             temporaries={name: temporaries[name] for name in FORWARD},
         )
     flops = flops_of(config, model, work)

@@ -10,6 +10,8 @@ from moi_jax.parallel.chips import GIB
 
 MIB = 1 << 20
 SHOWN = 5  # largest buffers
+# What the temporaries are, by step.
+TEMPORARIES = {"train": "gradients, activations", "eval": "activations", "generate": ""}
 
 
 def describe_plan(plan: Plan, price: float | None) -> str:
@@ -77,7 +79,7 @@ def _memory(plan: Plan) -> list[str]:
         f"  parameters      {arguments.parameters / GIB:8.2f}",
         f"  optimizer       {arguments.optimizer / GIB:8.2f}",
         f"  batch           {arguments.batch / GIB:8.2f}",
-        f"  temporaries     {plan.temporaries_bytes / GIB:8.2f}  gradients, activations",
+        f"  temporaries     {plan.temporaries_bytes / GIB:8.2f}  {TEMPORARIES[plan.step]}".rstrip(),
         f"  peak            {plan.peak_bytes / GIB:8.2f}  of {plan.hbm_bytes / GIB:.2f}: "
         f"{verdict}, {(plan.hbm_bytes - plan.peak_bytes) / GIB:+.2f}",
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from moi_jax.accounting.layers import kept_width, repeated_flops
 from moi_jax.accounting.memory import Arguments, kv_cache_bytes
 from moi_jax.accounting.plan import make_plan
 from moi_jax.accounting.roofline import Executed, flops_of, hbm_traffic, roofline
-from moi_jax.accounting.show import describe_sweep
+from moi_jax.accounting.show import describe_plan, describe_sweep
 from moi_jax.accounting.sweep import candidates, sweep
 from moi_jax.accounting.topology import parse_topology
 from moi_jax.accounting.work import full_rows, work_of
@@ -216,6 +216,14 @@ def test_the_eval_step_is_that_of_the_held_out_evaluation(tmp_path):
     plan = make_plan(config, preset("tiny"), parse_topology("h100:4", 1), WORK, "eval")
     assert plan.arguments.optimizer == 0
     assert "gradients" not in plan.temporaries
+
+
+def test_the_eval_plan_is_that_of_one_microbatch():
+    """8 of 64 rows over 8 devices, six arrays of 4 bytes a token."""
+    plan = make_plan(CONFIG, MODEL, V5P, WORK, "eval")
+    assert plan.arguments.batch == 6 * 4 * 4096
+    [line] = [x for x in describe_plan(plan, None).splitlines() if "temporaries" in x]
+    assert line.endswith("  activations")
 
 
 # Sweep
