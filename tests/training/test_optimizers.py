@@ -1,5 +1,6 @@
 """Every optimizer: the same on every mesh, saved and resumed bit for bit, and Muon's matrices."""
 
+import dataclasses
 from contextlib import closing
 
 import jax
@@ -11,8 +12,10 @@ from moi_jax import config as config_lib
 from moi_jax.checkpoints.items import ModelItems
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.config.load import make_config
+from moi_jax.models.parameters import random_parameters
+from moi_jax.parallel.mesh import make_mesh
 from moi_jax.training.optimizer import make_optimizer
-from moi_jax.training.state import TrainState, abstract_state
+from moi_jax.training.state import TrainState, abstract_state, new_state
 
 from support.trainer import MODEL, OPTIMIZER, Trainer, initial_parameters, random_batch
 
@@ -72,6 +75,22 @@ def test_bfloat16_gradients_of_microbatches_are_close_to_those_of_one_batch():
     assert parts["grad_norm"] != whole["grad_norm"]  # rounded at other places
 
 
+def test_the_factors_of_adafactor_are_small_and_whole_on_every_device():
+    model = dataclasses.replace(MODEL, hidden_size=128, mlp_width=256, vocab_size=256)
+    optimizer = make_optimizer(config_lib.Optimizer(name="adafactor"), model)
+    mesh = make_mesh(config_lib.Mesh(**EIGHT), jax.devices())
+    state = new_state(model, optimizer, random_parameters(model, 0, "float32", mesh), mesh)
+    by_path = {
+        jax.tree_util.keystr(path): kept
+        for path, kept in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
+    factors = [x for path, x in by_path.items() if "['gate']" in path and ".v_" in path]
+    assert sorted(x.shape for x in factors) == [(2, 128), (2, 256)]
+    assert all(x.is_fully_replicated for x in factors)
+    trained = sum(x.size for x in jax.tree.leaves(state.trainable))
+    assert sum(x.size for x in by_path.values()) < trained / 4
+
+
 def test_muon_makes_each_matrix_of_each_layer_nearly_orthogonal():
     """The update has the singular vectors of the gradient, and singular values near a constant.
 
@@ -109,6 +128,14 @@ def test_muon_leaves_the_tables_and_norms_to_adam():
         np.testing.assert_allclose(ours[names[0]][names[1]], theirs[names[0]][names[1]], rtol=1e-6)
 
 
-def test_a_dtype_that_the_optimizer_does_not_have_is_refused():
-    with pytest.raises(ValueError, match="second_moment_dtype has no effect on lion"):
-        config_lib.Optimizer(name="lion", second_moment_dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "lion", "second_moment_dtype": "bfloat16"}, "second_moment_dtype has no effect"),
+        ({"name": "adafactor", "b1": 0.5}, "b1 has no effect on adafactor"),
+        ({"second_moment_dtype": "bfloat16", "b2": 0.999}, "b2 0.999 is too large for a second"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_lib.Optimizer(**settings)

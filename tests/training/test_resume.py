@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, resumed, refused; signals go to their own processes."""
 
 import contextlib
+import copy
 import os
 import random
 import shutil
@@ -12,6 +13,8 @@ import pytest
 
 import moi_jax
 from moi_jax.common.errors import UserError
+from moi_jax.config.load import make_config
+from moi_jax.training.resume import config_changes
 from moi_jax.training.run_directory import LOCK
 
 from support.runs import (
@@ -36,6 +39,24 @@ HARD = {
     "train": {"steps": None, "epochs": 2, "global_batch_rows": 6, "microbatch_rows": 2},
     "mesh": {"fsdp": 2},
 }
+
+
+def test_a_setting_that_is_newer_than_the_run_counts_as_its_default():
+    now = make_config({}).model_dump(mode="json")
+    before = copy.deepcopy(now)
+    del before["model"]["splash_blocks"], before["optimizer"]["gradient_dtype"]
+    assert list(config_changes(before, now)) == []
+    now["optimizer"]["gradient_dtype"] = "bfloat16"
+    assert list(config_changes(before, now)) == [
+        ("optimizer.gradient_dtype: float32 -> bfloat16", "if allowed")
+    ]
+
+
+def test_another_optimizer_is_another_run():
+    now = make_config({}).model_dump(mode="json")
+    before = copy.deepcopy(now)
+    before["optimizer"]["name"] = "lion"
+    assert list(config_changes(before, now)) == [("optimizer.name: lion -> adamw", "never")]
 
 
 @pytest.fixture(scope="module")
