@@ -13,7 +13,7 @@ The parts, in order of worth; each is a command of its own too:
 
 Each part is a process, so that its peak memory is its own, and writes DIR/PART.json after each of
 its results. A part that lacks a package says SKIPPED and why; the others run. Without a network,
-bring the packages as wheels: `pip download '.[cuda,mosaic_gpu]' -d wheels` on another machine,
+bring the packages as wheels: `pip download '.[cuda,mosaic]' -d wheels` on another machine,
 then `pip install --no-index --find-links wheels ...` here.
 
 Rows have made-up segments, as long as chunks of the public sets are on average. With --config they

@@ -50,7 +50,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 needs_tokamax = pytest.mark.skipif(
     attention.refusals._installed("tokamax") != TOKAMAX,
-    reason=f"lowering for a GPU needs tokamax {TOKAMAX}: pip install '.[mosaic_gpu]'",
+    reason=f"lowering for a GPU needs tokamax {TOKAMAX}: pip install '.[mosaic]'",
 )
 
 

@@ -65,7 +65,7 @@ def _mosaic_gpu(
     if installed != TOKAMAX:
         yield (
             f"it calls kernels of tokamax {TOKAMAX}, and {installed or 'none'} is installed (pip "
-            f"install 'moi_jax[mosaic_gpu]')"
+            f"install 'moi_jax[mosaic]')"
         )
 
 
