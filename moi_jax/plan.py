@@ -5,7 +5,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
-from moi_jax.cli.arguments import MONEY, POSITIVE, text
+from moi_jax.cli.arguments import MONEY, POSITIVE, add_config
 from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 
@@ -83,14 +83,7 @@ def _arguments() -> argparse.Namespace:
         epilog="See docs/plan.md. Exit status: 0 done, 2 your mistake (one line says which), 1 a "
         "fault of ours.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        type=text,
-        metavar="section.key=value",
-        help="settings that override FILE",
-    )
+    add_config(parser)
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help="v5p:2x2x2, v5e:4x8, h100:8 and so on"
     )

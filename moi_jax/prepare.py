@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from moi_jax.cli.arguments import text
+from moi_jax.cli.arguments import add_config
 from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 
@@ -24,14 +24,7 @@ def main() -> None:
         "plans the first epoch and shows the mixture. Training does the same by itself. After an "
         "interruption, give the same command again and it continues.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        type=text,
-        metavar="section.key=value",
-        help="settings that win over FILE",
-    )
+    add_config(parser)
     parser.add_argument(
         "--workers", metavar="N", help="number of processes, data.workers; 1 works in this process"
     )

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from moi_jax.cli.arguments import text
+from moi_jax.cli.arguments import add_config
 from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 
@@ -59,14 +59,7 @@ def _arguments() -> argparse.Namespace:
         epilog="Exit status: 0 done, 2 your mistake (one line says which), 1 a fault of ours, "
         "such as a difference that --audit finds.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        type=text,
-        metavar="section.key=value",
-        help="settings that win over FILE",
-    )
+    add_config(parser)
     parser.add_argument(
         "--rows", type=_positive, metavar="N", help=f"how many rows (default: {ROWS})"
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moi_jax.cli.arguments import add_hosts, text
+from moi_jax.cli.arguments import add_config, add_hosts
 from moi_jax.cli.command import run_command
 from moi_jax.cli.hosts import join_hosts, mistakes_told_to_hosts
 from moi_jax.cli.jax_environment import prepare_jax
@@ -28,14 +28,7 @@ def main() -> int:
         "number if SIGTERM or SIGINT stopped the run (it saves first), 75 if another host was lost "
         "or a step was stuck.",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        type=text,
-        metavar="section.key=value",
-        help="settings that override FILE",
-    )
+    add_config(parser)
     parser.add_argument(
         "--print-config",
         action="store_true",

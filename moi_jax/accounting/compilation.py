@@ -47,6 +47,7 @@ class Compiled:
       refused: the compiler found no room. Then no more than `peak` is known.
       buffers: the largest results that the program computes, as (name, bytes).
       seconds: how long it took to compile.
+      temp_size: jax's `temp_size_in_bytes`; None if the compiler refused.
     """
 
     arguments: int
@@ -56,6 +57,7 @@ class Compiled:
     unknown_loops: int
     buffers: list[tuple[str, int]]
     seconds: float
+    temp_size: int | None = None
 
 
 def compile_step(config: Config, model: ModelConfig, topology: Topology, step: str) -> Compiled:
@@ -115,6 +117,7 @@ def read_compiled(compiled: Any, seconds: float) -> Compiled:
         unknown_loops=traffic.unknown_loops,
         buffers=largest_buffers(text),
         seconds=seconds,
+        temp_size=memory.temp_size_in_bytes,
     )
 
 

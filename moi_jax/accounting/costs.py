@@ -79,6 +79,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
     if plan.compiled:
         values["compile_seconds"] = round(plan.compiled.seconds, 1)
         values["unknown_loops"] = plan.compiled.unknown_loops
+        values["per_chip"]["temp_size_in_bytes"] = plan.compiled.temp_size
     if plan.flops and plan.roofline:
         values["flops_per_step"] = plan.flops.useful
         values["flops"] = dataclasses.asdict(plan.flops)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.models.attention import AUTOMATIC
-from moi_jax.models.attention.refusals import TOKAMAX, refusal
+from moi_jax.models.attention.refusals import refusal
 from moi_jax.models.compute import resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.chips import Chip
@@ -41,9 +41,8 @@ def on_chip(config: Config, model: ModelConfig, chip: Chip, mesh: Mesh) -> Confi
     named = config.model.attention
     name = AUTOMATIC[chip.platform] if named == "auto" else named
     device = cast(jax.Device, _Described(chip.platform, CAPABILITY.get(chip.name)))
-    reason = refusal(name, model, device, mesh, config.model.compute_dtype)
-    # A package that is missing here may be installed where the config is trained.
-    if reason is None or f"tokamax {TOKAMAX}" in reason:
+    reason = refusal(name, model, device, mesh, config.model.compute_dtype, packages=False)
+    if reason is None:
         return _changed(config, attention=name)
     if named == "auto":
         return _changed(config, attention="xla")

@@ -44,6 +44,18 @@ def text(given: str) -> str:
         raise argparse.ArgumentTypeError("it is not valid UTF-8") from None
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds the config and the settings that override it, for `config.load.load_config`."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see docs/config.md")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        type=text,
+        metavar="section.key=value",
+        help="settings that override FILE",
+    )
+
+
 def add_hosts(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `cli.hosts.join_hosts`."""
     group = parser.add_argument_group(

@@ -78,6 +78,7 @@ def _forward(
         slope = jnp.exp(logits - log_sum[..., None]) - _is_target(logits, targets)
         weights = weights.astype(wide)[..., None]
         slope = jnp.where(weights > 0, weights * slope, 0).astype(hidden.dtype)
+        hidden = jnp.where(weights > 0, hidden, 0)  # 0 times a state that is not finite is not 0
         hidden_gradient = jnp.einsum("gtv,dv->gtd", slope, split)
         # A sum for each group of rows. They are added up once, at the end, not for each chunk.
         new = jnp.einsum("gtd,gtv->gdv", hidden, slope, preferred_element_type=wide)

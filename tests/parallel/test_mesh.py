@@ -155,6 +155,12 @@ def test_a_mesh_that_would_split_another_axis_over_slices_is_refused(axes, slice
         make_mesh(config_lib.Mesh(**axes), chips(*slices))
 
 
+def test_an_axis_of_the_mesh_may_be_a_part_of_an_axis_of_the_chips():
+    mesh = make_mesh(config_lib.Mesh(tensor=2), chips((4, 4)))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 2, "context": 1}
+    assert len({chip.id for chip in mesh.devices.flat}) == 16
+
+
 def test_a_mesh_of_one_slice_takes_the_first_of_several():
     mesh = make_mesh(config_lib.Mesh(fsdp=4), chips((2, 2), (2, 2)))
     assert {chip.slice_index for chip in mesh.devices.flat} == {0}

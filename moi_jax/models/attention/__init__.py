@@ -28,8 +28,8 @@ class AttentionFn(Protocol):
     splits the rows, their tokens lie in the order of `parallel.context.context_order`.
 
     What the backward pass keeps of the results has the name "context" for rematerialisation
-    (`jax.ad_checkpoint.checkpoint_name`). A policy that saves this name does not run the kernel
-    again.
+    (`jax.ad_checkpoint.checkpoint_name`). A policy that saves this name does not run a kernel
+    again; `xla` computes its scores again all the same.
     """
 
     def __call__(

@@ -21,6 +21,7 @@ def refusal(
     device: jax.Device,
     mesh: Mesh | None,
     dtype: jax.typing.DTypeLike,
+    packages: bool = True,
 ) -> str | None:
     """Returns why a backend cannot compute a model's attention, or None if it can.
 
@@ -28,11 +29,16 @@ def refusal(
       name: xla, which can compute everything, splash or mosaic_gpu.
       device: one of the devices of the mesh.
       dtype: of the activations.
+      packages: whether the packages that the backend needs must be installed here. A plan for
+        another machine does not ask for them.
     """
     if name == "xla":
         return None
     reasons = {"splash": _splash, "mosaic_gpu": _mosaic_gpu}[name]
-    return next(reasons(model, device, mesh, jnp.dtype(dtype).name), None)
+    reason = next(reasons(model, device, mesh, jnp.dtype(dtype).name), None)
+    if reason is None and packages and name == "mosaic_gpu":
+        return _missing_tokamax()
+    return reason
 
 
 def _splash(model: ModelConfig, device: jax.Device, mesh: Mesh | None, dtype: str) -> Iterator[str]:
@@ -61,17 +67,16 @@ def _mosaic_gpu(
         yield f"it takes heads of up to 128, and the model's are {model.head_dim} wide"
     if context_shards(mesh) > 1:
         yield "it needs whole rows, and mesh.context splits them"
-    installed = _installed("tokamax")
-    if installed != TOKAMAX:
-        yield (
-            f"it calls kernels of tokamax {TOKAMAX}, and {installed or 'none'} is installed (pip "
-            f"install 'moi_jax[mosaic]')"
-        )
 
 
-def _installed(package: str) -> str | None:
-    """Returns the version of an installed package, or None."""
+def _missing_tokamax() -> str | None:
     try:
-        return importlib.metadata.version(package)
+        installed = importlib.metadata.version("tokamax")
     except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    if installed == TOKAMAX:
         return None
+    return (
+        f"it calls kernels of tokamax {TOKAMAX}, and {installed} is installed (pip install "
+        f"'moi_jax[mosaic]')"
+    )
