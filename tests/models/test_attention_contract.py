@@ -49,7 +49,7 @@ needs_libtpu = pytest.mark.skipif(
     reason="compiling for a TPU needs libtpu: pip install '.[plan]'",
 )
 needs_tokamax = pytest.mark.skipif(
-    attention.refusals._installed("tokamax") != TOKAMAX,
+    attention.refusals.installed_tokamax() != TOKAMAX,
     reason=f"lowering for a GPU needs tokamax {TOKAMAX}: pip install '.[mosaic]'",
 )
 
@@ -239,7 +239,7 @@ SPLIT_ROWS = AbstractMesh((1, 1, 1, 2), MESH_AXES)
 
 @pytest.fixture
 def tokamax(monkeypatch):
-    monkeypatch.setattr(attention.refusals, "_installed", lambda package: TOKAMAX)
+    monkeypatch.setattr(attention.refusals, "installed_tokamax", lambda: TOKAMAX)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_backend_refuses_by_name_what_it_cannot_compute(name, device, model, mes
 
 def test_mosaic_gpu_names_the_version_of_tokamax_that_it_needs(monkeypatch):
     for installed in (None, "0.0.1"):
-        monkeypatch.setattr(attention.refusals, "_installed", lambda package, v=installed: v)
+        monkeypatch.setattr(attention.refusals, "installed_tokamax", lambda v=installed: v)
         with pytest.raises(UserError, match=f"tokamax {TOKAMAX}, and {installed or 'none'} is"):
             choose_attention(Model(attention="mosaic_gpu"), QWEN, H100, None, "bfloat16")
 

@@ -36,9 +36,12 @@ def refusal(
         return None
     reasons = {"splash": _splash, "mosaic_gpu": _mosaic_gpu}[name]
     reason = next(reasons(model, device, mesh, jnp.dtype(dtype).name), None)
-    if reason is None and packages and name == "mosaic_gpu":
-        return _missing_tokamax()
-    return reason
+    if reason or not packages or name != "mosaic_gpu" or installed_tokamax() == TOKAMAX:
+        return reason
+    return (
+        f"it calls kernels of tokamax {TOKAMAX}, and {installed_tokamax() or 'none'} is installed "
+        f"(pip install 'moi_jax[mosaic]')"
+    )
 
 
 def _splash(model: ModelConfig, device: jax.Device, mesh: Mesh | None, dtype: str) -> Iterator[str]:
@@ -69,14 +72,9 @@ def _mosaic_gpu(
         yield "it needs whole rows, and mesh.context splits them"
 
 
-def _missing_tokamax() -> str | None:
+def installed_tokamax() -> str | None:
+    """Returns the version of tokamax that is installed, or None."""
     try:
-        installed = importlib.metadata.version("tokamax")
+        return importlib.metadata.version("tokamax")
     except importlib.metadata.PackageNotFoundError:
-        installed = "none"
-    if installed == TOKAMAX:
         return None
-    return (
-        f"it calls kernels of tokamax {TOKAMAX}, and {installed} is installed (pip install "
-        f"'moi_jax[mosaic]')"
-    )
