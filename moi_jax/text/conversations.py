@@ -3,10 +3,10 @@
 import hashlib
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 class BadRow(Exception):
@@ -26,6 +26,19 @@ class BadRow(Exception):
         return f"{self.reason}: {self.detail}"
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool by the assistant.
+
+    Attributes:
+      arguments: a JSON object on one line.
+      id: "" if there is none.
+    """
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn.
@@ -33,22 +46,39 @@ class Message:
     Attributes:
       train: with False an assistant's text carries no loss.
       trajectory: the text calls tools in ReAct form, so a tool wrote its observations.
+      thinking: what the assistant thinks before its content and calls.
+      calls: the assistant calls these tools together.
+      call_id, name: of the call whose result a tool's message is; "" if unknown.
+      weight: of the labels of the turn, beside those of the domain.
     """
 
     role: Role
     content: str
     train: bool = True
     trajectory: bool = False
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
+    name: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """An optional system message, then user and assistant alternating; the last is an assistant.
+    """An optional system message, then exchanges; the last message is an assistant's.
 
-    Conversation((Message("user", "What is 2 + 2?"), Message("assistant", "It is 4.")))
+    An exchange is a user's message and the assistant's answer. Before the answer, the assistant may
+    call tools, and the tools' messages follow the message that calls them.
+
+        Conversation((Message("user", "What is 2 + 2?"), Message("assistant", "It is 4.")))
+
+    Attributes:
+      tools: the descriptions of the tools that may be called, each a JSON object on one line, as
+        OpenAI's interface has it: {"type": "function", "function": {"name": ..., ...}}.
     """
 
     messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
 
     @property
     def system(self) -> str | None:
@@ -61,15 +91,27 @@ class Conversation:
         return self.messages if self.system is None else self.messages[1:]
 
     def first_exchanges(self, count: int) -> "Conversation":
-        """The conversation with only its first `count` pairs of user and assistant turns."""
-        system = len(self.messages) - len(self.turns)
-        return Conversation(self.messages[: system + 2 * count])
+        """The conversation with only its first `count` exchanges."""
+        begins = [n for n, message in enumerate(self.messages) if message.role == "user"]
+        ends = [*begins[1:], len(self.messages)]
+        return replace(self, messages=self.messages[: ends[count - 1]])
 
 
-def content_hash(messages: Sequence[Message]) -> int:
-    """A 64-bit hash of the roles and the NFC-normalised, stripped contents."""
+def content_hash(messages: Sequence[Message], tools: Sequence[str] = ()) -> int:
+    """A 64-bit hash of the roles, and of the NFC-normalised, stripped texts of all parts."""
     digest = hashlib.sha256()
+
+    def add(kind: str, text: str) -> None:
+        content = unicodedata.normalize("NFC", text).strip().encode()
+        digest.update(f"{kind} {len(content)} ".encode() + content)
+
+    for tool in tools:
+        add("description", tool)
     for message in messages:
-        content = unicodedata.normalize("NFC", message.content).strip().encode()
-        digest.update(f"{message.role} {len(content)} ".encode() + content)
+        add(message.role, message.content)
+        if message.thinking:
+            add("thinking", message.thinking)
+        for call in message.calls:
+            add("call", call.name)
+            add("arguments", call.arguments)
     return int.from_bytes(digest.digest()[:8], "little")
