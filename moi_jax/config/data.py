@@ -86,6 +86,11 @@ class Data(Section):
     max_instruction_tokens: Positive | None = None  # null: sequence_length
     too_long: Literal["truncate_turns", "drop", "error"] = "truncate_turns"
     row_system: Literal["append", "replace", "keep", "drop_row"] = "append"
+    # Which thinking of the answers is trained on; null: what the chat template shows.
+    thinking: Literal["keep", "drop", "last"] | None = None
+    # What becomes of a conversation whose earlier turns the chat template shows differently later:
+    # a sample for each trained turn, a sample for the last one, or a bad row.
+    rewritten_history: Literal["split", "last", "refuse"] = "split"
     on_bad_row: Literal["drop", "error"] = "drop"
     max_repeats: Positive = 4
     max_unplaceable: float = Field(0.05, ge=0, le=1)  # share of instructions that fit no group

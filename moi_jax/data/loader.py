@@ -10,7 +10,7 @@ import numpy as np
 from moi_jax.config import Loss
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.training_plan import TrainingPlan
-from moi_jax.text.rendering import Instruction, label_mask
+from moi_jax.text.rendering import Instruction, label_mask, span_weights
 
 
 class Batch(NamedTuple):
@@ -44,7 +44,10 @@ class Batch(NamedTuple):
 
 
 class PackedInstruction(NamedTuple):
-    """An instruction in a packed row, the id of its domain, and the weight of its labels."""
+    """An instruction in a packed row, the id of its domain, and the weight of its labels.
+
+    A label's weight is multiplied by that of its span, see `Instruction.weights`.
+    """
 
     instruction: Instruction
     domain_id: int
@@ -88,6 +91,8 @@ def assemble(
     tokens = np.concatenate([p.instruction.tokens for p in placed])
     labels = np.concatenate([label_mask(p.instruction, targets) for p in placed])
     weights = labels * np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
+    if any(p.instruction.weights is not None for p in placed):
+        weights *= np.concatenate([span_weights(p.instruction) for p in placed])
     following, following_weights = np.roll(tokens, -1), np.roll(weights, -1)
     following[ends - 1] = pad_id
     following_weights[ends - 1] = 0
@@ -203,7 +208,8 @@ def label_weights(plan: EpochPlan, instructions: np.ndarray, normalization: str)
 
     token: 1. instruction: 1 / (labels of the instruction), so that each instruction sums to 1.
     domain: T / (n T_d), so that each of the n domains that have labels sums to T / n over the
-    epoch; T_d is the number of labels of domain d, T that of all domains.
+    epoch; T_d is the number of labels of domain d, T that of all domains. Weights of rows and
+    messages come on top: they change no count of labels, but these sums.
 
     Args:
       instructions: int64[m] global numbers.

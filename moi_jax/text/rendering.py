@@ -41,12 +41,17 @@ class Instruction:
       spans: int32[m, 3] of (start, end, targets): tokens [start, end) are labels for those values
         of loss.targets whose bits are set in `targets`. Sorted; spans never overlap.
       row_system: the row's own system text, "" if it has none.
+      weights: float32[m], the weight of each span's labels; None if all are 1.
+      conversation: the conversation as JSON, where another system prompt needs a new rendering;
+        else "".
     """
 
     tokens: np.ndarray
     system_length: int
     spans: np.ndarray
     row_system: str
+    weights: np.ndarray | None = None
+    conversation: str = ""
 
 
 def label_mask(instruction: Instruction, targets: str) -> np.ndarray:
@@ -56,6 +61,17 @@ def label_mask(instruction: Instruction, targets: str) -> np.ndarray:
         if bits & TARGETS[targets]:
             mask[start:end] = True
     return mask
+
+
+def span_weights(instruction: Instruction) -> np.ndarray:
+    """float32[n]: the weight of the span that each token stands in; 1 outside of spans."""
+    weights = np.ones(len(instruction.tokens), np.float32)
+    if instruction.weights is not None:
+        for (start, end, _), weight in zip(
+            instruction.spans.tolist(), instruction.weights.tolist(), strict=True
+        ):
+            weights[start:end] = weight
+    return weights
 
 
 def loss_tokens(instruction: Instruction) -> tuple[int, int]:

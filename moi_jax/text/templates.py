@@ -39,6 +39,9 @@ class Template(ABC):
     PADS: ClassVar[tuple[str, ...]]
     STOPS: ClassVar[tuple[str, ...]]
     STRIPS: ClassVar[bool] = False  # whether white space around content is removed
+    # Whether tools and thinking have a form of their own in the template.
+    renders_tools: bool = False
+    typed: bool = False
 
     def __init__(self, tokenizer: "Tokenizer"):
         """Raises UserError: the tokenizer lacks a special token that the turns need."""

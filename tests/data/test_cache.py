@@ -22,8 +22,9 @@ from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache import domain as domain_cache
 from moi_jax.data.cache import leftovers
 from moi_jax.data.cache.prepare import DomainCache
+from moi_jax.data.cache.records import from_record, to_record
 from moi_jax.data.cache.selection import row_counts, select
-from moi_jax.data.cache.writer import BlockWriter, from_record, to_record
+from moi_jax.data.cache.writer import BlockWriter
 from moi_jax.text.conversations import Conversation, Message, content_hash
 from moi_jax.text.rendering import Instruction, loss_tokens, render
 from moi_jax.text.tokenizer import Tokenizer
