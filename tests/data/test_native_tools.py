@@ -19,6 +19,7 @@ from moi_jax.text.templates import ChatML
 
 from support.sources import run, section, write
 
+PAGE = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
 STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NATIVE, THINKING = Typing(tools=True, thinking=True), Typing(tools=False, thinking=True)
 
@@ -108,6 +109,19 @@ def test_every_form_of_calls_becomes_the_same_typed_messages(row: dict[str, Any]
         ),
         (ADD_TOOL,),
     )
+
+
+def shown(message: Message) -> str:
+    text = f"{message.role:<10} {message.content}"
+    text += "".join(f" calls: {c.name}({c.arguments}) as {c.id}" for c in message.calls)
+    return text + (f" from: {message.name} as {message.call_id}" if message.name else "")
+
+
+def test_row_of_the_page_becomes_the_messages_of_the_page() -> None:
+    rows = re.findall(r"```json\n(.*?)```", PAGE, re.S)
+    (row,) = [json.loads(text) for text in rows if "I look it up." in text]
+    block = "".join(shown(message) + "\n" for message in read(row).messages)
+    assert f"```text\n{block}```" in PAGE
 
 
 @pytest.mark.parametrize(
