@@ -17,7 +17,7 @@ from moi_jax.data.sources.tools import unlisted
 from moi_jax.text.conversations import BadRow, Conversation, Message, ToolCall
 from moi_jax.text.templates import ChatML
 
-from support.sources import run, section, write
+from support.sources import chat, run, section, texts, write
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
 STEADY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -388,19 +388,31 @@ class WithTools(ChatML):
     renders_tools = typed = True
 
 
-def test_template_decides_unless_the_config_says_react(
+def test_template_decides_unless_the_config_says_react(tmp_path: Path) -> None:
+    with_tools = WithTools.__new__(WithTools)
+    assert Typing.of(section(tmp_path, "a"), with_tools) == NATIVE
+    assert Typing.of(section(tmp_path, "a", tools="react"), with_tools) == THINKING
+    assert Typing.of(section(tmp_path, "a"), ChatML.__new__(ChatML)) == Typing()
+
+
+def test_cache_of_text_alone_is_found_as_before_and_another_one_is_made_of_typed_messages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "a" / "1.jsonl", {"messages": [USER, calling("f"), tool("1"), GPT]})
-    plain, react = section(tmp_path, "a"), section(tmp_path, "a", tools="react")
-    with_tools = WithTools.__new__(WithTools)
-    assert Typing.of(plain, with_tools) == NATIVE
-    assert Typing.of(react, with_tools) == THINKING
-    (before,), (same,) = run(plain), run(react)
-    assert before.key == same.key
-    for name in ("renders_tools", "typed"):
-        monkeypatch.setattr(ChatML, name, True)
-    assert run(react)[0].key != before.key
+    write(tmp_path / "data" / "a" / "1.jsonl", chat("2 + 2?", "4"))
+    write(tmp_path / "data" / "b" / "1.jsonl", chat("2 + 2?", "4", thinking="Add."))
+    data = section(tmp_path / "data", "a", "b")
+    before = run(data)
+    # The key that this row had before messages could be typed.
+    assert before[0].key == "f2696f71728ddaafdf8599b55677c94c3a674fddaf4cc048c292ccecdc8aaca7"
+    assert [cache.key for cache in run(data.model_copy(update={"tools": "react"}))] == [
+        cache.key for cache in before
+    ]
+    monkeypatch.setattr(ChatML, "typed", True)
+    after = run(data)
+    assert len({cache.key for cache in (*before, *after)}) == 4
+    # ChatML does not know thinking that stands apart.
+    ((text,), (apart,)) = texts(before[1]), texts(after[1])
+    assert ("<think>" in text, "<think>" in apart) == (True, False)
 
 
 WORDS = st.text("ab é\n{}\"'", min_size=1, max_size=8).filter(str.strip)
