@@ -26,7 +26,6 @@ class Template(ABC):
       pad: id of the padding.
       stops: ids that end an answer.
       controls: ids of all special tokens of the template that the tokenizer has.
-      renders_tools, typed: whether it writes calls of tools, and takes thinking apart from text.
     """
 
     name: ClassVar[str]
@@ -39,8 +38,6 @@ class Template(ABC):
     # padding is recognised by its segment id, never by its token id.
     PADS: ClassVar[tuple[str, ...]]
     STOPS: ClassVar[tuple[str, ...]]
-    renders_tools: ClassVar[bool] = False
-    typed: ClassVar[bool] = False
     STRIPS: ClassVar[bool] = False  # whether white space around content is removed
     # Whether tools and thinking have a form of their own in the template.
     renders_tools: bool = False
