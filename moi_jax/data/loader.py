@@ -10,7 +10,7 @@ import numpy as np
 from moi_jax.config import Loss
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.training_plan import TrainingPlan
-from moi_jax.text.rendering import Instruction, label_mask
+from moi_jax.text.instructions import Instruction, label_mask
 
 
 class Batch(NamedTuple):

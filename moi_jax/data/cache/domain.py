@@ -19,8 +19,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.data.cache.blocks import Block, FinishedBlock, move_into_place
 from moi_jax.data.cache.leftovers import part_of
 from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
-from moi_jax.text import rendering
-from moi_jax.text.rendering import Instruction
+from moi_jax.text.instructions import TARGETS, Instruction
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ def _reader(path: Path) -> array_record_module.ArrayRecordReader:
 
 def loss_column(targets: str) -> int:
     """The column of `DomainCache.lengths` with the loss tokens under loss.targets."""
-    return 1 + list(rendering.TARGETS).index(targets)
+    return 1 + list(TARGETS).index(targets)
 
 
 class DamagedBlock(ValueError):

@@ -21,7 +21,7 @@ from moi_jax.data.sources.rows import SourceRow
 from moi_jax.data.sources.trajectories import unrecognised
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
-from moi_jax.text.rendering import Instruction
+from moi_jax.text.instructions import Instruction, loss_tokens
 from moi_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -126,7 +126,10 @@ class BlockWriter:
                 try:
                     if isinstance(row.conversation, BadRow):
                         raise row.conversation
-                    self._keep(row, *self._fit(next(instructions), row.conversation))
+                    samples = next(instructions)
+                    if isinstance(samples, BadRow):
+                        raise samples
+                    self._keep(row, *self._fit(samples[0], row.conversation))
                 except BadRow as bad:
                     self._drop(row.line, bad)
 
@@ -142,7 +145,7 @@ class BlockWriter:
         exchanges = 0
         if self.data.too_long == "truncate_turns":
             instruction, exchanges = rendering.first_exchanges(
-                instruction, self.tokenizer, self.limit
+                instruction, self.tokenizer, self.prompt, self.data.row_system, self.limit
             )
         if not exchanges:
             raise BadRow("too_long", f"{length} tokens, at most {self.limit}")
@@ -152,7 +155,7 @@ class BlockWriter:
         assert isinstance(row.conversation, Conversation)
         contaminated = self._contaminated(row.line, conversation)
         self.records.write(to_record(instruction))
-        self.lengths.extend((len(instruction.tokens), *rendering.loss_tokens(instruction)))
+        self.lengths.extend((len(instruction.tokens), *loss_tokens(instruction)))
         turns = whole = content_hash(conversation.turns)
         # A system text that the domain's prompt replaces is not trained on.
         if conversation.system is not None and not (
