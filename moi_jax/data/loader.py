@@ -10,7 +10,8 @@ import numpy as np
 from moi_jax.config import Loss
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.training_plan import TrainingPlan
-from moi_jax.text.rendering import Instruction, label_mask, span_weights
+from moi_jax.text.instructions import Instruction
+from moi_jax.text.instructions import label_weights as weights_of_labels
 
 
 class Batch(NamedTuple):
@@ -89,10 +90,8 @@ def assemble(
     ends = np.cumsum(lengths)
     starts = ends - lengths
     tokens = np.concatenate([p.instruction.tokens for p in placed])
-    labels = np.concatenate([label_mask(p.instruction, targets) for p in placed])
-    weights = labels * np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
-    if any(p.instruction.weights is not None for p in placed):
-        weights *= np.concatenate([span_weights(p.instruction) for p in placed])
+    weights = np.concatenate([weights_of_labels(p.instruction, targets) for p in placed])
+    weights *= np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
     following, following_weights = np.roll(tokens, -1), np.roll(weights, -1)
     following[ends - 1] = pad_id
     following_weights[ends - 1] = 0

@@ -200,8 +200,7 @@ def _jobs(
         prompt = resolve_prompt(data, domain)
         recipe = {
             "cache_format": CACHE_FORMAT,
-            "renderer": tokenizer.template.version,
-            "template": tokenizer.template.name,
+            **tokenizer.template.recipe(),
             "tokenizer": tokenizer.fingerprint,
             "prompt": prompt,
             "row_system": data.row_system,
