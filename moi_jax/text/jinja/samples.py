@@ -177,6 +177,7 @@ class Sampler:
                 return prompt, text
         prompt = self._template.chat_text(before, tools, generate=True)
         stem, think, space = prompt.rpartition(THINK)
+        text = self._template.chat_text((*before, replace(message, thinking="")), tools)
         answer = text[len(stem) :]
         if not think or space.strip() or not text.startswith(stem) or THINK in answer:
             raise unmaskable(turn, "it does not begin with the prompt of its answer")
