@@ -42,8 +42,9 @@ def choose_template(tokenizer: Tokenizer, name: str | None) -> Template:
         for template in ours:
             if is_equal(own, template, tokenizer):
                 return template
-    same = (template for template in ours if difference(own, template, tokenizer) is None)
-    own.equal = next(same, None)
+    if not own.marks:  # it decides itself what is trained
+        same = (template for template in ours if difference(own, template, tokenizer) is None)
+        own.equal = next(same, None)
     return own
 
 

@@ -150,28 +150,38 @@ class Sampler:
     def _finished(self, conversation: Conversation, turn: int) -> Sample:
         """The text up to a turn, with that turn as its last span."""
         messages, tools = conversation.messages, conversation.tools
-        prompt = self._template.chat_text(messages[:turn], tools, generate=True)
         marked = self._template.marked_chat(messages[: turn + 1], tools)
         text, marks = split_marks(marked)
-        if not text.startswith(prompt):
-            prompt, text = self._after_thought(prompt, text, messages[turn], turn)
-        start = len(prompt)
         if self._template.marks:
-            spans = self._marked(messages, marks, turn)
-            return Sample(turn + 1, text, spans)
+            return Sample(turn + 1, text, self._marked(messages, marks, turn))
+        prompt, text = self._prompt(conversation, turn, text)
+        start = len(prompt)
         ends = [found.end() for found in self._template.specials.finditer(text, start)]
         if not ends:
             raise unmaskable(turn, "it ends without a special token")
         return Sample(turn + 1, text, (Span(start, ends[-1], turn),))
 
-    def _after_thought(
-        self, prompt: str, text: str, message: Message, turn: int
-    ) -> tuple[str, str]:
-        """(prompt, text) of a turn whose prompt begins a thought that the template leaves out."""
+    def _prompt(self, conversation: Conversation, turn: int, text: str) -> tuple[str, str]:
+        """The prompt of a turn, and the text up to its end, which begins with the prompt.
+
+        A template that has two prompts, with thinking and without, may have either as its default.
+        One that leaves thinking out of finished turns gives a prompt that begins a thought; the
+        text is then written as the model writes it.
+        """
+        message = conversation.messages[turn]
+        before, tools = conversation.messages[:turn], conversation.tools
+        thoughtful = bool(message.thinking)
+        for choice in (None, thoughtful, not thoughtful):
+            prompt = self._template.chat_text(before, tools, generate=True, thinking=choice)
+            if text.startswith(prompt):
+                return prompt, text
+        prompt = self._template.chat_text(before, tools, generate=True)
         stem, think, space = prompt.rpartition(THINK)
-        if not think or space.strip() or not text.startswith(stem) or self._template.marks:
+        text = self._template.chat_text((*before, replace(message, thinking="")), tools)
+        answer = text[len(stem) :]
+        if not think or space.strip() or not text.startswith(stem) or THINK in answer:
             raise unmaskable(turn, "it does not begin with the prompt of its answer")
-        return prompt, f"{prompt}{message.thinking}\n{THOUGHT}\n\n{text[len(stem) :]}"
+        return prompt, f"{prompt}{message.thinking}\n{THOUGHT}\n\n{answer}"
 
     def _marked(
         self, messages: Sequence[Message], marks: Sequence[tuple[int, int]], turn: int

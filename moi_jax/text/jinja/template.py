@@ -91,6 +91,7 @@ class JinjaTemplate(Template):
     def _probe(self, known: Mapping[str, int]) -> None:
         """Finds out what the template can do by rendering a few chats."""
         self.style = Style(thinking=False)
+        self._default_block = ("", "")  # what is before it, and the block of the default prompt
         plain = self._probed((QUESTION,), generate=True)
         answered = self._probed((QUESTION, ANSWER))
         if plain is None or answered is None or not (ASKED in plain and ANSWERED in answered):
@@ -110,7 +111,7 @@ class JinjaTemplate(Template):
     ) -> str | None:  # fmt: skip
         """The text of a chat; None if the template does not take it."""
         try:
-            return self._rendered(messages, tools, generate, style or self.style)
+            return split_marks(self._rendered(messages, tools, generate, style or self.style))[0]
         except BadRow:
             return None
 
@@ -131,7 +132,6 @@ class JinjaTemplate(Template):
     def _probe_system(self, plain: str) -> None:
         """Whether a system text has a place, and what stands there by default."""
         self.default_prompt: str | None = None
-        self._default_block = ("", "")  # what is before it, and the block of the default prompt
         self.omits_system = True
         system = self._probed((Message("system", SYSTEM), QUESTION), generate=True) or ""
         self.takes_system = system.count(SYSTEM) == 1 and ASKED in system
