@@ -84,7 +84,8 @@ def test_each_turn_of_a_rewritten_history_is_a_sample(prepared):
         assert text.endswith(f"Thought {turn}\n</think>\n\nAnswer {turn}<|im_end|>\n")
         assert text.count("<think>") == 1
     whole, turns = cache.hashes[1:4].T
-    assert len(set(turns)) == 1 and len(set(whole)) == 3
+    assert len(set(turns)) == 1
+    assert len(set(whole)) == 3
     assert (cache.manifest["kept"], cache.manifest["samples"]) == (3, 5)
     assert (cache.manifest["fast_rows"], cache.manifest["template_rows"]) == (2, 1)
     assert (cache.manifest["split_rows"], cache.manifest["split_samples"]) == (1, 3)
@@ -177,7 +178,8 @@ def test_weights_of_messages_multiply_those_of_the_labels(prepared):
     )
     cache = prepared(Conversation(messages), plain("hello", "hi"))
     weighted, unweighted = cache.read([0, 1])
-    assert {*weighted.weights.tolist()} == {0.5, 1, 2} and unweighted.weights is None
+    assert {*weighted.weights.tolist()} == {0.5, 1, 2}
+    assert unweighted.weights is None
     batch = assemble(
         [[[PackedInstruction(weighted, 0, 0.25)]], [[PackedInstruction(unweighted, 0, 0.25)]]],
         64,
