@@ -19,18 +19,16 @@ from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.state import TrainState, new_state
 from moi_jax.training.step import make_train_step
 
-from support.trainer import DOMAINS, MODEL, OPTIMIZER, ROWS, STEPS, Trainer, random_batch
-
-
-def plain_loss(parameters, batch):
-    """Computes the loss of the whole batch at once: whole logits, no remat, no mesh."""
-    model = make_model(MODEL)(parameters)
-    hidden, _ = model.hidden_states(
-        batch.tokens, batch.positions, batch.segment_ids, extend_context=False
-    )
-    log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)
-    nll = -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(batch.loss_weights * nll) / jnp.sum(batch.loss_weights), nll
+from support.trainer import (
+    DOMAINS,
+    MODEL,
+    OPTIMIZER,
+    ROWS,
+    STEPS,
+    Trainer,
+    plain_loss,
+    random_batch,
+)
 
 
 @pytest.mark.parametrize("microbatch_rows", [8, 2])
@@ -180,5 +178,5 @@ def test_a_frozen_parameter_has_no_moments_and_never_changes(monkeypatch):
     np.testing.assert_array_equal(after["embedding"]["table"], table)
     assert np.any(after["head"]["kernel"] != before["head"]["kernel"])
     # A checkpoint keeps the parameters in one tree; they come apart again as before.
-    again = TrainState.from_items(model, *state.items())
+    again = TrainState.from_items(optimizer.trained, *state.items())
     jax.tree.map(np.testing.assert_array_equal, again, state)
