@@ -132,6 +132,8 @@ FAMILIES = {
     "Llama": {"num_key_value_heads": 2, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64}},
+    "Phi3": {"num_key_value_heads": 2, "pad_token_id": None},
+    "SmolLM3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0], "pad_token_id": None},
 }  # fmt: skip
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
