@@ -87,8 +87,11 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
     """
     given, family = _parse(text, where)
     values = family.defaults | {key: value for key, value in given.items() if value is not None}
+    # Here null is a value: it means no window, a missing key means the family's.
+    values["sliding_window"] = given.get("sliding_window", family.default_window)
     rope = _rope_parameters(values, where) if family.scales_rope else {}
-    values |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    own = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    values |= {key: value for key, value in own.items() if value is not None}
     _refuse_unsupported(values, family, where)
     fields = _fields(values, family, where)
     fields["rope_scaling"] = _rope_scaling(values, rope, where)
@@ -96,8 +99,7 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
         fields["rope_layers"] = _rope_layers(values, fields["num_layers"], where)
     config = ModelConfig(family=family.name, **family.fixed, **fields)
     _refuse_shapes(config, where)
-    window = given.get("sliding_window", family.default_window)
-    _refuse_windows({**values, "sliding_window": window}, family, config, where)
+    _refuse_windows(values, family, config, where)
     return config
 
 

@@ -70,11 +70,10 @@ def test_exceptions_change_single_tensors():
     assert mlp not in fewer
 
 
-@pytest.mark.parametrize("name", ["none", "full"])
-def test_layers_that_do_not_rotate_keep_nothing_more(name):
+def test_layers_that_do_not_rotate_keep_nothing_more():
     """Their angles are those of all layers and are not stacked."""
     flags = dataclasses.replace(MODEL, rope_layers=(True, False) * (L // 2))
-    assert kept_by_the_layers(name, model=flags) == kept_by_the_layers(name)
+    assert kept_by_the_layers("none", model=flags) == kept_by_the_layers("none")
 
 
 def test_an_exception_without_remat_is_refused():
