@@ -36,7 +36,7 @@ class Experiment:
     def items(self) -> ModelItems:
         """What every checkpoint of the experiment holds beside its parameters."""
         data = self.config.data
-        prompts = prompts_metadata(data.default_system_prompt, self.tokenizer.template.name, data)
+        prompts = prompts_metadata(data.default_system_prompt, self.tokenizer.template, data)
         provenance = self.start.items.provenance if self.start else {}
         return ModelItems(self.model, self.tokenizer.files, prompts, provenance)
 

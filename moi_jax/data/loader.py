@@ -10,7 +10,8 @@ import numpy as np
 from moi_jax.config import Loss
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.training_plan import TrainingPlan
-from moi_jax.text.rendering import Instruction, label_mask, span_weights
+from moi_jax.text.instructions import Instruction
+from moi_jax.text.instructions import label_weights as weights_of_labels
 
 
 class Batch(NamedTuple):
@@ -89,10 +90,8 @@ def assemble(
     ends = np.cumsum(lengths)
     starts = ends - lengths
     tokens = np.concatenate([p.instruction.tokens for p in placed])
-    labels = np.concatenate([label_mask(p.instruction, targets) for p in placed])
-    weights = labels * np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
-    if any(p.instruction.weights is not None for p in placed):
-        weights *= np.concatenate([span_weights(p.instruction) for p in placed])
+    weights = np.concatenate([weights_of_labels(p.instruction, targets) for p in placed])
+    weights *= np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
     following, following_weights = np.roll(tokens, -1), np.roll(weights, -1)
     following[ends - 1] = pad_id
     following_weights[ends - 1] = 0
@@ -161,7 +160,7 @@ class BatchReader:
         """
         planned = [self._planned(int(row)) for row in global_rows]
         numbers = [i for row in planned for group, _ in row for i in group.tolist()]
-        instructions = self._read_instructions(np.unique(np.array(numbers, np.int64)))
+        instructions = self.instructions(np.unique(np.array(numbers, np.int64)))
         rows = [
             [
                 [
@@ -188,7 +187,7 @@ class BatchReader:
             for group in epoch_plan.row(row)
         ]
 
-    def _read_instructions(self, numbers: np.ndarray) -> dict[int, tuple[Instruction, int]]:
+    def instructions(self, numbers: np.ndarray) -> dict[int, tuple[Instruction, int]]:
         """The instructions with these global numbers int64[m], and their domain ids."""
         corpus = self.plan.corpus
         domain_of = corpus.domain_of(numbers)

@@ -4,7 +4,8 @@ from typing import Any
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.text.templates import TEMPLATES
+from moi_jax.text.jinja.template import FROM_CHECKPOINT
+from moi_jax.text.templates import TEMPLATES, Template, fixed_fingerprint
 
 Json = dict[str, Any]
 
@@ -19,7 +20,7 @@ def resolve_prompt(data: config.Data, domain: config.Domain) -> str | None:
 
 
 def prompts_metadata(
-    default_system_prompt: str | None, template: str | None, data: config.Data | None = None
+    default_system_prompt: str | None, template: Template | None, data: config.Data | None = None
 ) -> Json:
     """The prompts and the chat template of a checkpoint, as its item `prompts` saves them.
 
@@ -29,7 +30,7 @@ def prompts_metadata(
 
     Args:
       default_system_prompt: None if a chat without a system turn has no system block.
-      template: the name of the chat template; None if the tokenizer has the tokens of none.
+      template: None if the tokenizer has none.
       data: the section with a resolved default_system_prompt; None before training.
     """
     domains = {} if data is None else {d.name: resolve_prompt(data, d) for d in data.domains}
@@ -37,13 +38,13 @@ def prompts_metadata(
         "default_domain": data.default_domain if data else None,
         "default_system_prompt": default_system_prompt,
         "domains": domains,
-        "chat_template": template,
-        "template_hash": TEMPLATES[template].fingerprint() if template else None,
+        "chat_template": template.name if template else None,
+        "template_hash": template.fingerprint() if template else None,
     }
 
 
 def saved_template(item: Json, where: object, option: str = "tokenizer.chat_template") -> str:
-    """The name of the chat template that a checkpoint was made with.
+    """The name of the chat template that a checkpoint was made with, see `template_choice`.
 
     Args:
       item: the checkpoint's prompts, see `prompts_metadata`.
@@ -54,10 +55,12 @@ def saved_template(item: Json, where: object, option: str = "tokenizer.chat_temp
       UserError: it was made with none, or this version renders the template differently.
     """
     name = item["chat_template"]
+    if name == FROM_CHECKPOINT:  # its source is among the files of the tokenizer
+        return name
     choose = f"choose one with {option}: {' or '.join(TEMPLATES)}"
     if name not in TEMPLATES:
         raise UserError(f"{where} has no chat template of ours (found {name}); {choose}")
-    ours = TEMPLATES[name].fingerprint()
+    ours = fixed_fingerprint(TEMPLATES[name])
     if item["template_hash"] != ours:
         raise UserError(
             f"{where} was made with another rendering of the chat template {name} (hash "

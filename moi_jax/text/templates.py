@@ -1,7 +1,7 @@
-"""Chat templates: the fixed tokens around the turns of a conversation, one class a template."""
+"""Chat templates of ours: the fixed tokens around the turns of a conversation."""
 
 import hashlib
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,33 +15,59 @@ ROLE = "ROLE"  # stands for the turn's role among the pieces of a header
 
 
 class Template(ABC):
-    """The fixed text around contents: as pieces (class), and as ids of one tokenizer (instance).
+    """What is around the contents of a conversation, for one tokenizer.
+
+    Attributes:
+      name: of the template, as tokenizer.chat_template has it.
+      end: id of the special token that ends a turn.
+      pad: id of the padding. Padding is recognised by its segment id, never by its token id.
+      stops: ids that end an answer.
+      controls: ids of all special tokens of the template that the tokenizer has.
+      renders_tools: whether it has a form for tools, calls and results.
+      typed: whether it wants the thinking of an answer apart from its content.
+    """
+
+    name: ClassVar[str]
+    end: int
+    pad: int
+    stops: tuple[int, ...]
+    controls: tuple[int, ...]
+    renders_tools: bool = False
+    typed: ClassVar[bool] = False
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 hex that changes when the rendered tokens change."""
+
+    def recipe(self) -> dict[str, str | int]:
+        """What decides the rendered tokens, as part of the key of a cache."""
+        return {"template": self.name, "renderer": self.fingerprint()}
+
+    def text(self, content: str) -> str:
+        """The part of a message's content that is rendered."""
+        return content
+
+
+class FixedTemplate(Template):
+    """A template of ours: fixed text as pieces (class), and as ids of one tokenizer (instance).
 
     A conversation is `opening`, then `header` CONTENT `footer` for every turn. Each piece is
     encoded separately: <|special|> pieces as special tokens, all others as plain text.
 
     Attributes:
       opening, headers (by role), footer: the ids.
-      turn, end: ids of the special tokens that begin every turn and end its content.
-      pad: id of the padding.
-      stops: ids that end an answer.
-      controls: ids of all special tokens of the template that the tokenizer has.
+      turn: id of the special token that begins every turn.
     """
 
-    name: ClassVar[str]
     # Raise it when the rendered tokens change, or which of them are labels.
     version: ClassVar[int]
     OPENING: ClassVar[tuple[str, ...]] = ()
     HEADER: ClassVar[tuple[str, ...]]
     FOOTER: ClassVar[tuple[str, ...]]
-    # The first of these that the tokenizer has is the padding, or else the token that ends a turn:
-    # padding is recognised by its segment id, never by its token id.
+    # The first of these that the tokenizer has is the padding, or else the token that ends a turn.
     PADS: ClassVar[tuple[str, ...]]
     STOPS: ClassVar[tuple[str, ...]]
     STRIPS: ClassVar[bool] = False  # whether white space around content is removed
-    # Whether tools and thinking have a form of their own in the template.
-    renders_tools: bool = False
-    typed: bool = False
 
     def __init__(self, tokenizer: "Tokenizer"):
         """Raises UserError: the tokenizer lacks a special token that the turns need."""
@@ -57,15 +83,14 @@ class Template(ABC):
         pieces = [*self.OPENING, *self.HEADER, *self.FOOTER, *self.PADS, *self.STOPS]
         self.controls = tuple(sorted(set(_known(pieces, tokenizer))))
 
-    @classmethod
-    def fingerprint(cls) -> str:
-        """sha256 hex that changes when the rendered tokens change."""
-        return hashlib.sha256(f"{cls.name}:{cls.version}".encode()).hexdigest()
+    def recipe(self) -> dict[str, str | int]:
+        return {"template": self.name, "renderer": self.version}
 
-    @classmethod
-    def text(cls, content: str) -> str:
-        """The part of a message's content that is rendered."""
-        return content.strip() if cls.STRIPS else content
+    def fingerprint(self) -> str:
+        return fixed_fingerprint(type(self))
+
+    def text(self, content: str) -> str:
+        return content.strip() if self.STRIPS else content
 
     def _encode(self, pieces: Sequence[str], tokenizer: "Tokenizer") -> list[int]:
         ids: list[int] = []
@@ -83,6 +108,11 @@ class Template(ABC):
         return ids
 
 
+def fixed_fingerprint(kind: type[FixedTemplate]) -> str:
+    """The fingerprint of a template of ours, which is the same for all tokenizers."""
+    return hashlib.sha256(f"{kind.name}:{kind.version}".encode()).hexdigest()
+
+
 def is_special(piece: str) -> bool:
     """Whether a piece of a template is a special token, not plain text."""
     return piece.startswith("<|")
@@ -94,7 +124,7 @@ def _known(pieces: Sequence[str], tokenizer: "Tokenizer") -> list[int]:
     return [number for number in numbers if number is not None]
 
 
-class ChatML(Template):
+class ChatML(FixedTemplate):
     """ChatML, as Qwen's official fine-tuning code, Qwen2, SmolLM2 and many others use it."""
 
     name, version = "chatml", 2
@@ -104,7 +134,7 @@ class ChatML(Template):
     STOPS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 
 
-class Llama3(Template):
+class Llama3(FixedTemplate):
     """The template of Llama 3: a role stands between two special tokens, contents are stripped."""
 
     name, version = "llama3", 1
@@ -116,14 +146,4 @@ class Llama3(Template):
     STRIPS = True
 
 
-TEMPLATES: dict[str, type[Template]] = {kind.name: kind for kind in (ChatML, Llama3)}
-
-
-def find_template(tokenizer: "Tokenizer") -> Template | None:
-    """The first template whose special tokens the tokenizer has; None if there is none."""
-    for kind in TEMPLATES.values():
-        try:
-            return kind(tokenizer)
-        except UserError:
-            continue
-    return None
+TEMPLATES: dict[str, type[FixedTemplate]] = {kind.name: kind for kind in (ChatML, Llama3)}

@@ -8,10 +8,13 @@ import base64
 import copy
 import hashlib
 import os
+import re
 import unicodedata
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,8 @@ import tokenizers
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.text.byte_level import QWEN_PATTERN
-from moi_jax.text.templates import TEMPLATES, Template, find_template
+from moi_jax.text.template_choice import choose_template
+from moi_jax.text.templates import Template
 from moi_jax.text.vocabulary_files import from_ranks, from_vocabulary_files
 
 # Qwen v1's tokens, and its special tokens, whose ids follow the last rank.
@@ -61,11 +65,11 @@ class Tokenizer(ABC):
         """The tokenizer of the files (name -> text, as in `Tokenizer.files`).
 
         Args:
-          template: the name of its chat template; None means the first one whose special tokens it
-            has. If it has those of none, it cannot render conversations, but does all the rest.
+          template: the name of its chat template; None is its own, see `choose_template`. Without
+            a template it cannot render conversations, but does all the rest.
 
         Raises:
-          UserError: the files hold no tokenizer, or it lacks the template's special tokens.
+          UserError: the files hold no tokenizer, or the template that was named does not fit it.
         """
         if not files.keys() & KINDS.keys() and "vocab.json" in files:
             files = {**files, "tokenizer.json": from_vocabulary_files(files)}
@@ -80,10 +84,11 @@ class Tokenizer(ABC):
         self.files = dict(files)
         self.fingerprint = hashlib.sha256(files[name].encode()).hexdigest()
         self._open(name, files[name])
-        self._template = TEMPLATES[template](self) if template else find_template(self)
+        self._template_name = template
+        self._template = choose_template(self, template) if template else None
 
     def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[dict[str, str], str | None]]:
-        return Tokenizer.from_files, (self.files, self._template.name if self._template else None)
+        return Tokenizer.from_files, (self.files, self._template_name)
 
     def with_template(self, name: str) -> "Tokenizer":
         """The same tokenizer with another chat template.
@@ -92,7 +97,7 @@ class Tokenizer(ABC):
           UserError: it lacks a special token that the template needs.
         """
         other = copy.copy(self)
-        other._template = TEMPLATES[name](self)
+        other._template_name, other._template = name, choose_template(self, name)
         return other
 
     @property
@@ -100,13 +105,10 @@ class Tokenizer(ABC):
         """The chat template that conversations are rendered in.
 
         Raises:
-          UserError: the tokenizer has the special tokens of no template.
+          UserError: the tokenizer has none that can be used, see `choose_template`.
         """
         if self._template is None:
-            raise UserError(
-                f"the tokenizer has the special tokens of no chat template "
-                f"({', '.join(TEMPLATES)}), so it cannot render conversations; choose another one"
-            )
+            self._template = choose_template(self, self._template_name)
         return self._template
 
     @abstractmethod
@@ -116,6 +118,26 @@ class Tokenizer(ABC):
     @abstractmethod
     def special(self, token: str) -> int | None:
         """The id of a special token; None if there is none of that name."""
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens: text -> id."""
+
+    @abstractmethod
+    def encode_rendered(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of texts in which tokens such as <|im_end|> are parsed, and where spans are.
+
+        Args:
+          texts: in the tokenizer's normal form.
+          spans: half-open character ranges of each text.
+
+        Returns:
+          For each text its ids, and for each span the half-open range of all tokens with a
+          character in it.
+        """
 
     @abstractmethod
     def normalize(self, text: str) -> str:
@@ -163,6 +185,25 @@ class JsonTokenizer(Tokenizer):
         self._nfc = isinstance(backend.normalizer, tokenizers.normalizers.NFC)
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """A copy that parses special tokens in a text."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    def encode_rendered(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        found = self._parsing.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (encoding.ids, [_token_range(encoding, *span) for span in wanted])
+            for encoding, wanted in zip(found, spans, strict=True)
+        ]
+
     def special(self, token: str) -> int | None:
         number = self._backend.token_to_id(token)
         return None if number is None or number in self.encode(token) else number
@@ -183,6 +224,18 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _token_range(encoding: tokenizers.Encoding, start: int, end: int) -> tuple[int, int]:
+    """The tokens with a character in [start, end); a special token may swallow space around it."""
+    tokens = [encoding.char_to_token(place) for place in (start, end - 1)]
+    while tokens[0] is None:
+        start += 1
+        tokens[0] = encoding.char_to_token(start)
+    while tokens[1] is None:
+        end -= 1
+        tokens[1] = encoding.char_to_token(end - 1)
+    return tokens[0], tokens[1] + 1
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -214,6 +267,32 @@ class TiktokenTokenizer(Tokenizer):
     def to_json(self) -> str:
         """The text of a tokenizer.json that gives the same ids."""
         return from_ranks(self._ranks, self._specials)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._specials)
+
+    def encode_rendered(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        return [self._encode_one(text, wanted) for text, wanted in zip(texts, spans, strict=True)]
+
+    def _encode_one(
+        self, text: str, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        ranges: list[tuple[int, int]] = []
+        at = 0
+        for piece in re.split(f"({'|'.join(map(re.escape, self._specials))})", text):
+            if piece in self._specials:
+                found, inside = [self._specials[piece]], [(0, len(piece))]
+            else:
+                found, inside = self.encode_with_offsets(piece)
+            ids += found
+            ranges += [(at + start, at + end) for start, end in inside]
+            at += len(piece)
+        starts, ends = ([pair[side] for pair in ranges] for side in (0, 1))
+        return ids, [(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans]
 
     def special(self, token: str) -> int | None:
         return self._specials.get(token)

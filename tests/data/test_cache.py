@@ -26,7 +26,8 @@ from moi_jax.data.cache.records import from_record, to_record
 from moi_jax.data.cache.selection import row_counts, select
 from moi_jax.data.cache.writer import BlockWriter
 from moi_jax.text.conversations import Conversation, Message, content_hash
-from moi_jax.text.rendering import Instruction, loss_tokens, render
+from moi_jax.text.instructions import Instruction, loss_tokens
+from moi_jax.text.rendering import render
 from moi_jax.text.tokenizer import Tokenizer
 
 from support.runs import SAMPLES
@@ -62,7 +63,7 @@ def test_cache_holds_the_rendered_conversations(root: Path) -> None:
         "Be kind.",
         "append",
     )
-    for index, row in enumerate(expected):
+    for index, (row,) in enumerate(expected):
         (found,) = cache.read([index])
         np.testing.assert_array_equal(found.tokens, row.tokens)
         np.testing.assert_array_equal(found.spans, row.spans)
@@ -175,7 +176,7 @@ LONG = [f"{word} text of some length, in words" for word in "abcdef"]
 
 def tokens_of(*turns: str) -> int:
     messages = [Message(m["role"], m["content"]) for m in chat(*turns)["messages"]]
-    (row,) = render([Conversation(tuple(messages))], TOKENIZER, "Be kind.", "append")
+    ((row,),) = render([Conversation(tuple(messages))], TOKENIZER, "Be kind.", "append")
     return len(row.tokens)
 
 
@@ -335,12 +336,24 @@ def test_cache_is_read_from_threads_and_a_spawned_process(root: Path) -> None:
     hnp.arrays(np.int32, st.integers(0, 20)),
     st.integers(0, 1000),
     hnp.arrays(np.int32, st.tuples(st.integers(0, 5), st.just(3))),
+    st.sampled_from(["", "\0"]).flatmap(lambda begin: st.text(max_size=10).map(begin.__add__)),
+    st.none() | st.lists(st.floats(0, 9, width=32)),
     st.text(max_size=10),
 )
 def test_record_round_trip(
-    tokens: np.ndarray, system_length: int, spans: np.ndarray, text: str
+    tokens: np.ndarray,
+    system_length: int,
+    spans: np.ndarray,
+    text: str,
+    weights: list[float] | None,
+    conversation: str,
 ) -> None:
-    back = from_record(to_record(Instruction(tokens, system_length, spans, text)))
+    of_spans = None if weights is None else np.array(weights, np.float32)
+    back = from_record(
+        to_record(Instruction(tokens, system_length, spans, text, of_spans, conversation))
+    )
+    assert (None if back.weights is None else back.weights.tolist()) == weights
+    assert back.conversation == conversation
     np.testing.assert_array_equal(back.tokens, tokens)
     np.testing.assert_array_equal(back.spans, spans)
     assert (back.system_length, back.row_system) == (system_length, text)

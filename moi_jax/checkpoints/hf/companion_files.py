@@ -6,7 +6,8 @@ from typing import Any
 
 from moi_jax.checkpoints.items import ModelItems
 from moi_jax.models.config import in_family, to_hf_config
-from moi_jax.text.jinja_templates import export_jinja
+from moi_jax.text.jinja.export import jinja_source
+from moi_jax.text.template_choice import has_own_template
 from moi_jax.text.tokenizer import TiktokenTokenizer, Tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -31,10 +32,11 @@ def companion_files(
     if as_family and "qwen.tiktoken" in files:
         files |= _fast_tokenizer(items)
         del files["qwen.tiktoken"]
-    # A model that was only converted keeps its own template; a trained one has ours.
-    own = "chat_template.jinja" in files or '"chat_template"' in files.get(TOKENIZER_CONFIG, "")
-    if items.prompts["chat_template"] and (trained or not own):
-        files["chat_template.jinja"] = export_jinja(items.prompts)
+    # A model that was only converted keeps its own template; that of a trained one has its prompt.
+    tokenizer = Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"])
+    if items.prompts["chat_template"] and (trained or not has_own_template(tokenizer)):
+        default = items.prompts["default_system_prompt"]
+        files["chat_template.jinja"] = jinja_source(tokenizer.template, default)
     return files
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.atomic_files import atomic_directory, check_new, write_texts
 from moi_jax.common.errors import UserError
 from moi_jax.common.progress import byte_bar
-from moi_jax.text.jinja_templates import check_template
 from moi_jax.text.prompts import prompts_metadata
+from moi_jax.text.template_choice import default_system_prompt, has_own_template
 from moi_jax.text.tokenizer import Tokenizer, check_whole, load_tokenizer
 
 MOST_WARNINGS = 5
@@ -71,12 +72,24 @@ def published_items(
             f"the tokenizer has {files.vocab_size} ids, the embedding in {source.path} only "
             f"{model.vocab_size} rows; is it the tokenizer of this model?"
         )
-    report = check_template(files.files, files)
-    default = report.default_system_prompt if report.own else model.default_system_prompt
-    if report.difference:
-        log.info(f"chat template: {report.template} is the nearest; {report.difference}")
-    prompts = prompts_metadata(default, report.template)
+    prompts = _prompts(files, model.default_system_prompt)
     return ModelItems(model, files.files, prompts, read_provenance(source, published.token_ids))
+
+
+def _prompts(tokenizer: Tokenizer, otherwise: str | None) -> dict[str, Any]:
+    """The prompts of a tokenizer with its own chat template.
+
+    Args:
+      otherwise: the default system prompt where there is no such template.
+    """
+    try:
+        template = tokenizer.template
+        default = default_system_prompt(tokenizer) if has_own_template(tokenizer) else otherwise
+    except UserError as error:
+        log.warning(f"{error}")
+        return prompts_metadata(otherwise, None)
+    log.info(f"chat template: {template.name}")
+    return prompts_metadata(default, template)
 
 
 def _tokenizer(source: PublishedSource, published: PublishedModel, named: Path | None) -> Tokenizer:

@@ -29,8 +29,7 @@ from moi_jax.data.cache.writer import (
     SAMPLES,
     records_kept,
 )
-from moi_jax.text import rendering
-from moi_jax.text.rendering import Instruction
+from moi_jax.text.instructions import TARGETS, Instruction
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +122,7 @@ def _reader(path: Path) -> array_record_module.ArrayRecordReader:
 
 def loss_column(targets: str) -> int:
     """The column of `DomainCache.lengths` with the loss tokens under loss.targets."""
-    return 1 + list(rendering.TARGETS).index(targets)
+    return 1 + list(TARGETS).index(targets)
 
 
 class DamagedBlock(ValueError):

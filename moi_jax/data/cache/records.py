@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from moi_jax.text.rendering import Instruction
+from moi_jax.text.instructions import Instruction
 
 # Begins the text of a record that has more than the row's system text.
 MORE = "\0"

@@ -23,7 +23,7 @@ from moi_jax.data.sources.tools import unlisted
 from moi_jax.data.sources.trajectories import unrecognised
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
-from moi_jax.text.rendering import Instruction
+from moi_jax.text.instructions import Instruction, Rendering, loss_tokens
 from moi_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class BlockWriter:
         self.directory, self.data, self.prompt = directory, data, prompt
         self.tokenizer, self.benchmarks, self.place = tokenizer, benchmarks, place
         self.limit = data.max_instruction_tokens or data.sequence_length
+        self.options = Rendering(data.thinking, data.rewritten_history)
         self.records = array_record_module.ArrayRecordWriter(
             str(directory / RECORDS), "group_size:1"
         )
@@ -119,9 +120,12 @@ class BlockWriter:
           UserError: a row is refused by the config.
         """
         for batch in _batches(rows):
+            conversations = [
+                row.conversation for row in batch if isinstance(row.conversation, Conversation)
+            ]
             rendered = iter(
-                self._render(
-                    [r.conversation for r in batch if isinstance(r.conversation, Conversation)]
+                rendering.render(
+                    conversations, self.tokenizer, self.prompt, self.data.row_system, self.options
                 )
             )
             for row in batch:
@@ -138,13 +142,6 @@ class BlockWriter:
                     self._keep(row, len(samples), *kept)
                 except BadRow as bad:
                     self._drop(row.line, bad)
-
-    def _render(self, conversations: list[Conversation]) -> list[list[Instruction] | BadRow]:
-        """The samples of each conversation, or why it cannot be rendered."""
-        rendered = rendering.render(
-            conversations, self.tokenizer, self.prompt, self.data.row_system
-        )
-        return [[one] if isinstance(one, Instruction) else one for one in rendered]
 
     def _fit(
         self, samples: list[Instruction], conversation: Conversation
@@ -168,7 +165,9 @@ class BlockWriter:
             return fitting, conversation
         if self.data.too_long == "drop":
             raise bad
-        shorter, exchanges = rendering.first_exchanges(samples[0], self.tokenizer, self.limit)
+        shorter, exchanges = rendering.first_exchanges(
+            samples[0], self.tokenizer, self.prompt, self.data.row_system, self.limit
+        )
         if not exchanges:
             raise bad
         return [shorter], conversation.first_exchanges(exchanges)
@@ -186,7 +185,7 @@ class BlockWriter:
         contaminated = self._contaminated(row.line, conversation)
         for sample in samples:
             self.records.write(to_record(sample))
-            self.lengths.extend((len(sample.tokens), *rendering.loss_tokens(sample)))
+            self.lengths.extend((len(sample.tokens), *loss_tokens(sample)))
         self._hash(conversation, len(samples))
         self.kept += 1
         self._count_rendering(rendered, samples)

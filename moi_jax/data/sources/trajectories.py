@@ -18,7 +18,7 @@ from dataclasses import replace
 from reprlib import repr as shown  # the name of an action may be of any length
 
 from moi_jax.text.conversations import Message
-from moi_jax.text.rendering import FINAL_ANSWER
+from moi_jax.text.instructions import FINAL_ANSWER
 
 # How a prompt in ReAct form declares its tools.
 DECLARED = re.compile(r"^Action:.*?\[(.+?)\]", re.MULTILINE)

@@ -20,7 +20,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.requests import Request
 from moi_jax.text.conversations import Message
-from moi_jax.text.jinja_templates import export_jinja
+from moi_jax.text.jinja.export import jinja_source
 from moi_jax.text.tokenizer import Tokenizer
 from moi_jax.text.vocabulary_files import read_object, token_text
 
@@ -77,9 +77,7 @@ class CheckpointLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The Jinja template of `apply_chat_template`, for the results."""
-        name = self._model.tokenizer.template.name
-        prompt = self._model.system_prompt
-        return export_jinja({"chat_template": name, "default_system_prompt": prompt})
+        return jinja_source(self._model.tokenizer.template, self._model.system_prompt)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

@@ -14,7 +14,8 @@ from moi_jax.evaluation.held_out import batches_by_width
 from moi_jax.evaluation.prompt_matrix.prompts import PromptTable, columns
 from moi_jax.evaluation.protocol import evenly_spaced
 from moi_jax.evaluation.row_sums import RowSums
-from moi_jax.text.rendering import Instruction, system_text, with_system_prompt
+from moi_jax.text.instructions import Instruction, system_text
+from moi_jax.text.rendering import with_system_prompt
 from moi_jax.text.tokenizer import Tokenizer
 
 

@@ -1,0 +1,89 @@
+"""Conversations in the form in which chat templates read them."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moi_jax.text.conversations import Conversation, Message, ToolCall
+
+Json = dict[str, Any]
+THINK, THOUGHT = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a template wants what templates do not agree on.
+
+    Attributes:
+      thinking: as a key of the message; else in <think> tags at the front of the content.
+      arguments: of a call as an object; else as JSON text.
+      no_content: the content of a message that only calls tools.
+    """
+
+    thinking: bool
+    arguments: bool = True
+    no_content: str | None = ""
+
+    def messages(self, messages: Sequence[Message]) -> list[Json]:
+        """The messages as a template gets them."""
+        return [self._message(message) for message in messages]
+
+    def _message(self, message: Message) -> Json:
+        content: str | None = message.content
+        if message.role == "tool":
+            named = {"name": message.name, "tool_call_id": message.call_id}
+            return {"role": "tool", "content": content, **{k: v for k, v in named.items() if v}}
+        whole: Json = {"role": message.role}
+        if message.thinking and self.thinking:
+            # Templates read it under one name or the other; transformers gives both, too.
+            whole |= {"reasoning_content": message.thinking, "thinking": message.thinking}
+        elif message.thinking:
+            content = inline_thinking(message)
+        whole["content"] = content or (self.no_content if message.calls else content)
+        if message.calls:
+            whole["tool_calls"] = [
+                {
+                    "type": "function",
+                    **({"id": call.id} if call.id else {}),
+                    "function": {
+                        "name": call.name,
+                        "arguments": self._arguments(call),
+                    },
+                }
+                for call in message.calls
+            ]
+        return whole
+
+    def _arguments(self, call: ToolCall) -> Any:
+        return json.loads(call.arguments) if self.arguments else call.arguments
+
+
+def inline_thinking(message: Message) -> str:
+    """The content of an answer with its thinking at the front."""
+    return f"{THINK}\n{message.thinking}\n{THOUGHT}\n\n{message.content}"
+
+
+def tool_objects(tools: Sequence[str]) -> list[Json] | None:
+    """Descriptions of tools as a template gets them; None if there are none."""
+    return [json.loads(tool) for tool in tools] or None
+
+
+def texts_of(message: Message) -> list[str]:
+    """All texts of a message that come from its row."""
+    called = [text for call in message.calls for text in (call.name, call.arguments, call.id)]
+    return [message.content, message.thinking, message.name, message.call_id, *called]
+
+
+def normalized(conversation: Conversation, normalize: Callable[[str], str]) -> Conversation:
+    """The conversation with every text in the tokenizer's normal form."""
+    messages = tuple(
+        replace(
+            m,
+            content=normalize(m.content),
+            thinking=normalize(m.thinking),
+            calls=tuple(call._replace(arguments=normalize(call.arguments)) for call in m.calls),
+        )
+        for m in conversation.messages
+    )
+    return replace(conversation, messages=messages, tools=tuple(map(normalize, conversation.tools)))
