@@ -19,6 +19,7 @@ from moi_jax.data.preview.audit import audit
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
 from moi_jax.text.conversations import Conversation, Message
+from moi_jax.text.instructions import label_mask
 from moi_jax.text.jinja.comparison import difference
 from moi_jax.text.jinja.export import jinja_source
 from moi_jax.text.jinja.template import JinjaTemplate
@@ -39,6 +40,12 @@ TOKENIZERS = {"chatml": CHATML, "llama3": LLAMA3}
 PLAIN = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SMOLLM2 = (
     "{% if messages[0]['role'] != 'system' %}"
@@ -95,9 +102,7 @@ def differs(tokenizer: Tokenizer, name: str) -> str:
         (PLAIN, None),
         (SMOLLM2, "You are small."),
         (
-            PLAIN.replace("{{ '<|im_start|>' + m", "{% generation %}{{ '<|im_start|>' + m").replace(
-                "{% endfor %}", "{% endgeneration %}{% endfor %}"
-            ),
+            MARKED,
             None,
         ),
         (QWEN2, 'You are "Q".\nBe kind.'),
@@ -112,6 +117,18 @@ def test_rendering_of_a_checkpoint_is_known_with_its_default_prompt(
     assert has_own_template(tokenizer)
     assert default_system_prompt(tokenizer) == default
     assert differs(tokenizer, "chatml") == ""
+
+
+def test_a_template_that_marks_other_tokens_than_ours_decides_itself() -> None:
+    newline_too = MARKED.replace("'<|im_end|>' }}{% endg", "'<|im_end|>\n' }}{% endg").replace(
+        "{{ '\n' }}{% endfor", "{% if m.role != 'assistant' %}{{ '\n' }}{% endif %}{% endfor"
+    )
+    tokenizer = owning(CHATML, newline_too)
+    assert tokenizer.template.name == "from_checkpoint"
+    chat = Conversation((Message("user", "Hi"), Message("assistant", "Hello.")))
+    (((row, *_),)) = render([chat], tokenizer, None, "append")
+    labels = row.tokens[label_mask(row, "assistant")]
+    assert tokenizer.decode(labels) == "Hello.<|im_end|>\n"
 
 
 @pytest.mark.parametrize("bos", ["<|begin_of_text|>", {"content": "<|begin_of_text|>"}])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from moi_jax.text.conversations import BadRow, Conversation, Message
 from moi_jax.text.fixed_rendering import render, render_prompt
+from moi_jax.text.instructions import Rendering, label_mask
+from moi_jax.text.jinja.rendering import render as render_own
 from moi_jax.text.jinja.template import JinjaTemplate
 from moi_jax.text.templates import FixedTemplate
 
@@ -66,11 +68,24 @@ def is_equal(own: JinjaTemplate, ours: FixedTemplate, tokenizer: Tokenizer) -> b
     """Whether ours can stand for a template that has no form for anything but contents."""
     if own.renders_tools or own.style.thinking or difference(own, ours, tokenizer):
         return False
+    if own.marks and not _has_same_labels(own, ours, tokenizer):
+        return False
     try:
         text = _text(own, SPACED)
     except BadRow:
         return False
     return tokenizer.normalize(text) == tokenizer.decode(_ours(SPACED, tokenizer, ours, None))
+
+
+def _has_same_labels(own: JinjaTemplate, ours: FixedTemplate, tokenizer: Tokenizer) -> bool:
+    """Whether a template marks as the assistant's what ours trains on."""
+    chat = [Conversation(CHATS[-1])]
+    (mine,) = render(chat, tokenizer, ours, None, "keep")
+    (found,) = render_own(chat, tokenizer, own, None, "keep", Rendering())
+    if isinstance(found, BadRow) or len(found) > 1:
+        return False
+    labels, marked = (label_mask(each, "assistant").tolist() for each in (mine, found[0]))
+    return labels == marked
 
 
 def _text(own: JinjaTemplate, chat: Sequence[Message]) -> str:
