@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from moi_jax.text.conversations import BadRow, Conversation, Message
 from moi_jax.text.fixed_rendering import render, render_prompt
 from moi_jax.text.instructions import Rendering, label_mask
+from moi_jax.text.jinja.chat import shared_length
 from moi_jax.text.jinja.rendering import render as render_own
 from moi_jax.text.jinja.template import JinjaTemplate
 from moi_jax.text.templates import FixedTemplate
@@ -105,6 +105,6 @@ def _ours(
 
 
 def _where(theirs: str, ours: str) -> str:
-    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(theirs, ours, strict=False))))
+    same = shared_length(theirs, ours)
     shown = slice(max(0, same - EXCERPT), same + EXCERPT)
     return f"its own template renders {theirs[shown]!r} where ours renders {ours[shown]!r}"

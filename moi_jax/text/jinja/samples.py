@@ -8,12 +8,11 @@ in a text that begins with the prompt after which the model writes the turn.
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import NamedTuple
 
 from moi_jax.text.conversations import BadRow, Conversation, Message
 from moi_jax.text.instructions import History, Thinking
-from moi_jax.text.jinja.chat import THINK, THOUGHT, texts_of
+from moi_jax.text.jinja.chat import THINK, THOUGHT, shared_length, texts_of
 from moi_jax.text.jinja.environment import BEGIN, END, split_marks
 from moi_jax.text.jinja.template import JinjaTemplate
 
@@ -203,7 +202,7 @@ class Sampler:
         before, tools = conversation.messages[:turn], conversation.tools
         earlier = split_marks(self._template.marked_chat(before, tools))[1]
         other = self._template.chat_text((*before, Message("assistant", OTHER)), tools)
-        begin = len(commonprefix([text, other]))
+        begin = shared_length(text, other)
         own = [Span(start, end, turn) for start, end in marks if end > begin]
         if not own or len(own) != len(marks) - len(earlier):
             raise unmaskable(turn, "what the template marks in it cannot be told from other turns")
