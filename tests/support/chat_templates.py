@@ -48,66 +48,20 @@ BOS = {
     **{"llama": "<|begin_of_text|>", "gemma": "<bos>", "deepseek": "<｜begin▁of▁sentence｜>"},
     **{"lfm": "<|startoftext|>", "diffusion": "<bos>", "muse": "<|begin_of_text|>"},
 }
-SPECIALS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|begin_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|python_tag|>",
-    "<bos>",
-    "<eos>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|startoftext|>",
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|system|>",
-    "<|observation|>",
-    "<|end|>",
-    "<|start|>",
-    "<|message|>",
-    "<|channel|>",
-    "<|return|>",
-    "<|call|>",
-    "<|eot|>",
-    "<|eom|>",
-    "<|final|>",
-    "<|turn>",
-    "<turn|>",
-    "<|channel>",
-    "<channel|>",
-    "<|tool>",
-    "<tool|>",
-    "<|tool_call>",
-    "<tool_call|>",
-    "<|tool_response>",
-    "<tool_response|>",
-    "<|START_OF_TURN_TOKEN|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|USER_TOKEN|>",
-    "<|CHATBOT_TOKEN|>",
-    "<|SYSTEM_TOKEN|>",
-    "<|START_RESPONSE|>",
-    "<|END_RESPONSE|>",
-]
+SPECIALS = """
+<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|>
+<|eot_id|> <|eom_id|> <|end_of_text|> <|python_tag|> <bos> <eos> <start_of_turn> <end_of_turn>
+<|startoftext|> <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <｜User｜> <｜Assistant｜> <|user|>
+<|assistant|> <|system|> <|observation|> <|end|> <|start|> <|message|> <|channel|> <|return|>
+<|call|> <|eot|> <|eom|> <|final|> <|turn> <turn|> <|channel> <channel|> <|tool> <tool|>
+<|tool_call> <tool_call|> <|tool_response> <tool_response|> <|START_OF_TURN_TOKEN|>
+<|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|> <|START_RESPONSE|>
+<|END_RESPONSE|>
+""".split()  # noqa: SIM905
 # Added, but not special, as in Qwen's tokenizers.
-ADDED = [
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-]
+ADDED = """
+<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>
+""".split()  # noqa: SIM905
 
 
 def trl_folder() -> Path | None:
