@@ -46,14 +46,15 @@ TOOLS = tuple(
 class _Writer:
     """Writes one conversation."""
 
-    def __init__(self, seed: int, *, tools: bool, parallel: bool, thinking: bool):
+    def __init__(self, seed: int, more: str, *, tools: bool, parallel: bool, thinking: bool):
+        self._more = more
         self._random = random.Random(seed)
         self._tools, self._parallel, self._thinking = tools, parallel, thinking
         self.messages: list[Message] = []
 
     def _text(self, kind: str, choices: tuple[str, ...] = TEXTS) -> str:
         mark = f"{kind}{len(self.messages)}"
-        return f"«{mark} {self._random.choice(choices)} {mark}»"
+        return f"«{mark} {self._more}{self._random.choice(choices)} {mark}»"
 
     def _chance(self, share: float) -> bool:
         return self._random.random() < share
@@ -86,10 +87,14 @@ class _Writer:
 
 
 def made_up(
-    seed: int, *, tools: bool, parallel: bool, thinking: bool, system: bool = False
+    seed: int, *, tools: bool, parallel: bool, thinking: bool, system: bool = False, more: str = ""
 ) -> Conversation:
-    """A conversation of one to four exchanges."""
-    writer = _Writer(seed, tools=tools, parallel=parallel, thinking=thinking)
+    """A conversation of one to four exchanges.
+
+    Args:
+      more: stands in every text.
+    """
+    writer = _Writer(seed, more, tools=tools, parallel=parallel, thinking=thinking)
     if system:
         writer.system()
     for _ in range(random.Random(seed).randint(1, 4)):
