@@ -58,6 +58,7 @@ SPECIALS = """
 <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|> <|START_RESPONSE|>
 <|END_RESPONSE|>
 """.split()  # noqa: SIM905
+MOST_TEXTS = 100  # more than one conversation has
 # Added, but not special, as in Qwen's tokenizers.
 ADDED = """
 <think> </think> <tool_call> </tool_call> <tool_response> </tool_response>
@@ -141,6 +142,7 @@ class Reference:
             chat_template=tokenizer.files.get("chat_template.jinja", settings.get("chat_template")),
             **named,
         )
+        self._texts: dict[object, str] = {}
         self._key = True
         chat = (Message("user", "a"), Message("assistant", "b", thinking="Zthoughtz"))
         self._key = "Zthoughtz" in self.text(chat)
@@ -173,10 +175,12 @@ class Reference:
         return self.tokenizer.apply_chat_template(self.chat(messages), tools=listed, **more)
 
     def text(self, messages: Sequence[Message], tools: Sequence[str] = (), **more: Any) -> str:
-        return self._apply(messages, tools, tokenize=False, **more)
-
-    def ids(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> list[int]:
-        return self._apply(messages, tools, return_dict=True)["input_ids"]
+        key = (tuple(messages), tuple(tools), tuple(more.items()))
+        if key not in self._texts:
+            if len(self._texts) > MOST_TEXTS:
+                self._texts.clear()
+            self._texts[key] = self._apply(messages, tools, tokenize=False, **more)
+        return self._texts[key]
 
     def assistant_mask(self, messages: Sequence[Message], tools: Sequence[str]) -> list[int]:
         """1 for each token that {% generation %} marks.

@@ -6,6 +6,7 @@ is where: «u3 ... u3» is the text of message 3, by the user; t is a thought, c
 
 import json
 import random
+from dataclasses import replace
 
 from moi_jax.text.conversations import Conversation, Message, ToolCall
 
@@ -19,6 +20,7 @@ TEXTS = (
     "a <tool> and a [INST], </s>, <|unknown|>",
     "1. one\n2. two\n\n   indented",
 )
+SPACES = (("", ""),) * 4 + ((" ", "\n"), ("\n\n", ""), ("", "  "))
 CITIES = ("Oslo", "世界", 'a "quoted" city', "two\nlines")
 TOOLS = tuple(
     json.dumps(
@@ -43,18 +45,53 @@ TOOLS = tuple(
 )
 
 
+def between_sentinels(text: str, mark: str) -> str:
+    """The text between sentinels; white space around it stays outside."""
+    core = text.strip()
+    before, _, after = text.partition(core) if core else (text, "", "")
+    return f"{before}«{mark} {core} {mark}»{after}"
+
+
+def with_sentinels(conversation: Conversation) -> Conversation:
+    """The conversation with sentinels in every text, and in the arguments of every call."""
+    kinds = {"system": "s", "user": "u", "assistant": "a", "tool": "r"}
+    messages = []
+    for n, message in enumerate(conversation.messages):
+        calls = tuple(
+            call._replace(
+                arguments=json.dumps(
+                    {**json.loads(call.arguments), "mark": f"«c{n} c{n}»"}, ensure_ascii=False
+                )
+            )
+            for call in message.calls
+        )
+        content, thinking = message.content, message.thinking
+        messages.append(
+            replace(
+                message,
+                content=content and between_sentinels(content, f"{kinds[message.role]}{n}"),
+                thinking=thinking and between_sentinels(thinking, f"t{n}"),
+                calls=calls,
+            )
+        )
+    return replace(conversation, messages=tuple(messages))
+
+
 class _Writer:
     """Writes one conversation."""
 
-    def __init__(self, seed: int, more: str, *, tools: bool, parallel: bool, thinking: bool):
-        self._more = more
+    def __init__(
+        self, seed: int, more: str, spaced: bool, *, tools: bool, parallel: bool, thinking: bool
+    ):
+        self._more, self._spaced = more, spaced
         self._random = random.Random(seed)
         self._tools, self._parallel, self._thinking = tools, parallel, thinking
         self.messages: list[Message] = []
 
     def _text(self, kind: str, choices: tuple[str, ...] = TEXTS) -> str:
-        mark = f"{kind}{len(self.messages)}"
-        return f"«{mark} {self._more}{self._random.choice(choices)} {mark}»"
+        before, after = self._random.choice(SPACES if self._spaced else SPACES[:1])
+        text = f"{before}{self._more}{self._random.choice(choices)}{after}"
+        return between_sentinels(text, f"{kind}{len(self.messages)}")
 
     def _chance(self, share: float) -> bool:
         return self._random.random() < share
@@ -87,14 +124,22 @@ class _Writer:
 
 
 def made_up(
-    seed: int, *, tools: bool, parallel: bool, thinking: bool, system: bool = False, more: str = ""
+    seed: int,
+    *,
+    tools: bool,
+    parallel: bool,
+    thinking: bool,
+    system: bool = False,
+    more: str = "",
+    spaced: bool = True,
 ) -> Conversation:
     """A conversation of one to four exchanges.
 
     Args:
       more: stands in every text.
+      spaced: some texts have white space around them.
     """
-    writer = _Writer(seed, more, tools=tools, parallel=parallel, thinking=thinking)
+    writer = _Writer(seed, more, spaced, tools=tools, parallel=parallel, thinking=thinking)
     if system:
         writer.system()
     for _ in range(random.Random(seed).randint(1, 4)):

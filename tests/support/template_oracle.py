@@ -176,6 +176,7 @@ def conversations_for(oracle: TemplateOracle, seeds: range) -> list[Conversation
         made_up(
             seed,
             more=more,
+            spaced=typed,  # ours encodes contents apart, so white space joins no token of its own
             tools=template.renders_tools and seed % 3 > 0,
             parallel=seed % 2 > 0,
             thinking=typed and seed % 4 > 1,

@@ -22,7 +22,7 @@ qwen3_instruct_2507 qwen3_instruct_2507_training qwen3_5_think qwen3_8_training 
 gptoss_training deepseek_r1_distill deepseek_r1_distill_training phi3_training gemma
 diffusion_gemma_training
 """.split()  # noqa: SIM905
-CONVERSATIONS = range(9)
+CONVERSATIONS = range(7)
 
 
 @pytest.fixture(autouse=True, scope="module")
