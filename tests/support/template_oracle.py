@@ -72,8 +72,10 @@ class TemplateOracle:
         """The text up to the end of a turn, as the model writes the turn after its prompt."""
         messages, tools = conversation.messages, conversation.tools
         text = self.reference.text(messages[: turn + 1], tools)
+        if self.own.marks:
+            return text
         prompt = self._prompt(conversation, turn, text)
-        if self.own.marks or text.startswith(prompt):
+        if text.startswith(prompt):
             return text
         # The template leaves out the thought that its prompt begins.
         unthinking = Message("assistant", messages[turn].content, calls=messages[turn].calls)
@@ -83,11 +85,11 @@ class TemplateOracle:
 
     def _prompt(self, conversation: Conversation, turn: int, text: str) -> str:
         before, tools = conversation.messages[:turn], conversation.tools
-        more = [{}, {"enable_thinking": True}, {"enable_thinking": False}]
-        prompts = [
-            self.reference.text(before, tools, add_generation_prompt=True, **each) for each in more
-        ]
-        return next((prompt for prompt in prompts if text.startswith(prompt)), prompts[0])
+        for more in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            prompt = self.reference.text(before, tools, add_generation_prompt=True, **more)
+            if text.startswith(prompt):
+                return prompt
+        return self.reference.text(before, tools, add_generation_prompt=True)
 
     def _sentinels(self, sample: Instruction) -> set[int]:
         """The messages of which a text stands among the labels."""
@@ -135,15 +137,15 @@ class TemplateOracle:
         encoded = self.reference.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True
         )
-        expected = np.zeros(len(encoded["input_ids"]), bool)
+        starts, stops = np.array(encoded["offset_mapping"]).T
+        expected = np.zeros(len(starts), bool)
         for turn in turns:
             finished = self._finished(conversation, turn)
             begin = len(self._prompt(conversation, turn, finished))
             last = self.own.specials.findall(finished)[-1]
             end = finished.rindex(last) + len(last)
             assert text.startswith(finished[:end])
-            for token, (start, stop) in enumerate(encoded["offset_mapping"]):
-                expected[token] |= start < end and stop > begin
+            expected |= (starts < end) & (stops > begin)
         assert label_mask(sample, "assistant").tolist() == expected.tolist()
 
 
