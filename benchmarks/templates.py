@@ -22,13 +22,14 @@ from moi_jax.config import Source
 from moi_jax.data.sources.formats import Typing
 from moi_jax.data.sources.rows import detect_format, expand, source_rows
 from moi_jax.text.conversations import Conversation, Message
+
 from support.chat_templates import (
     REFUSES,
-    family_tokenizer,
     names,
     same_day,
     smollm2_tokenizer,
     trl_folder,
+    trl_tokenizer,
 )
 from support.made_up_chats import with_sentinels
 from support.template_oracle import TemplateOracle, check_all, conversations_for
@@ -97,10 +98,7 @@ def main() -> None:
     folder = trl_folder()
     if folder is None:
         raise SystemExit("the templates come by: pip install --no-deps trl")
-    tokenizers = {
-        name: family_tokenizer(name, (folder / f"{name}.jinja").read_text(encoding="utf-8"))
-        for name in names(folder)
-    }
+    tokenizers = {name: trl_tokenizer(name) for name in names(folder)}
     wanted = args.only or [*tokenizers, "smollm2"]
     if "smollm2" in wanted and (smollm2 := smollm2_tokenizer()):
         tokenizers["smollm2"] = smollm2

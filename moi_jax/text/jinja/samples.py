@@ -204,7 +204,8 @@ class Sampler:
         other = self._template.chat_text((*before, Message("assistant", OTHER)), tools)
         begin = shared_length(text, other)
         own = [Span(start, end, turn) for start, end in marks if end > begin]
-        if not own or len(own) != len(marks) - len(earlier):
+        is_empty = all(span.start == span.end for span in own)
+        if is_empty or len(own) != len(marks) - len(earlier):
             raise unmaskable(turn, "what the template marks in it cannot be told from other turns")
         return tuple(own)
 

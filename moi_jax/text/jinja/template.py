@@ -49,8 +49,6 @@ class JinjaTemplate(Template):
     Attributes:
       style: how it wants calls and thinking.
       default_prompt: the system text that it adds to a chat without a system turn; None if none.
-      takes_system: whether it has a place for a system text.
-      omits_system: whether a chat can be written without any system text.
       marks: whether it says itself what the assistant writes, by {% generation %}.
       constants: texts that it may compare the texts of messages with.
       specials: finds the tokenizer's special tokens in a text.
