@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from moi_jax.text.conversations import Conversation, Message, ToolCall
@@ -62,6 +63,12 @@ class Style:
 def inline_thinking(message: Message) -> str:
     """The content of an answer with its thinking at the front."""
     return f"{THINK}\n{message.thinking}\n{THOUGHT}\n\n{message.content}"
+
+
+def shared_length(one: str, other: str) -> int:
+    """How many characters two texts share at their beginnings."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def tool_objects(tools: Sequence[str]) -> list[Json] | None:
