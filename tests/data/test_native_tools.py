@@ -268,7 +268,6 @@ NO_SCHEMA = [
     {"type": ["object", "null"]},
     {"properties": ["a"]},
     {"properties": {"a": "number"}},
-    {"properties": {"a": None}},
     {"properties": {"a": {"properties": "b"}}},
     {"required": "a"},
     {"required": [1]},
@@ -279,7 +278,7 @@ SCHEMAS = [
     {},
     {"properties": {"a": {}, "b": True}},
     {"type": "object", "properties": {"type": {"type": "string"}}, "required": []},
-    {"type": "dict", "properties": {"a": {"type": "float"}}},
+    {"type": "dict", "properties": {"a": {"type": "float"}}, "required": None},
     {"type": "object", "properties": {"a": {"properties": {"b": {"enum": [1, None]}}}}},
 ]
 
@@ -295,6 +294,13 @@ def test_schema_of_an_object_is_kept_as_it_stands(parameters: Any) -> None:
     function = {"strict": True, "parameters": parameters, "name": "f"}
     (kept,) = read({"messages": [USER, GPT], "tools": [function]}).tools
     assert kept == json.dumps({"type": "function", "function": function})
+
+
+def test_properties_that_a_table_fills_with_null_are_left_out() -> None:
+    given = {"properties": {"a": {"type": "string", "items": None}, "of_another_row": None}}
+    (kept,) = read({"messages": [USER, GPT], "tools": [{"name": "f", "parameters": given}]}).tools
+    (kept_properties,) = json.loads(kept)["function"]["parameters"].values()
+    assert kept_properties == {"a": {"type": "string", "items": None}}
 
 
 def test_tools_of_a_row_are_kept_without_a_call_and_control_tokens_in_them_are_refused() -> None:
