@@ -170,8 +170,9 @@ class Sampler:
         """The prompt of a turn, and the text up to its end, which begins with the prompt.
 
         A template that has two prompts, with thinking and without, may have either as its default.
-        One that leaves thinking out of finished turns gives a prompt that begins a thought; the
-        text is then written as the model writes it.
+        Two kinds of templates write a finished turn otherwise than its prompt: one that has a
+        system text only in the last question, as Mistral's, and one that leaves thinking out of
+        finished turns. The text is then written as the model gets and writes it.
         """
         message = conversation.messages[turn]
         before, tools = conversation.messages[:turn], conversation.tools
@@ -181,12 +182,22 @@ class Sampler:
             if text.startswith(prompt):
                 return prompt, text
         prompt = self._template.chat_text(before, tools, generate=True)
+        if before[0].role == "system" and (body := self._body(before[1:], message, tools)):
+            return prompt, prompt + body
         stem, think, space = prompt.rpartition(THINK)
         text = self._template.chat_text((*before, replace(message, thinking="")), tools)
         answer = text[len(stem) :]
         if not think or space.strip() or not text.startswith(stem) or THINK in answer:
             raise unmaskable(turn, "it does not begin with the prompt of its answer")
         return prompt, f"{prompt}{message.thinking}\n{THOUGHT}\n\n{answer}"
+
+    def _body(
+        self, before: Sequence[Message], message: Message, tools: Sequence[str]
+    ) -> str | None:
+        """The text of a turn without the prompt; None if it does not begin with the prompt."""
+        prompt = self._template.chat_text(before, tools, generate=True)
+        text = self._template.chat_text((*before, message), tools)
+        return text[len(prompt) :] if text.startswith(prompt) else None
 
     def _marked(
         self,
@@ -223,7 +234,10 @@ class Sampler:
         marked = self._template.marked_chat(
             conversation.messages[: sample.messages], conversation.tools
         )
-        number = {mark: n for n, mark in enumerate(split_marks(marked)[1])}
+        text, marked_parts = split_marks(marked)
+        if text != sample.text:
+            return None
+        number = {mark: n for n, mark in enumerate(marked_parts)}
         own = [number.get((span.start, span.end)) for span in sample.spans] if number else []
         if self._template.marks and None in own:
             return None

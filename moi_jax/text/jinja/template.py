@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -27,6 +28,11 @@ THOUGHT, CALLED, CITY, RESULT = "Qthoughtz", "qcalledz", "Qcityz", "Qresultz"
 QUESTION, ANSWER = Message("user", ASKED), Message("assistant", ANSWERED)
 CALL = Message("assistant", "", calls=(ToolCall(CALLED, f'{{"city": "{CITY}"}}', "abcdefghi"),))
 RETURNED = Message("tool", RESULT, name=CALLED, call_id="abcdefghi")
+OTHER_IDS = (
+    QUESTION,
+    replace(CALL, calls=(CALL.calls[0]._replace(id="call_0123456789"),)),
+    replace(RETURNED, call_id="call_0123456789"),
+)
 TOOL = json.dumps(
     {
         "type": "function",
@@ -135,7 +141,8 @@ class JinjaTemplate(Template):
                 style = Style(self.style.thinking, arguments, no_content)
                 text = self._probed(chat, (TOOL,), style) or ""
                 if text.count(CITY) == 1 and RESULT in text:
-                    self.style = style
+                    others = self._probed(OTHER_IDS, (TOOL,), style)
+                    self.style = replace(style, short_ids=others is None)
                     return True
         return False
 
