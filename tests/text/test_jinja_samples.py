@@ -29,6 +29,25 @@ THINKING = (
     "{{ '{' + c.function.name + c.function.arguments | tojson + '}' }}{% endfor %}<|im_end|>\n"
     "{% endfor %}" + PROMPT
 )
+# What stands before a turn, how many special tokens it has, and what is left of it later, depend on
+# the words of the chat.
+WORDY = {
+    "questions before the answer": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q: ' + m.content + ' A: ' }}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    ),
+    "a token for each line": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% for line in m.content.split('\n') %}{{ line }}<|endoftext|>{% endfor %}<|im_end|>"
+        "{% endfor %}" + PROMPT
+    ),
+    "thinking in the text": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and '</think>' in m.content and not loop.last %}"
+        "{{ m.content.split('</think>')[-1] }}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}" + PROMPT
+    ),
+}
 # A system text in the last question only, and ids of nine letters, as Mistral's templates have it.
 LAST_QUESTION = (
     "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{{ bos_token }}"
@@ -45,8 +64,8 @@ LAST_QUESTION = (
 TOOL = json.dumps({"type": "function", "function": {"name": "weather", "parameters": {}}})
 
 
-def thinking() -> Tokenizer:
-    files = {**CHATML.files, "tokenizer_config.json": json.dumps({"chat_template": THINKING})}
+def thinking(template: str = THINKING) -> Tokenizer:
+    files = {**CHATML.files, "tokenizer_config.json": json.dumps({"chat_template": template})}
     return Tokenizer.from_files(files)
 
 
@@ -108,16 +127,19 @@ def test_ids_of_calls_become_what_the_template_takes() -> None:
     assert "[CALL]abcdefghi{" in texts(samples, tokenizer)[0]
 
 
-WORDS = st.sampled_from(["ab", " c ", "<think>", "x\n", "世界", "</think>d", "é"])
+WORDS = st.sampled_from(["ab", " c ", "y\nz", "x\n", "世界", "e</think>d", "é"])
 TURNS = st.lists(st.tuples(WORDS, WORDS, st.sampled_from(["", "why"]), st.booleans()), min_size=1)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(TURNS, min_size=1, max_size=6))
-def test_samples_of_a_known_shape_are_those_of_whole_renderings(chats: list) -> None:
-    tokenizer = thinking()
-    template = tokenizer.template
-    assert isinstance(template, JinjaTemplate)
+TEMPLATES = {name: thinking(text).template for name, text in {"": THINKING, **WORDY}.items()}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@settings(deadline=None, max_examples=50)
+@given(chats=st.lists(TURNS, min_size=1, max_size=6))
+def test_samples_of_a_known_shape_are_those_of_whole_renderings(
+    template: JinjaTemplate, chats: list
+) -> None:
     sampler = Sampler(template, "keep", "split")
     for turns in chats:
         messages: list[Message] = []
