@@ -25,6 +25,8 @@ class Template(ABC):
       controls: ids of all special tokens of the template that the tokenizer has.
       renders_tools: whether it has a form for tools, calls and results.
       typed: whether it wants the thinking of an answer apart from its content.
+      takes_system: whether it has a place for a system text.
+      omits_system: whether a chat can be written without any system text.
     """
 
     name: ClassVar[str]
@@ -34,6 +36,8 @@ class Template(ABC):
     controls: tuple[int, ...]
     renders_tools: bool = False
     typed: ClassVar[bool] = False
+    takes_system: bool = True
+    omits_system: bool = True
 
     @abstractmethod
     def fingerprint(self) -> str:

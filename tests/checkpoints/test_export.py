@@ -30,6 +30,7 @@ from moi_jax.text.tokenizer import load_tokenizer
 
 from support.published import add_tokenizer, convert, same_bits, tensors, tiny_published
 from support.runs import ENVIRONMENT, ROOT, small_config, train_here
+from support.tokenizers import SAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,8 @@ def trained(tmp_path_factory):
 
 
 def test_the_card_of_parameters_that_began_at_random_names_no_base():
-    card = model_card(ModelItems(preset("tiny"), {}, prompts_metadata(None, "chatml")))
+    prompts = prompts_metadata(None, load_tokenizer(SAMPLES / "tokenizer").template)
+    card = model_card(ModelItems(preset("tiny"), {}, prompts))
     assert "The weights were trained from a random initialisation." in card
     assert "base_model" not in card
 

@@ -44,7 +44,8 @@ def test_each_draw_of_a_conversation_takes_its_next_sample(samples, start, count
     taken: Counter[int] = Counter()
     expected = []
     for conversation in mixture.draws(3, 1, len(samples), 0, start + count).tolist():
-        expected.append(starts[conversation] + taken[conversation] % samples[conversation])
+        sample = (conversation + taken[conversation]) % samples[conversation]
+        expected.append(starts[conversation] + sample)
         taken[conversation] += 1
     drawn = mixture.sample_draws(3, 1, starts, start, count)
     assert drawn.tolist() == expected[start:]
@@ -61,7 +62,8 @@ def test_weighted_sources_take_the_next_sample_of_each_conversation():
         taken[conversation].append(sample - starts[conversation])
     assert sum(len(taken[c]) for c in (0, 1)) == 300
     for conversation, found in taken.items():
-        assert found == [n % samples[conversation] for n in range(len(found))]
+        first = conversation if conversation < 2 else conversation - 2  # its number in the source
+        assert found == [(first + n) % samples[conversation] for n in range(len(found))]
 
 
 @settings(max_examples=60)
@@ -134,7 +136,7 @@ def test_the_epochs_of_a_proportional_mixture_walk_through_the_samples():
     corpus = Corpus.of(("chat",), [np.arange(1, 7)], [np.arange(1, 7)], samples=[[1, 3, 2]])
     data = data_section(1, sampling="proportional")
     epochs = [sorted(plan_epoch(corpus, data, 0, e).instructions.tolist()) for e in range(4)]
-    assert epochs == [[0, 1, 4], [0, 2, 5], [0, 3, 4], [0, 1, 5]]
+    assert epochs == [[0, 2, 4], [0, 3, 5], [0, 1, 4], [0, 2, 5]]
 
 
 def test_counts_are_of_conversations_and_loss_tokens_of_each_sample_once():

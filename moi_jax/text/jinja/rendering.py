@@ -51,14 +51,16 @@ def render(
     """The samples of each conversation, see `text.rendering.render`."""
     make = sampler(template, options).samples
     rendered: list[list[tuple[Conversation, Sample]] | BadRow] = []
+    spans: list[list[tuple[int, int, float]]] = []
     for conversation in conversations:
         whole = _under(conversation, tokenizer, prompt, row_system)
         try:
-            rendered.append([(whole, _checked(sample, tokenizer)) for sample in make(whole)])
+            pairs = [(whole, _checked(sample, tokenizer)) for sample in make(whole)]
+            spans += [_label_spans(*pair) for pair in pairs]
+            rendered.append(pairs)
         except BadRow as bad:
             rendered.append(bad)
     samples = [pair for found in rendered if not isinstance(found, BadRow) for pair in found]
-    spans = [_label_spans(*pair) for pair in samples]
     encoded = iter(
         zip(
             samples,
