@@ -146,7 +146,7 @@ def test_counts_are_of_conversations_and_loss_tokens_of_each_sample_once():
     assert corpus.domain_loss_tokens.tolist() == [12, 8]
     assert corpus.loss_tokens_per_draw.tolist() == [(2 + (4 + 6) / 2) / 2, 8]
     data = data_section(2, sampling="proportional")
-    plan = plan_epoch(corpus, data, 0, 1)  # takes the second sample of the second conversation
+    plan = plan_epoch(corpus, data, 0, 0)  # takes the second sample of the second conversation
     report = {name: {"read": 2, "dropped": {}, "held_out": 0} for name in corpus.names}
     chat = mixture_statistics(plan, report, data, 1)["domains"]["chat"]
     keys = ("used", "occurrences", "max_repeats", "not_drawn", "loss_tokens")
