@@ -5,7 +5,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from functools import lru_cache
+from itertools import chain, takewhile
 from typing import Any
 
 from moi_jax.text.conversations import Conversation, Message, ToolCall
@@ -81,8 +82,12 @@ def shared_length(one: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def tool_objects(tools: Sequence[str]) -> list[Json] | None:
-    """Descriptions of tools as a template gets them; None if there are none."""
+@lru_cache(maxsize=256)
+def tool_objects(tools: tuple[str, ...]) -> list[Json] | None:
+    """Descriptions of tools as a template gets them; None if there are none.
+
+    The sandbox keeps templates from changing them.
+    """
     return [json.loads(tool) for tool in tools] or None
 
 
@@ -94,6 +99,9 @@ def texts_of(message: Message) -> list[str]:
 
 def normalized(conversation: Conversation, normalize: Callable[[str], str]) -> Conversation:
     """The conversation with every text in the tokenizer's normal form."""
+    texts = chain(conversation.tools, *map(texts_of, conversation.messages))
+    if all(normalize(text) == text for text in texts):
+        return conversation
     messages = tuple(
         replace(
             m,

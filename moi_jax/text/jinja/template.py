@@ -266,7 +266,7 @@ class JinjaTemplate(Template):
         try:
             return self._programs[name].render(
                 messages=style.messages(messages),
-                tools=tool_objects(tools),
+                tools=tool_objects(tuple(tools)),
                 documents=None,
                 add_generation_prompt=generate,
                 **self._named,
