@@ -66,7 +66,7 @@ def open_checkpoint(
       dtype: auto is float32 on a CPU and bfloat16 elsewhere.
       mesh: devices along the axes, such as "fsdp=2,tensor=4"; an axis that is not named has 1.
         None splits the model over all devices (tensor).
-      chat_template: its name; None for the one that the checkpoint was made with.
+      chat_template: its name or its file; None for the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first.
 
     Raises:
@@ -113,7 +113,7 @@ def load(
       path: a step directory, or a run (its newest step).
       dtype: of the parameters and the computation.
       mesh: where the parameters are laid out; None is one device. Its context axis must be 1.
-      chat_template: its name; None for the one that the checkpoint was made with, if any.
+      chat_template: its name or its file; None for the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first, which reads them once
         more. All other files are always verified.
 

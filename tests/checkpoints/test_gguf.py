@@ -11,8 +11,8 @@ from moi_jax.checkpoints.hf.gguf import open_gguf
 from moi_jax.checkpoints.init_from import open_start
 from moi_jax.common.errors import UserError
 from moi_jax.text.conversations import Message
-from moi_jax.text.jinja_templates import check_template
 from moi_jax.text.rendering import render_prompt
+from moi_jax.text.template_choice import default_system_prompt
 from moi_jax.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
@@ -364,9 +364,9 @@ def test_smollm2_answers_in_english_through_its_template(smollm2):
     _, checkpoint = smollm2
     files = checkpoint.tokenizer_files
     tokenizer = Tokenizer.from_files(files)
-    report = check_template(files, tokenizer)
-    assert (report.template, report.own, report.difference) == ("chatml", True, None)
-    assert "named SmolLM" in (report.default_system_prompt or "")
+    default = default_system_prompt(tokenizer)
+    assert tokenizer.template.name == "chatml"
+    assert "named SmolLM" in (default or "")
     config = dict(checkpoint.config_json)
     llama = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(config.pop("model_type"), **config)
@@ -375,7 +375,7 @@ def test_smollm2_answers_in_english_through_its_template(smollm2):
     assert llama.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]
     llama.tie_weights()
     question = [Message("user", "What is the capital of France?")]
-    prompt = render_prompt(question, tokenizer, report.default_system_prompt)
+    prompt = render_prompt(question, tokenizer, default)
     written = llama.eval().generate(
         torch.tensor([prompt]), max_new_tokens=12, do_sample=False,
         eos_token_id=list(tokenizer.template.stops),

@@ -31,7 +31,8 @@ from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import parameter_shardings, random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.mesh import make_mesh
-from moi_jax.text.rendering import label_mask, with_system_prompt
+from moi_jax.text.instructions import label_mask
+from moi_jax.text.rendering import with_system_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 from moi_jax.training.train import train
 

@@ -7,6 +7,9 @@ from typing import Any
 import jinja2
 
 from moi_jax.checkpoints.items import ModelItems, read_json_item
+from moi_jax.text.jinja.template import JinjaTemplate
+from moi_jax.text.jinja.tool_formats import ToolFormat, describe_template, tool_format
+from moi_jax.text.tokenizer import Tokenizer
 
 # The sections of a run's config that the card shows; config.yaml has the rest.
 SETTINGS = ("model", "loss", "optimizer", "train")
@@ -33,10 +36,35 @@ def model_card(items: ModelItems, step: Path | None = None) -> str:
     page = environment.get_template("model_card.md.jinja").render(
         model=items.model,
         prompts=items.prompts,
+        template=_template(items),
         provenance=items.provenance or NO_PROVENANCE,
         training=training,
     )
     return page.rstrip() + "\n"
+
+
+def _template(items: ModelItems) -> dict[str, Any]:
+    """What the card says of the chat template: name, tools, and whether it adds a prompt."""
+    name = items.prompts["chat_template"]
+    if name is None:
+        return {"name": None, "tools": "", "adds_prompt": False}
+    template = Tokenizer.from_files(items.tokenizer, name).template
+    tools, adds_prompt = "", False
+    if isinstance(template, JinjaTemplate):
+        if template.renders_tools:
+            tools = _tools(tool_format(template))
+        default = items.prompts["default_system_prompt"]
+        adds_prompt = default is None and template.default_prompt is not None
+    return {"name": describe_template(template), "tools": tools, "adds_prompt": adds_prompt}
+
+
+def _tools(known: ToolFormat | None) -> str:
+    """How calls are written, and which parser of a server reads them."""
+    if known is None:
+        return "Calls of tools have a form that is none of those that servers have parsers for."
+    servers = {"vLLM": known.vllm, "SGLang": known.sglang}
+    parsers = [f"{server} `--tool-call-parser {name}`" for server, name in servers.items() if name]
+    return f"Calls of tools have the form {known.name}; the parser is, in {', in '.join(parsers)}."
 
 
 def _training(step: Path) -> dict[str, Any] | None:

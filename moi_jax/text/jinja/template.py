@@ -95,25 +95,38 @@ class JinjaTemplate(Template):
         plain = self._probed((QUESTION,), generate=True)
         answered = self._probed((QUESTION, ANSWER))
         if plain is None or answered is None or not (ASKED in plain and ANSWERED in answered):
-            self.chat_text((QUESTION, ANSWER))  # tells why
-            raise UserError("the chat template does not write a question and its answer")
+            raise UserError(
+                f"the chat template does not write a question and its answer"
+                f"{self._refusal((QUESTION, ANSWER))}; name another with tokenizer.chat_template"
+            )
         thinking = Style(thinking=True)
         thought = Message("assistant", ANSWERED, thinking=THOUGHT)
         if THOUGHT in (self._probed((QUESTION, thought), style=thinking) or ""):
             self.style = thinking
         self.renders_tools = self._probe_tools()
+        prompts = [self._probed((QUESTION,), generate=True, thinking=on) for on in (True, False)]
+        self.chooses_thinking = prompts[0] != prompts[1]
         self._probe_system(plain)
         self._probe_ends(known, answered)
 
     def _probed(
         self, messages: Sequence[Message], tools: Sequence[str] = (), style: Style | None = None,
-        generate: bool = False,
+        generate: bool = False, thinking: bool | None = None,
     ) -> str | None:  # fmt: skip
         """The text of a chat; None if the template does not take it."""
         try:
-            return split_marks(self._rendered(messages, tools, generate, style or self.style))[0]
+            text = self._rendered(messages, tools, generate, style or self.style, thinking)
+            return split_marks(text)[0]
         except BadRow:
             return None
+
+    def _refusal(self, messages: Sequence[Message]) -> str:
+        """Why the template does not take a chat, to end a message with; "" if it takes it."""
+        try:
+            self._rendered(messages, (), False, self.style)
+        except BadRow as bad:
+            return f" ({bad.detail})"
+        return ""
 
     def _probe_tools(self) -> bool:
         """Whether tools, calls and results have a form; sets the style of calls."""
