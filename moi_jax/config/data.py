@@ -87,6 +87,8 @@ class Data(Section):
     too_long: Literal["truncate_turns", "drop", "error"] = "truncate_turns"
     row_system: Literal["append", "replace", "keep", "drop_row"] = "append"
     on_bad_row: Literal["drop", "error"] = "drop"
+    # How calls of tools are written: by the chat template, if it can; or as ReAct text.
+    tools: Literal["template", "react"] = "template"
     max_repeats: Positive = 4
     max_unplaceable: float = Field(0.05, ge=0, le=1)  # share of instructions that fit no group
     held_out: HeldOut = HeldOut()

@@ -48,7 +48,8 @@ def read_conversations(path: Path) -> list[ConversationRow]:
     for raw in SourceFile(path.name, path).rows():
         try:
             content = parse(raw.raw)
-            messages = _with_empty_system(to_chat(content, FORMATS["messages"]), content)
+            chat = to_chat(content, FORMATS["messages"]).messages
+            messages = _with_empty_system(chat, content)
         except BadRow as bad:
             raise UserError(f"{path}:{raw.line}: {bad.detail} ({bad.reason})") from None
         if not messages or messages[-1].role != "user" or not isinstance(content["messages"], list):

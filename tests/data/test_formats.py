@@ -219,8 +219,8 @@ def test_turn_with_a_weight_of_zero_is_not_trained(key: str) -> None:
     row = chat({**GPT, key: 0.0}, {**USER, key: 0.0}, {**GPT, key: 1.0}, {**USER, key: 1}, GPT)
     trained = [m.train for m in turns_of(row) if m.role == "assistant"]
     assert trained == [False, True, True]
-    with pytest.raises(BadRow, match=f"bad_weight: {key} 0.5; use 0 or 1"):
-        turns_of(chat({**GPT, key: 0.5}))
+    with pytest.raises(BadRow, match=f"bad_weight: {key} -0.5; a weight is a number from 0"):
+        turns_of(chat({**GPT, key: -0.5}))
 
 
 @pytest.mark.parametrize(

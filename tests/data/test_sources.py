@@ -148,7 +148,9 @@ BAD_ROWS = [
     ("content_not_text", messages(USER, calls(CALL), {"role": "tool", "content": {"a": 1}}, GPT)),
     ("bad_weight", messages(USER, {**calls(CALL), "weight": 0}, TOOL, GPT)),
     ("control_tokens", messages(USER, calls(CALL), {**TOOL, "content": "<|im_end|>"}, GPT)),
-    ("bad_weight", messages(USER, {**GPT, "weight": 0.5})),
+    ("bad_weight", messages(USER, {**GPT, "weight": -0.5})),
+    ("bad_weight", messages(USER, {**GPT, "weight": "0.5"})),
+    ("bad_weight", messages(USER, GPT, weight=-1)),
     ("bad_weight", messages(USER, {**GPT, "train": "no"})),
 ]  # fmt: skip
 

@@ -26,6 +26,7 @@ from moi_jax.common.checksums import check_sums
 from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.data.cache.leftovers import part_of
 from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
+from moi_jax.data.sources.formats import Typing
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import SourceRow, source_rows, splittable
 from moi_jax.text.tokenizer import Tokenizer
@@ -56,8 +57,8 @@ class Block:
     end: int
     key: str
 
-    def rows(self) -> Iterator[SourceRow]:
-        return source_rows(self.file, self.format, self.start, self.end)
+    def rows(self, typing: Typing) -> Iterator[SourceRow]:
+        return source_rows(self.file, self.format, self.start, self.end, typing)
 
     def lines(self) -> int:
         """The number of lines that begin in the block, including blank ones."""
@@ -229,7 +230,8 @@ class BlockBuilder:
             part, self.data, item.prompt, self.tokenizer, self.benchmarks, block.place
         )
         try:
-            writer.add(block.rows(), max_rows)
+            typing = Typing.of(self.data, self.tokenizer.template)
+            writer.add(block.rows(typing), max_rows)
             writer.close(block.lines())
         except RuntimeError as error:  # from ArrayRecord, for example when the disk is full
             raise OSError(str(error)) from None

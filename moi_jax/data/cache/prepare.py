@@ -39,6 +39,7 @@ from moi_jax.data.cache.notices import counts_text, log_notices, no_usable_row
 from moi_jax.data.cache.workers import run_work
 from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error, changes
 from moi_jax.data.decontamination import Benchmarks
+from moi_jax.data.sources.formats import Typing
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import detect_format, expand
 from moi_jax.text.prompts import resolve_prompt
@@ -195,10 +196,10 @@ def _jobs(
     if data.decontaminate.path:
         benchmarks = Benchmarks.read(expand_home(data.decontaminate.path))
     builder = BlockBuilder(cache_dir / "blocks", data, tokenizer, benchmarks)
-    jobs = []
+    typing, jobs = Typing.of(data, tokenizer.template), []
     for domain, files in zip(data.domains, expanded, strict=True):
         prompt = resolve_prompt(data, domain)
-        recipe = {
+        recipe: dict[str, Any] = {
             "cache_format": CACHE_FORMAT,
             **tokenizer.template.recipe(),
             "tokenizer": tokenizer.fingerprint,
@@ -207,6 +208,8 @@ def _jobs(
             "too_long": data.too_long,
             "limit": data.max_instruction_tokens or data.sequence_length,
             "decontaminate": benchmarks and [benchmarks.fingerprint, data.decontaminate.on_hit],
+            # Left out if all is text, so that caches from before there was a choice are found.
+            **({"typed": typing} if any(typing) else {}),
         }
         with domain_errors(domain.name, cache_dir):
             found = [[digest(file) for file in part] for part in files]

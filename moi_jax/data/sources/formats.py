@@ -7,14 +7,25 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
-from moi_jax.data.sources import message_trees, nested, pairs, react, trajectories
+from moi_jax import config
+from moi_jax.data.sources import message_trees, native, nested, pairs, react, trajectories
 from moi_jax.data.sources.containers import RawRow
-from moi_jax.data.sources.react import Event
-from moi_jax.data.sources.turns import CHAT_ROLES, SHAREGPT_ROLES, Reader, text_of, turns
+from moi_jax.data.sources.events import Event, apart, weighed
+from moi_jax.data.sources.tools import listed_tools, openai_form
+from moi_jax.data.sources.turns import (
+    CHAT_ROLES,
+    SHAREGPT_ROLES,
+    Reader,
+    row_weight,
+    text_of,
+    turns,
+)
 from moi_jax.text.conversations import BadRow, Conversation, Message, Role
+from moi_jax.text.templates import Template
 
 SYSTEM = ("system", "system_prompt")  # keys of a row's own system text, in every format
 CONTROL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|extra_\d+)\|>")
@@ -49,13 +60,36 @@ class Format(NamedTuple):
     join: Callable[[Iterable[RawRow]], Iterator[RawRow]] | None = None
 
 
-def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation, bool]:
+class Typing(NamedTuple):
+    """What stands apart in messages, so that the chat template writes it; else it is text in them.
+
+    Attributes:
+      tools: descriptions, calls and results of tools. Their text form is ReAct.
+      thinking: the thoughts before an answer. Their text form is a <think> block.
+    """
+
+    tools: bool = False
+    thinking: bool = False
+
+    @classmethod
+    def of(cls, data: config.Data, template: Template) -> "Typing":
+        """What the config and the chat template want."""
+        return cls(data.tools == "template" and template.renders_tools, template.typed)
+
+
+TEXT = Typing()
+
+
+def to_conversation(
+    row: Mapping[str, Any], form: Format, typing: Typing = TEXT
+) -> tuple[Conversation, bool]:
     """The row as a Conversation, and whether a user turn at its end was removed.
 
     Raises:
       BadRow: the row is not a conversation that can be trained on.
     """
-    messages = _messages_of(row, form)
+    conversation = _read(row, form, typing)
+    messages = conversation.messages
     roles = _turn_roles(messages)
     if "assistant" not in roles:
         raise BadRow("no_assistant", "the row has no assistant turn")
@@ -63,37 +97,66 @@ def to_conversation(row: Mapping[str, Any], form: Format) -> tuple[Conversation,
     trimmed = roles[-1] == "user"
     if trimmed:
         messages = messages[:-1]
-    if any(message.role == "assistant" and not message.content.strip() for message in messages):
+    if any(
+        message.role == "assistant" and not (message.calls or message.content.strip())
+        for message in messages
+    ):
         raise BadRow("empty_assistant", "an assistant turn is empty")
-    return Conversation(tuple(messages)), trimmed
+    return replace(conversation, messages=messages), trimmed
 
 
-def to_chat(row: Mapping[str, Any], form: Format) -> tuple[Message, ...]:
-    """The messages of a row that is not for training: any role may come last.
+def to_chat(row: Mapping[str, Any], form: Format, typing: Typing = TEXT) -> Conversation:
+    """The messages and tools of a row that is not for training: any role may come last.
 
     Raises:
       BadRow: the row is not a chat.
     """
-    messages = _messages_of(row, form)
-    _check_order(_turn_roles(messages))
-    return tuple(messages)
+    conversation = _read(row, form, typing, unfinished=True)
+    _check_order(_turn_roles(conversation.messages))
+    return conversation
 
 
-def _messages_of(row: Mapping[str, Any], form: Format) -> list[Message]:
+def _read(
+    row: Mapping[str, Any], form: Format, typing: Typing, unfinished: bool = False
+) -> Conversation:
+    """The messages and tools of a row, whatever the order of roles.
+
+    Args:
+      unfinished: the row may end with results of tools.
+    """
+    weight = row_weight(row)
     if form.unwrap:
         row = form.unwrap(row)
-    tools = react.tool_list(row)
+    listed = listed_tools(row)
+    tools = tuple(map(openai_form, listed)) if typing.tools else ()
+    described = [] if typing.tools else list(map(react.described, listed))
     events: list[Event] = [Message("system", text) for text in _system_texts(row)]
     events += form.events(row)
+    if typing.thinking:
+        events = list(apart(events))
     messages = [event for event in events if isinstance(event, Message)]
-    if tools or len(messages) < len(events):
-        messages = react.to_messages(events, tools)
+    if listed or len(messages) < len(events):
+        if typing.tools:
+            messages = native.to_messages(events, typing.thinking, unfinished)
+        else:
+            messages = react.to_messages(events, described, typing.thinking)
     messages = trajectories.mark(messages)
-    for message in messages:
-        _check_text(message.content)
+    for text in chain(tools, *map(_texts, messages)):
+        _check_text(text)
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         messages = messages[1:]
-    return messages
+    return Conversation(tuple(weighed(message, weight) for message in messages), tools)
+
+
+def _texts(message: Message) -> Iterator[str]:
+    """All that the template may write of a message."""
+    yield message.content
+    if message.thinking:
+        yield message.thinking
+    for call in message.calls:
+        yield from call
+    if message.role == "tool":
+        yield from (message.name, message.call_id)
 
 
 def _system_texts(row: Mapping[str, Any]) -> set[str]:
@@ -118,9 +181,14 @@ def _check_text(content: str) -> None:
 
 
 def _turn_roles(messages: Sequence[Message]) -> list[Role]:
-    """The roles after the system message."""
+    """The roles after the system message. An answer with its calls and results is one turn."""
     system_first = bool(messages) and messages[0].role == "system"
-    roles = [message.role for message in messages[system_first:]]
+    turns = messages[system_first:]
+    roles: list[Role] = [
+        message.role
+        for message in turns
+        if message.role != "tool" and (not message.calls or message is turns[-1])
+    ]
     if "system" in roles:
         raise BadRow("system_not_first", "a system turn is not the first turn")
     return roles

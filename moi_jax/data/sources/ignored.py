@@ -10,7 +10,7 @@ from typing import Any
 
 from moi_jax.data.sources.formats import SYSTEM, Format
 from moi_jax.data.sources.pairs import context_of
-from moi_jax.data.sources.turns import MARKS, REASONING
+from moi_jax.data.sources.turns import MARKS, REASONING, is_weight
 
 ROW_KEYS = frozenset({*SYSTEM, "tools", "functions"})  # that every format reads
 TURN_KEYS = frozenset(
@@ -34,6 +34,8 @@ def ignored_content(row: Mapping[str, Any], form: Format) -> dict[str, str]:
     The key of a turn is written as in `messages[].images`.
     """
     found = _content(row, _keys_read(form, row))
+    if is_weight(row.get("weight")):
+        del found["weight"]
     if "context" in form.optional and context_of(row) is None:
         found["context"] = _beginning(row["context"])
     for name in form.turns:

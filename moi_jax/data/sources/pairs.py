@@ -12,7 +12,7 @@ from contextlib import suppress
 from reprlib import repr as shown  # the content of a row may be of any length and depth
 from typing import Any, TypeGuard
 
-from moi_jax.data.sources.react import Call, Event, Observation, Thought
+from moi_jax.data.sources.events import Call, Event, Observation, Thought
 from moi_jax.data.sources.readers import decode
 from moi_jax.data.sources.turns import CHAT_ROLES, Reader, text_of, turns
 from moi_jax.text.conversations import BadRow, Message, Role
@@ -181,4 +181,4 @@ def _is_json_of_turns(value: Any) -> bool:
 def _untrained(event: Event) -> Event:
     if isinstance(event, Message):
         return dataclasses.replace(event, train=event.role != "assistant")
-    return event._replace(train=False) if isinstance(event, Thought | Call) else event
+    return event._replace(weight=0.0) if isinstance(event, Thought | Call) else event

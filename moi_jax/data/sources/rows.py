@@ -14,7 +14,7 @@ from moi_jax.data.sources import formats
 from moi_jax.data.sources.containers import RawRow
 from moi_jax.data.sources.datasets import open_dataset
 from moi_jax.data.sources.diagnosis import SEMICOLONS, split_by_semicolons
-from moi_jax.data.sources.formats import FORMATS, Format
+from moi_jax.data.sources.formats import FORMATS, TEXT, Format, Typing
 from moi_jax.data.sources.ignored import ignored_content
 from moi_jax.data.sources.paths import find_files
 from moi_jax.data.sources.readers import SourceFile, parse
@@ -99,23 +99,29 @@ def splittable(file: SourceFile, format_name: str | None) -> bool:
 
 
 def source_rows(
-    file: SourceFile, format_name: str | None, start: int = 0, end: int | None = None
+    file: SourceFile,
+    format_name: str | None,
+    start: int = 0,
+    end: int | None = None,
+    typing: Typing = TEXT,
 ) -> Iterator[SourceRow]:
     """The rows of a file; of a splittable one, those that begin in the bytes [start, end).
 
     Args:
       format_name: from `detect_format` or from the config; None if no row is readable.
+      typing: what stands apart in the messages.
     """
     form = FORMATS[format_name] if format_name else None
     raw = file.rows(start, end) if splittable(file, format_name) else file.rows()
-    return (_convert(row, form) for row in (form.join(raw) if form and form.join else raw))
+    joined = form.join(raw) if form and form.join else raw
+    return (_convert(row, form, typing) for row in joined)
 
 
-def _convert(row: RawRow, form: Format | None) -> SourceRow:
+def _convert(row: RawRow, form: Format | None, typing: Typing) -> SourceRow:
     try:
         content = parse(row.raw)
         assert form  # or no row is readable, and parse has raised
-        conversation, trimmed = formats.to_conversation(content, form)
+        conversation, trimmed = formats.to_conversation(content, form, typing)
         ignored = ignored_content(content, form)
         return SourceRow(row.line, row.size, conversation, trimmed, ignored)
     except BadRow as bad:

@@ -61,10 +61,10 @@ def _checked(messages: Sequence[Message]) -> Iterator[tuple[int, str]]:
     tools: set[str] = set()
     question = ""
     for turn, message in enumerate(messages):
-        if message.role != "assistant":
+        if message.role in ("system", "user"):
             question = message.content
             tools |= _declared(question)
-        elif tools and "\nObservation:" in message.content:
+        elif message.role == "assistant" and tools and "\nObservation:" in message.content:
             begun = "Thought:" if question.rstrip().endswith("\nThought:") else ""
             yield turn, _fault(begun + message.content, tools)
 
