@@ -7,7 +7,7 @@ from typing import Any
 from moi_jax.text.conversations import Message, ToolCall
 from moi_jax.text.jinja.call_probe import call_form
 from moi_jax.text.jinja.call_syntax import Types
-from moi_jax.text.jinja.chat import THINK, THOUGHT
+from moi_jax.text.jinja.chat import THINK, THOUGHT, inline_thinking
 from moi_jax.text.jinja.template import JinjaTemplate
 from moi_jax.text.templates import Template
 
@@ -58,9 +58,19 @@ def argument_types(tools: Sequence[str]) -> Types:
     return types
 
 
-def call_objects(message: Message) -> list[Json]:
-    """The calls of a message, as an API gives them: name and arguments."""
-    return [{"name": call.name, "arguments": json.loads(call.arguments)} for call in message.calls]
+def call_objects(calls: Sequence[ToolCall]) -> list[Json]:
+    """Calls as JSON objects with the keys name and arguments."""
+    return [{"name": call.name, "arguments": json.loads(call.arguments)} for call in calls]
+
+
+def answer_lines(text: str, template: Template, tools: Sequence[str]) -> str:
+    """An answer for people: its text, then each call as a line of JSON."""
+    answer = read_answer(text, template, tools)
+    if not answer.calls:
+        return text
+    written = inline_thinking(answer) if answer.thinking else answer.content
+    calls = [json.dumps(call, ensure_ascii=False) for call in call_objects(answer.calls)]
+    return "\n".join([*([written.rstrip()] if written.strip() else []), *calls])
 
 
 def message_object(message: Message) -> Json:
