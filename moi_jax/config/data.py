@@ -86,6 +86,11 @@ class Data(Section):
     max_instruction_tokens: Positive | None = None  # null: sequence_length
     too_long: Literal["truncate_turns", "drop", "error"] = "truncate_turns"
     row_system: Literal["append", "replace", "keep", "drop_row"] = "append"
+    # Which thinking of the answers is trained on: all, none, or that of the last exchange.
+    thinking: Literal["keep", "drop", "last"] = "keep"
+    # What becomes of a conversation whose earlier turns the chat template shows differently later:
+    # a sample for each trained turn, a sample for the last one, or a bad row.
+    rewritten_history: Literal["split", "last", "refuse"] = "split"
     on_bad_row: Literal["drop", "error"] = "drop"
     # How calls of tools are written: by the chat template, if it can; or as ReAct text.
     tools: Literal["template", "react"] = "template"

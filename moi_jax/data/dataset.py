@@ -16,7 +16,7 @@ from moi_jax.config import Config
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.cache.prepare import prepare
 from moi_jax.data.cache.selection import Selection, row_counts, select
-from moi_jax.data.cache.writer import NOTES
+from moi_jax.data.cache.writer import NOTES, RENDERING_NOTES
 from moi_jax.data.loader import BatchReader
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.mixture_report import (
@@ -90,7 +90,7 @@ class Dataset:
             epoch = plan.epoch_plan(plan.locate(begins)[0])
             mixture = mixture_statistics(epoch, report, data.of_stage(stage), plan.batch_rows)
             for name, domain in mixture["domains"].items():
-                domain |= {note: report[name][note] for note in NOTES}
+                domain |= {note: report[name][note] for note in (*NOTES, *RENDERING_NOTES)}
             mixtures.append({"begins": begins, **mixture})
         return {**mixtures[0], "stages": mixtures} if data.stages else mixtures[0]
 
@@ -131,6 +131,9 @@ def select_dataset(config: Config, tokenizer: Tokenizer, caches: list[DomainCach
     if not kept.all():
         log_left_out(corpus, kept, config.data)
         of_domain = np.split(kept, corpus.offsets[1:-1])
-        selections = [s.keep(mine) for s, mine in zip(selections, of_domain, strict=True)]
+        selections = [
+            selection.keep(mine, cache)
+            for selection, mine, cache in zip(selections, of_domain, caches, strict=True)
+        ]
         corpus = Corpus.of_training(caches, selections, config.loss.targets)
     return Dataset(config, tokenizer, caches, selections, corpus)

@@ -10,7 +10,8 @@ import numpy as np
 from moi_jax.config import Loss
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.training_plan import TrainingPlan
-from moi_jax.text.instructions import Instruction, label_mask
+from moi_jax.text.instructions import Instruction
+from moi_jax.text.instructions import label_weights as weights_of_labels
 
 
 class Batch(NamedTuple):
@@ -44,7 +45,10 @@ class Batch(NamedTuple):
 
 
 class PackedInstruction(NamedTuple):
-    """An instruction in a packed row, the id of its domain, and the weight of its labels."""
+    """An instruction in a packed row, the id of its domain, and the weight of its labels.
+
+    A label's weight is multiplied by that of its span, see `Instruction.weights`.
+    """
 
     instruction: Instruction
     domain_id: int
@@ -86,8 +90,8 @@ def assemble(
     ends = np.cumsum(lengths)
     starts = ends - lengths
     tokens = np.concatenate([p.instruction.tokens for p in placed])
-    labels = np.concatenate([label_mask(p.instruction, targets) for p in placed])
-    weights = labels * np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
+    weights = np.concatenate([weights_of_labels(p.instruction, targets) for p in placed])
+    weights *= np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
     following, following_weights = np.roll(tokens, -1), np.roll(weights, -1)
     following[ends - 1] = pad_id
     following_weights[ends - 1] = 0
@@ -203,7 +207,8 @@ def label_weights(plan: EpochPlan, instructions: np.ndarray, normalization: str)
 
     token: 1. instruction: 1 / (labels of the instruction), so that each instruction sums to 1.
     domain: T / (n T_d), so that each of the n domains that have labels sums to T / n over the
-    epoch; T_d is the number of labels of domain d, T that of all domains.
+    epoch; T_d is the number of labels of domain d, T that of all domains. Weights of rows and
+    messages come on top: they change no count of labels, but these sums.
 
     Args:
       instructions: int64[m] global numbers.

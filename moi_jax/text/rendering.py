@@ -69,13 +69,20 @@ def _fixed(instruction: Instruction, template: Template) -> FixedTemplate | None
 def with_system_prompt(
     instruction: Instruction, tokenizer: Tokenizer, prompt: str | None, row_system: str
 ) -> Instruction:
-    """The same turns under another system prompt, as `render` gives them for that prompt."""
+    """The same turns under another system prompt, as `render` gives them for that prompt.
+
+    Raises:
+      UserError: the template refuses the prompt.
+    """
     template = tokenizer.template
     if fixed := _fixed(instruction, template):
         return fixed_rendering.with_system_prompt(instruction, tokenizer, fixed, prompt, row_system)
-    return jinja_rendering.with_system_prompt(
-        instruction, tokenizer, _own(template), prompt, row_system
-    )
+    try:
+        return jinja_rendering.with_system_prompt(
+            instruction, tokenizer, _own(template), prompt, row_system
+        )
+    except BadRow as bad:
+        raise UserError(bad.detail) from None
 
 
 def first_exchanges(

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -183,10 +184,14 @@ class JsonTokenizer(Tokenizer):
         backend.no_padding()
         backend.post_processor = None
         self._backend = backend
-        self._rendering = tokenizers.Tokenizer.from_str(backend.to_str())  # parses special tokens
         # We normalise: the library's offsets count in the text before normalisation.
         self._nfc = isinstance(backend.normalizer, tokenizers.normalizers.NFC)
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """A copy that parses special tokens in a text."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -196,7 +201,7 @@ class JsonTokenizer(Tokenizer):
     def encode_rendered(
         self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        found = self._rendering.encode_batch(list(texts), add_special_tokens=False)
+        found = self._parsing.encode_batch(list(texts), add_special_tokens=False)
         return [
             (encoding.ids, [_token_range(encoding, *span) for span in wanted])
             for encoding, wanted in zip(found, spans, strict=True)

@@ -22,10 +22,12 @@ from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache import domain as domain_cache
 from moi_jax.data.cache import leftovers
 from moi_jax.data.cache.prepare import DomainCache
+from moi_jax.data.cache.records import from_record, to_record
 from moi_jax.data.cache.selection import row_counts, select
-from moi_jax.data.cache.writer import BlockWriter, from_record, to_record
+from moi_jax.data.cache.writer import BlockWriter
 from moi_jax.text.conversations import Conversation, Message, content_hash
-from moi_jax.text.rendering import Instruction, loss_tokens, render
+from moi_jax.text.instructions import Instruction, loss_tokens
+from moi_jax.text.rendering import render
 from moi_jax.text.tokenizer import Tokenizer
 
 from support.runs import SAMPLES
@@ -61,7 +63,7 @@ def test_cache_holds_the_rendered_conversations(root: Path) -> None:
         "Be kind.",
         "append",
     )
-    for index, row in enumerate(expected):
+    for index, (row,) in enumerate(expected):
         (found,) = cache.read([index])
         np.testing.assert_array_equal(found.tokens, row.tokens)
         np.testing.assert_array_equal(found.spans, row.spans)
@@ -174,7 +176,7 @@ LONG = [f"{word} text of some length, in words" for word in "abcdef"]
 
 def tokens_of(*turns: str) -> int:
     messages = [Message(m["role"], m["content"]) for m in chat(*turns)["messages"]]
-    (row,) = render([Conversation(tuple(messages))], TOKENIZER, "Be kind.", "append")
+    ((row,),) = render([Conversation(tuple(messages))], TOKENIZER, "Be kind.", "append")
     return len(row.tokens)
 
 

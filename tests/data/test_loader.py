@@ -16,7 +16,7 @@ from moi_jax.data.cache.selection import select
 from moi_jax.data.loader import Batch, BatchReader, PackedInstruction, assemble, batch_dataset
 from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.training_plan import TrainingPlan
-from moi_jax.text.rendering import TARGETS, Instruction, label_mask
+from moi_jax.text.instructions import TARGETS, Instruction, label_mask
 from moi_jax.text.tokenizer import load_tokenizer
 
 from support.plans import NAMES, data_section

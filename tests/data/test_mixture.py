@@ -198,7 +198,8 @@ def test_sources_are_drawn_by_their_weights_and_evenly_inside():
 def test_draws_of_weighted_sources_are_one_endless_sequence(sizes, start, count, weight):
     starts = np.cumsum([0, *sizes])
     shares = np.array([weight, *[1] * (len(sizes) - 1)], float)
-    weighted = mixture.WeightedSources(starts, shares / shares.sum())
+    samples = np.arange(starts[-1] + 1)
+    weighted = mixture.WeightedSources(starts, shares / shares.sum(), samples)
     part = weighted.draws(0, 0, start, count)
     assert ((part >= 0) & (part < starts[-1])).all()
     np.testing.assert_array_equal(

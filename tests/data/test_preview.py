@@ -20,7 +20,7 @@ from moi_jax.data.preview.audit import audit
 from moi_jax.data.preview.picture import attention, draw_lengths, draw_row
 from moi_jax.data.preview.row import print_row, view_row
 from moi_jax.data.preview.statistics import accounts
-from moi_jax.text.rendering import label_mask
+from moi_jax.text.instructions import label_mask
 
 from support.runs import ROOT, SAMPLES, open_data, small_config
 

@@ -25,7 +25,7 @@ from moi_jax import config
 from moi_jax.common.checksums import check_sums
 from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.data.cache.leftovers import part_of
-from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, BlockWriter
+from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, RECORDS, SAMPLES, BlockWriter
 from moi_jax.data.sources.formats import Typing
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.data.sources.rows import SourceRow, source_rows, splittable
@@ -156,8 +156,9 @@ class FinishedBlock:
 
     def has_whole_arrays(self) -> bool:
         """Whether the arrays equal their checksums."""
+        names = [name for name in (LENGTHS, HASHES, SAMPLES) if name in self.counts["bytes"]]
         try:
-            check_sums(self.directory, [LENGTHS, HASHES])
+            check_sums(self.directory, names)
         except (OSError, ValueError):
             return False
         return True
@@ -166,9 +167,12 @@ class FinishedBlock:
     def records(self) -> Path:
         return self.directory / RECORDS
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """The lengths and hashes of the block, see `DomainCache`."""
-        return np.load(self.directory / LENGTHS), np.load(self.directory / HASHES)
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The lengths, hashes and sample numbers of the block, see `DomainCache`."""
+        lengths, hashes = np.load(self.directory / LENGTHS), np.load(self.directory / HASHES)
+        if SAMPLES in self.counts["bytes"]:
+            return lengths, hashes, np.load(self.directory / SAMPLES)
+        return lengths, hashes, np.zeros(len(lengths), np.int32)
 
 
 @dataclass(frozen=True)

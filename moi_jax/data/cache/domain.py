@@ -18,7 +18,17 @@ from moi_jax.common.checksums import check_sums, write_sums
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.blocks import Block, FinishedBlock, move_into_place
 from moi_jax.data.cache.leftovers import part_of
-from moi_jax.data.cache.writer import EXAMPLES, HASHES, LENGTHS, NOTES, RECORDS, from_record
+from moi_jax.data.cache.records import from_record
+from moi_jax.data.cache.writer import (
+    EXAMPLES,
+    HASHES,
+    LENGTHS,
+    NOTES,
+    RECORDS,
+    RENDERING_NOTES,
+    SAMPLES,
+    records_kept,
+)
 from moi_jax.text.instructions import TARGETS, Instruction
 
 log = logging.getLogger(__name__)
@@ -33,12 +43,13 @@ class DomainCache:
 
     Attributes:
       name: the domain.
-      directory: holds lengths.npy, hashes.npy, manifest.json, blocks.json, SHA256SUMS.
+      directory: holds lengths.npy, hashes.npy, manifest.json, blocks.json, SHA256SUMS, and
+        samples.npy if some conversation has several samples.
       key: sha256 hex of everything that decides the content.
       lengths: int32[n, 3]: tokens, loss tokens under `assistant`, loss tokens under
         `qwen_official`.
-      hashes: uint64[n, 2]: `content_hash` of all messages of the conversation as it is kept, and
-        of its turns alone.
+      hashes: uint64[n, 2]: `content_hash` of all messages of the conversation as it is kept, plus
+        the number of the sample; and of its turns alone.
       manifest: rows read, rows kept, rows dropped by reason, and a table of the files.
       source_starts: int64[sources + 1]; the instructions of source i are [source_starts[i],
         source_starts[i + 1]).
@@ -46,6 +57,8 @@ class DomainCache:
       block_starts: int64[blocks + 1]; the instructions of block i are [block_starts[i],
         block_starts[i + 1]).
       digests: source file -> sha256 hex of its content, in the order of the sources.
+      samples: int32[n], the number of each instruction among the samples of its conversation, which
+        stand beside each other; None if every conversation is one instruction.
     """
 
     name: str
@@ -58,6 +71,18 @@ class DomainCache:
     blocks: tuple[Path, ...]
     block_starts: np.ndarray
     digests: Mapping[str, str] = field(default_factory=dict)
+    samples: np.ndarray | None = None
+
+    @functools.cached_property
+    def conversation_of(self) -> np.ndarray:
+        """int64[n]: the number of the conversation of each instruction."""
+        if self.samples is None:
+            return np.arange(len(self.lengths))
+        return np.cumsum(self.samples == 0) - 1
+
+    def conversations(self, indices: np.ndarray) -> int:
+        """The number of conversations of the instructions at `indices`, which are ascending."""
+        return int(np.count_nonzero(np.diff(self.conversation_of[indices], prepend=-1)))
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Instruction]:
         """The instructions at `indices`; each block is read once.
@@ -138,12 +163,15 @@ def read_domain(
     check_sums(directory, FILES)
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     names = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
-    lengths, hashes = np.load(directory / LENGTHS), np.load(directory / HASHES)
+    lengths, hashes, samples = np.load(directory / LENGTHS), np.load(directory / HASHES), None
+    if "samples" in manifest:
+        check_sums(directory, [SAMPLES])
+        samples = np.load(directory / SAMPLES)
     kept = []
     for block in names:
         if (finished := FinishedBlock.open(folder / block)) is None:
             raise DamagedBlock(f"its block {folder / block} is missing or damaged")
-        kept.append(finished.counts["kept"])
+        kept.append(records_kept(finished.counts))
     if sum(kept) != len(lengths):
         raise DamagedBlock(f"its blocks hold {sum(kept)} instructions, not {len(lengths)}")
     _rename(manifest, list(digests))
@@ -161,6 +189,7 @@ def read_domain(
         tuple(folder / block for block in names),
         np.cumsum([0, *kept], dtype=np.int64),
         digests,
+        samples,
     )
 
 
@@ -187,17 +216,21 @@ def write_domain(directory: Path, sources: Sequence[Sequence[Found]], run: str) 
       OSError: the folder cannot be written.
     """
     blocks = [block for _, block in chain(*sources) if block]
-    arrays = [(np.zeros((0, 3), np.int32), np.zeros((0, 2), np.uint64))]
+    arrays = [(np.zeros((0, 3), np.int32), np.zeros((0, 2), np.uint64), np.zeros(0, np.int32))]
     arrays += [block.arrays() for block in blocks]
+    manifest = _manifest(sources)
+    files = (*FILES, SAMPLES) if "samples" in manifest else FILES
     part = part_of(directory, run)
     part.mkdir(parents=True)
     try:
-        for name, content in zip((LENGTHS, HASHES), zip(*arrays, strict=True), strict=True):
-            np.save(part / name, np.concatenate(content))
-        names = [block.directory.name for block in blocks]
-        for name, values in ((MANIFEST, _manifest(sources)), (BLOCKS, names)):
+        names = (LENGTHS, HASHES, SAMPLES)
+        for name, content in zip(names, zip(*arrays, strict=True), strict=True):
+            if name in files:
+                np.save(part / name, np.concatenate(content))
+        folders = [block.directory.name for block in blocks]
+        for name, values in ((MANIFEST, manifest), (BLOCKS, folders)):
             (part / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        write_sums(part, FILES)
+        write_sums(part, files)
         move_into_place(part, directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -221,6 +254,8 @@ def _manifest(sources: Sequence[Sequence[Found]]) -> dict[str, Any]:
         file["read"] += counts["read"]
         file["kept"] += counts["kept"]
         sums.update({key: counts[key] for key in ("read", "kept", *NOTES)})
+        sums.update({key: counts[key] for key in RENDERING_NOTES if key in counts})
+        sums["records"] += records_kept(counts)
         dropped.update(counts["dropped"])
         for key, found in counts["ignored"].items():
             first = {**found, "rows": 0, "line": lines[name] + found["line"]}
@@ -234,8 +269,11 @@ def _manifest(sources: Sequence[Sequence[Found]]) -> dict[str, Any]:
         **{key: sums[key] for key in ("read", "kept")},
         "dropped": dict(sorted(dropped.items())),
         **{key: sums[key] for key in NOTES},
+        **{key: sums[key] for key in RENDERING_NOTES if key in sums},
+        # Only where a conversation has several samples.
+        **({"samples": sums["records"]} if sums["records"] > sums["kept"] else {}),
         "empty_files": [name for name, f in files.items() if name in reached and not f["read"]],
         "files": list(files.values()),
-        "sources": [sum(f.counts["kept"] for _, f in found if f) for found in sources],
+        "sources": [sum(records_kept(f.counts) for _, f in found if f) for found in sources],
         "examples": examples,
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from moi_jax.common.checksums import check_sums
 from moi_jax.common.errors import UserError, reason
 from moi_jax.data.cache.domain import DomainCache, read_domain
-from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS
+from moi_jax.data.cache.writer import COUNTS, HASHES, LENGTHS, SAMPLES
 
 READ_AT_ONCE = 1_000  # records
 
@@ -43,7 +43,8 @@ def verify_records(cache: DomainCache) -> int:
     """
     for block in cache.blocks:
         try:
-            check_sums(block, (LENGTHS, HASHES, COUNTS))
+            names = [LENGTHS, HASHES, SAMPLES, COUNTS]
+            check_sums(block, [name for name in names if (block / name).exists()])
         except (OSError, ValueError) as error:
             raise _damaged(cache.name, block, error) from None
     records = len(cache.lengths)

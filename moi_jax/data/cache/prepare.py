@@ -208,6 +208,7 @@ def _jobs(
             "too_long": data.too_long,
             "limit": data.max_instruction_tokens or data.sequence_length,
             "decontaminate": benchmarks and [benchmarks.fingerprint, data.decontaminate.on_hit],
+            **_rendering_options(data),
             # Left out if all is text, so that caches from before there was a choice are found.
             **({"typed": typing} if any(typing) else {}),
         }
@@ -218,6 +219,12 @@ def _jobs(
         ]
         jobs.append(_Job(domain, prompt, files, found, recipe, cache_dir / _hash([recipe, wanted])))
     return jobs, builder
+
+
+def _rendering_options(data: config.Data) -> dict[str, Any]:
+    """The options of rendering that differ from the default, so that old keys stay as they are."""
+    keys = ("thinking", "rewritten_history")
+    return {k: getattr(data, k) for k in keys if getattr(data, k) != getattr(config.Data(), k)}
 
 
 def _refuse_files_standing_twice(data: config.Data, expanded: list[list[list[SourceFile]]]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from moi_jax import config
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.domain import DomainCache, loss_column
-from moi_jax.data.cache.writer import NOTES
+from moi_jax.data.cache.writer import NOTES, RENDERING_NOTES
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class Selection:
     """Which instructions of a domain's cache are used.
 
     Attributes:
-      train, held_out: int64, ascending indices into the cache.
-      duplicates: instructions left out because an equal one is used.
-      no_loss_tokens: instructions left out because they have no label.
-      unplaceable: instructions left out because no group can hold them.
+      train, held_out: int64, ascending indices into the cache: the samples, those with labels, of
+        whole conversations.
+      duplicates: conversations left out because an equal one is used.
+      no_loss_tokens: conversations left out because they have no label.
+      unplaceable: conversations left out because no group can hold one of their samples.
     """
 
     train: np.ndarray
@@ -31,10 +32,11 @@ class Selection:
     no_loss_tokens: int
     unplaceable: int = 0
 
-    def keep(self, kept: np.ndarray) -> "Selection":
+    def keep(self, kept: np.ndarray, cache: DomainCache) -> "Selection":
         """The selection that trains only where bool[train] `kept` is True."""
-        unplaceable = int(np.count_nonzero(~kept))
-        return dataclasses.replace(self, train=self.train[kept], unplaceable=unplaceable)
+        train = self.train[kept]
+        unplaceable = cache.conversations(self.train) - cache.conversations(train)
+        return dataclasses.replace(self, train=train, unplaceable=unplaceable)
 
 
 def select(
@@ -43,13 +45,14 @@ def select(
     targets: str,
     domains: Sequence[config.Domain] = (),
 ) -> list[Selection]:
-    """Leaves out duplicates and instructions without labels, and holds some out by content.
+    """Leaves out duplicates and conversations without labels, and holds some out by content.
 
-    Of equal conversations in any domain the one with the most labels is used (a turn may have the
-    weight 0), and of these the first. A share of each source is held out. The hash of a
-    conversation's turns alone decides whether it is held out, never its position or the seed.
-    Conversations with the same turns are either all held out, in every domain and under every
-    system text, or all trained on.
+    Whole conversations are left out or held out, whether they have one sample or several. Of equal
+    conversations in any domain the one with the most labels is used (a turn may have the weight
+    0), and of these the first. A share of each source is held out. The hash of a conversation's
+    turns alone decides whether it is held out, never its position or the seed. Conversations with
+    the same turns are either all held out, in every domain and under every system text, or all
+    trained on.
 
     Args:
       caches: in config order.
@@ -60,40 +63,86 @@ def select(
     Raises:
       UserError: a domain has no instruction left.
     """
-    column = loss_column(targets)
-    candidates = [np.flatnonzero(cache.lengths[:, column]) for cache in caches]
-    hashes = [cache.hashes[rows, 0] for cache, rows in zip(caches, candidates, strict=True)]
-    labels = [cache.lengths[rows, column] for cache, rows in zip(caches, candidates, strict=True)]
-    used = _one_of_equals(np.concatenate(hashes), np.concatenate(labels))
-    offsets = np.cumsum([len(rows) for rows in candidates])[:-1]
+    domains_found = [_Conversations.of(cache, loss_column(targets)) for cache in caches]
+    candidates = [np.flatnonzero(found.labels) for found in domains_found]
+    pairs = list(zip(domains_found, candidates, strict=True))
+    used = _one_of_equals(
+        np.concatenate([found.whole[rows] for found, rows in pairs]),
+        np.concatenate([found.labels[rows] for found, rows in pairs]),
+    )
+    used_of_domain = np.split(used, np.cumsum([len(rows) for rows in candidates])[:-1])
     kept_rows = []
-    for cache, rows, unique in zip(caches, candidates, np.split(used, offsets), strict=True):
+    for (found, rows), unique in zip(pairs, used_of_domain, strict=True):
         kept_rows.append(rows[unique])
         if not unique.any():
             raise UserError(
-                f"domain {cache.name} has nothing to train on: {len(cache.hashes) - len(rows)} "
-                f"rows without loss tokens, {len(rows)} equal to rows of other domains"
+                f"domain {found.cache.name} has nothing to train on: "
+                f"{len(found.labels) - len(rows)} rows without loss tokens, {len(rows)} equal to "
+                f"rows of other domains"
             )
-    turns = [cache.hashes[kept, 1] for cache, kept in zip(caches, kept_rows, strict=True)]
     shares = [[source.held_out or held_out for source in domain.sources] for domain in domains]
     shares = shares or [[held_out] * (len(cache.source_starts) - 1) for cache in caches]
     held_turns = []
-    for cache, kept, domain, own in zip(caches, kept_rows, turns, shares, strict=True):
-        by_source = np.split(domain, np.searchsorted(kept, cache.source_starts[1:-1]))
+    for found, kept, own in zip(domains_found, kept_rows, shares, strict=True):
+        by_source = np.split(found.turns[kept], found.source_borders(kept))
         held_turns += [_held_out_turns(*pair) for pair in zip(by_source, own, strict=True)]
     all_held_turns = np.concatenate(held_turns)
     selections = []
-    for cache, rows, kept, domain in zip(caches, candidates, kept_rows, turns, strict=True):
-        held = np.isin(domain, all_held_turns)
+    for (found, rows), kept in zip(pairs, kept_rows, strict=True):
+        held = np.isin(found.turns[kept], all_held_turns)
         selections.append(
             Selection(
-                train=kept[~held],
-                held_out=kept[held],
+                train=found.samples(kept[~held]),
+                held_out=found.samples(kept[held]),
                 duplicates=len(rows) - len(kept),
-                no_loss_tokens=len(cache.hashes) - len(rows),
+                no_loss_tokens=len(found.labels) - len(rows),
             )
         )
     return selections
+
+
+@dataclass(frozen=True)
+class _Conversations:
+    """The c conversations of a domain's cache, each with all of its samples.
+
+    Attributes:
+      first: int64[c], the first sample of each.
+      labels: int64[c], the loss tokens of all samples of each.
+      loss_tokens: int32[n], those of each sample.
+    """
+
+    cache: DomainCache
+    first: np.ndarray
+    labels: np.ndarray
+    loss_tokens: np.ndarray
+
+    @classmethod
+    def of(cls, cache: DomainCache, column: int) -> "_Conversations":
+        loss_tokens = cache.lengths[:, column]
+        first = np.flatnonzero(np.diff(cache.conversation_of, prepend=-1))
+        sums = np.append(0, np.cumsum(loss_tokens, dtype=np.int64))
+        labels = np.diff(sums[np.append(first, len(loss_tokens))])
+        return cls(cache, first, labels, loss_tokens)
+
+    @property
+    def whole(self) -> np.ndarray:
+        """uint64[c]: the hashes of all messages."""
+        return self.cache.hashes[self.first, 0]
+
+    @property
+    def turns(self) -> np.ndarray:
+        """uint64[c]: the hashes of the turns."""
+        return self.cache.hashes[self.first, 1]
+
+    def source_borders(self, kept: np.ndarray) -> np.ndarray:
+        """int64[sources - 1]: where the conversations `kept` of each later source begin."""
+        return np.searchsorted(self.first[kept], self.cache.source_starts[1:-1])
+
+    def samples(self, kept: np.ndarray) -> np.ndarray:
+        """int64, ascending: the samples of the conversations `kept` that have labels."""
+        chosen = np.zeros(len(self.first), bool)
+        chosen[kept] = True
+        return np.flatnonzero(chosen[self.cache.conversation_of] & (self.loss_tokens > 0))
 
 
 def _one_of_equals(hashes: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -144,9 +193,10 @@ def row_counts(
                 "no_loss_tokens": selection.no_loss_tokens,
                 "unplaceable": selection.unplaceable,
             },
-            "held_out": len(selection.held_out),
-            "train": len(selection.train),
+            "held_out": cache.conversations(selection.held_out),
+            "train": cache.conversations(selection.train),
             **{note: cache.manifest[note] for note in NOTES},
+            **{note: cache.manifest.get(note, 0) for note in RENDERING_NOTES},
             "empty_files": cache.manifest["empty_files"],
         }
         for cache, selection in zip(caches, selections, strict=True)

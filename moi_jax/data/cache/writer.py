@@ -17,17 +17,19 @@ from array_record.python import array_record_module
 from moi_jax import config
 from moi_jax.common.checksums import write_sums
 from moi_jax.common.errors import UserError
+from moi_jax.data.cache.records import to_record
 from moi_jax.data.sources.rows import SourceRow
 from moi_jax.data.sources.trajectories import unrecognised
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
-from moi_jax.text.instructions import Instruction, loss_tokens
+from moi_jax.text.instructions import Instruction, Rendering, loss_tokens
 from moi_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moi_jax.data.decontamination import Benchmarks
 
 RECORDS, LENGTHS, HASHES = "instructions.array_record", "lengths.npy", "hashes.npy"
+SAMPLES = "samples.npy"  # written only if a conversation of the block has several samples
 COUNTS = "counts.json"
 BATCH, BATCH_BYTES = 1_000, 2**22  # most rows rendered at once, and about how many bytes of them
 EXAMPLES = 5  # rows that the manifest shows for each reason
@@ -38,6 +40,12 @@ NOTES = (
     *("own_system", "trimmed_user_turn", "truncated_turns", "cut_turns"),
     *("contaminated", "unfilled", "trained_observations"),
 )
+# Counts of how rows that are kept were rendered, each left out where it is 0: by the fast renderer
+# or by the checkpoint's own template (if it has one); rows that are split, their samples, and
+# samples of theirs that are left out as too long.
+RENDERING_NOTES = (
+    *("fast_rows", "template_rows", "split_rows", "split_samples", "too_long_samples"),
+)
 # A variable of a template that was not filled in. One letter may be LaTeX: \frac{{a}}{{b}}.
 HOLE = re.compile(r"\{\{ ?[A-Za-z_][\w.]+ ?\}\}")
 
@@ -46,31 +54,24 @@ def changes(counts: Mapping[str, Any]) -> str:
     """What rows that are kept have lost or bring along, in words; "" if there is nothing to tell.
 
     Args:
-      counts: with the keys of `NOTES`.
+      counts: with the keys of `NOTES`, and of `RENDERING_NOTES` that are not 0.
     """
     texts = {
         "truncated_turns": f"truncated by {counts['cut_turns']:,} turns",
         "trimmed_user_turn": "without their last user turn",
         "own_system": "with a system text of their own",
+        "fast_rows": "by the fast renderer",
+        "template_rows": "by the checkpoint's template",
+        "split_rows": f"split into {counts.get('split_samples', 0):,} samples",
+        "too_long_samples": "samples of theirs too long",
     }
-    return ", ".join(f"{counts[name]:,} {text}" for name, text in texts.items() if counts[name])
+    found = {name: counts.get(name, 0) for name in texts}
+    return ", ".join(f"{found[name]:,} {text}" for name, text in texts.items() if found[name])
 
 
-def to_record(instruction: Instruction) -> bytes:
-    """int32 header (tokens, system_length, spans), tokens, spans, then row_system in UTF-8."""
-    tokens, spans = instruction.tokens, instruction.spans
-    header = np.array([len(tokens), instruction.system_length, len(spans)], np.int32)
-    return b"".join(
-        [header.tobytes(), tokens.tobytes(), spans.tobytes(), instruction.row_system.encode()]
-    )
-
-
-def from_record(record: bytes) -> Instruction:
-    """The instruction that `to_record` wrote."""
-    length, system_length, spans = np.frombuffer(record, np.int32, 3).tolist()
-    numbers = np.frombuffer(record, np.int32, length + 3 * spans, offset=12)
-    text = record[12 + numbers.nbytes :].decode()
-    return Instruction(numbers[:length], system_length, numbers[length:].reshape(-1, 3), text)
+def records_kept(counts: Mapping[str, Any]) -> int:
+    """The number of records of a block, from its counts: the samples of all rows that are kept."""
+    return counts.get("samples", counts["kept"])
 
 
 def bad_row_error(place: str, reason: str, detail: str) -> UserError:
@@ -94,14 +95,17 @@ class BlockWriter:
         self.directory, self.data, self.prompt = directory, data, prompt
         self.tokenizer, self.benchmarks, self.place = tokenizer, benchmarks, place
         self.limit = data.max_instruction_tokens or data.sequence_length
+        self.options = Rendering(data.thinking, data.rewritten_history)
         self.records = array_record_module.ArrayRecordWriter(
             str(directory / RECORDS), "group_size:1"
         )
         self.read = self.kept = 0
         self.lengths, self.hashes = array("i"), array("Q")  # rows of 3 and of 2
+        self.samples = array("i")
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[dict[str, Any]]] = {}
         self.notes = dict.fromkeys(NOTES, 0)
+        self.rendering: Counter[str] = Counter()  # of RENDERING_NOTES
         self.ignored: dict[str, dict[str, Any]] = {}  # by key: rows, and the first with its line
 
     def add(self, rows: Iterable[SourceRow], max_rows: int | None) -> None:
@@ -111,12 +115,12 @@ class BlockWriter:
           UserError: a row is refused by the config.
         """
         for batch in _batches(rows):
-            instructions = iter(
+            conversations = [
+                row.conversation for row in batch if isinstance(row.conversation, Conversation)
+            ]
+            rendered = iter(
                 rendering.render(
-                    [r.conversation for r in batch if isinstance(r.conversation, Conversation)],
-                    self.tokenizer,
-                    self.prompt,
-                    self.data.row_system,
+                    conversations, self.tokenizer, self.prompt, self.data.row_system, self.options
                 )
             )
             for row in batch:
@@ -126,45 +130,61 @@ class BlockWriter:
                 try:
                     if isinstance(row.conversation, BadRow):
                         raise row.conversation
-                    samples = next(instructions)
+                    samples = next(rendered)
                     if isinstance(samples, BadRow):
                         raise samples
-                    self._keep(row, *self._fit(samples[0], row.conversation))
+                    kept = self._fit(samples, row.conversation)
+                    self._keep(row, len(samples), *kept)
                 except BadRow as bad:
                     self._drop(row.line, bad)
 
     def _fit(
-        self, instruction: Instruction, conversation: Conversation
-    ) -> tuple[Instruction, Conversation]:
-        """The row as the config keeps it; raises BadRow if it keeps nothing."""
-        if self.data.row_system == "drop_row" and instruction.row_system:
-            raise BadRow("has_system", "the row has a system turn of its own")
-        length = len(instruction.tokens)
-        if length <= self.limit:
-            return instruction, conversation
-        exchanges = 0
-        if self.data.too_long == "truncate_turns":
-            instruction, exchanges = rendering.first_exchanges(
-                instruction, self.tokenizer, self.prompt, self.data.row_system, self.limit
-            )
-        if not exchanges:
-            raise BadRow("too_long", f"{length} tokens, at most {self.limit}")
-        return instruction, conversation.first_exchanges(exchanges)
+        self, samples: list[Instruction], conversation: Conversation
+    ) -> tuple[list[Instruction], Conversation]:
+        """The row as the config keeps it; raises BadRow if it keeps nothing.
 
-    def _keep(self, row: SourceRow, instruction: Instruction, conversation: Conversation) -> None:
+        Of several samples, those that fit are kept: a shorter one would be like another sample.
+        """
+        if self.data.row_system == "drop_row" and samples[0].row_system:
+            raise BadRow("has_system", "the row has a system turn of its own")
+        length = max(len(sample.tokens) for sample in samples)
+        if length <= self.limit:
+            return samples, conversation
+        bad = BadRow("too_long", f"{length} tokens, at most {self.limit}")
+        if self.data.too_long == "error":
+            raise bad
+        if len(samples) > 1:
+            fitting = [sample for sample in samples if len(sample.tokens) <= self.limit]
+            if not fitting:
+                raise bad
+            return fitting, conversation
+        if self.data.too_long == "drop":
+            raise bad
+        shorter, exchanges = rendering.first_exchanges(
+            samples[0], self.tokenizer, self.prompt, self.data.row_system, self.limit
+        )
+        if not exchanges:
+            raise bad
+        return [shorter], conversation.first_exchanges(exchanges)
+
+    def _keep(
+        self, row: SourceRow, rendered: int, samples: list[Instruction], conversation: Conversation
+    ) -> None:
+        """Writes the samples of a row.
+
+        Args:
+          rendered: how many there were before some were found too long.
+          conversation: what is kept of the row's.
+        """
         assert isinstance(row.conversation, Conversation)
         contaminated = self._contaminated(row.line, conversation)
-        self.records.write(to_record(instruction))
-        self.lengths.extend((len(instruction.tokens), *loss_tokens(instruction)))
-        turns = whole = content_hash(conversation.turns)
-        # A system text that the domain's prompt replaces is not trained on.
-        if conversation.system is not None and not (
-            self.data.row_system == "replace" and self.prompt
-        ):
-            whole = content_hash(conversation.messages)
-        self.hashes.extend((whole, turns))
+        for sample in samples:
+            self.records.write(to_record(sample))
+            self.lengths.extend((len(sample.tokens), *loss_tokens(sample)))
+        self._hash(conversation, len(samples))
         self.kept += 1
-        self.notes["own_system"] += bool(instruction.row_system)
+        self._count_rendering(rendered, samples)
+        self.notes["own_system"] += bool(samples[0].row_system)
         self.notes["trimmed_user_turn"] += row.trimmed
         self.notes["truncated_turns"] += conversation is not row.conversation
         self.notes["cut_turns"] += len(row.conversation.turns) - len(conversation.turns)
@@ -176,6 +196,27 @@ class BlockWriter:
         for key, text in row.ignored.items():
             first = {"rows": 0, "line": row.line, "example": text}
             self.ignored.setdefault(key, first)["rows"] += 1
+
+    def _hash(self, conversation: Conversation, samples: int) -> None:
+        """Adds the hashes and numbers of the samples of a conversation."""
+        turns = whole = content_hash(conversation.turns, conversation.tools)
+        # A system text that the domain's prompt replaces is not trained on.
+        if conversation.system is not None and not (
+            self.data.row_system == "replace" and self.prompt
+        ):
+            whole = content_hash(conversation.messages, conversation.tools)
+        for sample in range(samples):
+            self.hashes.extend(((whole + sample) % 2**64, turns))
+            self.samples.append(sample)
+
+    def _count_rendering(self, rendered: int, samples: list[Instruction]) -> None:
+        """Counts by which path a row was rendered, and what was made of it."""
+        if self.tokenizer.template.typed:
+            self.rendering["template_rows" if samples[0].conversation else "fast_rows"] += 1
+        if rendered > 1:
+            self.rendering["split_rows"] += 1
+            self.rendering["split_samples"] += len(samples)
+            self.rendering["too_long_samples"] += rendered - len(samples)
 
     def _unfilled(self, line: int, conversation: Conversation) -> bool:
         """Whether the row has a template's variable in its text, such as {{name}}."""
@@ -189,8 +230,8 @@ class BlockWriter:
         """Whether the row holds a benchmark question; raises BadRow if it is dropped for that."""
         if self.benchmarks is None:
             return False
-        for message in conversation.turns:
-            if question := self.benchmarks.hit(message.content):
+        for text in (text for m in conversation.turns for text in (m.thinking, m.content)):
+            if question := self.benchmarks.hit(text):
                 bad = BadRow("contaminated", f"shares 13 words in a row with {question}")
                 if self.data.decontaminate.on_hit == "drop":
                     raise bad
@@ -219,21 +260,25 @@ class BlockWriter:
         self.records.close()
         np.save(self.directory / LENGTHS, np.array(self.lengths, np.int32).reshape(-1, 3))
         np.save(self.directory / HASHES, np.array(self.hashes, np.uint64).reshape(-1, 2))
+        arrays, records = [LENGTHS, HASHES], len(self.samples)
+        if records > self.kept:
+            np.save(self.directory / SAMPLES, np.array(self.samples, np.int32))
+            arrays.append(SAMPLES)
         counts = {
             "read": self.read,
             "kept": self.kept,
             "lines": lines,
             "dropped": self.dropped,
             **self.notes,
+            **{note: count for note, count in self.rendering.items() if count},
+            **({"samples": records} if records > self.kept else {}),
             "ignored": self.ignored,
             "examples": sorted(chain(*self.examples.values()), key=lambda row: row["line"]),
             # Shows whether the folder is complete.
-            "bytes": {
-                name: (self.directory / name).stat().st_size for name in (RECORDS, LENGTHS, HASHES)
-            },
+            "bytes": {name: (self.directory / name).stat().st_size for name in (RECORDS, *arrays)},
         }
         (self.directory / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
-        write_sums(self.directory, (LENGTHS, HASHES, COUNTS))
+        write_sums(self.directory, (*arrays, COUNTS))
 
 
 def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:

@@ -122,22 +122,25 @@ def plan_epoch(
     Raises:
       UserError: there is nothing to plan, or no group fits a row.
     """
-    counts, lengths, limit = corpus.counts, corpus.lengths, data.sequence_length
+    lengths, limit = corpus.lengths, data.sequence_length
     same_column = data.sampling == "balanced"
 
     def rng(stream: RandomStream) -> np.random.Generator:
         return mixture.generator(seed, stream, epoch, stage)
 
     drawn = mixture.draw_groups(corpus, data, seed, epoch, stage, first_draws, groups)
-    members = swaps.repair_groups(drawn, lengths, limit, same_column, rng(RandomStream.REPAIR))
+    members = swaps.repair_groups(
+        drawn, lengths, limit, same_column, rng(RandomStream.REPAIR), corpus.conversation_of
+    )
     sizes = mixture.group_sizes(members, lengths)
     fits = (sizes > 0) & (sizes <= limit)
     unplaced = members[~fits]
     drawn, members, sizes = drawn[fits], members[fits], sizes[fits]
     if not len(members):
         raise NoGroupFits(limit)
-    members, row_of = _rows(members, lengths, data, rng(RandomStream.FILL))
+    members, row_of = _rows(members, corpus, data, rng(RandomStream.FILL))
     moved = int(np.count_nonzero(members != drawn))
+    counts = np.diff(corpus.offsets).tolist()
     members = mixture.order_members(members, counts, data, seed, epoch, stage)
     rows = int(row_of.max()) + 1
     row_of = rng(RandomStream.ROWS).permutation(rows)[row_of]
@@ -162,7 +165,7 @@ def plan_epoch(
 
 
 def _rows(
-    members: np.ndarray, lengths: np.ndarray, data: Data, rng: np.random.Generator
+    members: np.ndarray, corpus: Corpus, data: Data, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Puts groups into rows by data.packing and data.repeat_in_row.
 
@@ -171,28 +174,35 @@ def _rows(
       more rows than sequential.
     """
     if data.repeat_in_row == "forbid":
-        return _rows_without_copies(members, lengths, data, rng)
-    # As if every place had an instruction of its own.
+        return _rows_without_copies(members, corpus.lengths, data, rng, corpus.conversation_of)
+    # As if every place had a conversation of its own.
     numbers = members[members >= 0]
     apart = np.full(members.shape, -1)
     apart[members >= 0] = np.arange(len(numbers))
-    apart, row_of = _rows_without_copies(apart, lengths[numbers], data, rng)
+    apart, row_of = _rows_without_copies(apart, corpus.lengths[numbers], data, rng, None)
     return np.where(apart < 0, -1, numbers[apart]), row_of
 
 
 def _rows_without_copies(
-    members: np.ndarray, lengths: np.ndarray, data: Data, rng: np.random.Generator
+    members: np.ndarray,
+    lengths: np.ndarray,
+    data: Data,
+    rng: np.random.Generator,
+    conversation_of: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     assert data.packing is not None  # resolved by the config
     limit, sizes = data.sequence_length, mixture.group_sizes(members, lengths)
+    held = packing.conversations(members, conversation_of)
     if data.packing != "best_fit":
-        return members, packing.pack(members, sizes, limit, data.packing)
+        return members, packing.pack(held, sizes, limit, data.packing)
     if data.sampling == "balanced":
-        filled, row_of = small_domains.place_chunks(members, lengths, limit, rng)
+        filled, row_of = small_domains.place_chunks(members, lengths, limit, rng, conversation_of)
     else:
-        row_of = packing.pack(members, sizes, limit, "best_fit")
-        filled, row_of = swaps.fill_rows(members, row_of, lengths, limit, False, rng)
-    in_order = packing.pack(members, sizes, limit, "sequential")
+        row_of = packing.pack(held, sizes, limit, "best_fit")
+        filled, row_of = swaps.fill_rows(
+            members, row_of, lengths, limit, False, rng, conversation_of=conversation_of
+        )
+    in_order = packing.pack(held, sizes, limit, "sequential")
     if in_order.max() < row_of.max():
         return members, in_order
     return filled, row_of

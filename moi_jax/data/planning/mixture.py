@@ -10,12 +10,14 @@ last group if it is shorter. Example: balanced sampling of 3 chat instructions (
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import numpy as np
 
 from moi_jax.common.errors import UserError
 from moi_jax.config import Data
 from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.planning.packing import conversations
 
 
 class RandomStream(IntEnum):
@@ -65,31 +67,54 @@ def draws(seed: int, domain: int, n: int, start: int, count: int, source: int = 
     return drawn
 
 
+def sample_draws(
+    seed: int, domain: int, samples: np.ndarray, start: int, count: int, source: int = 0
+) -> np.ndarray:
+    """Like `draws`, with the sample that each draw takes of its conversation.
+
+    Draw number j, which is of permutation number j // n, takes sample (j // n) mod m of a
+    conversation of m samples. So each draw of a conversation takes its next sample.
+
+    Args:
+      samples: int64[n + 1], where the samples of each of the n conversations begin.
+
+    Returns:
+      int64[count] of numbers of samples.
+    """
+    n = len(samples) - 1
+    conversations = draws(seed, domain, n, start, count, source)
+    rounds = np.arange(start, start + count) // n
+    return samples[conversations] + rounds % np.diff(samples)[conversations]
+
+
 @dataclass(frozen=True)
 class WeightedSources:
     """A domain whose sources are drawn from by weight, whatever their sizes.
 
     Attributes:
-      starts: int64[sources + 1]; instruction i of source s is starts[s] + i of the domain.
+      starts: int64[sources + 1]; conversation i of source s is starts[s] + i of the domain.
       shares: float64[sources]; their sum is 1.
+      samples: int64[n + 1], where the samples of each conversation of the domain begin.
     """
 
     starts: np.ndarray
     shares: np.ndarray
+    samples: np.ndarray
 
     def draws(self, seed: int, domain: int, start: int, count: int) -> np.ndarray:
-        """Like the function `draws`; counts differ by at most one within each source."""
+        """Like `sample_draws`; counts differ by at most one within each source."""
         drawn = np.empty(count, np.int64)
         for block in range(start // BLOCK, -(-(start + count) // BLOCK)):
             before, after = self._taken(block * BLOCK), self._taken((block + 1) * BLOCK)
             labels = np.repeat(np.arange(len(self.shares)), after - before)
             generator(seed, RandomStream.SOURCES, domain, block).shuffle(labels)
             whole = np.empty(BLOCK, np.int64)
-            for source, n in enumerate(np.diff(self.starts).tolist()):
-                mine = labels == source
-                taken = int(after[source] - before[source])
-                chosen = draws(seed, domain, n, int(before[source]), taken, source + 1)
-                whole[mine] = chosen + self.starts[source]
+            for source, (begin, end) in enumerate(pairwise(self.starts.tolist())):
+                samples = self.samples[begin : end + 1]
+                first, taken = int(before[source]), int(after[source] - before[source])
+                whole[labels == source] = sample_draws(
+                    seed, domain, samples, first, taken, source + 1
+                )
             first, last = max(start, block * BLOCK), min(start + count, (block + 1) * BLOCK)
             drawn[first - start : last - start] = whole[first % BLOCK :][: last - first]
         return drawn
@@ -117,7 +142,7 @@ def weighted_sources(corpus: Corpus, data: Data, domain: int) -> WeightedSources
             f"a weighted source of domain {data.domains[domain].name} has no training "
             f"instruction; remove the source, or remove the weights of the domain's sources"
         )
-    return WeightedSources(starts, weights / weights.sum())
+    return WeightedSources(starts, weights / weights.sum(), corpus.samples(domain))
 
 
 def asked_shares(corpus: Corpus, data: Data) -> np.ndarray:
@@ -159,7 +184,7 @@ def epoch_counts(corpus: Corpus, data: Data) -> np.ndarray:
         )
     shares = asked_shares(corpus, data)
     if data.unit == "loss_tokens":
-        tokens = corpus.domain_loss_tokens / np.maximum(corpus.counts, 1)
+        tokens = corpus.loss_tokens_per_draw
         shares = np.divide(shares, tokens, out=np.zeros(len(shares)), where=tokens > 0)
         shares /= shares.sum()
     assert data.epoch_end is not None  # resolved by the config
@@ -224,11 +249,11 @@ def draw_groups(
     starts = first_draws + epoch * counts
 
     def drawn(domain: int, count: int) -> np.ndarray:
-        n, start = corpus.counts[domain], int(starts[domain])
+        start = int(starts[domain])
         weighted = weighted_sources(corpus, data, domain)
         if weighted:
-            return weighted.draws(seed, domain, start, count) + corpus.offsets[domain]
-        return draws(seed, domain, n, start, count) + corpus.offsets[domain]
+            return weighted.draws(seed, domain, start, count)
+        return sample_draws(seed, domain, corpus.samples(domain), start, count)
 
     if data.sampling == "balanced":
         chunks = int(counts[0]) if groups is None else groups
@@ -248,18 +273,24 @@ def draw_groups(
     if data.chunk_size > 1 and data.repeat_in_row == "forbid":
         # Also with fewer draws than instructions: an epoch may end one permutation of a domain and
         # begin the next.
-        _separate_copies(members, generator(seed, RandomStream.UNION, epoch, stage, 1))
+        rng = generator(seed, RandomStream.UNION, epoch, stage, 1)
+        _separate_copies(members, corpus.conversation_of, rng)
     return members
 
 
-def _separate_copies(members: np.ndarray, rng: np.random.Generator) -> None:
-    """Swaps instructions that occur twice in their group with those of other groups, in place.
+def _separate_copies(
+    members: np.ndarray, conversation_of: np.ndarray | None, rng: np.random.Generator
+) -> None:
+    """Swaps conversations that occur twice in their group with those of other groups, in place.
 
-    A copy is left out (-1) if every group holds its instruction: a group of four has no other
+    A copy is left out (-1) if every group holds its conversation: a group of four has no other
     choice if its domain has only three.
+
+    Args:
+      conversation_of: see `Corpus.conversation_of`.
     """
     for _ in range(SEPARATING_ROUNDS):
-        group, column = _copies(members)
+        group, column = _copies(conversations(members, conversation_of))
         if not len(group):
             return
         other = rng.integers(len(members), size=len(group))
@@ -268,21 +299,25 @@ def _separate_copies(members: np.ndarray, rng: np.random.Generator) -> None:
         for g, c, o in zip(group.tolist(), column.tolist(), other.tolist(), strict=True):
             if members[o, other_column] >= 0:
                 members[g, c], members[o, other_column] = members[o, other_column], members[g, c]
-    group, column = _copies(members)
-    copies = members[group, column]
+    held = conversations(members, conversation_of)
+    group, column = _copies(held)
+    copies = held[group, column]
     for copy in np.unique(copies):
         mine = np.flatnonzero(copies == copy)
-        without = rng.permutation(np.flatnonzero((members != copy).all(axis=1)))
+        held = conversations(members, conversation_of)
+        without = rng.permutation(np.flatnonzero((held != copy).all(axis=1)))
         # A full group without it has a member to give: it has more different ones.
         for index, other in zip(mine, without, strict=False):
             g = group[index]
-            where = np.flatnonzero(members[g] == copy)
+            ours, theirs = conversations(members[[g, other]], conversation_of)
+            where = np.flatnonzero(ours == copy)
             if len(where) == 1:  # an earlier swap has taken the other one
                 continue
-            give = np.flatnonzero(~np.isin(members[other], members[g]))
+            give = np.flatnonzero(~np.isin(theirs, ours))
             if len(give):
-                members[g, where[-1]], members[other, give[0]] = members[other, give[0]], copy
-    members[_copies(members)] = -1
+                here, there = (g, where[-1]), (other, give[0])
+                members[here], members[there] = members[there], members[here]
+    members[_copies(conversations(members, conversation_of))] = -1
 
 
 def _copies(members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -315,7 +350,7 @@ def order_members(
 
     Args:
       members: int64[G, W] global instruction numbers.
-      counts: the number of training instructions of each domain, in config order.
+      counts: the number of training instructions of each domain, samples counted apart.
 
     Returns:
       int64[G, W].

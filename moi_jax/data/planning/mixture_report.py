@@ -10,6 +10,7 @@ from rich.table import Table
 from moi_jax.common.log import LogTable
 from moi_jax.config import Data
 from moi_jax.data.cache.domain import DomainCache
+from moi_jax.data.planning.corpus import Corpus
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.mixture import asked_shares
 
@@ -22,9 +23,10 @@ def mixture_statistics(
     """The figures of one epoch, as `preview --stats --json` prints them.
 
     For every domain, read = sum of dropped + held_out + used + unplaced + not_drawn. `used` counts
-    the training instructions that occur in the plan, `unplaced` those that were drawn only for
-    groups that fit no row. Tokens count every occurrence. `asked` is the share that the config asks
-    for, in data.unit.
+    the training conversations that occur in the plan, `unplaced` those that were drawn only for
+    groups that fit no row. A conversation of several samples counts once, and occurs whenever one
+    of them does. Tokens count every occurrence. `asked` is the share that the config asks for, in
+    data.unit.
 
     Args:
       report: by domain name, with the keys read, dropped ({reason: n}) and held_out; see
@@ -37,11 +39,14 @@ def mixture_statistics(
     token_sums = occurrences * corpus.lengths
     left_out = np.zeros(len(corpus.lengths), bool)
     left_out[plan.unplaced] = True
-    left_out &= occurrences == 0
+    # From here on by conversation.
+    occurrences = _by_conversation(corpus, occurrences)
+    left_out = (_by_conversation(corpus, left_out) > 0) & (occurrences == 0)
     asked = asked_shares(corpus, data)
     domains = {}
     for domain, name in enumerate(corpus.names):
-        mine = slice(corpus.offsets[domain], corpus.offsets[domain + 1])
+        samples = slice(*corpus.offsets[domain : domain + 2])
+        mine = slice(*corpus.conversation_offsets[domain : domain + 2])
         counts = occurrences[mine]
         used, unplaced = int(np.count_nonzero(counts)), int(left_out[mine].sum())
         domains[name] = {
@@ -55,7 +60,7 @@ def mixture_statistics(
             "occurrences": int(counts.sum()),
             "mean_repeats": float(counts.sum() / max(used, 1)),
             "max_repeats": int(counts.max(initial=0)),
-            "tokens": int(token_sums[mine].sum()),
+            "tokens": int(token_sums[samples].sum()),
             "loss_tokens": int(plan.domain_loss_tokens[domain]),
         }
     return {
@@ -73,6 +78,12 @@ def mixture_statistics(
         "domains_per_row": domains_per_row(plan),
         "domains": domains,
     }
+
+
+def _by_conversation(corpus: Corpus, values: np.ndarray) -> np.ndarray:
+    """int64[conversations]: the sums of the values of each conversation's instructions."""
+    sums = np.append(0, np.cumsum(values, dtype=np.int64))
+    return np.diff(sums[corpus.conversation_starts])
 
 
 def domains_per_row(plan: EpochPlan) -> float:

@@ -1,6 +1,6 @@
 """Packing: which groups share a row (best fit, sequential, or one group for each row).
 
-A group is never cut, and the same instruction never occurs twice in a row. Example: groups of 6,
+A group is never cut, and the same conversation never occurs twice in a row. Example: groups of 6,
 5, 4 and 3 tokens in rows of 10 tokens are packed as 6 + 4 and 5 + 3 by best_fit.
 """
 
@@ -8,6 +8,16 @@ from array import array
 from typing import Literal
 
 import numpy as np
+
+
+def conversations(members: np.ndarray, conversation_of: np.ndarray | None) -> np.ndarray:
+    """The conversation of each member, -1 for none.
+
+    Args:
+      members: global instruction numbers, -1 for none.
+      conversation_of: see `Corpus.conversation_of`; None if each instruction is a conversation.
+    """
+    return members if conversation_of is None else conversation_of[members]
 
 
 def pack(
@@ -19,7 +29,7 @@ def pack(
     """Assigns every group to a row of sequence_length tokens.
 
     Args:
-      members: int64[G, W] global instruction numbers of each group, -1 for none.
+      members: int64[G, W] the conversations of each group, -1 for none.
       sizes: int64[G] tokens of each group, 1 <= size <= sequence_length, in draw order.
 
     Returns:
@@ -33,7 +43,7 @@ def pack(
 
 
 def repeated_members(members: np.ndarray) -> np.ndarray:
-    """bool[G, W]: True for members whose instruction occurs more than once in all groups."""
+    """bool[G, W]: True for members that occur more than once in all groups."""
     present = members >= 0
     occurrences = np.bincount(members[present])
     return present & (occurrences[members] > 1)
@@ -122,18 +132,21 @@ def best_fit(
     that already holds an instruction of the group is skipped for the next tightest one; after
     ROWS_TRIED rows a new row is opened.
 
-    If each group is one instruction, all rows are tried, and the instructions that many rows must
+    If each group is one instruction, all rows are tried, and the conversations that many rows must
     take come first: for their copies there would be no row left at the end.
 
     Args:
+      members: int64[G, W] the conversations of each group, -1 for none.
       most: the largest number of groups in a row; None for any number.
     """
     copies = Copies(members)
     order, lone = np.argsort(-sizes, kind="stable"), members.shape[1] == 1
-    if lone:  # copies one after another
-        order = np.lexsort(
-            (members[:, 0], -sizes, ~_wanted_by_many(members, sizes, sequence_length))
-        )
+    if lone:  # copies one after another, also where the samples of a conversation differ in size
+        alone = members[:, 0]
+        longest = np.zeros(alone.max() + 1, np.int64)
+        np.maximum.at(longest, alone, sizes)
+        late = ~_wanted_by_many(members, sizes, sequence_length)
+        order = np.lexsort((-sizes, alone, -longest[alone], late))
     # A row that took a copy is held back until the next instruction comes: then no open row holds
     # one, and none has to be searched.
     search = copies.any and not lone

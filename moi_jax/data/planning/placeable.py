@@ -87,7 +87,9 @@ class _Pool:
 def _pools(corpus: Corpus, data: Data, limit: int) -> list[_Pool]:
     """The pool of each column, without the instructions that are left out."""
     draws = epoch_counts(corpus, data)
-    weights = np.repeat(draws / np.maximum(corpus.counts, 1), corpus.counts)
+    samples = np.diff(corpus.conversation_starts)
+    of_conversation = np.repeat(draws / np.maximum(corpus.counts, 1), corpus.counts)
+    weights = np.repeat(of_conversation / samples, samples)
     numbers = np.arange(len(weights))
     if data.sampling == "balanced":
         pools = [_Pool.of(n, corpus, weights) for n in np.split(numbers, corpus.offsets[1:-1])]

@@ -25,39 +25,45 @@ Rows = tuple[np.ndarray, np.ndarray]  # the new members, and int64[G], the row o
 
 
 def place_chunks(
-    members: np.ndarray, lengths: np.ndarray, limit: int, rng: np.random.Generator
+    members: np.ndarray,
+    lengths: np.ndarray,
+    limit: int,
+    rng: np.random.Generator,
+    conversation_of: np.ndarray | None = None,
 ) -> Rows:
-    """Best fit of balanced chunks; a row holds no instruction twice, however small a domain is.
+    """Best fit of balanced chunks; a row holds no conversation twice, however small a domain is.
 
     Args:
       members: int64[G, W] global instruction numbers, a domain in each column; not changed.
       lengths: int32[instructions] tokens of each instruction.
       limit: the tokens of a row.
+      conversation_of: see `Corpus.conversation_of`.
 
     Returns:
       The new members, and int64[G], the row of each chunk.
     """
     chunks, tokens = len(members), int(lengths[members].sum(dtype=np.int64))
     a_row = min(chunks, chunks * limit / tokens)
-    distinct = [int(np.count_nonzero(np.bincount(column))) for column in members.T]
+    held = packing.conversations(members, conversation_of)
+    distinct = [int(np.count_nonzero(np.bincount(column))) for column in held.T]
     cycled = [column for column, n in enumerate(distinct) if n < chunks]
     most = min((distinct[column] for column in cycled), default=chunks)
     by_rule, by_tokens = -(-chunks // most), -(-tokens // int(limit * swaps.AIM))
     if not cycled or most >= MANY * a_row:
-        return _fitted(members, lengths, limit, None, rng)
+        return _fitted(members, lengths, limit, None, rng, conversation_of)
     best = None
     if most >= FEW * a_row:
-        best = _fitted(members, lengths, limit, None, rng)
+        best = _fitted(members, lengths, limit, None, rng, conversation_of)
         if best[1].max() < NEAR * max(by_rule, by_tokens):
             return best
     columns = [column for column in cycled if distinct[column] < DEALT * a_row]
     for arrange in (_evenly_spread, _fitted) if by_rule > by_tokens else (_fitted, _evenly_spread):
-        rows = _dealt_out(members, lengths, limit, most, columns, arrange, rng)
+        rows = _dealt_out(members, lengths, limit, most, columns, arrange, rng, conversation_of)
         if rows and (best is None or rows[1].max() < best[1].max()):
             best = rows
         if best and best[1].max() < max(by_rule, by_tokens):
             break
-    return best or _fitted(members, lengths, limit, None, rng)
+    return best or _fitted(members, lengths, limit, None, rng, conversation_of)
 
 
 def _dealt_out(
@@ -68,6 +74,7 @@ def _dealt_out(
     columns: list[int],
     arrange: Callable[..., Rows],
     rng: np.random.Generator,
+    conversation_of: np.ndarray | None,
 ) -> Rows | None:
     """Rows that are made as if the instructions of the columns were all different, then dealt out.
 
@@ -79,13 +86,16 @@ def _dealt_out(
     apart = members.copy()
     apart[:, columns] = own
     of_place = np.append(np.arange(len(lengths)), members[:, columns].ravel())
-    apart, row_of = arrange(apart, lengths[of_place], limit, most, rng)
+    held = None
+    if conversation_of is not None:
+        held = np.concatenate([conversation_of[:-1], own.ravel(), [-1]])
+    apart, row_of = arrange(apart, lengths[of_place], limit, most, rng, held)
     chosen = of_place[apart]
     for column in columns:
-        chosen[:, column] = deal(chosen[:, column], row_of, lengths, rng)
+        chosen[:, column] = _deal_samples(chosen[:, column], row_of, lengths, conversation_of, rng)
     if (lengths[chosen].sum(axis=1) > limit).any():
         return None
-    return _mended(chosen, row_of, lengths, limit, most, rng)
+    return _mended(chosen, row_of, lengths, limit, most, rng, conversation_of)
 
 
 def _fitted(
@@ -94,15 +104,22 @@ def _fitted(
     limit: int,
     most: int | None,
     rng: np.random.Generator,
+    conversation_of: np.ndarray | None,
 ) -> Rows:
     """Rows as full as best fit and swaps make them, with at most `most` chunks."""
     sizes = lengths[members].sum(axis=1, dtype=np.int64)
-    row_of = packing.best_fit(members, sizes, limit, most)
-    return swaps.fill_rows(members, row_of, lengths, limit, True, rng, most)
+    held = packing.conversations(members, conversation_of)
+    row_of = packing.best_fit(held, sizes, limit, most)
+    return swaps.fill_rows(members, row_of, lengths, limit, True, rng, most, conversation_of)
 
 
 def _evenly_spread(
-    members: np.ndarray, lengths: np.ndarray, limit: int, most: int, rng: np.random.Generator
+    members: np.ndarray,
+    lengths: np.ndarray,
+    limit: int,
+    most: int,
+    rng: np.random.Generator,
+    conversation_of: np.ndarray | None,
 ) -> Rows:
     """The fewest rows that `most` and `limit` allow, with equal numbers of chunks and of tokens.
 
@@ -120,6 +137,25 @@ def _evenly_spread(
     return members, row_of
 
 
+def _deal_samples(
+    column: np.ndarray,
+    row_of: np.ndarray,
+    lengths: np.ndarray,
+    conversation_of: np.ndarray | None,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Deals the conversations of a column, see `deal`; their places take the samples in turn."""
+    if conversation_of is None:
+        return deal(column, row_of, lengths, rng)
+    held = conversation_of[column]
+    tokens = np.bincount(held, weights=lengths[column])
+    means = tokens / np.maximum(np.bincount(held), 1)
+    dealt = np.empty_like(column)
+    places = np.argsort(deal(held, row_of, means, rng), kind="stable")
+    dealt[places] = column[np.argsort(held, kind="stable")]
+    return dealt
+
+
 def deal(
     column: np.ndarray, row_of: np.ndarray, lengths: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
@@ -131,6 +167,7 @@ def deal(
     Args:
       column: int64[G] instructions, many of them several times.
       row_of: int64[G], the row of each place.
+      lengths: tokens of each instruction.
     """
     instructions, index, counts = np.unique(column, return_inverse=True, return_counts=True)
     n, of = len(instructions), lengths[instructions]
@@ -172,30 +209,33 @@ def _mended(
     limit: int,
     most: int,
     rng: np.random.Generator,
+    conversation_of: np.ndarray | None,
 ) -> Rows:
     """Rows within the limit and without copies: by swaps, then by moving chunks to other rows."""
     sizes = swaps.row_sizes(members, row_of, lengths)
-    layout = swaps.Layout(members.copy(), row_of, sizes, lengths, same_column=True, repeats=True)
+    layout = swaps.Layout(members.copy(), row_of, sizes, lengths, True, True, conversation_of)
     swaps.shorten(layout, limit, rng)
     members, row_of = layout.members, row_of.copy()
-    moved = _misplaced(members, row_of, lengths, limit)
+    held, sizes = packing.conversations(members, conversation_of), lengths[members].sum(axis=1)
+    moved = _misplaced(held, row_of, sizes, limit)
     if len(moved):
-        sizes = lengths[members[moved]].sum(axis=1, dtype=np.int64)
-        row_of[moved] = row_of.max() + 1 + packing.best_fit(members[moved], sizes, limit, most)
+        row_of[moved] = row_of.max() + 1 + packing.best_fit(held[moved], sizes[moved], limit, most)
         _, row_of = np.unique(row_of, return_inverse=True)
-    return swaps.fill_rows(members, row_of, lengths, limit, True, rng, most)
+    return swaps.fill_rows(members, row_of, lengths, limit, True, rng, most, conversation_of)
 
 
-def _misplaced(
-    members: np.ndarray, row_of: np.ndarray, lengths: np.ndarray, limit: int
-) -> np.ndarray:
-    """The chunks to move, so that the others fit their rows and no row holds a copy."""
-    keys = row_of[:, None] * len(lengths) + members
+def _misplaced(held: np.ndarray, row_of: np.ndarray, sizes: np.ndarray, limit: int) -> np.ndarray:
+    """The chunks to move, so that the others fit their rows and no row holds a copy.
+
+    Args:
+      held: int64[G, W] the conversations of each chunk.
+      sizes: int64[G] tokens of each chunk.
+    """
+    keys = row_of[:, None] * (held.max() + 1) + held
     _, first = np.unique(keys, return_index=True)
     copy = np.ones(keys.size, bool)
     copy[first] = False
     moved = np.any(copy.reshape(keys.shape), axis=1)
-    sizes = lengths[members].sum(axis=1, dtype=np.int64)
     # The longest chunks of a row stay, as many as fit.
     order = np.lexsort((-sizes, row_of))
     order = order[~moved[order]]

@@ -28,8 +28,9 @@ class Layout:
       sizes: int64[R], the tokens of each row.
       lengths: int32[instructions + 1], the tokens of each instruction; the last is 0, for -1.
       same_column: swap only within a column (balanced: the instructions of one domain).
-      repeats: whether an instruction may stand in two rows, so that a swap could bring it twice
+      repeats: whether a conversation may stand in two rows, so that a swap could bring it twice
         into one.
+      conversation_of: see `Corpus.conversation_of`.
     """
 
     members: np.ndarray
@@ -38,6 +39,7 @@ class Layout:
     lengths: np.ndarray
     same_column: bool
     repeats: bool
+    conversation_of: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self._order = np.argsort(self.row_of, kind="stable")
@@ -111,6 +113,7 @@ def _round(layout: Layout, long: np.ndarray, limit: int, rng: np.random.Generato
     excess = layout.sizes[long] - limit
     index, choice = np.arange(len(long)), _choose(gain, excess)
     if layout.repeats:  # what stands in both rows must stay, or one of them would hold it twice
+        a, b = (packing.conversations(numbers, layout.conversation_of) for numbers in (a, b))
         taken = np.unravel_index(choice, gain.shape[1:])
         bad = np.flatnonzero(_brings_a_copy(a, b, taken))
         row, partner, i, j, column = np.nonzero((a[bad] == b[bad]) & (a[bad] >= 0))
@@ -142,10 +145,10 @@ def _choose(gain: np.ndarray, excess: np.ndarray) -> np.ndarray:
 
 
 def _brings_a_copy(a: np.ndarray, b: np.ndarray, swap: tuple[np.ndarray, ...]) -> np.ndarray:
-    """bool[l]: whether a swap of instructions brings one into a row that holds it already.
+    """bool[l]: whether a swap brings a conversation into a row that holds it already.
 
     Args:
-      a: int64[l, 1, m, 1, C], the instructions of each row.
+      a: int64[l, 1, m, 1, C], the conversations of each row.
       b: int64[l, each, 1, n, C], those of its partners.
       swap: int64[l] each: the partner, the places in the row and in the partner, and the column.
     """
@@ -163,6 +166,7 @@ def repair_groups(
     sequence_length: int,
     same_column: bool,
     rng: np.random.Generator,
+    conversation_of: np.ndarray | None = None,
 ) -> np.ndarray:
     """Makes groups fit a row by swaps with groups that fit, before and after the swap.
 
@@ -173,6 +177,7 @@ def repair_groups(
       members: int64[G, W] global instruction numbers; not changed.
       lengths: int32[instructions] tokens of each instruction.
       same_column: swap only within a column (balanced: the instructions of one domain).
+      conversation_of: see `Corpus.conversation_of`.
 
     Returns:
       int64[G, W]: `members` itself if all groups fit, otherwise a repaired copy. Groups that no
@@ -185,7 +190,8 @@ def repair_groups(
     members = members.copy()
     # The instructions of a balanced group are of different domains, whatever is swapped.
     rows = np.arange(len(members))
-    layout = Layout(members, rows, sizes, lengths, same_column, repeats=not same_column)
+    repeats = not same_column
+    layout = Layout(members, rows, sizes, lengths, same_column, repeats, conversation_of)
     shorten(layout, sequence_length, rng)
     if same_column:
         _match_anew(members, lengths, sequence_length, rng)
@@ -267,6 +273,7 @@ def fill_rows(
     same_column: bool,
     rng: np.random.Generator,
     most: int | None = None,
+    conversation_of: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Removes rows and makes room for their groups in the other rows, by swaps.
 
@@ -281,17 +288,27 @@ def fill_rows(
       lengths: int32[instructions] tokens of each instruction.
       same_column: swap only within a column (balanced: the instructions of one domain).
       most: the largest number of groups in a row; None for any number.
+      conversation_of: see `Corpus.conversation_of`.
 
     Returns:
       The new members and row_of.
     """
     lengths = np.append(lengths, np.int32(0))
     tokens, rows = int(lengths[members].sum(dtype=np.int64)), int(row_of.max()) + 1
-    most_copies = int(np.bincount(members[members >= 0]).max())  # each in a row of its own
+    present = packing.conversations(members[members >= 0], conversation_of)
+    most_copies = int(np.bincount(present).max())  # each in a row of its own
     emptied = rows - max(-(-tokens // int(sequence_length * AIM)), most_copies)
     while emptied > 0:
         filled, now = _without_rows(
-            members, row_of, emptied, lengths, sequence_length, same_column, rng, most
+            members,
+            row_of,
+            emptied,
+            lengths,
+            sequence_length,
+            same_column,
+            rng,
+            most,
+            conversation_of,
         )
         saved = rows - 1 - int(now.max())
         if saved >= WORTH * emptied:
@@ -309,6 +326,7 @@ def _without_rows(
     same_column: bool,
     rng: np.random.Generator,
     most: int | None,
+    conversation_of: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One try of `fill_rows`: the members and row_of after emptying `emptied` rows.
 
@@ -316,7 +334,8 @@ def _without_rows(
     packed into new rows.
     """
     members = members.copy()
-    repeats = bool(packing.repeated_members(members).any())
+    held = packing.conversations(members, conversation_of)
+    repeats = bool(packing.repeated_members(held).any())
     by_size = np.argsort(np.bincount(row_of, weights=lengths[members].sum(axis=1)), kind="stable")
     number = np.full(len(by_size), -1)
     number[by_size[emptied:]] = np.arange(len(by_size) - emptied)  # hosts: the emptiest one first
@@ -324,14 +343,17 @@ def _without_rows(
     if most:
         hosts = hosts[np.bincount(row_of[row_of >= 0], minlength=len(hosts)) < most]
     for _ in range(HOSTS_TRIED):
-        guests = _host(members, row_of, lengths, hosts)
+        held = packing.conversations(members, conversation_of)
+        guests = _host(held, lengths[members].sum(axis=1), row_of, hosts)
         if not len(guests):
             break
         hosts = np.setdiff1d(hosts, row_of[guests])
         placed = np.flatnonzero(row_of >= 0)
         inside = members[placed]
         sizes = row_sizes(inside, row_of[placed], lengths)
-        layout = Layout(inside, row_of[placed], sizes, lengths, same_column, repeats)
+        layout = Layout(
+            inside, row_of[placed], sizes, lengths, same_column, repeats, conversation_of
+        )
         shorten(layout, sequence_length, rng)
         members[placed] = inside
         row_of[guests[layout.sizes[row_of[guests]] > sequence_length]] = -1
@@ -339,21 +361,26 @@ def _without_rows(
     outside = np.flatnonzero(row_of < 0)
     if len(outside):
         sizes = lengths[members[outside]].sum(axis=1, dtype=np.int64)
-        own = packing.best_fit(members[outside], sizes, sequence_length, most)
+        held = packing.conversations(members[outside], conversation_of)
+        own = packing.best_fit(held, sizes, sequence_length, most)
         row_of[outside] = int(row_of.max()) + 1 + own
     return members, row_of
 
 
 def _host(
-    members: np.ndarray, row_of: np.ndarray, lengths: np.ndarray, hosts: np.ndarray
+    members: np.ndarray, sizes: np.ndarray, row_of: np.ndarray, hosts: np.ndarray
 ) -> np.ndarray:
     """Assigns a host to each group without a row (-1); no two groups get the same one.
 
     A host must hold none of the group's members. Longer groups come first, and hosts are tried in
     order. Sets row_of in place, and returns the groups that got a host.
+
+    Args:
+      members: int64[G, W] the conversations of each group.
+      sizes: int64[G] tokens of each group.
     """
     homeless = np.flatnonzero(row_of < 0)
-    homeless = homeless[np.argsort(-lengths[members[homeless]].sum(axis=1), kind="stable")]
+    homeless = homeless[np.argsort(-sizes[homeless], kind="stable")]
     order = np.argsort(row_of, kind="stable")
     starts = np.searchsorted(row_of[order], hosts)
     ends = np.searchsorted(row_of[order], hosts, side="right")

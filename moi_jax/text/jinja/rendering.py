@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ from moi_jax.text.jinja.template import JinjaTemplate
 if TYPE_CHECKING:
     from moi_jax.text.tokenizer import Tokenizer
 
+# The other values of a message, with their defaults.
+OTHERS = {field.name: field.default for field in fields(Message)[2:]}
 # Stands for the special tokens in a user's text, which are not the template's.
 MASK = "\uf8e2"
 
@@ -150,9 +152,12 @@ def _of_sample(conversation: Conversation, rendered: tuple[Conversation, Sample]
 
 def to_json(conversation: Conversation, thinking: Thinking) -> str:
     """A sample's conversation, and data.thinking, as JSON without values that are the default."""
-    plain = asdict(Message("user", ""))
     messages = [
-        {k: v for k, v in asdict(message).items() if k in ("role", "content") or v != plain[k]}
+        {
+            "role": message.role,
+            "content": message.content,
+            **{k: v for k, default in OTHERS.items() if (v := getattr(message, k)) != default},
+        }
         for message in conversation.messages
     ]
     whole = {"messages": messages, "tools": conversation.tools, "thinking": thinking}

@@ -85,8 +85,9 @@ class JinjaTemplate(Template):
         self._tags = tuple(text for text in self.constants if "<" in text or "[" in text)
 
     def fingerprint(self) -> str:
-        """sha256 hex that changes when the template does."""
-        return hashlib.sha256(json.dumps(self.sources, sort_keys=True).encode()).hexdigest()
+        """sha256 hex that changes when the template does, or a token that it has by name."""
+        content = json.dumps([self.sources, self._named], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def _probe(self, known: Mapping[str, int]) -> None:
         """Finds out what the template can do by rendering a few chats."""
