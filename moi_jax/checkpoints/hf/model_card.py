@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 
 from moi_jax.checkpoints.items import ModelItems, read_json_item
-from moi_jax.text.jinja.template import JinjaTemplate
+from moi_jax.text.jinja.template import FROM_CHECKPOINT, JinjaTemplate
 from moi_jax.text.jinja.tool_formats import ToolFormat, describe_template, tool_format
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -46,15 +46,13 @@ def model_card(items: ModelItems, step: Path | None = None) -> str:
 def _template(items: ModelItems) -> dict[str, Any]:
     """What the card says of the chat template: name, tools, and whether it adds a prompt."""
     name = items.prompts["chat_template"]
-    if name is None:
-        return {"name": None, "tools": "", "adds_prompt": False}
+    if name != FROM_CHECKPOINT:
+        return {"name": name, "tools": "", "adds_prompt": False}
     template = Tokenizer.from_files(items.tokenizer, name).template
-    tools, adds_prompt = "", False
-    if isinstance(template, JinjaTemplate):
-        if template.renders_tools:
-            tools = _tools(tool_format(template))
-        default = items.prompts["default_system_prompt"]
-        adds_prompt = default is None and template.default_prompt is not None
+    assert isinstance(template, JinjaTemplate)
+    tools = _tools(tool_format(template)) if template.renders_tools else ""
+    default = items.prompts["default_system_prompt"]
+    adds_prompt = default is None and template.default_prompt is not None
     return {"name": describe_template(template), "tools": tools, "adds_prompt": adds_prompt}
 
 
