@@ -15,7 +15,7 @@ from support.tool_templates import TEMPLATES, WEATHER, with_calls
 QUESTION = Message("user", "How is the weather?")
 ARGUMENTS = (
     {"city": "Oslo", "days": 3},
-    {"city": 'Bern, "the" city = {\'x\': [1]}\n(near 世界)'},
+    {"city": "Bern, \"the\" city = {'x': [1]}\n(near 世界)"},
     {},
 )
 

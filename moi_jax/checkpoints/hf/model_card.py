@@ -106,7 +106,11 @@ def _held_out(path: Path, step: str) -> dict[str, float]:
         return losses
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        found = {k: v for k, v in record.items() if k.startswith("eval/") and k.endswith("/loss")}
+        found = {
+            key: value
+            for key, value in record.items()
+            if key.startswith("eval/") and key.endswith("/loss") and value is not None
+        }
         if found and record["step"] <= int(step):
             losses = found
     return losses
