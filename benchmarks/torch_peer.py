@@ -10,9 +10,10 @@ first round, which compiles, does not count.
 """
 
 import dataclasses
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import jax
@@ -35,52 +36,75 @@ from moi_jax.training.step import make_train_step
 
 ROWS, LENGTH, ROUNDS = 4, 512, 8
 OPTIMIZER = config_lib.Optimizer(learning_rate=1e-3)
+Step = Callable[[], float]  # takes one train step and returns its loss
 
 
 def main(vocab_size: int) -> None:
-    model = dataclasses.replace(
-        preset("qwen2.5-0.5b"), vocab_size=vocab_size, num_layers=6, hidden_size=256, num_heads=4,
-        num_kv_heads=4, head_dim=64, mlp_width=704, tied_head=False,
-    )  # fmt: skip
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
-    steps = {"moi_jax": our_step(model, tokens), "torch": torch_step(model, tokens)}
-    took: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(1 + ROUNDS):
-        for name, step in steps.items():
-            started = time.monotonic()
-            step()
-            took[name].append(time.monotonic() - started)
-    speed = {name: ROWS * LENGTH / median(times[1:]) for name, times in took.items()}
-    print(f"V {vocab_size:,}, tokens/s: " + ", ".join(f"{n} {s:,.0f}" for n, s in speed.items()))
-    print(f"{speed['moi_jax'] / speed['torch']:.2f} times torch {torch.__version__}")
-
-
-def our_step(model: ModelConfig, tokens: np.ndarray) -> Callable[[], float]:
-    """One train step on the rows; returns the loss."""
-    mesh = make_mesh(config_lib.Mesh(), jax.devices()[:1])
-    optimizer, schedule = make_optimizer(OPTIMIZER, model), make_schedule(OPTIMIZER, 100)
-    bind = make_model(model, Compute("float32"))
-    state = new_state(model, optimizer, random_parameters(model, 0, "float32", mesh), mesh)
-    train_step = make_train_step(model, bind, optimizer, schedule, 1, mesh)
+    model, random = small_qwen(vocab_size), np.random.default_rng(0)
+    tokens = random.integers(0, vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     ones = np.ones((ROWS, LENGTH), np.int32)
     batch = Batch(
         tokens=tokens[:, :-1], targets=tokens[:, 1:], segment_ids=ones,
         positions=np.arange(LENGTH, dtype=np.int32) * ones, domain_ids=0 * ones,
         loss_weights=ones.astype(np.float32),
     )  # fmt: skip
-    placed = place_batch(batch, np.arange(ROWS), ROWS, mesh)
+    ids, targets = (torch.from_numpy(x.astype(np.int64)) for x in (batch.tokens, batch.targets))
+    steps = {
+        "moi_jax": our_step(model, [batch]),
+        "torch": torch_step(model, [({"input_ids": ids}, targets)]),
+    }
+    took = take_turns(steps, ROUNDS)
+    speed = {name: ROWS * LENGTH / median(times) for name, times in took.items()}
+    print(f"V {vocab_size:,}, tokens/s: " + ", ".join(f"{n} {s:,.0f}" for n, s in speed.items()))
+    print(f"{speed['moi_jax'] / speed['torch']:.2f} times torch {torch.__version__}")
+
+
+def small_qwen(vocab_size: int) -> ModelConfig:
+    return dataclasses.replace(
+        preset("qwen2.5-0.5b"), vocab_size=vocab_size, num_layers=6, hidden_size=256, num_heads=4,
+        num_kv_heads=4, head_dim=64, mlp_width=704, tied_head=False,
+    )  # fmt: skip
+
+
+def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds of the steps, which take turns; a first round does not count."""
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + rounds):
+        for name, step in steps.items():
+            started = time.monotonic()
+            step()
+            took[name].append(time.monotonic() - started)
+    return {name: times[1:] for name, times in took.items()}
+
+
+def our_step(model: ModelConfig, batches: Sequence[Batch]) -> Step:
+    """Our train step, which takes the batches again and again."""
+    mesh = make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    optimizer, schedule = make_optimizer(OPTIMIZER, model), make_schedule(OPTIMIZER, 100)
+    bind = make_model(model, Compute("float32"))
+    state = new_state(model, optimizer, random_parameters(model, 0, "float32", mesh), mesh)
+    domains = 1 + max(int(batch.domain_ids.max()) for batch in batches)
+    train_step = make_train_step(model, bind, optimizer, schedule, domains, mesh)
+    rows = len(batches[0].tokens)
+    placed = itertools.cycle([place_batch(b, np.arange(rows), rows, mesh) for b in batches])
 
     def step() -> float:
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = train_step(state, placed, np.float32(np.inf))
+            state, metrics = train_step(state, next(placed), np.float32(np.inf))
         return float(metrics["loss"])
 
     return step
 
 
-def torch_step(model: ModelConfig, tokens: np.ndarray) -> Callable[[], float]:
-    """The same with transformers' Qwen2."""
+def torch_step(
+    model: ModelConfig, batches: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]
+) -> Step:
+    """The same with transformers' Qwen2.
+
+    Args:
+      batches: what the model takes, and the targets [B, S], -100 where there is none.
+    """
     peer = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(
             vocab_size=model.vocab_size, hidden_size=model.hidden_size,
@@ -93,11 +117,12 @@ def torch_step(model: ModelConfig, tokens: np.ndarray) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(
         peer.parameters(), o.learning_rate, (o.b1, o.b2), o.eps, o.weight_decay
     )
-    ids, labels = (torch.from_numpy(a.astype(np.int64)) for a in (tokens[:, :-1], tokens[:, 1:]))
+    again = itertools.cycle(batches)
 
     def step() -> float:
-        logits = peer(input_ids=ids).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        inputs, targets = next(again)
+        logits = peer(**inputs).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)

@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+import gc
 import io
 import logging
 from collections.abc import Iterator
@@ -22,7 +23,36 @@ from pathlib import Path
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden" / "qwen_v1"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden" / "qwen_v1"
+# The files that take longest. They begin first, so that the workers end at about the same time.
+LONGEST = {
+    "accounting/test_compiled_step.py",
+    "accounting/test_plan.py",
+    "data/test_prepare.py",
+    "docs/test_docs.py",
+    "docs/test_tutorial.py",
+    "models/test_families.py",
+    "parallel/test_hosts.py",
+    "parallel/test_hosts_evaluate.py",
+    "parallel/test_mesh.py",
+    "sampling/test_generate.py",
+    "sampling/test_sampler.py",
+    "test_faults.py",
+    "training/test_audit.py",
+    "training/test_resume.py",
+    "training/test_run.py",
+    "training/test_train.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.relative_to(TESTS).as_posix() not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not visit it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

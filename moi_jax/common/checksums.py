@@ -11,6 +11,8 @@ from pathlib import Path
 
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+# Bytes. Below, to start threads takes longer than to hash.
+WORTH_THREADS = 2**20
 
 
 def write_sums(directory: Path, names: Iterable[str]) -> None:
@@ -51,11 +53,13 @@ def check_sums(directory: Path, names: Iterable[str]) -> None:
 
 
 def digests(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """File name and sha256, in the order of the names; threads hash several files at a time."""
+    """File name and sha256, in the order of the names; threads hash large files side by side."""
+    names = list(names)
 
     def digest(name: str) -> tuple[str, str]:
         with (directory / name).open("rb") as file:
             return name, hashlib.file_digest(file, "sha256").hexdigest()
 
+    size = sum((directory / name).stat().st_size for name in names)
     with ThreadPoolExecutor() as threads:
-        yield from threads.map(digest, names)
+        yield from (map if size < WORTH_THREADS else threads.map)(digest, names)

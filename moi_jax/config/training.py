@@ -44,6 +44,7 @@ class Optimizer(Section):
     moment_dtype: FloatType = "float32"  # of the first moment
     second_moment_dtype: FloatType = "float32"  # only adamw's
     gradient_dtype: FloatType = "float32"  # while microbatches are added up, and until the update
+    frozen: tuple[str, ...] = ()  # patterns of parameters that are not trained
 
     @model_validator(mode="after")
     def check(self) -> "Optimizer":

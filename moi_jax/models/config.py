@@ -9,6 +9,9 @@ from moi_jax.common.errors import UserError
 from moi_jax.models.families import FAMILIES
 from moi_jax.models.families.family import Family
 
+# Fields that a config.json may leave out, whatever its family.
+_OPTIONAL = ("head_dim", "num_kv_heads", "partial_rotary_factor")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -44,6 +47,9 @@ class ModelConfig:
     tied_head: bool = False  # the head is the transposed embedding
     rope_base: float
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # the share of each head that is rotated
+    # Whether each layer rotates its queries and keys; None means that all of them do.
+    rope_layers: tuple[bool, ...] | None = None
     norm_eps: float
     dynamic_ntk: bool
     logn_attention: bool
@@ -52,6 +58,11 @@ class ModelConfig:
     # architecture and not in config.json: two configs that differ only here are equal.
     default_system_prompt: str = dataclasses.field(compare=False)
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the N numbers of a head are rotated: the first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values, for a checkpoint of ours."""
         return dataclasses.asdict(self)
@@ -59,8 +70,12 @@ class ModelConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
         """Makes the config from the values of `to_json`."""
-        scaling = values.get("rope_scaling")
-        return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        scaling, layers = values.get("rope_scaling"), values.get("rope_layers")
+        typed = {
+            "rope_scaling": RopeScaling(**scaling) if scaling else None,
+            "rope_layers": tuple(layers) if layers else None,
+        }
+        return cls(**{**values, **typed})
 
 
 def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
@@ -70,45 +85,22 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
       UserError: the text is not JSON, the architecture is another one, a key is missing, or a
         setting is not supported.
     """
-    try:
-        values = json.loads(text)
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UserError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise UserError(f"{where} has no model_type; is it the config.json of a model?")
-    families = {family.model_type: family for family in FAMILIES.values()}
-    family = families.get(str(values["model_type"]))
-    if family is None:
-        raise UserError(
-            f"{where}: model_type {values['model_type']!r} is not built yet; use one of "
-            f"{', '.join(map(repr, families))} (dense models, no mixtures of experts)"
-        )
-    values = family.defaults | {key: value for key, value in values.items() if value is not None}
+    given, family = _parse(text, where)
+    values = family.defaults | {key: value for key, value in given.items() if value is not None}
+    # Here null is a value: it means no window, a missing key means the family's.
+    values["sliding_window"] = given.get("sliding_window", family.default_window)
+    rope = _rope_parameters(values, where) if family.scales_rope else {}
+    own = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    values |= {key: value for key, value in own.items() if value is not None}
     _refuse_unsupported(values, family, where)
-    scaling = None
-    if family.scales_rope:
-        values["rope_theta"], scaling = _rope(values, where)
-    fields = {
-        field: _value(values, field, keys, where)
-        for field, keys in family.keys.items()
-        if field not in ("head_dim", "num_kv_heads") or keys[0] in values
-    }
-    fields.setdefault("num_kv_heads", fields["num_heads"])
-    if "head_dim" not in fields:
-        fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_heads"])
-        if rest:
-            raise UserError(f"{where}: hidden_size does not divide into the attention heads")
-    # Qwen v1's width counts both matrices of the gated MLP.
-    fields["mlp_width"] //= family.mlp_matrices
-    _refuse_windows(values, fields["num_layers"], where)
-    if fields["num_heads"] % fields["num_kv_heads"]:
-        raise UserError(
-            f"{where}: {fields['num_heads']} attention heads cannot share "
-            f"{fields['num_kv_heads']} key/value heads evenly"
-        )
-    if fields["head_dim"] % 2:
-        raise UserError(f"{where}: heads of odd width {fields['head_dim']} cannot be rotated")
-    return ModelConfig(family=family.name, rope_scaling=scaling, **family.fixed, **fields)
+    fields = _fields(values, family, where)
+    fields["rope_scaling"] = _rope_scaling(values, rope, where)
+    if family.skips_rope:
+        fields["rope_layers"] = _rope_layers(values, fields["num_layers"], where)
+    config = ModelConfig(family=family.name, **family.fixed, **fields)
+    _refuse_shapes(config, where)
+    _refuse_windows(values, family, config, where)
+    return config
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -122,9 +114,14 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     fields["mlp_width"] *= family.mlp_matrices
     if config.head_dim == config.hidden_size // config.num_heads and family.derives_head_dim:
         del fields["head_dim"]
+    if config.partial_rotary_factor == 1:
+        del fields["partial_rotary_factor"]
     values = {keys[0]: fields[field] for field, keys in family.keys.items() if field in fields}
+    values |= {key: values[same] for key, same in family.repeated.items()}
     if config.rope_scaling:
         values["rope_scaling"] = {**fields["rope_scaling"], "rope_type": "llama3"}
+    if config.rope_layers and family.skips_rope:
+        values["no_rope_layers"] = [int(rotates) for rotates in config.rope_layers]
     return dict(
         sorted(({"architectures": [family.architecture]} | family.written | values).items())
     )
@@ -152,6 +149,41 @@ def _reads_as(config: ModelConfig) -> ModelConfig:
     return read_hf_config(json.dumps(to_hf_config(config)), f"config.json as {config.family}")
 
 
+def _parse(text: str | bytes, where: str) -> tuple[dict[str, Any], Family]:
+    """Reads the values of a config.json and finds the family of its model_type."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"{where} has no model_type; is it the config.json of a model?")
+    families = {family.model_type: family for family in FAMILIES.values()}
+    family = families.get(str(values["model_type"]))
+    if family is None:
+        raise UserError(
+            f"{where}: model_type {values['model_type']!r} is not built yet; use one of "
+            f"{', '.join(map(repr, families))} (dense models, no mixtures of experts)"
+        )
+    return values, family
+
+
+def _fields(values: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Reads the fields of ModelConfig that have a key of their own."""
+    fields = {
+        field: _value(values, field, keys, where)
+        for field, keys in family.keys.items()
+        if field not in _OPTIONAL or keys[0] in values
+    }
+    fields.setdefault("num_kv_heads", fields["num_heads"])
+    if "head_dim" not in fields:
+        fields["head_dim"], rest = divmod(fields["hidden_size"], fields["num_heads"])
+        if rest:
+            raise UserError(f"{where}: hidden_size does not divide into the attention heads")
+    # Qwen v1's width counts both matrices of the gated MLP.
+    fields["mlp_width"] //= family.mlp_matrices
+    return fields
+
+
 def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> None:
     """Raises UserError for a setting that would need another decoder."""
     if values.get("quantization_config"):
@@ -166,38 +198,76 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
             )
 
 
-def _refuse_windows(values: dict[str, Any], layers: int, where: str) -> None:
-    """Raises UserError if the attention of a layer does not cover the whole segment."""
+def _refuse_shapes(config: ModelConfig, where: str) -> None:
+    """Raises UserError for heads that cannot be shared or rotated."""
+    if config.num_heads % config.num_kv_heads:
+        raise UserError(
+            f"{where}: {config.num_heads} attention heads cannot share "
+            f"{config.num_kv_heads} key/value heads evenly"
+        )
+    if config.partial_rotary_factor == 1 and config.head_dim % 2:
+        raise UserError(f"{where}: heads of odd width {config.head_dim} cannot be rotated")
+    if config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
+        raise UserError(
+            f"{where}: partial_rotary_factor {config.partial_rotary_factor} of heads of width "
+            f"{config.head_dim} would rotate {config.rotary_dim} numbers of each; they must be an "
+            f"even number and part of the head"
+        )
+
+
+def _refuse_windows(
+    values: dict[str, Any], family: Family, config: ModelConfig, where: str
+) -> None:
+    """Raises UserError if the attention of a layer does not cover the whole segment.
+
+    A window of at least max_position_embeddings tokens covers every row up to that length.
+    """
     kinds = values.get("layer_types", [])
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UserError(f"{where}: layer_types other than 'full_attention' are not supported")
-    window = values.get("use_sliding_window") and values.get("sliding_window")
-    if window and _number(values, "max_window_layers", True, where) < layers:
-        raise UserError(f"{where}: use_sliding_window is true; sliding windows are not supported")
+    window, switch = values["sliding_window"], ""
+    if family.switches_windows:
+        switch = "use_sliding_window is true and "
+        window = values.get("use_sliding_window") and window
+        # Only the layers from max_window_layers on have the window.
+        if window and _number(values, "max_window_layers", True, where) >= config.num_layers:
+            window = None
+    if window and _number(values, "sliding_window", True, where) < config.seq_length:
+        raise UserError(
+            f"{where}: {switch}sliding_window {window} is below max_position_embeddings "
+            f"{config.seq_length}, but sliding windows are not supported; for rows of up to "
+            f"{window} tokens, which need no window, set max_position_embeddings to {window}"
+        )
 
 
-def _rope(values: dict[str, Any], where: str) -> tuple[Any, RopeScaling | None]:
-    """Reads base and scaling from the top level or from transformers 5's rope_parameters.
+def _rope_parameters(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Reads rope_scaling or, as transformers 5 writes it, rope_parameters.
 
     Raises:
-      UserError: the file has both layouts, or a type of scaling other than Llama 3's.
+      UserError: the file has both, or parameters for each type of layer.
     """
     if values.get("rope_scaling") and values.get("rope_parameters"):
         raise UserError(f"{where} has both rope_scaling and rope_parameters; remove one of them")
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{where}: rotary parameters by layer type are not supported")
+    return rope
+
+
+def _rope_scaling(values: dict[str, Any], rope: dict[str, Any], where: str) -> RopeScaling | None:
+    """Reads the scaling of the rotary frequencies; None means that they are not scaled.
+
+    Raises:
+      UserError: the type is another one than Llama 3's, or a number is missing.
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(
             f"{where}: rope type {kind!r} is not supported, only 'default' and 'llama3'; remove "
             f"the scaling if the weights were trained without it"
         )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported")
-    base = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     if kind == "default":
-        return base, None
+        return None
     # As in transformers: a length at the top level wins; without one, the full length counts.
     key = "original_max_position_embeddings"
     lengths = {key: values.get("max_position_embeddings")} | rope | values
@@ -210,7 +280,27 @@ def _rope(values: dict[str, Any], where: str) -> tuple[Any, RopeScaling | None]:
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise UserError(f"{where}: high_freq_factor must be greater than low_freq_factor")
-    return base, scaling
+    return scaling
+
+
+def _rope_layers(values: dict[str, Any], layers: int, where: str) -> tuple[bool, ...]:
+    """Reads which layers rotate. Despite its name, no_rope_layers has 1 for those that do.
+
+    Raises:
+      UserError: the list is shorter than the model, or has other entries than 0 and 1.
+    """
+    listed = values.get("no_rope_layers")
+    if listed is None:
+        interval = _number(values, "no_rope_layer_interval", True, where)
+        return tuple(layer % interval != 0 for layer in range(1, layers + 1))
+    if not isinstance(listed, list) or any(entry not in (0, 1) for entry in listed):
+        raise UserError(f"{where}: no_rope_layers is {listed!r}, not a list of 0 and 1")
+    if len(listed) < layers:
+        raise UserError(
+            f"{where}: no_rope_layers has {len(listed)} entries for {layers} layers; give one for "
+            f"each layer"
+        )
+    return tuple(map(bool, listed[:layers]))
 
 
 def _value(values: dict[str, Any], field: str, keys: tuple[str, ...], where: str) -> Any:

@@ -181,7 +181,7 @@ class Attention(nnx.Module):
         value = checkpoint_name(self.value(x), "value_proj")
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = (rotary.apply_rotary(heads, angles.cos, angles.sin) for heads in (query, key))
+        query, key = (rotary.apply_rotary(heads, angles) for heads in (query, key))
         if angles.query_scale is not None:
             query = query * angles.query_scale[..., None, None].astype(query.dtype)
         # A device has the queries of its own tokens, and gathers the keys and values of the row.
@@ -342,7 +342,7 @@ class Decoder(nnx.Module):
         remat = self.compute.remat
         run = nnx.scan(
             remat.apply(layer) if remat else layer,
-            in_axes=(0, nnx.Carry, None, None, None),
+            in_axes=(0, nnx.Carry, rotary.LAYER_AXES, None, None),
             out_axes=(nnx.Carry, 0),
         )
         x = self.embedding(tokens, self.compute.dtype)

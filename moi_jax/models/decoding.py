@@ -117,8 +117,9 @@ def decode(
 
     x = model.embedding(tokens[:, None], model.compute.dtype)
     keys, values = [], []
-    for layer, old_keys, old_values in zip(layers, cache.keys, cache.values, strict=True):
-        query, key, value = layer.before_attention(x, angles)
+    each = zip(layers, cache.keys, cache.values, strict=True)
+    for number, (layer, old_keys, old_values) in enumerate(each):
+        query, key, value = layer.before_attention(x, angles.of_layer(number))
         keys.append(write(old_keys, key, cache.newest))
         values.append(write(old_values, value, cache.newest))
         x = layer.after_attention(x, cached_attention(query, keys[-1], values[-1], visible))

@@ -177,7 +177,9 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _at_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # A masked sum instead of a gather: it stays local where the vocabulary is split.
+    if shard_count("head_vocab") == 1:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A gather would not stay local where the vocabulary is split.
     return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""The parameters of the decoder: their paths, shapes, axes, decay, and which of them are trained.
+"""The parameters of the decoder: their paths, shapes, axes, and what their modules say of them.
 
 decoder.py declares the parameters; everything here is derived from the abstract `Decoder`. Trees
 are nested dicts with the names of the modules. A dotted path such as
@@ -76,18 +76,7 @@ def random_parameters(
     return jax.jit(make, out_shardings=shardings)()
 
 
-def split_trainable(config: ModelConfig, parameters: Tree) -> tuple[Tree, Tree]:
-    """Splits the tree into the trained parameters and the frozen ones."""
-    specs = parameter_specs(config)
-    flat = traverse_util.flatten_dict(parameters, sep=".")
-    parts: tuple[Tree, Tree] = {}, {}
-    for path, value in flat.items():
-        parts[not specs[path].trainable][path] = value
-    trainable, frozen = (traverse_util.unflatten_dict(part, sep=".") for part in parts)
-    return trainable, frozen
-
-
 def merge_trees(trainable: Tree, frozen: Tree) -> Tree:
-    """Merges the two trees of `split_trainable` into one."""
+    """Merges the two trees of `Trained.split` (trained.py) into one."""
     flat = {**traverse_util.flatten_dict(trainable), **traverse_util.flatten_dict(frozen)}
     return traverse_util.unflatten_dict(flat)

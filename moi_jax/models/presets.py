@@ -125,6 +125,28 @@ PRESETS: dict[str, ModelConfig] = {
     "smollm2-135m": _smollm2(30, 576, 9, 1536, num_kv_heads=3, initializer_range=1 / 24),
     "smollm2-360m": _smollm2(32, 960, 15, 2560, num_kv_heads=5),
     "smollm2-1.7b": _smollm2(24, 2048, 32, 8192, rope_base=130000.0),
+    # SmolLM3's template adds a system text with the day's date, so it has no fixed prompt.
+    "smollm3-3b": _model(
+        "smollm3", 36, 2048, 16, 11008, num_kv_heads=4, vocab_size=128256, tied_head=True,
+        seq_length=65536, rope_base=5e6, norm_eps=1e-6,
+        rope_layers=tuple(layer % 4 != 0 for layer in range(1, 37)),
+    ),
+    "mistral-7b-v0.3": _model(
+        "mistral", 32, 4096, 32, 14336, num_kv_heads=8, vocab_size=32768, seq_length=32768,
+        rope_base=1e6, norm_eps=1e-5,
+    ),
+    "mistral-nemo-12b": _model(
+        "mistral", 40, 5120, 32, 14336, num_kv_heads=8, vocab_size=131072, seq_length=131072,
+        rope_base=1e6, norm_eps=1e-5,
+    ),
+    "seed-oss-36b": _model(
+        "seed_oss", 64, 5120, 80, 27648, num_kv_heads=8, vocab_size=155136, seq_length=524288,
+        rope_base=1e7, norm_eps=1e-6, qkv_bias=True,
+    ),
+    "phi-4": _model(
+        "phi3", 40, 5120, 40, 17920, num_kv_heads=10, vocab_size=100352, seq_length=16384,
+        rope_base=2.5e5, norm_eps=1e-5,
+    ),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding: Llama 3's scaling, Qwen v1's dynamic NTK and log-n attention."""
+"""Rotary position embedding: Llama 3's scaling, layers without it, Qwen v1's NTK and log-n."""
 
 import math
 from typing import NamedTuple
@@ -13,11 +13,24 @@ _MAX_DOUBLINGS = 24
 
 
 class Rotary(NamedTuple):
-    """The factors for queries and keys at the positions of a batch [B, S]."""
+    """The factors for queries and keys at the positions of a batch [B, S].
 
-    cos: jax.Array  # [B, S, N/2]
-    sin: jax.Array  # [B, S, N/2]
+    R is `ModelConfig.rotary_dim`, the number of rotated numbers of each head.
+    """
+
+    cos: jax.Array  # [B, S, R/2]
+    sin: jax.Array  # [B, S, R/2]
     query_scale: jax.Array | None  # [B, S], of log-n attention; None means 1
+    # bool[L], or bool[] for one layer: whether it rotates. None means that all layers do.
+    rotates: jax.Array | None = None
+
+    def of_layer(self, number: int) -> "Rotary":
+        """Returns the factors for one layer of the model."""
+        return self if self.rotates is None else self._replace(rotates=self.rotates[number])
+
+
+# The axes of `Rotary` for a scan over the layers.
+LAYER_AXES = Rotary(cos=None, sin=None, query_scale=None, rotates=0)  # type: ignore[arg-type]
 
 
 def position_angles(
@@ -37,35 +50,37 @@ def position_angles(
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     cos, sin = rotary_angles(
-        positions, config.head_dim, config.rope_base, config.rope_scaling, rope_alpha, wide
+        positions, config.rotary_dim, config.rope_base, config.rope_scaling, rope_alpha, wide
     )
     query_scale = None
     if log_n and config.logn_attention:
         query_scale = logn_scale(positions, config.seq_length, wide)
-    return Rotary(cos, sin, query_scale)
+    rotates = None if config.rope_layers is None else jnp.array(config.rope_layers)
+    return Rotary(cos, sin, query_scale, rotates)
 
 
 def rotary_angles(
     positions: jax.Array,
-    head_dim: int,
+    rotary_dim: int,
     base: float,
     scaling: RopeScaling | None,
     alpha: jax.Array | None,
     dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes cos and sin [B, S, N/2] of the half-split rotary embedding.
+    """Computes cos and sin [B, S, R/2] of the half-split rotary embedding.
 
     Args:
       positions: int32[B, S]; they restart with each segment.
+      rotary_dim: R, the number of rotated numbers of each head.
       scaling: Llama 3's scaling of the frequencies; None means no scaling.
-      alpha: NTK factor per token [B, S]; None means 1. base' = base alpha^(N/(N-2)).
+      alpha: NTK factor per token [B, S]; None means 1. base' = base alpha^(R/(R-2)).
       dtype: the dtype of the angles, at least float32.
     """
-    exponents = jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim
+    exponents = jnp.arange(0, rotary_dim, 2, dtype=dtype) / rotary_dim
     if alpha is None:
         inverse_frequencies = 1.0 / (jnp.asarray(base, dtype) ** exponents)
     else:
-        scaled = base * alpha.astype(dtype) ** (head_dim / (head_dim - 2))
+        scaled = base * alpha.astype(dtype) ** (rotary_dim / (rotary_dim - 2))
         inverse_frequencies = 1.0 / (scaled[..., None] ** exponents)
     if scaling is not None:
         inverse_frequencies = _llama3(inverse_frequencies, scaling)
@@ -85,12 +100,20 @@ def _llama3(inverse_frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
     return inverse_frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [B, S, heads, N] in the dtype of the angles; returns x's dtype."""
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+def apply_rotary(x: jax.Array, angles: Rotary) -> jax.Array:
+    """Rotates x [B, S, heads, N] in the dtype of the angles; returns x's dtype.
+
+    Args:
+      angles: of one layer. If it does not rotate, x comes back unchanged, bit by bit.
+    """
+    width = 2 * angles.cos.shape[-1]
+    first, second = jnp.split(x[..., :width].astype(angles.cos.dtype), 2, axis=-1)
+    cos, sin = angles.cos[:, :, None, :], angles.sin[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = rotated.astype(x.dtype)
+    if width < x.shape[-1]:
+        rotated = jnp.concatenate([rotated, x[..., width:]], axis=-1)
+    return rotated if angles.rotates is None else jnp.where(angles.rotates, rotated, x)
 
 
 def ntk_alpha(lengths: jax.Array, seq_length: int) -> jax.Array:

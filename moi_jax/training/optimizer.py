@@ -1,7 +1,7 @@
 """The optimizers and the learning-rate schedules."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,24 @@ from optax.contrib import MuonDimensionNumbers
 from moi_jax import config as config_lib
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
-from moi_jax.models.parameters import Parameter, map_parameters, split_trainable
+from moi_jax.models.parameters import Parameter, map_parameters
+from moi_jax.models.trained import Trained, trained_parameters
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+
+class Optimizer(NamedTuple):
+    """An optimizer as optax has it, and what it trains.
+
+    Attributes:
+      init: the trained part of the parameters -> the optimizer state.
+      update: gradients, state and parameters, all of the trained part -> updates and state.
+      trained: which parameters these are.
+    """
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateExtraArgsFn
+    trained: Trained
 
 
 def make_schedule(config: config_lib.Optimizer, steps: int) -> Schedule:
@@ -37,27 +52,31 @@ def make_schedule(config: config_lib.Optimizer, steps: int) -> Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-def make_optimizer(
-    config: config_lib.Optimizer, model: ModelConfig
-) -> optax.GradientTransformation:
+def make_optimizer(config: config_lib.Optimizer, model: ModelConfig) -> Optimizer:
     """Makes the optimizer: clipping, the direction of its kind, decoupled weight decay.
 
     Norms and biases do not decay. The train step applies the learning rate, because the rate
     follows the step of the run, which also counts skipped updates.
+
+    Raises:
+      UserError: config.frozen does not fit the model.
     """
-    every = map_parameters(model, lambda _, parameter: parameter.decays)
-    decays, _ = split_trainable(model, every)
+    trained = trained_parameters(model, config.frozen)
+    decays, _ = trained.split(map_parameters(model, lambda _, parameter: parameter.decays))
     clip = optax.identity()
     if config.clip_norm is not None:
         clip = optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(
+    chain = optax.chain(
         clip,
-        _direction(config, model),
+        _direction(config, model, trained),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
+    return Optimizer(chain.init, chain.update, trained)
 
 
-def _direction(config: config_lib.Optimizer, model: ModelConfig) -> optax.GradientTransformation:
+def _direction(
+    config: config_lib.Optimizer, model: ModelConfig, trained: Trained
+) -> optax.GradientTransformation:
     """Returns the direction of an update, of about the size 1 for each parameter."""
     first = jnp.dtype(config.moment_dtype)
     if config.name == "lion":
@@ -76,7 +95,7 @@ def _direction(config: config_lib.Optimizer, model: ModelConfig) -> optax.Gradie
             mu_dtype=first,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            muon_weight_dimension_numbers=_matrices_of_layers(model),
+            muon_weight_dimension_numbers=trained.split(_matrices_of_layers(model))[0],
             consistent_rms=0.2,
         )
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=first)
@@ -93,7 +112,7 @@ def _matrices_of_layers(model: ModelConfig) -> Tree:
         rest = tuple(range(ends, len(parameter.shape)))
         return MuonDimensionNumbers(tuple(range(1, ends)), rest)
 
-    return split_trainable(model, map_parameters(model, axes))[0]
+    return map_parameters(model, axes)
 
 
 def _with_second_moment_in(

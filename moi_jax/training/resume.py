@@ -63,8 +63,8 @@ MAY_CHANGE = (
 )
 # Keys of a source that may differ: its content is compared, not its place.
 SOURCE_MAY_CHANGE = (".path", ".manual_dir", ".license")
-# The state of another optimizer is another tree.
-NEVER = ("optimizer.name",)
+# The state of another optimizer, or of other parameters, is another tree.
+NEVER = ("optimizer.name", "optimizer.frozen")
 MAY_CHANGE_IF_ALLOWED = (
     "optimizer",
     "train.early_stopping_patience",
@@ -219,7 +219,7 @@ def config_changes(
         of_source = key.startswith("data.domains.") and key.endswith(SOURCE_MAY_CHANGE)
         if key.startswith(may_change) or of_source:
             yield change, "always"
-        elif key.startswith(MAY_CHANGE_IF_ALLOWED) and key not in NEVER:
+        elif key.startswith(MAY_CHANGE_IF_ALLOWED) and not key.startswith(NEVER):
             yield change, "if allowed"
         else:
             yield change, "never"

@@ -68,11 +68,16 @@ def start_run(
     hosts.check_same({"data": dataset.fingerprint, "plan": plan_fingerprint(plan, position["row"])})
     mixture = dataset.log_mixture(plan)  # a plan that is refused is told before weights are read
     optimizer = make_optimizer(config.optimizer, model)
+    if config.optimizer.frozen:
+        counts = optimizer.trained.counts(model)
+        log.info("optimizer.frozen: %s of %s parameters are trained", *map("{:,}".format, counts))
     if saved_step is None:
         state = new_state(model, optimizer, _first_parameters(experiment, mesh), mesh)
     else:
         abstract = abstract_state(model, optimizer, config.model.param_dtype, mesh)
-        state = TrainState.from_items(model, *checkpoints.restore(saved_step, *abstract.items()))
+        state = TrainState.from_items(
+            optimizer.trained, *checkpoints.restore(saved_step, *abstract.items())
+        )
         log.info("resuming from step %d in %s", saved_step, directory)
 
     # Records past the checkpoint are dropped and logged again; without one, also those of step 0.

@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
@@ -15,9 +14,10 @@ from moi_jax.models.parameters import (
     abstract_parameters,
     merge_trees,
     parameter_shardings,
-    split_trainable,
 )
+from moi_jax.models.trained import Trained
 from moi_jax.parallel.placing import replicated
+from moi_jax.training.optimizer import Optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -27,9 +27,9 @@ class TrainState:
 
     Attributes:
       step: int32[], the number of batches seen, including skipped updates.
-      trainable: the parameters that are trained.
+      trainable: the parameters that are trained, at least in some layers.
       frozen: the other parameters, which no step changes.
-      opt_state: the optimizer state of `trainable`.
+      opt_state: the optimizer state of the trained part of `trainable`.
     """
 
     step: jax.Array
@@ -47,22 +47,22 @@ class TrainState:
         return self.parameters, {"step": self.step, "state": self.opt_state}
 
     @classmethod
-    def from_items(cls, config: ModelConfig, parameters: Tree, optimizer: Any) -> "TrainState":
+    def from_items(cls, trained: Trained, parameters: Tree, optimizer: Any) -> "TrainState":
         """Makes the state from the two items of a checkpoint."""
-        trainable, frozen = split_trainable(config, parameters)
+        trainable, frozen = trained.split(parameters)
         return cls(optimizer["step"], trainable, frozen, optimizer["state"])
 
 
-def state_shardings(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def state_shardings(config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Returns the shardings of the whole state; moments are sharded like their parameters.
 
     What an optimizer keeps in another shape, as the factors of adafactor, is small and whole on
     every device.
     """
-    trainable, frozen = split_trainable(config, parameter_shardings(config, mesh))
-    abstract, _ = split_trainable(config, abstract_parameters(config, jnp.float32))
+    trained = optimizer.trained
+    trainable, frozen = trained.split(parameter_shardings(config, mesh))
+    abstract, _ = trained.split(abstract_parameters(config, jnp.float32))
+    abstract = jax.eval_shape(trained.part, abstract)
     shardings, shapes = map(traverse_util.flatten_dict, (trainable, abstract))
     whole = replicated(mesh)
 
@@ -80,13 +80,13 @@ def state_shardings(
 
 def abstract_state(
     config: ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     dtype: jax.typing.DTypeLike,
     mesh: Mesh,
 ) -> TrainState:
     """Returns shapes, dtypes and shardings of the state, which a restore needs."""
     shapes = jax.eval_shape(
-        lambda p: initial_state(config, optimizer, p), abstract_parameters(config, dtype)
+        lambda p: initial_state(optimizer, p), abstract_parameters(config, dtype)
     )
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -95,25 +95,24 @@ def abstract_state(
     )
 
 
-def initial_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, parameters: Tree
-) -> TrainState:
+def initial_state(optimizer: Optimizer, parameters: Tree) -> TrainState:
     """Makes the state before the first step.
 
     Moments do not take the dtype of the parameters: they are float32, or wider like wider
     parameters, unless the optimizer's config names another dtype.
     """
-    trainable, frozen = split_trainable(config, parameters)
-    wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), trainable)
+    trainable, frozen = optimizer.trained.split(parameters)
+    part = optimizer.trained.part(trainable)
+    wide = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), part)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(wide))
 
 
 def new_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, parameters: Tree, mesh: Mesh
+    config: ModelConfig, optimizer: Optimizer, parameters: Tree, mesh: Mesh
 ) -> TrainState:
     """Makes the `initial_state` on the mesh. `parameters` are donated."""
     make = jax.jit(
-        lambda p: initial_state(config, optimizer, p),
+        lambda p: initial_state(optimizer, p),
         out_shardings=state_shardings(config, optimizer, mesh),
         donate_argnums=0,
     )

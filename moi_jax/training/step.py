@@ -13,8 +13,9 @@ from moi_jax.data.loader import Batch
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import weighted_nll
+from moi_jax.models.trained import Trained
 from moi_jax.parallel.placing import batch_sharding, replicated
-from moi_jax.training.optimizer import Schedule
+from moi_jax.training.optimizer import Optimizer, Schedule
 from moi_jax.training.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -27,7 +28,7 @@ TrainStep = Callable[[TrainState, Batch, np.float32], tuple[TrainState, Metrics]
 def make_train_step(
     config: ModelConfig,
     bind: Bind,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: Schedule,
     domains: int,
     mesh: Mesh,
@@ -55,7 +56,7 @@ def make_train_step(
 
 def _train_step(
     bind: Bind,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: Schedule,
     domains: int,
     gradient_dtype: jnp.dtype,
@@ -63,8 +64,9 @@ def _train_step(
     batch: Batch,
     max_loss: jax.Array,
 ) -> tuple[TrainState, Metrics]:
+    trained = optimizer.trained
     loss_sums = partial(microbatch_sums, bind, domains)
-    (weighted, sums), gradients = _batch_sums(loss_sums, gradient_dtype, state, batch)
+    (weighted, sums), gradients = _batch_sums(loss_sums, trained, gradient_dtype, state, batch)
     scale = 1 / jnp.where(sums["weights"] > 0, sums["weights"], 1)
     gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), jax.tree.map(_widened, gradients))
     loss, gradient_norm = weighted * scale, optax.tree.norm(gradients)
@@ -72,15 +74,13 @@ def _train_step(
     applied &= loss <= max_loss
 
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-    trainable = jax.tree.map(
-        lambda p, u: (p - learning_rate * u).astype(p.dtype), state.trainable, updates
+    before = trained.part(state.trainable)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, before)
+    after = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), before, updates)
+    after, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old), (after, opt_state), (before, state.opt_state)
     )
-    trainable, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(applied, new, old),
-        (trainable, opt_state),
-        (state.trainable, state.opt_state),
-    )
+    trainable = trained.put(state.trainable, after)
     metrics = sums | {
         "loss": loss,
         "grad_norm": gradient_norm,
@@ -116,27 +116,28 @@ def microbatch_sums(
 
 
 def _batch_sums(
-    loss_sums: LossSums, dtype: jnp.dtype, state: TrainState, batch: Batch
+    loss_sums: LossSums, trained: Trained, dtype: jnp.dtype, state: TrainState, batch: Batch
 ) -> SumsAndGradients:
-    """Computes the sums over the microbatches of [A, M, S], and the gradients of sum(w nll)."""
-    gradient = partial(jax.value_and_grad(loss_sums, has_aux=True), state.trainable, state.frozen)
+    """Computes the sums over the microbatches of [A, M, S], and the gradients of sum(w nll).
+
+    The gradients are those of the trained part of the parameters.
+    """
+    cast = _widened if dtype == jnp.float32 else lambda gradient: gradient.astype(dtype)
+
+    def of(microbatch: Batch) -> SumsAndGradients:
+        gradient = jax.value_and_grad(loss_sums, has_aux=True)
+        sums, gradients = gradient(state.trainable, state.frozen, microbatch)
+        return sums, jax.tree.map(cast, trained.part(gradients))
+
+    def add(total: SumsAndGradients, microbatch: Batch) -> tuple[SumsAndGradients, None]:
+        return jax.tree.map(jnp.add, total, of(microbatch)), None
+
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:
         # Adding them to zeros would take the memory of the gradients twice.
-        return _with_gradients_in(dtype, gradient(first))
-
-    def add(total: SumsAndGradients, microbatch: Batch) -> tuple[SumsAndGradients, None]:
-        new = _with_gradients_in(dtype, gradient(microbatch))
-        return jax.tree.map(jnp.add, total, new), None
-
-    shapes = jax.eval_shape(lambda x: _with_gradients_in(dtype, gradient(x)), first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return of(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, first))
     return jax.lax.scan(add, zeros, batch)[0]
-
-
-def _with_gradients_in(dtype: jnp.dtype, sums: SumsAndGradients) -> SumsAndGradients:
-    cast = _widened if dtype == jnp.float32 else lambda gradient: gradient.astype(dtype)
-    return sums[0], jax.tree.map(cast, sums[1])
 
 
 def _widened(gradient: jax.Array) -> jax.Array:

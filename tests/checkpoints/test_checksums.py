@@ -204,7 +204,7 @@ def open_tiny(directory: Path) -> tuple[RunCheckpoints, TrainState]:
     config = make_config({})
     model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
     parameters = random_parameters(model, 0, jnp.float32)
-    state = initial_state(model, make_optimizer(config.optimizer, model), parameters)
+    state = initial_state(make_optimizer(config.optimizer, model), parameters)
     items = ModelItems(model, {}, {})
     return RunCheckpoints(directory / "checkpoints", config.checkpoint, items), state
 

@@ -132,15 +132,19 @@ FAMILIES = {
     "Llama": {"num_key_value_heads": 2, "rope_scaling": {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64}},
+    "Phi3": {"num_key_value_heads": 2, "pad_token_id": None},
 }  # fmt: skip
+# Phi-3 is here for its fused tensors; one dtype is enough for them.
+SAVED = [
+    (f, d) for f in FAMILIES for d in ("float32", "bfloat16") if (f, d) != ("Phi3", "bfloat16")
+]
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 96, "max_position_embeddings": 512,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), SAVED)
 def test_what_transformers_saved_goes_in_and_out_and_is_verified(tmp_path, oracle, family, dtype):
     import torch
     import transformers

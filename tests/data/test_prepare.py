@@ -71,14 +71,14 @@ LINES = st.lists(
             json.dumps(chat("Long", "words " * 30)).encode(),
         ]
     ),
-    max_size=12,
+    max_size=6,
 )
 ENDS = st.sampled_from([b"", b"\n", b"\n\n"])
 
 
 @STEADY
 @given(
-    st.lists(st.tuples(LINES, ENDS, st.booleans()), min_size=1, max_size=3),
+    st.lists(st.tuples(LINES, ENDS, st.booleans()), min_size=1, max_size=2),
     st.integers(1, 150),
     st.none() | st.integers(1, 6),
 )

@@ -45,19 +45,16 @@ def before(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workplace(before):
-    """The same directory after every marked command ran, in order."""
+    """The same directory after every marked command ran, in order, in one process."""
     commands = re.findall(r"^    (python -m .*?)\s+#$", PAGE, re.MULTILINE)
     assert len(commands) == 10
-    for command in commands:
-        words = shlex.split(command)[1:]
-        if "--config" in command:
-            words += SMALL
-        done = subprocess.run(
-            [sys.executable, *words],
-            capture_output=True, text=True, cwd=before, check=False,
-            env={**DEVICES, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    words = [shlex.split(command)[2:] + SMALL * ("--config" in command) for command in commands]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.commands"],
+        input=json.dumps(words), capture_output=True, text=True, cwd=before, check=False,
+        env={**DEVICES, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
     return before
 
 
@@ -65,11 +62,10 @@ def test_every_marked_command_runs_in_order(workplace):
     assert (workplace / "runs" / "qwen_7b_moi" / "report.html").exists()
 
 
-def test_the_exported_folder_answers_in_transformers(workplace):
+def test_the_exported_folder_answers_in_transformers(workplace, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=workplace, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "<|im_start|>user\nWhat is 12 times 3?<|im_end|>" in done.stdout
-    assert "You are a helpful assistant." in done.stdout
+    monkeypatch.chdir(workplace)
+    exec(code, {})
+    shown = capsys.readouterr().out
+    assert "<|im_start|>user\nWhat is 12 times 3?<|im_end|>" in shown
+    assert "You are a helpful assistant." in shown

@@ -52,11 +52,23 @@ MODELS = {
     "llama 3": ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 5e5}}),
     "llama 3.2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
     "llama with biases": ("Llama", {"attention_bias": True, "head_dim": 14}),
+    "mistral": ("Mistral", {"head_dim": 10, "rms_norm_eps": 1e-5, "sliding_window": None}),
+    "seed-oss": (
+        "SeedOss", {"head_dim": 12, "attention_out_bias": True, "pad_token_id": None}
+    ),
+    # It rotates 6 of the 8 numbers of a head.
+    "phi3": (
+        "Phi3", {"rope_parameters": {"partial_rotary_factor": 0.8}, "pad_token_id": None}
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [0, 1], "pad_token_id": None}),
 }  # fmt: skip
 
 
 def transformers_model(kind):
-    """Makes a tiny transformers model; all its parameters are random, also norms and biases."""
+    """Makes a tiny transformers model; all its parameters are random, also norms and biases.
+
+    It is in inference mode, without the dropout that Seed-OSS has in training.
+    """
     torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     family, settings = MODELS[kind]
@@ -66,7 +78,7 @@ def transformers_model(kind):
     model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.15)
-    return model
+    return model.eval()
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -212,7 +224,13 @@ def test_qwen_v1_written_as_qwen2_equals_it_up_to_its_trained_length(golden, len
 
 @pytest.mark.parametrize(
     ("preset", "family"),
-    [("qwen3-8b", "qwen2"), ("llama-3-8b", "qwen2"), ("qwen-7b", "llama"), ("qwen-7b", "gpt")],
+    [
+        ("qwen3-8b", "qwen2"),
+        ("llama-3-8b", "qwen2"),
+        ("qwen-7b", "llama"),
+        ("qwen-7b", "gpt"),
+        ("smollm3-3b", "llama"),
+    ],
 )
 def test_a_family_that_cannot_express_the_model_is_refused(preset, family):
     with pytest.raises(UserError, match=f"cannot be written as '{family}'"):
@@ -231,6 +249,8 @@ COUNTS = {
     "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
     "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624, "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo-12b": 12_247_782_400, "seed-oss-36b": 36_151_104_512, "phi-4": 14_659_507_200,
 }  # fmt: skip
 
 
@@ -296,6 +316,34 @@ PUBLISHED = {
         "rope_scaling": None, "rope_theta": 130000, "tie_word_embeddings": True,
         "use_cache": True, "vocab_size": 49152,
     },
+    "mistral-7b-v0.3": {
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False,
+        "use_cache": True, "vocab_size": 32768,
+    },
+    "phi-4": {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "embd_pdrop": 0.0, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+        "intermediate_size": 17920, "max_position_embeddings": 16384, "model_type": "phi3",
+        "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 10,
+        "original_max_position_embeddings": 16384, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 250000, "sliding_window": None,
+        "tie_word_embeddings": False, "use_cache": True, "vocab_size": 100352,
+    },
+    "smollm3-3b": {
+        "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False,
+        "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 65536,
+        "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3",
+        "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+        "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0,
+        "sliding_window": None, "tie_word_embeddings": True, "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 128256,
+    },
 }  # fmt: skip
 
 
@@ -304,9 +352,46 @@ def test_a_published_config_json_is_the_preset_and_is_written_with_its_keys(name
     published = PUBLISHED[name]
     config = read_hf_config(json.dumps(published), name)
     assert config == PRESETS[name]
-    # Keys without effect are left out: windows that are not used, the slicing of pretraining.
-    idle = {"max_window_layers", "sliding_window", "pretraining_tp"}
-    assert to_hf_config(config) == {k: v for k, v in published.items() if k not in idle}
+    # Keys without effect are left out: windows that are not used, the slicing of pretraining,
+    # an interval beside the list of its layers.
+    idle = {"max_window_layers", "sliding_window", "pretraining_tp", "no_rope_layer_interval"}
+    written = to_hf_config(config)
+    assert written.pop("sliding_window", None) is None
+    assert written == {k: v for k, v in published.items() if k not in idle}
+
+
+# Models whose config.json differs from a preset's in some values: preset, changed keys and fields.
+RELATIVES: dict[str, tuple[str, dict, dict]] = {
+    "Qwen2.5-Coder-7B-Instruct": (
+        "qwen2.5-7b", {"max_window_layers": 28, "sliding_window": 131072}, {}
+    ),
+    "Qwen2.5-Math-7B-Instruct": (
+        "qwen2.5-7b",
+        {"max_position_embeddings": 4096, "max_window_layers": 28, "rope_theta": 10000.0,
+         "sliding_window": 4096},
+        {"seq_length": 4096, "rope_base": 1e4},
+    ),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        "qwen2.5-1.5b",
+        {"max_position_embeddings": 131072, "max_window_layers": 21, "rope_theta": 10000,
+         "sliding_window": 4096, "tie_word_embeddings": False, "use_mrope": False},
+        {"seq_length": 131072, "rope_base": 1e4, "tied_head": False},
+    ),
+    "DeepSeek-R1-Distill-Qwen-32B": (
+        "qwen2.5-32b",
+        {"max_position_embeddings": 131072, "max_window_layers": 64, "sliding_window": 131072},
+        {"seq_length": 131072},
+    ),
+    "DeepSeek-R1-Distill-Llama-8B": ("llama-3.1-8b", {"pretraining_tp": 1}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_relative_is_read_as_its_family_with_its_own_values(name):
+    preset, keys, fields = RELATIVES[name]
+    config = read_hf_config(json.dumps(to_hf_config(PRESETS[preset]) | keys), name)
+    assert config == dataclasses.replace(PRESETS[preset], **fields)
+    assert read_hf_config(json.dumps(to_hf_config(config)), "") == config
 
 
 def test_both_layouts_of_the_rotary_keys_are_read():
@@ -329,6 +414,10 @@ def test_missing_keys_mean_what_they_mean_in_transformers():
     assert read("llama-3-8b", "num_key_value_heads").num_kv_heads == 32
     assert read("qwen3-0.6b", "head_dim").head_dim == 128  # not 1024 / 16
     assert read("llama-3.2-3b", "head_dim").head_dim == 128
+    assert read("smollm3-3b", "no_rope_layers") == PRESETS["smollm3-3b"]
+    assert read("smollm3-3b", "rope_theta").rope_base == 2e6
+    assert read("smollm3-3b", "tie_word_embeddings").tied_head
+    assert read("seed-oss-36b", "head_dim", "attention_bias") == PRESETS["seed-oss-36b"]
     unset = {**to_hf_config(llama), "head_dim": None, "num_key_value_heads": None}
     assert read_hf_config(json.dumps(unset), "") == llama
     scaled = to_hf_config(PRESETS["llama-3.1-8b"])
@@ -341,7 +430,7 @@ def test_missing_keys_mean_what_they_mean_in_transformers():
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 REFUSED = [
     ("qwen2.5-7b", {"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is not built yet"),
-    ("llama-3-8b", {"model_type": "mistral"}, "model_type 'mistral' is not built yet"),
+    ("llama-3-8b", {"model_type": "mixtral"}, "model_type 'mixtral' is not built yet"),
     ("llama-3-8b", {"model_type": ["llama"]}, r"model_type \['llama'\] is not built yet"),
     ("llama-3-8b", {"num_local_experts": 8}, "num_local_experts 8 is not supported"),
     ("qwen3-8b", {"num_experts": 128}, "num_experts 128 is not supported"),
@@ -386,6 +475,21 @@ REFUSED = [
     ("qwen2.5-7b", {"rope_theta": float("nan")}, "rope_theta is nan, not a number above zero"),
     ("qwen2.5-7b", {"num_key_value_heads": 5}, "cannot share 5 key/value heads evenly"),
     ("qwen3-8b", {"head_dim": 127}, "heads of odd width 127 cannot be rotated"),
+    ("mistral-7b-v0.3", {"sliding_window": 4096}, "sliding_window 4096 is below max_position_emb"),
+    ("phi-4", {"sliding_window": 2047}, "set max_position_embeddings to 2047"),
+    ("phi-4", {"sliding_window": "all"}, "sliding_window is 'all', not a whole number"),
+    ("phi-4", {"rope_scaling": {"type": "longrope", "long_factor": [4.0]}}, "type 'longrope'"),
+    ("phi-4", {"partial_rotary_factor": 0.29}, "would rotate 37 numbers of each; they must be an"),
+    ("phi-4", {"partial_rotary_factor": 1.5}, "would rotate 192 numbers of each"),
+    ("phi-4", {"embd_pdrop": 0.1}, "embd_pdrop 0.1 is not supported, only 0.0"),
+    ("phi-4", {"attention_bias": True}, "attention_bias True is not supported, only False"),
+    ("mistral-7b-v0.3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supp"),
+    ("seed-oss-36b", {"mlp_bias": True}, "mlp_bias True is not supported"),
+    ("seed-oss-36b", {"sliding_window": 4096}, "sliding_window 4096 is not supported, only None"),
+    ("smollm3-3b", {"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window True"),
+    ("smollm3-3b", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 36 layers"),
+    ("smollm3-3b", {"no_rope_layers": [2] * 36}, r"not a list of 0 and 1"),
+    ("smollm3-3b", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "interval is 0, not a"),
 ]  # fmt: skip
 
 
@@ -399,17 +503,36 @@ def test_a_setting_that_is_not_built_is_refused_by_name(preset, change, message)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("preset", "change"),
     [
-        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 28},
-        {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 0},
-        {"layer_types": ["full_attention"] * 28},
-        {"rope_scaling": {"rope_type": "default"}},
+        (
+            "qwen2.5-7b",
+            {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 28},
+        ),
+        (
+            "qwen2.5-7b",
+            {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 0},
+        ),
+        ("qwen2.5-7b", {"layer_types": ["full_attention"] * 28}),
+        ("qwen2.5-7b", {"rope_scaling": {"rope_type": "default"}}),
+        ("mistral-7b-v0.3", {"sliding_window": 32768}),
+        ("smollm3-3b", {"no_rope_layers": [1, 1, 1, 0] * 10}),
+        ("seed-oss-36b", {"rope_scaling": {"rope_type": "default"}, "attention_dropout": 0.0}),
+        ("phi-4", {"rope_parameters": {"rope_theta": 2.5e5, "partial_rotary_factor": 1.0}}),
     ],
 )
-def test_settings_without_effect_are_read(change):
-    values = {**to_hf_config(PRESETS["qwen2.5-7b"]), **change}
-    assert read_hf_config(json.dumps(values), "") == PRESETS["qwen2.5-7b"]
+def test_settings_without_effect_are_read(preset, change):
+    values = {**to_hf_config(PRESETS[preset]), **change}
+    assert read_hf_config(json.dumps(values), "") == PRESETS[preset]
+
+
+def test_a_mistral_file_without_a_window_has_that_of_mistral_7b_v01():
+    values = to_hf_config(PRESETS["mistral-7b-v0.3"])
+    del values["sliding_window"]
+    with pytest.raises(UserError, match="sliding_window 4096 is below max_position_embeddings 32"):
+        read_hf_config(json.dumps(values), "")
+    short = read_hf_config(json.dumps(values | {"max_position_embeddings": 4096}), "")
+    assert short == dataclasses.replace(PRESETS["mistral-7b-v0.3"], seq_length=4096)
 
 
 def test_llama_3_scaling_by_hand():
@@ -423,9 +546,10 @@ def test_llama_3_scaling_by_hand():
     np.testing.assert_allclose(cos[0, 0], np.cos(3 * np.array(expected)), rtol=1e-6)
 
 
+# Its first layer does not rotate, the second one rotates half of each head.
 TIED = dataclasses.replace(
-    PRESETS["qwen2.5-0.5b"], vocab_size=1016, num_layers=1, hidden_size=40, num_heads=4,
-    num_kv_heads=2, head_dim=8, mlp_width=48,
+    PRESETS["qwen2.5-0.5b"], vocab_size=1016, num_layers=2, hidden_size=40, num_heads=4,
+    num_kv_heads=2, head_dim=8, mlp_width=48, rope_layers=(False, True), partial_rotary_factor=0.5,
 )  # fmt: skip
 
 

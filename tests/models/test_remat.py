@@ -1,5 +1,7 @@
 """Remat policies: what the forward pass keeps for the backward pass grows along the ladder."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +18,9 @@ from support.trainer import MODEL, random_batch
 L = MODEL.num_layers
 
 
-def kept_by_the_layers(name, tensors=None) -> list[tuple[int, ...]]:
+def kept_by_the_layers(name, tensors=None, model=MODEL) -> list[tuple[int, ...]]:
     """The shapes of the arrays that the forward scan over the layers stacks, one for each layer."""
-    bind = make_model(MODEL, Compute(remat=remat_policy(name, tensors or {})))
+    bind = make_model(model, Compute(remat=remat_policy(name, tensors or {})))
     batch = random_batch(0)
 
     def loss(parameters):
@@ -27,7 +29,7 @@ def kept_by_the_layers(name, tensors=None) -> list[tuple[int, ...]]:
         )
         return jnp.sum(hidden)
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(abstract_parameters(MODEL, "float32"))
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(abstract_parameters(model, "float32"))
     forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
     shapes = [v.aval.shape for v in forward.outvars]
     return sorted(shape[1:] for shape in shapes if shape[:3] == (L, *batch.tokens.shape))
@@ -66,6 +68,12 @@ def test_exceptions_change_single_tensors():
     assert sorted([*full, mlp]) == more
     fewer = kept_by_the_layers("minimal", {"mlp_up": "recompute", "mlp_gate": "recompute"})
     assert mlp not in fewer
+
+
+def test_layers_that_do_not_rotate_keep_nothing_more():
+    """Their angles are those of all layers and are not stacked."""
+    flags = dataclasses.replace(MODEL, rope_layers=(True, False) * (L // 2))
+    assert kept_by_the_layers("none", model=flags) == kept_by_the_layers("none")
 
 
 def test_an_exception_without_remat_is_refused():

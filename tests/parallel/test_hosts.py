@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from support.hosts import end_hosts, run_hosts, start_hosts
-from support.runs import ROOT, records, small_config, train_here
+from support.runs import ROOT, records, small_config, stop_after, train_here
 from support.xla import QUICK_COMPILATION
 
 LOST = 75
@@ -141,26 +142,37 @@ def same_run(left: Path, right: Path) -> None:
         )
 
 
-def test_two_processes_of_the_local_launcher_train_as_one(alone, tmp_path):
-    config = hosts_config(tmp_path / "two")
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """Where the local launcher has trained the same run with two processes of four devices."""
+    directory = tmp_path_factory.mktemp("launched")
+    config = hosts_config(directory / "two")
     done = subprocess.run(
         [ROOT / "launch/local/run.sh", "2", "train", "--config", config],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "DEVICES": "4", "LOGS": tmp_path / "logs", "PYTHON": sys.executable,
+        env={**os.environ, "DEVICES": "4", "LOGS": directory / "logs", "PYTHON": sys.executable,
              "XLA_FLAGS": QUICK_COMPILATION},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    same_run(config.parent / "run", alone)
-    other = (tmp_path / "logs" / "process-1.log").read_text()
+    return directory
+
+
+def test_two_processes_of_the_local_launcher_train_as_one(alone, launched):
+    same_run(launched / "two" / "run", alone)
+    other = (launched / "logs" / "process-1.log").read_text()
     assert "process 1 of 2 on " in other
     assert "step " not in other
 
 
-def test_the_number_of_processes_may_change(alone, tmp_path):
-    """Two processes begin, one process goes on, and four end the run; each takes two steps."""
+def test_the_number_of_processes_may_change(alone, launched, tmp_path):
+    """Two processes began, one goes on after their third step, and four end the run."""
     config = hosts_config(tmp_path / "changing")
-    for count, devices in ((2, 2), (1, 4), (4, 1)):
-        act = f"train:{config}:2"
-        outputs, statuses = run_hosts(count, devices, ["tests.support.host_program", act])
-        assert statuses == [0] * count, outputs
-    same_run(config.parent / "run", alone)
+    run = config.parent / "run"
+    shutil.copytree(launched / "two" / "run", run)
+    shutil.rmtree(run / "checkpoints" / "6")
+    assert train_here(config, devices=4, make_evaluations=None, stop=stop_after(2)).step == 5
+    act = f"train:{config}:1"
+    outputs, statuses = run_hosts(4, 1, ["tests.support.host_program", act])
+    assert statuses == [0] * 4, outputs
+    assert "resuming from step 5" in outputs[0][1]
+    same_run(run, alone)

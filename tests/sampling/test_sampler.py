@@ -27,10 +27,12 @@ from moi_jax.sampling.sampler import Sampler
 from moi_jax.sampling.text_stream import TextStream
 from moi_jax.sampling.token_sampling import SamplingParams, sample_tokens
 
-# Wide random weights: the likeliest token leads by far more than rounding moves a logit.
+# Wide random weights: the likeliest token leads by far more than rounding moves a logit. The first
+# layer does not rotate its heads, the second one rotates half of each.
 MODEL = dataclasses.replace(
-    PRESETS["tiny"], vocab_size=90, num_layers=2, num_kv_heads=2, initializer_range=0.2
-)
+    PRESETS["tiny"], vocab_size=90, num_layers=2, num_kv_heads=2, initializer_range=0.2,
+    rope_layers=(False, True), partial_rotary_factor=0.5,
+)  # fmt: skip
 
 
 def as_text(ids):

@@ -23,7 +23,6 @@ from moi_jax.common.log import show_logs
 from moi_jax.config.load import load_config
 from moi_jax.parallel import hosts
 from moi_jax.parallel.stuck import ending_when_stuck
-from moi_jax.training import train as training
 
 
 def wait() -> None:
@@ -109,6 +108,8 @@ def _stop_after(steps: int) -> Iterator[Callable[[], bool]]:
 
 def train(config_path: str, steps: str) -> None:
     """Trains so many steps of a run."""
+    from moi_jax.training import train as training  # the other acts begin without it sooner
+
     training.train(load_config(config_path), stop=_stop_after(int(steps)))
 
 

@@ -28,11 +28,9 @@ from moi_jax.data.dataset import Dataset, open_dataset
 from moi_jax.evaluation.while_training import make_evaluations
 from moi_jax.training.train import TrainResult, train
 
+from support.places import ROOT, SAMPLES
 from support.processes import start
 from support.xla import xla_flags
-
-ROOT = Path(__file__).parents[2]
-SAMPLES = ROOT / "moi_jax" / "data" / "samples"
 
 # Of commands: one device, whatever the tests themselves simulate, or two.
 ENVIRONMENT = {**os.environ, "XLA_FLAGS": xla_flags(devices=1)}

@@ -8,7 +8,7 @@ from moi_jax import config
 from moi_jax.data.cache.prepare import DomainCache, prepare
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-from support.runs import SAMPLES
+from support.places import SAMPLES
 
 TOKENIZER = load_tokenizer(SAMPLES / "tokenizer")
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moi_jax import config as config_lib
@@ -48,6 +49,17 @@ def random_batch(seed: int) -> Batch:
         np.where(segment_ids > 0, domain_ids, -1).astype(np.int32),
         (weights * (segment_ids > 0)).astype(np.float32),
     )
+
+
+def plain_loss(parameters, batch):
+    """Computes the loss of the whole batch at once: whole logits, no remat, no mesh."""
+    model = make_model(MODEL)(parameters)
+    hidden, _ = model.hidden_states(
+        batch.tokens, batch.positions, batch.segment_ids, extend_context=False
+    )
+    log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)
+    nll = -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(batch.loss_weights * nll) / jnp.sum(batch.loss_weights), nll
 
 
 @functools.cache
@@ -101,6 +113,10 @@ class Trainer:
             limit = np.float32(max_loss)
             self.state, metrics = self._step(self.state, self.place(batch), limit)
             return jax.device_get(metrics)
+
+    def lower(self, batch):
+        with jax.set_mesh(self.mesh):
+            return self._step.lower(self.state, self.place(batch), np.float32(np.inf))
 
     def row_sums(self, batch):
         return self._row_sums(self.state.parameters, batch)

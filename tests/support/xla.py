@@ -1,8 +1,14 @@
 """How XLA compiles in the tests, and how many devices a process simulates."""
 
+from importlib.metadata import version
+
 # Nearly all the time of the suite is compilation of programs that run for milliseconds. Without
 # LLVM's optimizations they are the same programs, made in half the time.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    # Nor are fused loops worth MLIR's optimizations, which take half of what is left. Later
+    # releases do not have the flag, and XLA ends a process that names an unknown one.
+    QUICK_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 
 
 def xla_flags(devices: int = 1) -> str:

@@ -113,7 +113,7 @@ def test_a_save_that_its_store_fails_names_the_checkpoint_before(tmp_path, monke
     config = make_config({})
     model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
     optimizer = make_optimizer(config.optimizer, model)
-    state = initial_state(model, optimizer, random_parameters(model, 0, "float32"))
+    state = initial_state(optimizer, random_parameters(model, 0, "float32"))
     opened = RunCheckpoints(tmp_path / "run", config.checkpoint, ModelItems(model, {}, {}))
     with contextlib.closing(opened) as checkpoints:
         checkpoints.save(1, *state.items(), {}, {}, {})

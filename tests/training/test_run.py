@@ -96,7 +96,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path, restarts):
     config = make_config({"checkpoint": {"keep_last": 1, "keep_best": 1}})
     model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
     optimizer = make_optimizer(config.optimizer, model)
-    state = initial_state(model, optimizer, random_parameters(model, 0, jnp.float32))
+    state = initial_state(optimizer, random_parameters(model, 0, jnp.float32))
     items = ModelItems(model, {}, {})
 
     def opened():

@@ -19,18 +19,16 @@ from moi_jax.training.optimizer import make_optimizer, make_schedule
 from moi_jax.training.state import TrainState, new_state
 from moi_jax.training.step import make_train_step
 
-from support.trainer import DOMAINS, MODEL, OPTIMIZER, ROWS, STEPS, Trainer, random_batch
-
-
-def plain_loss(parameters, batch):
-    """Computes the loss of the whole batch at once: whole logits, no remat, no mesh."""
-    model = make_model(MODEL)(parameters)
-    hidden, _ = model.hidden_states(
-        batch.tokens, batch.positions, batch.segment_ids, extend_context=False
-    )
-    log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)
-    nll = -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(batch.loss_weights * nll) / jnp.sum(batch.loss_weights), nll
+from support.trainer import (
+    DOMAINS,
+    MODEL,
+    OPTIMIZER,
+    ROWS,
+    STEPS,
+    Trainer,
+    plain_loss,
+    random_batch,
+)
 
 
 @pytest.mark.parametrize("microbatch_rows", [8, 2])
@@ -48,11 +46,16 @@ def test_three_steps_equal_plain_adamw_on_the_whole_batch(microbatch_rows):
     )
     state = oracle.init(parameters)
     gradient = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
+
+    @jax.jit
+    def adamw(gradients, state, parameters):
+        updates, state = oracle.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
     for seed in range(3):
         batch = random_batch(seed)
         (loss, nll), gradients = gradient(parameters, batch)
-        updates, state = oracle.update(gradients, state, parameters)
-        parameters = optax.apply_updates(parameters, updates)
+        parameters, state = adamw(gradients, state, parameters)
 
         metrics = trainer.step(batch)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-6)
@@ -119,7 +122,7 @@ def test_empty_rows_change_no_sum():
         array[4:] = 0
     half.domain_ids[4:] = -1
     sums = trainer.row_sums(half)
-    nll = plain_loss(trainer.parameters(), Batch(*(array[:4] for array in batch)))[1]
+    nll = jax.jit(plain_loss)(trainer.parameters(), Batch(*(array[:4] for array in batch)))[1]
     np.testing.assert_allclose(
         sums.nll.sum(), np.sum(np.asarray(nll)[batch.loss_weights[:4] > 0]), rtol=1e-5
     )
@@ -175,5 +178,5 @@ def test_a_frozen_parameter_has_no_moments_and_never_changes(monkeypatch):
     np.testing.assert_array_equal(after["embedding"]["table"], table)
     assert np.any(after["head"]["kernel"] != before["head"]["kernel"])
     # A checkpoint keeps the parameters in one tree; they come apart again as before.
-    again = TrainState.from_items(model, *state.items())
+    again = TrainState.from_items(optimizer.trained, *state.items())
     jax.tree.map(np.testing.assert_array_equal, again, state)

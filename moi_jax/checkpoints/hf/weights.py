@@ -90,36 +90,46 @@ def _stacked(
     parameter = np.empty(parameter_specs(config)[path].shape, dtype)
     for name, tensor, layer in _instances(config):
         if path in tensor.paths:
-            _place(read(name), tensor, path, parameter if layer is None else parameter[layer])
+            rows = _rows_of(path, tensor, config)
+            _place(read(name)[rows], tensor, parameter if layer is None else parameter[layer])
     return parameter
 
 
-def _place(published: np.ndarray, tensor: HFTensor, path: str, place: np.ndarray) -> None:
-    """Copies the rows of a published tensor that belong to `path` into one layer of ours."""
-    rows = np.split(published, len(tensor.paths))[tensor.paths.index(path)]
+def _place(rows: np.ndarray, tensor: HFTensor, place: np.ndarray) -> None:
+    """Copies the rows of one of our parameters into one layer of it."""
     place[...] = (rows.T if tensor.inputs else rows).reshape(place.shape)
 
 
 def _published(parameter: np.ndarray, tensor: HFTensor) -> np.ndarray:
-    """Our parameter -> [out, in], or a single row for biases and norms."""
+    """Our parameter -> its rows of the tensor: [out, in], or a single row for biases and norms."""
+    shape = _part_shape(parameter.shape, tensor)
     if not tensor.inputs:
-        return parameter.reshape(*_rows(tensor, parameter.shape))
-    columns = math.prod(parameter.shape[: tensor.inputs])
-    return np.ascontiguousarray(parameter.reshape(columns, -1).T)
+        return parameter.reshape(shape)
+    return np.ascontiguousarray(parameter.reshape(shape[::-1]).T)
 
 
-def _rows(tensor: HFTensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The embedding [V, D] is published as it is, a bias [heads, N] as one row."""
+def _part_shape(shape: tuple[int, ...], tensor: HFTensor) -> tuple[int, ...]:
+    """The shape of the rows that a parameter, without the axis of layers, has in a tensor."""
+    if tensor.inputs:
+        columns = math.prod(shape[: tensor.inputs])
+        return (math.prod(shape) // columns, columns)
+    # The embedding [V, D] is published as it is, a bias [heads, N] as one row.
     return shape if tensor.paths == ("embedding.table",) else (math.prod(shape),)
 
 
+def _part_shapes(tensor: HFTensor, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path -> the shape of its rows, in the order in which they follow each other in the tensor."""
+    specs, first = parameter_specs(config), "{}" in tensor.name
+    return {path: _part_shape(specs[path].shape[first:], tensor) for path in tensor.paths}
+
+
+def _rows_of(path: str, tensor: HFTensor, config: ModelConfig) -> slice:
+    """Which rows of the tensor are those of `path`."""
+    counts = {path: shape[0] for path, shape in _part_shapes(tensor, config).items()}
+    before = sum(list(counts.values())[: tensor.paths.index(path)])
+    return slice(before, before + counts[path])
+
+
 def _published_shape(tensor: HFTensor, config: ModelConfig) -> tuple[int, ...]:
-    shape = parameter_specs(config)[tensor.paths[0]].shape
-    if "{}" in tensor.name:
-        shape = shape[1:]
-    if tensor.inputs:
-        columns = math.prod(shape[: tensor.inputs])
-        shape = (math.prod(shape) // columns, columns)
-    else:
-        shape = _rows(tensor, shape)
-    return (len(tensor.paths) * shape[0], *shape[1:])
+    parts = list(_part_shapes(tensor, config).values())
+    return (sum(part[0] for part in parts), *parts[0][1:])

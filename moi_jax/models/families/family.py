@@ -8,8 +8,8 @@ from typing import Any
 class HFTensor:
     """One published tensor; `{}` in its name stands for the number of the layer.
 
-    Its rows are split over our `paths`, in order (Qwen v1's c_attn holds q, k and v as whole
-    blocks). A matrix is published as [out, in]: `inputs` is the number of our leading axes that
+    Its rows are those of our `paths`, one block after the other (Qwen v1's c_attn holds q, k and
+    v). A matrix is published as [out, in]: `inputs` is the number of our leading axes that
     are its columns.
     """
 
@@ -36,5 +36,10 @@ class Family:
     # Tensors in old files that only repeat what the config says.
     redundant: tuple[str, ...] = ()
     scales_rope: bool = True  # its keys are rope_theta, rope_scaling or rope_parameters
+    skips_rope: bool = False  # no_rope_layers says which layers rotate their queries and keys
+    switches_windows: bool = True  # sliding_window counts only where use_sliding_window is true
+    default_window: int | None = None  # sliding_window of a file that lacks the key
+    # Key of config.json that we write -> the key whose value it repeats.
+    repeated: dict[str, str] = dataclasses.field(default_factory=dict)
     derives_head_dim: bool = True  # a missing head_dim means hidden_size / heads
     mlp_matrices: int = 1  # number of matrices of width F that the published MLP width counts

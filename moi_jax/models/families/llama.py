@@ -25,6 +25,7 @@ FIXED = {"dynamic_ntk": False, "logn_attention": False, "default_system_prompt":
 DEFAULTS = {
     "attention_bias": False,
     "initializer_range": 0.02,
+    "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
 SUPPORTED = {

@@ -124,7 +124,9 @@ def replay(run: SavedRun, data: PlannedRun, stretch: Stretch, logged: set[int]) 
     if stretch.start:
         path = stretch.start.path
         items = zip(ARRAYS, abstract, strict=True)
-        state = TrainState.from_items(model, *(read_arrays(path, *item) for item in items))
+        state = TrainState.from_items(
+            optimizer.trained, *(read_arrays(path, *item) for item in items)
+        )
     else:
         state = new_state(model, optimizer, _first_parameters(run), run.mesh)
     schedule = make_schedule(config.optimizer, data.plan.total_steps)
