@@ -4,20 +4,25 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 
+from moi_jax import generate
+from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.common.errors import UserError
 from moi_jax.data.sources.formats import Typing
 from moi_jax.sampling.chat import Chat, chat_on_terminal
 from moi_jax.sampling.completion_file import CompletionFile, read_conversations
 from moi_jax.sampling.requests import Completion
+from moi_jax.sampling.sampler import Sampler
 from moi_jax.sampling.tool_file import read_tools
 from moi_jax.text.conversations import Message, ToolCall
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
+from support.published import tiny_published
 from support.runs import SAMPLES
-from support.tool_templates import WEATHER, with_calls
+from support.tool_templates import TEMPLATES, WEATHER, with_calls
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 NATIVE = Typing(tools=True, thinking=True)
@@ -176,3 +181,69 @@ def test_a_call_without_a_result_drops_its_question(monkeypatch, hermes):
     made, _, notes, _ = chat(monkeypatch, hermes, ["Weather?", "^D"], [CALL])
     assert made.messages == []
     assert any("calls have no results" in note for note in notes)
+
+
+# --- the command ---
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model with a template of its own."""
+    folder = tiny_published(tmp_path_factory.mktemp("tools") / "source", np.float32, num_layers=1)
+    (folder / "chat_template.jinja").write_text(TEMPLATES["hermes"])
+    import_checkpoint(folder, folder.parent / "ckpt")
+    return folder.parent / "ckpt"
+
+
+@pytest.fixture
+def command(checkpoint, monkeypatch, capsys):
+    """The command with a model that answers `CALL`, and the prompts that it was given."""
+    prompts = []
+
+    def answer(self, parameters, requests, on_text=None):
+        for number, request in enumerate(requests):
+            prompts.append(self._decode(request.prompt))
+            yield number, Completion((1,), f"Let me look.\n{CALL}", "stop")
+
+    def run(*arguments):
+        words = ["generate", str(checkpoint), "--mesh", "tensor=1", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        assert generate.main() == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(Sampler, "run", answer)
+    return run, prompts
+
+
+def test_the_command_shows_calls_as_lines_of_json(command, tmp_path):
+    run, prompts = command
+    (tmp_path / "tools.json").write_text(WEATHER)
+    shown = run("Weather?", "--tools", tmp_path / "tools.json", "--thinking", "off")
+    assert shown == 'Let me look.\n{"name": "weather", "arguments": {"city": "Oslo"}}\n'
+    assert '"name": "weather"' in prompts[0]
+    assert prompts[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_the_command_answers_rows_with_tools_and_with_results(command, tmp_path):
+    run, prompts = command
+    path = written(tmp_path / "in.jsonl", ASKED, CALLING, RESULT)
+    run("--conversations", path, "--out", tmp_path / "out.jsonl")
+    assert '"name": "weather"' in prompts[0]
+    assert prompts[0].endswith("<|im_start|>tool\n3 degrees<|im_end|>\n<|im_start|>assistant\n")
+    answer = json.loads((tmp_path / "out.jsonl").read_text())["messages"][-1]
+    assert answer == {**CALLING, "content": "Let me look."}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-ids", "1", "--thinking", "on"], "--prompt-ids is the whole prompt"),
+        (["--prompt-ids", "1", "--tools", "x"], "--prompt-ids is the whole prompt"),
+        (["--conversations", "x", "--out", "y", "--tools", "z"], "lists its own tools"),
+        (["Hi", "--tools", "nowhere.json"], "cannot read the tools in nowhere.json"),
+        (["Hi", "--chat-template", "chatml", "--thinking", "on"], "chatml writes the same prompt"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(command, arguments, message):
+    with pytest.raises(UserError, match=message):
+        command[0](*arguments)

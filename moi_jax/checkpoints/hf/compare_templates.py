@@ -116,8 +116,9 @@ class Reference:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
         def render(messages: Sequence[Message], tools: Sequence[str], **options: Any) -> Any:
+            described: Any = tool_objects(tools)
             return tokenizer.apply_chat_template(
-                style.messages(messages), tools=tool_objects(tools), return_dict=True,
+                style.messages(messages), tools=described, return_dict=True,
                 date_string=TODAY.strftime("%d %b %Y"), **options,
             )  # fmt: skip
 
