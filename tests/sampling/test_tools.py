@@ -220,7 +220,7 @@ def test_the_command_shows_calls_as_lines_of_json(command, tmp_path):
     (tmp_path / "tools.json").write_text(WEATHER)
     shown = run("Weather?", "--tools", tmp_path / "tools.json", "--thinking", "off")
     assert shown == 'Let me look.\n{"name": "weather", "arguments": {"city": "Oslo"}}\n'
-    assert '"name": "weather"' in prompts[0]
+    assert "Tells the weather of a city." in prompts[0]
     assert prompts[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
@@ -228,7 +228,7 @@ def test_the_command_answers_rows_with_tools_and_with_results(command, tmp_path)
     run, prompts = command
     path = written(tmp_path / "in.jsonl", ASKED, CALLING, RESULT)
     run("--conversations", path, "--out", tmp_path / "out.jsonl")
-    assert '"name": "weather"' in prompts[0]
+    assert "Tells the weather of a city." in prompts[0]
     assert prompts[0].endswith("<|im_start|>tool\n3 degrees<|im_end|>\n<|im_start|>assistant\n")
     answer = json.loads((tmp_path / "out.jsonl").read_text())["messages"][-1]
     assert answer == {**CALLING, "content": "Let me look."}
