@@ -59,8 +59,8 @@ def why_not_compared(directory: Path) -> str | None:
         return ""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed (pip install 'moi_jax[parity]')"
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return "transformers cannot read its tokenizer"
+    if not (directory / "tokenizer.json").is_file():
+        return "there is no tokenizer.json for transformers"
     return None
 
 
@@ -111,9 +111,10 @@ class Reference:
     @classmethod
     def open(cls, directory: Path, style: Style) -> "Reference":
         """Raises OSError or ValueError: transformers cannot read the tokenizer."""
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
 
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # AutoTokenizer would look for the class of the model, and may ask to run its code.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
         def render(messages: Sequence[Message], tools: Sequence[str], **options: Any) -> Any:
             described: Any = tool_objects(tools)
