@@ -137,11 +137,11 @@ class Reference:
         found = self.render(messages, tools, return_assistant_tokens_mask=marks)
         if not marks and (difference := self._prompts(conversation, instruction, tokenizer)):
             return difference
-        theirs, ours = (tokenizer.decode(ids) for ids in (found["input_ids"], instruction.tokens))
-        if found["input_ids"] != instruction.tokens.tolist():
-            begun = tokenizer.decode(instruction.tokens[: instruction.spans[-1][0]])
-            if marks or theirs.startswith(begun):  # else the model does not write what is there
-                return _apart("the text", theirs, ours)
+        theirs, ours = found["input_ids"], instruction.tokens.tolist()
+        if theirs != ours:
+            begin = int(instruction.spans[-1][0])
+            if marks or theirs[:begin] == ours[:begin]:  # else no model writes what is there
+                return _apart("the text", theirs, ours, tokenizer)
         return self._masks(found, instruction, messages) if marks else ""
 
     def _masks(self, found: Any, instruction: Instruction, messages: Sequence[Message]) -> str:
@@ -164,32 +164,37 @@ class Reference:
         spans = [span for span in instruction.spans.tolist() if span[2] & ASSISTANT]
         if len(spans) != len(turns):
             return f"{len(spans)} spans of labels for {len(turns)} turns"
+        ours = instruction.tokens.tolist()
         for turn, (start, end, _) in zip(turns, spans, strict=True):
-            before, ours, begun = (
-                tokenizer.decode(instruction.tokens[:n]) for n in (start, end, start + 1)
-            )
             prompts = (
-                self._text(tokenizer, messages[:turn], tools, add_generation_prompt=True, **choice)
+                self._ids(messages[:turn], tools, add_generation_prompt=True, **choice)
                 for choice in ({}, {"enable_thinking": True}, {"enable_thinking": False})
             )
-            # The first token of a span may begin in the white space at the end of the prompt.
-            if not any(p.startswith(before) and begun.startswith(p) for p in prompts):
-                prompt = self._text(tokenizer, messages[:turn], tools, add_generation_prompt=True)
-                return _apart(f"the prompt of message {turn + 1}", prompt, before)
-            text = self._text(tokenizer, messages[: turn + 1], tools)
-            whole = text.startswith(before)  # else the template writes a finished turn otherwise
-            if whole and (not text.startswith(ours) or text[len(ours) :].strip()):
-                return _apart(f"message {turn + 1}", text, ours)
+            if not any(_begins(prompt, ours, start, tokenizer) for prompt in prompts):
+                prompt = self._ids(messages[:turn], tools, add_generation_prompt=True)
+                return _apart(f"the prompt of message {turn + 1}", prompt, ours[:start], tokenizer)
+            turns_end = self._ids(messages[: turn + 1], tools)
+            if turns_end[:start] != ours[:start]:  # it writes a finished turn otherwise
+                continue
+            ends_later = set(turns_end[end:]) & set(tokenizer.template.controls)
+            if turns_end[:end] != ours[:end] or ends_later:
+                return _apart(f"message {turn + 1}", turns_end, ours[:end], tokenizer)
         return ""
 
-    def _text(
-        self,
-        tokenizer: Tokenizer,
-        messages: Sequence[Message],
-        tools: Sequence[str],
-        **options: Any,
-    ) -> str:
-        return tokenizer.decode(self.render(messages, tools, **options)["input_ids"])
+    def _ids(self, messages: Sequence[Message], tools: Sequence[str], **options: Any) -> list[int]:
+        return self.render(messages, tools, **options)["input_ids"]
+
+
+def _begins(prompt: list[int], ours: list[int], start: int, tokenizer: Tokenizer) -> bool:
+    """Whether a span begins where the prompt ends.
+
+    Its first token may begin in the white space at the end of the prompt, as "\n\n" may.
+    """
+    if prompt[:start] != ours[:start]:
+        return False
+    return len(prompt) == start or tokenizer.decode(ours[: start + 1]).startswith(
+        tokenizer.decode(prompt)
+    )
 
 
 def _conversations(template: JinjaTemplate | None, with_system: bool) -> Iterator[Conversation]:
@@ -236,10 +241,11 @@ def _thoughtful(rng: random.Random, message: Message, thinks: bool) -> Message:
     return replace(message, thinking=f"The user asks. 我想一想。 Step {rng.randint(1, 99)}.")
 
 
-def _apart(what: str, theirs: str, ours: str) -> str:
+def _apart(what: str, theirs: Sequence[int], ours: Sequence[int], tokenizer: Tokenizer) -> str:
     place = next(
         (n for n, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b),
         min(len(theirs), len(ours)),
     )
-    shown = slice(max(0, place - 40), place + 40)
-    return f"{what} is {theirs[shown]!r} there, {ours[shown]!r} here"
+    shown = slice(max(0, place - 8), place + 8)
+    there, here = (tokenizer.decode(ids[shown]) for ids in (theirs, ours))
+    return f"{what} is {there!r} there, {here!r} here"
