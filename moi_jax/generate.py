@@ -23,6 +23,8 @@ from moi_jax.common.errors import UserError
 from moi_jax.config.training import COMPILATION_CACHE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moi_jax.checkpoints.opener import OpenCheckpoint
     from moi_jax.sampling.requests import GenerationConfig
 
@@ -54,16 +56,20 @@ def _generate(args: argparse.Namespace, chats: bool) -> None:
     """Opens the checkpoint, and answers what the arguments ask, or chats."""
     import jax
 
-    from moi_jax.checkpoints.opener import open_checkpoint
+    from moi_jax.checkpoints.opener import open_checkpoint, open_tokenizer
     from moi_jax.parallel import hosts
     from moi_jax.sampling.chat import start_chat
     from moi_jax.sampling.completion_file import check_absent, complete_file, read_conversations
     from moi_jax.sampling.requests import GenerationConfig
+    from moi_jax.sampling.tool_file import read_tools
 
+    # Mistakes in the files are told before the parameters are read.
+    tools = read_tools(args.tools) if args.tools else ()
     rows = []
-    if args.conversations:  # mistakes in the files are told before the checkpoint is read
+    if args.conversations:
         hosts.from_main("the answers' file", lambda: check_absent(args.out))
-        rows = read_conversations(args.conversations)
+        _, typing = open_tokenizer(args.checkpoint, args.chat_template)
+        rows = read_conversations(args.conversations, typing)
     checkpoint = open_checkpoint(
         args.checkpoint,
         devices=jax.devices(),
@@ -84,13 +90,16 @@ def _generate(args: argparse.Namespace, chats: bool) -> None:
     if rows:
         complete_file(
             checkpoint, rows, args.out, config,
-            system=system, slots=args.slots, context=args.context,
+            system=system, thinking=args.thinking, slots=args.slots, context=args.context,
         )  # fmt: skip
     elif chats:
         interrupts_end_answers()
-        start_chat(checkpoint, config, system=system, context=args.context)
+        start_chat(
+            checkpoint, config,
+            system=system, tools=tools, thinking=args.thinking, context=args.context,
+        )  # fmt: skip
     else:
-        _answer(args, checkpoint, config, system)
+        _answer(args, checkpoint, config, system, tools)
 
 
 def _answer(
@@ -98,10 +107,12 @@ def _answer(
     checkpoint: "OpenCheckpoint",
     config: "GenerationConfig",
     system: str | None,
+    tools: "Sequence[str]",
 ) -> None:
-    """Prints the answer to a prompt, text as it comes, or ids at the end."""
+    """Prints the answer to a prompt: text as it comes, or ids or the calls of tools at the end."""
     from moi_jax.parallel.hosts import is_main
     from moi_jax.sampling.generate import describe_cut, generate
+    from moi_jax.text.answers import answer_lines
     from moi_jax.text.conversations import Message
     from moi_jax.text.rendering import render_prompt
 
@@ -111,11 +122,14 @@ def _answer(
 
     prompt = args.prompt_ids
     if not prompt:
-        prompt = render_prompt([Message("user", args.prompt)], checkpoint.tokenizer, system)
+        question, tokenizer = [Message("user", args.prompt)], checkpoint.tokenizer
+        prompt = render_prompt(question, tokenizer, system, tools, args.thinking)
     completion = generate(
         checkpoint, prompt, config,
-        context=args.context, on_text=None if args.prompt_ids else show,
+        context=args.context, on_text=None if args.prompt_ids or tools else show,
     )  # fmt: skip
+    if tools:
+        show(answer_lines(completion.text, checkpoint.tokenizer.template, tools))
     show((",".join(map(str, completion.tokens)) if args.prompt_ids else "") + "\n")
     if (note := describe_cut(completion)) and is_main():
         print(note, file=sys.stderr)
@@ -152,6 +166,7 @@ def _arguments() -> argparse.Namespace:
         "(finish); after a kill, give the same command again and it continues",
     )
     add_model(parser.add_argument_group("the model"))
+    _add_tools(parser.add_argument_group("tools and thinking"))
     _add_answer(parser.add_argument_group("the answer"))
     _add_cache(parser.add_argument_group("the cache"))
     add_hosts(parser)
@@ -162,12 +177,33 @@ def _arguments() -> argparse.Namespace:
         raise UserError("--conversations and --out go together; give both or neither")
     if args.prompt_ids and (args.system is not None or args.no_system):
         raise UserError("--prompt-ids is the whole prompt; leave out --system and --no-system")
+    if args.prompt_ids and (args.tools or args.thinking is not None):
+        raise UserError("--prompt-ids is the whole prompt; leave out --tools and --thinking")
+    if args.conversations and args.tools:
+        raise UserError("each row of --conversations lists its own tools; leave out --tools")
     if args.prompt_ids and args.stop:
         raise UserError(
             "--stop cuts a text and --prompt-ids prints ids, which may not end where the text "
             "does; leave out --stop"
         )
     return args
+
+
+def _add_tools(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--tools",
+        type=Path,
+        metavar="FILE",
+        help="tools that the model may call, in OpenAI's form: a JSON list, or one a line; each "
+        "call is shown as a line of JSON",
+    )
+    group.add_argument(
+        "--thinking",
+        type=_on_or_off,
+        metavar="on|off",
+        help="whether the model shall think, where its chat template has the choice (default: as "
+        "the template does)",
+    )
 
 
 def _add_answer(group: "argparse._ArgumentGroup") -> None:
@@ -230,6 +266,12 @@ def _add_cache(group: "argparse._ArgumentGroup") -> None:
         help="tokens of the longest prompt and its answer together, which the cache must hold "
         "(default: as many as needed, for a chat 8,192; at most the model's length)",
     )
+
+
+def _on_or_off(given: str) -> bool:
+    if given not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{given!r} is neither on nor off")
+    return given == "on"
 
 
 def _stop(given: str) -> str:

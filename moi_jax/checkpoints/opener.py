@@ -9,9 +9,15 @@ import jax
 from jax.sharding import Mesh
 
 from moi_jax import config as config_lib
-from moi_jax.checkpoints.items import find_step, parameters_fingerprint, read_items
+from moi_jax.checkpoints.items import (
+    ModelItems,
+    find_step,
+    parameters_fingerprint,
+    read_items,
+)
 from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.errors import UserError
+from moi_jax.data.sources.formats import Typing
 from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute, resolve_dtype
 from moi_jax.models.config import ModelConfig
@@ -66,7 +72,7 @@ def open_checkpoint(
       dtype: auto is float32 on a CPU and bfloat16 elsewhere.
       mesh: devices along the axes, such as "fsdp=2,tensor=4"; an axis that is not named has 1.
         None splits the model over all devices (tensor).
-      chat_template: its name; None for the one that the checkpoint was made with.
+      chat_template: its name or its file; None for the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first.
 
     Raises:
@@ -78,11 +84,7 @@ def open_checkpoint(
     step = find_step(path)
     hosts.check_same({"checkpoint": parameters_fingerprint(step)})
     items = read_items(step)
-    template = chat_template or saved_template(items.prompts, step, "--chat-template")
-    try:
-        tokenizer = Tokenizer.from_files(items.tokenizer, template)
-    except UserError as error:
-        raise UserError(f"{step}: {error}") from None
+    tokenizer = _tokenizer(step, items, chat_template)
     dtype = resolve_dtype(dtype, devices[0].platform)
     bind, parameters = _read_model(step, items.model, dtype, devices[0], placed_on, verify)
     return OpenCheckpoint(
@@ -95,6 +97,29 @@ def open_checkpoint(
         mesh=placed_on,
         dtype=dtype,
     )
+
+
+def open_tokenizer(path: Path, chat_template: str | None = None) -> tuple[Tokenizer, Typing]:
+    """The tokenizer of a checkpoint, and what stood apart in the messages of its training.
+
+    Args:
+      path, chat_template: see `open_checkpoint`.
+    """
+    step = find_step(path)
+    items = read_items(step)
+    tokenizer = _tokenizer(step, items, chat_template)
+    template = tokenizer.template
+    tools = template.renders_tools and items.prompts.get("tools") != "react"
+    return tokenizer, Typing(tools, template.typed)
+
+
+def _tokenizer(step: Path, items: ModelItems, chat_template: str | None) -> Tokenizer:
+    """The tokenizer of a step with the chat template of `open_checkpoint`."""
+    template = chat_template or saved_template(items.prompts, step, "--chat-template")
+    try:
+        return Tokenizer.from_files(items.tokenizer, template)
+    except UserError as error:
+        raise UserError(f"{step}: {error}") from None
 
 
 def load(
@@ -113,7 +138,7 @@ def load(
       path: a step directory, or a run (its newest step).
       dtype: of the parameters and the computation.
       mesh: where the parameters are laid out; None is one device. Its context axis must be 1.
-      chat_template: its name; None for the one that the checkpoint was made with, if any.
+      chat_template: its name or its file; None for the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first, which reads them once
         more. All other files are always verified.
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from moi_jax.config.section import full_dtype
-from moi_jax.text.templates import TEMPLATES
+from moi_jax.text.template_choice import CHOICES
 
 LARGEST = 2**31 - 1  # the largest int32
 DTYPES = ("auto", "float32", "bfloat16")
@@ -84,8 +84,10 @@ def add_model(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument(
         "--chat-template",
-        choices=TEMPLATES,
-        help="default: the template that the checkpoint was made with",
+        type=text,
+        metavar="TEMPLATE",
+        help=f"{', '.join(CHOICES)}, or a .jinja file (default: the template that the checkpoint "
+        "was made with)",
     )
     group.add_argument(
         "--dtype",

@@ -84,4 +84,5 @@ class TokenizerConfig(Section):
     """Where the tokenizer is, and the chat template that goes with it."""
 
     path: Path | None = None  # a directory or an id of the hub; null: the tokenizer of init_from
-    chat_template: Literal["from_checkpoint", "chatml", "llama3"] = "from_checkpoint"
+    # from_checkpoint, chatml, llama3, or the path of a .jinja file (see text/template_choice.py).
+    chat_template: str = "from_checkpoint"

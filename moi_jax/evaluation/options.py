@@ -64,7 +64,7 @@ class ModelOptions:
     Attributes:
       dtype: of parameters and computation; auto is float32 on a CPU and bfloat16 elsewhere.
       mesh: devices along the axes, such as "fsdp=2,tensor=4"; None is all devices on tensor.
-      chat_template: its name; None is the one that the checkpoint was made with.
+      chat_template: its name or its file; None is the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first.
       system_prompt: of chats that bring none; None is the one saved in the checkpoint.
       system_block: False for no system block at all in these chats.

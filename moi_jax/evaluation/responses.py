@@ -9,7 +9,9 @@ from moi_jax.evaluation.protocol import Item, Response, Task
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.requests import Request
 from moi_jax.sampling.response_log import ResponseKey, ResponseLog
+from moi_jax.text.answers import read_answer
 from moi_jax.text.conversations import Message
+from moi_jax.text.templates import Template
 
 Json = dict[str, Any]
 
@@ -61,9 +63,9 @@ def _generate(
     on_progress: Callable[[int], None],
 ) -> None:
     """Generates one turn of all items in one call, so that the sampler keeps its slots full."""
-    requests, waiting = [], []
+    requests, waiting, template = [], [], model.tokenizer.template
     for item in items:
-        prompt = model.prompt(_so_far(item, turn, log), system_block=item.system_block)
+        prompt = model.prompt(_so_far(item, turn, log, template), system_block=item.system_block)
         for place in [(item.id, turn)] if item.follow_ups else log_places(item, options):
             if log.has(place, prompt):
                 on_progress(1)
@@ -80,12 +82,15 @@ def _generate(
         on_progress(1)
 
 
-def _so_far(item: Item, turn: int, log: ResponseLog) -> list[Message]:
-    """The conversation up to and with the user's message of this turn."""
+def _so_far(item: Item, turn: int, log: ResponseLog, template: Template) -> list[Message]:
+    """The conversation up to and with the user's message of this turn.
+
+    Thinking stands apart where the template wants it so, as in training.
+    """
     messages = list(item.messages)
     for number, question in enumerate(item.follow_ups[:turn]):
         messages += [
-            Message("assistant", log.found[item.id, number]["text"]),
+            read_answer(log.found[item.id, number]["text"], template),
             Message("user", question),
         ]
     return messages

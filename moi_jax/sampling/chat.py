@@ -1,5 +1,6 @@
 """A chat: its history, the prompt of the next answer, and the terminal."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
@@ -14,7 +15,8 @@ from moi_jax.sampling.generate import (
     open_sampler,
 )
 from moi_jax.sampling.requests import GenerationConfig
-from moi_jax.text.conversations import Message
+from moi_jax.text.answers import call_objects, read_answer
+from moi_jax.text.conversations import Message, ToolCall
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -32,33 +34,52 @@ class Chat:
     """The history of a chat under one system prompt, as long as the context allows.
 
     Attributes:
-      messages: the user's and the assistant's in turn.
+      messages: exchanges of a user's message and the answer, with calls of tools and their results
+        between them.
       system: the system prompt; None for no system block.
     """
 
-    def __init__(self, tokenizer: Tokenizer, system: str | None, context: int, room: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        system: str | None,
+        context: int,
+        room: int,
+        *,
+        tools: Sequence[str] = (),
+        thinking: bool | None = None,
+    ):
         """
         Args:
           context: tokens of a prompt and its answer together.
           room: tokens kept free for the answer; the oldest exchanges are dropped to make room.
+          tools, thinking: see `render_prompt`.
         """
         self.messages: list[Message] = []
         self.system = system
         self._tokenizer, self._context, self._room = tokenizer, context, room
+        self._tools, self._thinking = tools, thinking
 
-    def ask(self, question: str) -> tuple[list[int], int]:
-        """Adds a user's message.
+    @property
+    def exchanges(self) -> int:
+        """How many questions the history has."""
+        return sum(message.role == "user" for message in self.messages)
+
+    def ask(self, messages: Sequence[Message]) -> tuple[list[int], int]:
+        """Adds a user's message, or the results of the tools that the last answer calls.
 
         Returns:
-          The prompt of its answer, and the number of old exchanges that were dropped for it.
+          The prompt of the answer, and the number of old exchanges that were dropped for it.
 
         Raises:
-          UserError: it does not fit the context even alone; it is not added.
+          UserError: the exchange does not fit the context even alone; nothing is added.
         """
-        asked = [*self.messages, Message("user", question)]
-        dropped = 0
-        while len(ids := self._prompt(asked)) + self._room > self._context and len(asked) > 1:
-            asked, dropped = asked[2:], dropped + 1
+        asked, dropped = [*self.messages, *messages], 0
+        while len(ids := self._prompt(asked)) + self._room > self._context:
+            later = [n for n, message in enumerate(asked) if n and message.role == "user"]
+            if not later:
+                break
+            asked, dropped = asked[later[0] :], dropped + 1
         if len(ids) >= self._context:
             raise UserError(
                 f"the message makes a prompt of {len(ids):,} tokens and the context has "
@@ -67,19 +88,26 @@ class Chat:
         self.messages = asked
         return ids, dropped
 
-    def answered(self, text: str) -> None:
-        """Adds the answer to the last question; without any text, drops the question too."""
-        if text:
-            self.messages.append(Message("assistant", text))
-        else:
-            self.messages.pop()
+    def answered(self, text: str) -> tuple[ToolCall, ...]:
+        """Adds the answer; without any text, drops the last exchange.
+
+        Returns:
+          The calls of the answer, whose results must come next.
+        """
+        if not text:
+            self.undo()
+            return ()
+        answer = read_answer(text, self._tokenizer.template, self._tools)
+        self.messages.append(answer)
+        return answer.calls
 
     def undo(self) -> None:
         """Removes the last exchange, if there is one."""
-        del self.messages[-2:]
+        while self.messages and self.messages.pop().role != "user":
+            pass
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        return render_prompt(messages, self._tokenizer, self.system)
+        return render_prompt(messages, self._tokenizer, self.system, self._tools, self._thinking)
 
 
 def start_chat(
@@ -87,6 +115,8 @@ def start_chat(
     config: GenerationConfig,
     *,
     system: str | None,
+    tools: Sequence[str] = (),
+    thinking: bool | None = None,
     context: int | None = None,
 ) -> None:
     """Chats with a checkpoint on the terminal, until the user leaves.
@@ -94,6 +124,7 @@ def start_chat(
     Args:
       config: of every answer; the n-th question has the seed config.seed + n.
       system: the system prompt; None for no system block.
+      tools, thinking: see `render_prompt`.
       context: tokens that the history and the next answer may have together.
     """
     context = context or default_context(checkpoint, DEFAULT_CONTEXT)
@@ -105,7 +136,8 @@ def start_chat(
         return describe_cut(complete(checkpoint, sampler, request, show))
 
     room = min(config.max_new_tokens, context // 2)
-    chat_on_terminal(Chat(checkpoint.tokenizer, system, context, room), answer, _note)
+    chat = Chat(checkpoint.tokenizer, system, context, room, tools=tools, thinking=thinking)
+    chat_on_terminal(chat, answer, _note)
 
 
 def _note(line: str) -> None:
@@ -125,29 +157,58 @@ def chat_on_terminal(
       note: shows the user a line that is no answer.
     """
     note("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands")
+    for question in _read(chat, note):
+        asked = [Message("user", question)]
+        while asked:
+            calls = _exchange(chat, asked, answer, note)
+            asked = _results(calls, note)
+            if calls and not asked:
+                chat.undo()
+                note("(the question is dropped, since its calls have no results)")
+
+
+def _exchange(
+    chat: Chat,
+    asked: Sequence[Message],
+    answer: Callable[[list[int], Callable[[str], None]], str | None],
+    note: Callable[[str], None],
+) -> tuple[ToolCall, ...]:
+    """Asks, and shows the answer; returns its calls."""
     shown: list[str] = []
 
     def show(text: str) -> None:
         shown.append(text)
         print(text, end="", flush=True)
 
-    for message in _read(chat, note):
-        shown.clear()
+    try:
+        prompt, dropped = chat.ask(asked)
+    except UserError as error:
+        note(str(error))
+        return ()
+    if dropped:
+        note(f"(the context is full; oldest exchanges dropped: {dropped})")
+    try:
+        ended = answer(prompt, show)
+    except KeyboardInterrupt:
+        ended = "(stopped)"
+    print()
+    if ended:
+        note(ended)
+    return chat.answered("".join(shown))
+
+
+def _results(calls: Sequence[ToolCall], note: Callable[[str], None]) -> list[Message]:
+    """The results of calls, as the user types them; none if the user stops."""
+    results = []
+    for call, shown in zip(calls, call_objects(calls), strict=True):
+        note(f"call: {json.dumps(shown, ensure_ascii=False)}")
         try:
-            prompt, dropped = chat.ask(message)
-        except UserError as error:
-            note(str(error))
-            continue
-        if dropped:
-            note(f"(the context is full; oldest exchanges dropped: {dropped})")
-        try:
-            ended = answer(prompt, show)
-        except KeyboardInterrupt:
-            ended = "(stopped)"
-        print()
-        if ended:
-            note(ended)
-        chat.answered("".join(shown))
+            result = input(f"result of {call.name}> ")
+        except (KeyboardInterrupt, EOFError):
+            print()
+            return []
+        results.append(Message("tool", result, call_id=call.id, name=call.name))
+    return results
 
 
 def _read(chat: Chat, note: Callable[[str], None]) -> Iterator[str]:
@@ -181,7 +242,7 @@ def _command(chat: Chat, name: str, text: str) -> str:
         return "the history is empty"
     if name == "/undo":
         chat.undo()
-        return f"{len(chat.messages) // 2} exchanges are left"
+        return f"{chat.exchanges} exchanges are left"
     if name == "/system" and text.strip():
         chat.system = text.strip()
     elif name == "/no-system":

@@ -13,15 +13,17 @@ from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.common.progress import count_bar
-from moi_jax.data.sources.formats import FORMATS, to_chat
+from moi_jax.data.sources.formats import FORMATS, TEXT, Typing, to_chat
 from moi_jax.data.sources.readers import SourceFile, parse
 from moi_jax.data.sources.turns import text_of
 from moi_jax.parallel import hosts
 from moi_jax.sampling.generate import default_context, make_request, not_finite, open_sampler
 from moi_jax.sampling.requests import Completion, GenerationConfig
 from moi_jax.sampling.response_log import ResponseLog, json_line
+from moi_jax.text.answers import message_object, read_answer
 from moi_jax.text.conversations import BadRow, Message
 from moi_jax.text.rendering import render_prompt
+from moi_jax.text.templates import Template
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +32,18 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ConversationRow:
-    """A row as it stands in the file, and the messages that the model answers."""
+    """A row as it stands in the file, and the messages and tools that the model is given."""
 
     content: Json
     messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
 
 
-def read_conversations(path: Path) -> list[ConversationRow]:
-    """The rows of a file in the format `messages`, each with a user's message last.
+def read_conversations(path: Path, typing: Typing = TEXT) -> list[ConversationRow]:
+    """The rows of a file in the format `messages`, each with what can be answered last.
+
+    Args:
+      typing: what stands apart in the messages. With tools, a row may end with their results.
 
     Raises:
       UserError: there is no such file, it has no rows, or a row is malformed.
@@ -48,16 +54,18 @@ def read_conversations(path: Path) -> list[ConversationRow]:
     for raw in SourceFile(path.name, path).rows():
         try:
             content = parse(raw.raw)
-            chat = to_chat(content, FORMATS["messages"]).messages
-            messages = _with_empty_system(chat, content)
+            chat = to_chat(content, FORMATS["messages"], typing)
+            messages = _with_empty_system(chat.messages, content)
         except BadRow as bad:
             raise UserError(f"{path}:{raw.line}: {bad.detail} ({bad.reason})") from None
-        if not messages or messages[-1].role != "user" or not isinstance(content["messages"], list):
+        asked = messages and messages[-1].role in ("user", "tool")
+        if not asked or not isinstance(content["messages"], list):
             raise UserError(
                 f'{path}:{raw.line}: the row is not {{"messages": [...]}} with a user\'s message '
-                f"last; only such a row can be answered"
+                f"last or, where the chat template has tools, their results; only such a row can "
+                f"be answered"
             )
-        rows.append(ConversationRow(content, messages))
+        rows.append(ConversationRow(content, messages, chat.tools))
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
@@ -96,17 +104,19 @@ class CompletionFile:
         rows: Sequence[ConversationRow],
         prompts: Sequence[list[int]],
         made_by: Json,
+        template: Template,
     ):
         """
         Args:
           path: must not exist, see `check_absent`.
           prompts: token ids of each row's prompt.
+          template: tells thinking and calls from the text of an answer.
           made_by: the settings, which must be the same when a file is continued.
 
         Raises:
           UserError: `path` cannot be written, or its partial file has other settings.
         """
-        self._path, self._rows, self._prompts = path, rows, prompts
+        self._path, self._rows, self._prompts, self._template = path, rows, prompts, template
         self.partial = path.with_name(f"{path.name}.partial")
         self._log = ResponseLog(self.partial, made_by)
 
@@ -128,7 +138,7 @@ class CompletionFile:
         lines = []
         for row, answer in self._answered():
             counts[answer["finish"]] = counts.get(answer["finish"], 0) + 1
-            message = {"role": "assistant", "content": answer["text"]}
+            message = message_object(read_answer(answer["text"], self._template, row.tools))
             messages = [*row.content["messages"], message]
             content = {**row.content, "messages": messages, "finish": answer["finish"]}
             lines.append(json_line(content))
@@ -151,6 +161,7 @@ def complete_file(
     config: GenerationConfig,
     *,
     system: str | None,
+    thinking: bool | None = None,
     slots: int = 16,
     context: int | None = None,
 ) -> None:
@@ -163,6 +174,7 @@ def complete_file(
       out: a file that does not exist yet, see `check_absent`.
       config: of every answer; row n has the seed config.seed + n.
       system: the system prompt of rows that bring none; None for no system block.
+      thinking: see `render_prompt`.
       slots: how many rows are answered at a time.
       context: tokens of the longest prompt and its answer; None means what they need.
 
@@ -170,7 +182,8 @@ def complete_file(
       UserError: `out` cannot be written, an answer file with other settings was begun there, or
         the model gave logits that are not finite (`out` is written, and says in which rows).
     """
-    prompts = [render_prompt(row.messages, checkpoint.tokenizer, system) for row in rows]
+    tokenizer = checkpoint.tokenizer
+    prompts = [render_prompt(row.messages, tokenizer, system, row.tools, thinking) for row in rows]
     settings = dataclasses.asdict(config)
     settings["stop"] = list(settings.pop("stop_strings"))
     hosts.check_same({"file of conversations": json_fingerprint(prompts)})
@@ -180,7 +193,7 @@ def complete_file(
         "context": context,
         **settings,
     }
-    answers = CompletionFile(out, rows, prompts, made_by)
+    answers = CompletionFile(out, rows, prompts, made_by, tokenizer.template)
     waiting = answers.waiting()
     if len(waiting) < len(rows):
         log.info(f"{len(rows) - len(waiting)} of {len(rows)} rows were answered before")

@@ -72,7 +72,8 @@ def prompts_metadata(
     Args:
       default_system_prompt: None if a chat without a system turn has no system block.
       template: None if the tokenizer has none.
-      data: the section with a resolved default_system_prompt; None before training.
+      data: the section with a resolved default_system_prompt; None before training. Of data.tools
+        only `react` is saved.
     """
     domains = {} if data is None else {d.name: resolve_prompt(data, d) for d in data.domains}
     return {
@@ -81,6 +82,7 @@ def prompts_metadata(
         "domains": domains,
         "chat_template": template.name if template else None,
         "template_hash": template.fingerprint() if template else None,
+        **({"tools": "react"} if data and data.tools == "react" else {}),
     }
 
 

@@ -111,6 +111,20 @@ def first_exchanges(
     )
 
 
+def _check_abilities(template: Template, tools: Sequence[str], thinking: bool | None) -> None:
+    """Refuses a prompt with tools, or a choice of thinking, that the template has no form for."""
+    if tools and not template.renders_tools:
+        raise UserError(
+            f"the chat template {template.name} has no form for tools; use a checkpoint whose own "
+            f"template has one, or name such a template"
+        )
+    if thinking is not None and not template.chooses_thinking:
+        raise UserError(
+            f"the chat template {template.name} writes the same prompt with thinking and without; "
+            f"leave the choice out"
+        )
+
+
 def render_prompt(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
@@ -127,9 +141,10 @@ def render_prompt(
       thinking: whether a model that can do both shall think; None is the template's default.
 
     Raises:
-      UserError: the template refuses the chat, or has no form for tools.
+      UserError: the template refuses the chat, or has no form for tools or no choice of thinking.
     """
     template = tokenizer.template
+    _check_abilities(template, tools, thinking)
     if isinstance(template, FixedTemplate):
         return fixed_rendering.render_prompt(messages, tokenizer, template, prompt)
     try:

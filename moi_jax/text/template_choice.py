@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 from moi_jax.text.jinja.comparison import difference, is_equal
 from moi_jax.text.jinja.environment import own_sources
 from moi_jax.text.jinja.template import FROM_CHECKPOINT, JinjaTemplate
 from moi_jax.text.templates import TEMPLATES, FixedTemplate, Template
+from moi_jax.text.vocabulary_files import read_object
 
 if TYPE_CHECKING:
     from moi_jax.text.tokenizer import Tokenizer
 
 CHOICES = (FROM_CHECKPOINT, *TEMPLATES)
+SUFFIX = ".jinja"
+
+
+def with_chat_template(files: Mapping[str, str], asked: str) -> tuple[Mapping[str, str], str]:
+    """A tokenizer's files and the name of its template, as `tokenizer.chat_template` asks for it.
+
+    Args:
+      files: name -> text, as in `Tokenizer.files`.
+      asked: one of `CHOICES`, or the path of a .jinja file. Its text takes the place of the
+        tokenizer's own template.
+
+    Raises:
+      UserError: it is neither of them, or the file cannot be read.
+    """
+    if asked in CHOICES:
+        return files, asked
+    path = expand_home(Path(asked))
+    if path.suffix != SUFFIX:
+        raise UserError(
+            f"there is no chat template {asked!r}; choose {', '.join(CHOICES)}, or name a "
+            f"{SUFFIX} file"
+        )
+    try:
+        own = {"chat_template.jinja": path.read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the chat template {asked}: {error}; choose {', '.join(CHOICES)}, or "
+            f"name another {SUFFIX} file"
+        ) from None
+    settings = read_object(files, "tokenizer_config.json")
+    if "chat_template" in settings:  # some programs would read the old one
+        kept = {key: value for key, value in settings.items() if key != "chat_template"}
+        own["tokenizer_config.json"] = json.dumps(kept, ensure_ascii=False, indent=2) + "\n"
+    return {**files, **own}, FROM_CHECKPOINT
 
 
 def choose_template(tokenizer: Tokenizer, name: str | None) -> Template:

@@ -24,6 +24,7 @@ class Template(ABC):
       stops: ids that end an answer.
       controls: ids of all special tokens of the template that the tokenizer has.
       renders_tools: whether it has a form for tools, calls and results.
+      chooses_thinking: whether a prompt can be written with thinking or without.
       typed: whether it wants the thinking of an answer apart from its content.
       takes_system: whether it has a place for a system text.
       omits_system: whether a chat can be written without any system text.
@@ -35,6 +36,7 @@ class Template(ABC):
     stops: tuple[int, ...]
     controls: tuple[int, ...]
     renders_tools: bool = False
+    chooses_thinking: bool = False
     typed: ClassVar[bool] = False
     takes_system: bool = True
     omits_system: bool = True

@@ -24,7 +24,7 @@ import tokenizers
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.text.byte_level import QWEN_PATTERN
-from moi_jax.text.template_choice import choose_template
+from moi_jax.text.template_choice import choose_template, with_chat_template
 from moi_jax.text.templates import Template
 from moi_jax.text.vocabulary_files import from_ranks, from_vocabulary_files
 
@@ -65,12 +65,15 @@ class Tokenizer(ABC):
         """The tokenizer of the files (name -> text, as in `Tokenizer.files`).
 
         Args:
-          template: the name of its chat template; None is its own, see `choose_template`. Without
-            a template it cannot render conversations, but does all the rest.
+          template: the name or the file of its chat template; None is its own, see
+            `choose_template`. Without a template it cannot render conversations, but does all the
+            rest.
 
         Raises:
           UserError: the files hold no tokenizer, or the template that was named does not fit it.
         """
+        if template is not None:
+            files, template = with_chat_template(files, template)
         if not files.keys() & KINDS.keys() and "vocab.json" in files:
             files = {**files, "tokenizer.json": from_vocabulary_files(files)}
         for name, kind in KINDS.items():

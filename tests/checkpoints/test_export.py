@@ -67,8 +67,8 @@ def trained(tmp_path_factory):
 
 
 def test_the_card_of_parameters_that_began_at_random_names_no_base():
-    prompts = prompts_metadata(None, load_tokenizer(SAMPLES / "tokenizer").template)
-    card = model_card(ModelItems(preset("tiny"), {}, prompts))
+    template = load_tokenizer(SAMPLES / "tokenizer").template
+    card = model_card(ModelItems(preset("tiny"), {}, prompts_metadata(None, template)))
     assert "The weights were trained from a random initialisation." in card
     assert "base_model" not in card
 

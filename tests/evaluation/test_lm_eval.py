@@ -25,6 +25,7 @@ from moi_jax.sampling.requests import Completion
 from moi_jax.text.tokenizer import load_tokenizer
 
 from support.runs import SAMPLES
+from support.tool_templates import TEMPLATES
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -214,6 +215,25 @@ def test_text_becomes_the_tokens_of_the_hugging_face_backend(folder, tmp_path, o
         assert ours.tok_encode(text) == theirs.tok_encode(text), text
         plain = ours.tok_encode(text, add_special_tokens=False)
         assert plain == theirs.tok_encode(text, add_special_tokens=False), text
+
+
+def test_a_chat_is_written_by_the_checkpoints_own_template(folder, tmp_path, chat_model):
+    for file in (folder / "exported").glob("*token*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["hermes"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "exported")
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu")
+    own = load_tokenizer(tmp_path)
+    assert own.template.name == "from_checkpoint"
+    ours = CheckpointLM(dataclasses.replace(chat_model, tokenizer=own, system_prompt=None))
+    chat = [{"role": "system", "content": "Be <b>kind</b>."}]
+    for question in QUESTIONS:
+        chat.append({"role": "user", "content": question})
+        text = ours.apply_chat_template(chat)
+        assert text == theirs.apply_chat_template(chat)
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        chat.append({"role": "assistant", "content": "4"})
 
 
 def test_a_run_writes_the_harness_files_and_goes_on_after_a_kill(

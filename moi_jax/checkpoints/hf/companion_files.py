@@ -1,16 +1,20 @@
 """The files beside exported weights: configuration, tokenizer, chat template, licences."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moi_jax.checkpoints.items import ModelItems
 from moi_jax.models.config import in_family, to_hf_config
-from moi_jax.text.jinja.export import jinja_source
+from moi_jax.text.jinja.export import jinja_source, own_sources_with_default
+from moi_jax.text.jinja.template import JinjaTemplate
 from moi_jax.text.template_choice import has_own_template
+from moi_jax.text.templates import Template
 from moi_jax.text.tokenizer import TiktokenTokenizer, Tokenizer
+from moi_jax.text.vocabulary_files import read_object
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 
 
 def companion_files(
@@ -35,9 +39,30 @@ def companion_files(
     # A model that was only converted keeps its own template; that of a trained one has its prompt.
     tokenizer = Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"])
     if items.prompts["chat_template"] and (trained or not has_own_template(tokenizer)):
-        default = items.prompts["default_system_prompt"]
-        files["chat_template.jinja"] = jinja_source(tokenizer.template, default)
+        files |= _chat_template(files, tokenizer.template, items.prompts["default_system_prompt"])
     return files
+
+
+def _chat_template(
+    files: Mapping[str, str], template: Template, default: str | None
+) -> dict[str, str]:
+    """The files that hold the chat template: a checkpoint's own stands where it came from."""
+    if not isinstance(template, JinjaTemplate):
+        return {TEMPLATE_FILE: jinja_source(template, default)}
+    sources = own_sources_with_default(template, default)
+    if sources == template.sources:
+        return {}
+    settings = read_object(files, TOKENIZER_CONFIG)
+    written = {}
+    if TEMPLATE_FILE in files:  # it comes before the one in the settings, which is left out
+        written[TEMPLATE_FILE] = sources["default"]
+        settings.pop("chat_template", None)
+    elif isinstance(settings["chat_template"], str):
+        settings["chat_template"] = sources["default"]
+    else:
+        named = [{"name": name, "template": source} for name, source in sources.items()]
+        settings["chat_template"] = named
+    return {**written, TOKENIZER_CONFIG: json.dumps(settings, ensure_ascii=False, indent=2) + "\n"}
 
 
 def _fast_tokenizer(items: ModelItems) -> dict[str, str]:

@@ -19,6 +19,7 @@ from moi_jax.checkpoints.parameters import save_model
 from moi_jax.common.atomic_files import atomic_directory, check_new, write_texts
 from moi_jax.common.errors import UserError
 from moi_jax.common.progress import byte_bar
+from moi_jax.text.jinja.tool_formats import describe_template
 from moi_jax.text.prompts import prompts_metadata
 from moi_jax.text.template_choice import default_system_prompt, has_own_template
 from moi_jax.text.tokenizer import Tokenizer, check_whole, load_tokenizer
@@ -88,7 +89,7 @@ def _prompts(tokenizer: Tokenizer, otherwise: str | None) -> dict[str, Any]:
     except UserError as error:
         log.warning(f"{error}")
         return prompts_metadata(otherwise, None)
-    log.info(f"chat template: {template.name}")
+    log.info(f"chat template: {describe_template(template)}")
     return prompts_metadata(default, template)
 
 

@@ -7,6 +7,9 @@ from typing import Any
 import jinja2
 
 from moi_jax.checkpoints.items import ModelItems, read_json_item
+from moi_jax.text.jinja.template import FROM_CHECKPOINT, JinjaTemplate
+from moi_jax.text.jinja.tool_formats import ToolFormat, describe_template, tool_format
+from moi_jax.text.tokenizer import Tokenizer
 
 # The sections of a run's config that the card shows; config.yaml has the rest.
 SETTINGS = ("model", "loss", "optimizer", "train")
@@ -33,10 +36,33 @@ def model_card(items: ModelItems, step: Path | None = None) -> str:
     page = environment.get_template("model_card.md.jinja").render(
         model=items.model,
         prompts=items.prompts,
+        template=_template(items),
         provenance=items.provenance or NO_PROVENANCE,
         training=training,
     )
     return page.rstrip() + "\n"
+
+
+def _template(items: ModelItems) -> dict[str, Any]:
+    """What the card says of the chat template: name, tools, and whether it adds a prompt."""
+    name = items.prompts["chat_template"]
+    if name != FROM_CHECKPOINT:
+        return {"name": name, "tools": "", "adds_prompt": False}
+    template = Tokenizer.from_files(items.tokenizer, name).template
+    assert isinstance(template, JinjaTemplate)
+    tools = _tools(tool_format(template)) if template.renders_tools else ""
+    default = items.prompts["default_system_prompt"]
+    adds_prompt = default is None and template.default_prompt is not None
+    return {"name": describe_template(template), "tools": tools, "adds_prompt": adds_prompt}
+
+
+def _tools(known: ToolFormat | None) -> str:
+    """How calls are written, and which parser of a server reads them."""
+    if known is None:
+        return "Calls of tools have a form that is none of those that servers have parsers for."
+    servers = {"vLLM": known.vllm, "SGLang": known.sglang}
+    parsers = [f"{server} `--tool-call-parser {name}`" for server, name in servers.items() if name]
+    return f"Calls of tools have the form {known.name}; the parser is, in {', in '.join(parsers)}."
 
 
 def _training(step: Path) -> dict[str, Any] | None:
@@ -80,7 +106,11 @@ def _held_out(path: Path, step: str) -> dict[str, float]:
         return losses
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        found = {k: v for k, v in record.items() if k.startswith("eval/") and k.endswith("/loss")}
+        found = {
+            key: value
+            for key, value in record.items()
+            if key.startswith("eval/") and key.endswith("/loss") and value is not None
+        }
         if found and record["step"] <= int(step):
             losses = found
     return losses

@@ -17,13 +17,15 @@ from moi_jax.checkpoints.hf.compare import (
     prompt_ids,
     total_bytes,
 )
+from moi_jax.checkpoints.hf.compare_templates import compare_templates, why_not_compared
 from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles, read_bytes
 from moi_jax.checkpoints.hf.weights import export_tensors, redundant_tensors
-from moi_jax.checkpoints.items import find_step, read_items
+from moi_jax.checkpoints.items import ModelItems, find_step, read_items
 from moi_jax.checkpoints.opener import load
 from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.common.progress import byte_bar
 from moi_jax.models.config import ModelConfig, in_family, read_hf_config
+from moi_jax.text.tokenizer import Tokenizer
 
 # Relative to the largest logit. float32 sums in another order stay below it at every depth we
 # tried; a wrong detail of the architecture does not.
@@ -41,7 +43,8 @@ def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = Fa
     Returns:
       checkpoint and against (paths), checksums (how many files are as they were written; 0 where
       the checkpoint has none), config, tensors and logits (see the functions of compare.py),
-      not_checked (reasons), verdict ("equal" or "different").
+      template (see compare_templates.py; None if it was not compared), not_checked (reasons),
+      verdict ("equal" or "different").
 
     Raises:
       UserError: one of the two is missing or damaged, or they are of different families.
@@ -64,6 +67,7 @@ def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = Fa
             "tensors": compare_tensors(tensors, files, ignored, progress),
             "logits": {"max_abs": None, "mean_kl": None},
         }
+    report["template"], no_template = _template(items, directory)
     reason = "--tensors-only was given" if tensors_only else _why_no_reference(theirs)
     if reason is None:
         # Under another family's names the models are equal up to seq_length only.
@@ -76,9 +80,23 @@ def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = Fa
         ]
         del model  # two models at a time would need twice the memory
         report["logits"] = compare_logits(logits, ids, directory, stored.dtype)
-    report["not_checked"] = [] if reason is None else [f"logits: {reason}"]
+    unchecked = {"logits": reason, "chat template": no_template}
+    report["not_checked"] = [f"{what}: {why}" for what, why in unchecked.items() if why]
     report["verdict"] = verdict(report)
     return report
+
+
+def _template(items: ModelItems, directory: Path) -> tuple[Report | None, str | None]:
+    """The comparison of the chat templates, and why there is none."""
+    name = items.prompts["chat_template"]
+    reason = why_not_compared(directory)
+    if reason is not None or name is None:
+        return None, reason
+    tokenizer = Tokenizer.from_files(items.tokenizer, name)
+    try:
+        return compare_templates(tokenizer, items.prompts["default_system_prompt"], directory), None
+    except (OSError, ValueError) as error:  # of transformers, about the tokenizer of the directory
+        return None, str(error).splitlines()[0]
 
 
 def _why_no_reference(config: ModelConfig) -> str | None:
@@ -95,12 +113,14 @@ def _why_no_reference(config: ModelConfig) -> str | None:
 
 
 def verdict(report: Report) -> str:
-    """equal or different, judged by the tensors, the configuration, and the logits if compared."""
+    """equal or different, by tensors, configuration, and if compared, logits and template."""
     tensors, logits = report["tensors"], report["logits"]
     unequal = [report["config"], *(tensors[k] for k in ("missing", "unexpected", "mismatched"))]
     if logits["max_abs"] is not None:
         bar = LOGITS_BAR * max(1.0, logits["largest"])
         unequal += [not logits["max_abs"] <= bar, not logits["mean_kl"] <= KL_BAR]
+    if report.get("template"):
+        unequal.append(report["template"]["different"])
     return "different" if any(unequal) else "equal"
 
 
@@ -136,5 +156,12 @@ def describe(report: Report) -> str:
         lines.append("next token of the prompt: id, logit here, logit there")
         for row in logits["top5"]:
             lines.append(f"  {row['token']:>7} {row['ours']:10.4f} {row['theirs']:10.4f}")
+    if template := report["template"]:
+        lines.append(
+            f"chat template: {template['samples'] - template['different']} of "
+            f"{template['samples']} samples of {template['conversations']} conversations equal; "
+            f"labels compared with {template['labels']}; {template['refused']} refused"
+        )
+        lines += [f"  {template['first']}"] if template["first"] else []
     lines += [f"not checked: {what}" for what in report["not_checked"]]
     return "\n".join([*lines, f"verdict: {report['verdict']}"])

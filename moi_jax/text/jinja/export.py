@@ -13,16 +13,24 @@ def jinja_source(template: Template, default: str | None) -> str:
       default: the system prompt of a chat without a system turn; None for no system block.
     """
     if isinstance(template, JinjaTemplate):
-        return _with_default(template, default)
+        return own_sources_with_default(template, default)["default"]
     assert isinstance(template, FixedTemplate)
     return _fixed_source(template, default)
 
 
-def _with_default(template: JinjaTemplate, default: str | None) -> str:
-    """The template's own source, with a default prompt in front of it if that differs."""
-    source = template.sources["default"]
+def own_sources_with_default(template: JinjaTemplate, default: str | None) -> dict[str, str]:
+    """The sources of a checkpoint's own template by name, changed only where `default` asks it.
+
+    Args:
+      default: see `jinja_source`. None leaves a default prompt of the template itself.
+    """
     if default is None or default == template.default_prompt:
-        return source
+        return dict(template.sources)
+    return {name: _with_default(source, default) for name, source in template.sources.items()}
+
+
+def _with_default(source: str, default: str) -> str:
+    """A template with a default prompt in front of it."""
     system = f"[{{'role': 'system', 'content': {_literal(default)}}}]"
     return (
         f"{{%- if not (messages and messages[0]['role'] == 'system') %}}"

@@ -109,16 +109,19 @@ class JinjaTemplate(Template):
         if THOUGHT in (self._probed((QUESTION, thought), style=thinking) or ""):
             self.style = thinking
         self.renders_tools = self._probe_tools()
+        prompts = [self._probed((QUESTION,), generate=True, thinking=on) for on in (True, False)]
+        self.chooses_thinking = prompts[0] != prompts[1]
         self._probe_system(plain)
         self._probe_ends(known, answered)
 
     def _probed(
         self, messages: Sequence[Message], tools: Sequence[str] = (), style: Style | None = None,
-        generate: bool = False,
+        generate: bool = False, thinking: bool | None = None,
     ) -> str | None:  # fmt: skip
         """The text of a chat; None if the template does not take it."""
         try:
-            return split_marks(self._rendered(messages, tools, generate, style or self.style))[0]
+            text = self._rendered(messages, tools, generate, style or self.style, thinking)
+            return split_marks(text)[0]
         except BadRow:
             return None
 
