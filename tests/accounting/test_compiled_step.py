@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from moi_jax.accounting.memory import abstract_step, argument_bytes
+from moi_jax.accounting.resolved import on_platform
 from moi_jax.accounting.traffic import step_traffic
 from moi_jax.config.load import make_config
 from moi_jax.models.presets import preset
@@ -70,7 +71,7 @@ def mesh():
 
 
 def test_collectives_are_those_of_sharded_data_and_tensor_parallelism(compiled):
-    expected = step_traffic(make_config(CONFIG), MODEL, mesh())
+    expected = step_traffic(on_platform(make_config(CONFIG), "tpu"), MODEL, mesh())
     counted = {kind: values["bytes"] for kind, values in compiled["collectives"].items()}
     assert compiled["unknown_loops"] == 0
     assert counted["all-gather"] == pytest.approx(expected["all-gather"], rel=0.2)

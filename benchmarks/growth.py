@@ -1,0 +1,162 @@
+"""A train step on 8 to 256 chips of a TPU v5p, one row a chip: the plan's figures and a picture.
+
+    pip install '.[plan]'
+    python benchmarks/growth.py growth.json --compile
+    python benchmarks/growth.py growth.json --plot growth.svg
+
+No TPU is needed. Each line takes minutes to compile, and is kept for the next time. The model is
+Qwen2.5-7B with rows of 4,096 tokens, `remat: full` and float32 state. The rows grow with the chips,
+so that every chip has the same work.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moi_jax.accounting.topology import parse_topology, prepare_environment
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB, MIB = 1 << 30, 1 << 20
+ROW = 4096
+COLOURS = {"fsdp": "#0072b2", "hybrid": "#d55e00", "slices": "#009e73"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mesh on a topology.
+
+    Attributes:
+      kind: fsdp over all chips; hybrid, fsdp within groups of a slice and data across them; slices,
+        fsdp within a slice and data across slices.
+    """
+
+    kind: str
+    topology: str
+    slices: int
+    data: int
+    fsdp: int
+
+    @property
+    def chips(self) -> int:
+        return self.data * self.fsdp
+
+
+CASES = (
+    Case("fsdp", "v5p:2x2x2", 1, 1, 8),
+    Case("fsdp", "v5p:2x4x4", 1, 1, 32),
+    Case("fsdp", "v5p:4x4x8", 1, 1, 128),
+    Case("fsdp", "v5p:4x8x8", 1, 1, 256),
+    Case("hybrid", "v5p:2x4x4", 1, 4, 8),
+    Case("hybrid", "v5p:4x4x8", 1, 4, 32),
+    Case("hybrid", "v5p:4x8x8", 1, 8, 32),
+    Case("slices", "v5p:2x4x4", 8, 8, 32),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("json", type=Path, help="the file of the figures")
+    parser.add_argument("--compile", action="store_true", help="make the figures")
+    parser.add_argument("--cache", default="~/.cache/moi_jax", help="where compilations are kept")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw them")
+    args = parser.parse_args()
+    if args.compile:
+        prepare_environment(compiles=True)
+        records = [measure(case, args.cache) for case in CASES]
+        args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    records = json.loads(args.json.read_text(encoding="utf-8"))
+    print(table(records))
+    if args.plot:
+        plot(records, args.plot)
+
+
+def measure(case: Case, cache: str) -> dict[str, Any]:
+    """Returns the case and its plan, as `plan --json` has it."""
+    from moi_jax.accounting.costs import plan_json
+    from moi_jax.accounting.planner import Planner
+    from moi_jax.accounting.work import full_rows
+    from moi_jax.config.load import load_config
+
+    settings = [
+        "model.preset=qwen2.5-7b",
+        f"data.cache_dir={cache}",
+        f"mesh.data={case.data}",
+        f"mesh.fsdp={case.fsdp}",
+        f"train.global_batch_rows={case.chips}",
+        f"train.microbatch_rows={case.chips}",
+    ]
+    config = load_config(ROOT / "configs" / "qwen_7b_moi.yaml", settings)
+    planner = Planner(config, parse_topology(case.topology, case.slices), "train")
+    planner.work = full_rows(config, "the same on every machine")
+    return {"kind": case.kind, **plan_json(planner.plan())}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Returns the table of docs/benchmarks.md."""
+    lines = [
+        "| chips | mesh | arguments | temporaries | peak | sent for a token: weights and states | "
+        "sums | compute | links | network | tokens/s a chip |",
+        f"|{' --- |' * 11}",
+    ]
+    for record in records:
+        memory, line = record["per_chip"], record["roofline"]
+        gathered, summed = sent(record)
+        network = f"{line['network_s']:.3f}" if record["slices"] > 1 else ""
+        lines.append(
+            f"| {record['chips']} | {mesh_name(record)} "
+            f"| {memory['arguments_bytes'] / GIB:.2f} | {memory['temporaries_bytes'] / GIB:.2f} "
+            f"| {memory['peak_bytes'] / GIB:.2f} | {gathered:.2f} | {summed:.2f} "
+            f"| {line['compute_s']:.3f} | {line['ici_s']:.3f} | {network} "
+            f"| {record['run']['tokens_per_second_per_chip']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def mesh_name(record: dict[str, Any]) -> str:
+    """Returns such as fsdp 8, data 8 x fsdp 32, or 8 slices: data 8 x fsdp 32."""
+    mesh = record["mesh"]
+    name = f"fsdp {mesh['fsdp']}"
+    name = f"data {mesh['data']} x {name}" if mesh["data"] > 1 else name
+    return f"{record['slices']} slices: {name}" if record["slices"] > 1 else name
+
+
+def sent(record: dict[str, Any]) -> tuple[float, float]:
+    """Returns the MiB that a chip sends for a token: in gathers and in sums.
+
+    The windows of a product, collective-permutes, carry weights as well as gradients; they count
+    with the gathers.
+    """
+    sizes = {kind: values["bytes"] / MIB / ROW for kind, values in record["collectives"].items()}
+    summed = sizes.get("all-reduce", 0) + sizes.get("reduce-scatter", 0)
+    return sum(sizes.values()) - summed, summed
+
+
+def plot(records: list[dict[str, Any]], picture: Path) -> None:
+    """Draws memory and traffic of a chip over the number of chips."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "moi_jax", "svg.fonttype": "none", "font.size": 9})
+    figure, (memory, traffic) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for kind, colour in COLOURS.items():
+        chosen = [record for record in records if record["kind"] == kind]
+        chips = [record["chips"] for record in chosen]
+        style = {"color": colour, "marker": "o", "label": kind}
+        memory.plot(chips, [r["per_chip"]["peak_bytes"] / GIB for r in chosen], **style)
+        traffic.plot(chips, [sum(sent(record)) for record in chosen], **style)
+    memory.set(title="memory at the peak", ylabel="GiB a chip", ylim=0)
+    traffic.set(title="sent in collectives", ylabel="MiB a chip for each of its tokens", ylim=0)
+    for axis in (memory, traffic):
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="chips", xticks=[8, 32, 128, 256], xticklabels=["8", "32", "128", "256"])
+        axis.spines[["top", "right"]].set_visible(False)
+    memory.legend(frameon=False)
+    figure.savefig(picture, metadata={"Date": None})
+    # matplotlib leaves spaces at the ends of lines.
+    lines = picture.read_text(encoding="utf-8").splitlines()
+    picture.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
