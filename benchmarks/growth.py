@@ -22,6 +22,7 @@ from moi_jax.accounting.topology import parse_topology, prepare_environment
 ROOT = Path(__file__).resolve().parents[1]
 GIB, MIB = 1 << 30, 1 << 20
 ROW = 4096
+SHOWN = 0.01  # MiB of a kind
 COLOURS = {"fsdp": "#0072b2", "hybrid": "#d55e00", "slices": "#009e73"}
 
 
@@ -103,20 +104,20 @@ def measure(case: Case, cache: str, compiles: bool) -> dict[str, Any]:
 def table(records: list[dict[str, Any]]) -> str:
     """Returns the table of docs/benchmarks.md."""
     lines = [
-        "| chips | mesh | arguments | temporaries | peak | sent for a token: weights and states | "
-        "sums | compute | links | network | tokens/s a chip |",
-        f"|{' --- |' * 11}",
+        "| chips | mesh | arguments | temporaries | peak | sent for a token | by kind | compute | "
+        "links | network |",
+        f"|{' --- |' * 10}",
     ]
     for record in records:
         memory, line = record["per_chip"], record["roofline"]
-        gathered, summed = sent(record)
+        kinds = sorted(sent(record).items(), key=lambda item: -item[1])
+        by_kind = ", ".join(f"{kind} {size:.2f}" for kind, size in kinds if size >= SHOWN)
         network = f"{line['network_s']:.3f}" if record["slices"] > 1 else ""
         lines.append(
             f"| {record['chips']} | {mesh_name(record)} "
             f"| {memory['arguments_bytes'] / GIB:.2f} | {memory['temporaries_bytes'] / GIB:.2f} "
-            f"| {memory['peak_bytes'] / GIB:.2f} | {gathered:.2f} | {summed:.2f} "
-            f"| {line['compute_s']:.3f} | {line['ici_s']:.3f} | {network} "
-            f"| {record['run']['tokens_per_second_per_chip']:,.0f} |"
+            f"| {memory['peak_bytes'] / GIB:.2f} | {sum(sent(record).values()):.2f} | {by_kind} "
+            f"| {line['compute_s']:.3f} | {line['ici_s']:.3f} | {network} |"
         )
     return "\n".join(lines)
 
@@ -130,19 +131,13 @@ def mesh_name(record: dict[str, Any]) -> str:
     return name if record["source"] == "compiled" else f"{name}, by arithmetic"
 
 
-def sent(record: dict[str, Any]) -> tuple[float, float]:
-    """Returns the MiB that a chip sends for a token: in gathers and in sums.
-
-    The windows of a product, collective-permutes, carry weights as well as gradients; they count
-    with the gathers.
-    """
-    sizes = {kind: values["bytes"] / MIB / ROW for kind, values in record["collectives"].items()}
-    summed = sizes.get("all-reduce", 0) + sizes.get("reduce-scatter", 0)
-    return sum(sizes.values()) - summed, summed
+def sent(record: dict[str, Any]) -> dict[str, float]:
+    """Returns the MiB that a chip sends for each of its tokens, by kind of collective."""
+    return {kind: values["bytes"] / MIB / ROW for kind, values in record["collectives"].items()}
 
 
 def plot(records: list[dict[str, Any]], picture: Path) -> None:
-    """Draws memory and traffic of a chip over the number of chips."""
+    """Draws memory and traffic of a chip over the number of chips; arithmetic has hollow points."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "moi_jax", "svg.fonttype": "none", "font.size": 9})
@@ -150,9 +145,13 @@ def plot(records: list[dict[str, Any]], picture: Path) -> None:
     for kind, colour in COLOURS.items():
         chosen = [record for record in records if record["kind"] == kind]
         chips = [record["chips"] for record in chosen]
-        style = {"color": colour, "marker": "o", "label": kind}
-        memory.plot(chips, [r["per_chip"]["peak_bytes"] / GIB for r in chosen], **style)
-        traffic.plot(chips, [sum(sent(record)) for record in chosen], **style)
+        peaks = [record["per_chip"]["peak_bytes"] / GIB for record in chosen]
+        totals = [sum(sent(record).values()) for record in chosen]
+        for axis, values in ((memory, peaks), (traffic, totals)):
+            axis.plot(chips, values, color=colour, label=kind, linewidth=1)
+            for record, value in zip(chosen, values, strict=True):
+                filled = colour if record["source"] == "compiled" else "white"
+                axis.plot(record["chips"], value, "o", color=colour, markerfacecolor=filled)
     memory.set(title="memory at the peak", ylabel="GiB a chip", ylim=0)
     traffic.set(title="sent in collectives", ylabel="MiB a chip for each of its tokens", ylim=0)
     for axis in (memory, traffic):
