@@ -104,10 +104,11 @@ def _key_bytes(config: Config, model: ModelConfig, mesh: Mesh) -> float:
     """Returns the bytes of the keys and values of all layers that a device has of a microbatch.
 
     Where tensor splits the query heads but not the KV heads, each query head has a copy of its own.
+    Where it splits neither, a device has all KV heads.
     """
-    tensor = mesh.shape["tensor"]
-    heads = model.num_kv_heads if model.num_kv_heads % tensor == 0 else model.num_heads
-    width = heads // tensor * model.head_dim
+    tensor, heads = mesh.shape["tensor"], model.num_kv_heads
+    split = [count // tensor for count in (heads, model.num_heads) if count % tensor == 0]
+    width = next(iter(split), heads) * model.head_dim
     return 2 * model.num_layers * _token_bytes(config, mesh) * width
 
 

@@ -187,7 +187,8 @@ def test_collectives_carry_numbers_of_the_compute_dtype(dtype, size):
         ("full", 1, 4, 2),
         ("minimal_with_context", 1, 4, 2),  # what is gathered has no name to be kept by
         ("none", 2, 2, 1),
-        ("none", 8, 28 // 8, 1),  # 4 KV heads do not divide: as many copies as query heads
+        ("none", 14, 28 // 14, 1),  # 4 KV heads do not divide: as many copies as query heads
+        ("none", 8, 4, 1),  # nor do 28 query heads: all of them
     ],
 )
 def test_a_context_axis_gathers_keys_and_values(remat, tensor, heads, gathers):
