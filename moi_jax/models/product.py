@@ -11,8 +11,7 @@ def product(contracted: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Sums x [..., inputs] times kernel [inputs, outputs] over the inputs, `contracted` axes.
 
     The gradient of the kernel is x^T g. jax would take (g^T x)^T, for which XLA on CPUs computes g
-    transposed: several reads far apart for each value. A step of benchmarks/torch_peer.py took 1.7
-    times as long.
+    transposed: several reads far apart for each value (benchmarks/torch_peer.py shows it).
 
     Returns:
       [..., outputs], in the dtype of both arguments.
