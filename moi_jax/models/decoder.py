@@ -19,6 +19,7 @@ from moi_jax.models import rotary
 from moi_jax.models.attention import AttentionFn
 from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig
+from moi_jax.models.product import product
 from moi_jax.models.rotary import Rotary
 from moi_jax.parallel.axes import constrain
 
@@ -93,7 +94,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., inputs] to [..., outputs] in x's dtype."""
-        y = jnp.tensordot(x, _cast_in_place(self.kernel[...], x.dtype), self.contracted)
+        y = product(self.contracted, x, _cast_in_place(self.kernel[...], x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
