@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -180,10 +181,14 @@ class JsonTokenizer(Tokenizer):
         backend.no_padding()
         backend.post_processor = None
         self._backend = backend
-        self._rendering = tokenizers.Tokenizer.from_str(backend.to_str())  # parses special tokens
         # We normalise: the library's offsets count in the text before normalisation.
         self._nfc = isinstance(backend.normalizer, tokenizers.normalizers.NFC)
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+
+    @cached_property
+    def _rendering(self) -> tokenizers.Tokenizer:
+        """The same, but it parses special tokens. It takes a second to make."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     @property
     def special_tokens(self) -> dict[str, int]:
