@@ -21,7 +21,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Source
 from moi_jax.data.sources.formats import Typing
 from moi_jax.data.sources.rows import detect_format, expand, source_rows
-from moi_jax.text.conversations import Conversation, Message
+from moi_jax.text.conversations import Conversation
 
 from support.chat_templates import (
     REFUSES,
@@ -61,16 +61,13 @@ def conversations(oracle: TemplateOracle, directory: Path, count: int) -> Iterat
         rows = [row for row in rows if row.system]
     if not own.takes_system:
         rows = [row for row in rows if not row.system]
-    if not typed:
-        rows = [row for row in rows if not any(map(_is_ours_alone, row.messages))]
+    # What tools wrote in a trajectory is no label of ours, and transformers knows no trajectories.
+    rows = [row for row in rows if not any(message.trajectory for message in row.messages)]
+    if not typed:  # ours encodes contents apart, so white space joins no token of its own
+        rows = [row for row in rows if not any(m.content[:1].isspace() for m in row.messages)]
     rows = rows[: count // 2]
     made = conversations_for(oracle, range(count))
     return islice(chain(rows, made), count)
-
-
-def _is_ours_alone(message: Message) -> bool:
-    """Whether our template treats the text otherwise: observations, and white space before it."""
-    return message.trajectory or message.content[:1].isspace()
 
 
 def compare(name: str, oracle: TemplateOracle, directory: Path, count: int) -> None:

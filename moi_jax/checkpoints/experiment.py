@@ -18,6 +18,7 @@ from moi_jax.text.prompts import (
     check_targets,
     prompts_metadata,
     saved_template,
+    tell_templates,
 )
 from moi_jax.text.tokenizer import Tokenizer, check_whole, load_tokenizer
 
@@ -92,6 +93,7 @@ def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
     if config.data.domains:
         check_prompts(config.data, tokenizer.template)
         check_targets(config.loss.targets, tokenizer.template)
+        tell_templates(tokenizer.template)
     return Experiment(config, model, tokenizer, start)
 
 

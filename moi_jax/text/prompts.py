@@ -1,11 +1,14 @@
 """Prompts: the system prompt of each domain, and what a checkpoint saves about prompts."""
 
+import logging
 from typing import Any
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.text.jinja.template import FROM_CHECKPOINT
+from moi_jax.text.jinja.template import FROM_CHECKPOINT, JinjaTemplate
 from moi_jax.text.templates import TEMPLATES, Template, fixed_fingerprint
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 MOST_SHOWN = 40  # characters of a prompt in a message
@@ -48,6 +51,17 @@ def check_prompts(data: config.Data, template: Template) -> None:
 def shortened(prompt: str) -> str:
     """The beginning of a prompt, for messages."""
     return prompt if len(prompt) <= MOST_SHOWN else f"{prompt[:MOST_SHOWN]}..."
+
+
+def tell_templates(template: Template) -> None:
+    """Logs which template renders what, if the tokenizer has several."""
+    if isinstance(template, JinjaTemplate) and len(template.sources) > 1:
+        known = ", ".join(sorted(template.sources))
+        tools = "tool_use" if "tool_use" in template.sources else "default"
+        log.info(
+            f"the tokenizer has the chat templates {known}: {tools} renders conversations with "
+            f"tools, default all others"
+        )
 
 
 def check_targets(targets: str, template: Template) -> None:

