@@ -86,18 +86,21 @@ def with_system_prompt(
 
 
 def first_exchanges(
+    conversation: Conversation,
     instruction: Instruction,
     tokenizer: Tokenizer,
     prompt: str | None,
     row_system: str,
     limit: int,
+    options: Rendering = AS_AT_INFERENCE,
 ) -> tuple[Instruction, int]:
     """Drops exchanges from the end until the rest fits `limit`.
 
     An exchange is a user's turn and all that follows before the next one.
 
     Args:
-      prompt, row_system: with which the instruction was rendered.
+      instruction: the only sample of the conversation.
+      prompt, row_system, options: with which it was rendered.
       limit: tokens.
 
     Returns:
@@ -107,7 +110,7 @@ def first_exchanges(
     if fixed := _fixed(instruction, template):
         return fixed_rendering.first_exchanges(instruction, fixed, limit)
     return jinja_rendering.first_exchanges(
-        instruction, tokenizer, _own(template), prompt, row_system, limit
+        conversation, instruction, tokenizer, _own(template), prompt, row_system, options, limit
     )
 
 

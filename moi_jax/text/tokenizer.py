@@ -231,17 +231,16 @@ class JsonTokenizer(Tokenizer):
 
 def _token_range(encoding: tokenizers.Encoding, start: int, end: int) -> tuple[int, int]:
     """The tokens with a character in [start, end); a special token may swallow space around it."""
-    tokens = [encoding.char_to_token(place) for place in (start, end - 1)]
-    while tokens[0] is None:
-        start += 1
-        tokens[0] = encoding.char_to_token(start)
-    while tokens[1] is None:
-        end -= 1
-        tokens[1] = encoding.char_to_token(end - 1)
-    last = tokens[1]
+    places = range(start, end)
+    known = (encoding.char_to_token(place) for place in places)
+    first = next((token for token in known if token is not None), None)
+    if first is None:
+        return 0, 0
+    known = (encoding.char_to_token(place) for place in reversed(places))
+    last = next(token for token in known if token is not None)
     while (chars := encoding.token_to_chars(last + 1)) and chars[0] < end:
         last += 1  # the bytes of a character may be several tokens
-    return tokens[0], last + 1
+    return first, last + 1
 
 
 class TiktokenTokenizer(Tokenizer):

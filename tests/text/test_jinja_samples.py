@@ -199,10 +199,10 @@ def test_a_conversation_is_cut_after_whole_exchanges() -> None:
     ((whole,),) = render([chat], tokenizer, "Hi.", "append")
     ((first,),) = render([chat.first_exchanges(1)], tokenizer, "Hi.", "append")
     limit = len(whole.tokens) - 1
-    found, count = first_exchanges(whole, tokenizer, "Hi.", "append", limit)
+    found, count = first_exchanges(chat, whole, tokenizer, "Hi.", "append", limit)
     assert count == 1
     assert found.tokens.tolist() == first.tokens.tolist()
-    assert first_exchanges(whole, tokenizer, "Hi.", "append", 5)[1] == 0
+    assert first_exchanges(chat, whole, tokenizer, "Hi.", "append", 5)[1] == 0
 
 
 def test_special_tokens_in_a_question_are_text_in_a_prompt() -> None:

@@ -346,7 +346,7 @@ def test_first_exchanges_render_the_longest_fitting_conversation(
     counts = range(1, len(chat.turns) // 2 + 1)
     fitting = [n for n in counts if len(cut(n).tokens) <= limit]
     whole = one(chat, prompt, tokenizer=tokenizer)
-    shorter, count = first_exchanges(whole, tokenizer, prompt, "append", limit)
+    shorter, count = first_exchanges(chat, whole, tokenizer, prompt, "append", limit)
     assert count == max(fitting, default=0)
     if count:
         assert_same(shorter, cut(count))

@@ -166,7 +166,13 @@ class BlockWriter:
         if self.data.too_long == "drop":
             raise bad
         shorter, exchanges = rendering.first_exchanges(
-            samples[0], self.tokenizer, self.prompt, self.data.row_system, self.limit
+            conversation,
+            samples[0],
+            self.tokenizer,
+            self.prompt,
+            self.data.row_system,
+            self.limit,
+            self.options,
         )
         if not exchanges:
             raise bad

@@ -13,6 +13,7 @@ from typing import Any
 from moi_jax.data.sources.readers import decode
 from moi_jax.text.conversations import BadRow, Conversation
 
+NULL_MATTERS = {"const", "default"}  # keys of a schema whose value may be null
 TYPES = {"string", "number", "integer", "boolean", "array", "null"}  # of JSON Schema, but object
 
 
@@ -88,15 +89,16 @@ def openai_form(entry: Any) -> str:
 
 
 def _filled_in_left_out(value: Any) -> Any:
-    """The value without properties that are null: a table adds those that other rows have."""
+    """A schema without keys that are null: a table adds those that other rows have."""
     if isinstance(value, list):
         return [_filled_in_left_out(part) for part in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: _filled_in_left_out(part) for key, part in value.items()}
-    if isinstance(kept.get("properties"), dict):
-        kept["properties"] = {k: v for k, v in kept["properties"].items() if v is not None}
-    return kept
+    return {
+        key: _filled_in_left_out(part)
+        for key, part in value.items()
+        if part is not None or key in NULL_MATTERS
+    }
 
 
 def _check_parameters(name: str, schema: Any) -> None:

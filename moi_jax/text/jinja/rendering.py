@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from functools import lru_cache
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 DEFAULTS = tuple(
     (field.name, field.default) for field in fields(Message) if field.default is not MISSING
 )
-# Stands for the special tokens in a user's text, which are not the template's.
-MASK = "\uf8e2"
+# From this character on, each stands for a special token in a user's text, which is not the
+# template's. Nothing is written in this private plane.
+FIRST_MASK = 0xF0000
 
 
 @lru_cache(maxsize=8)
@@ -110,11 +113,12 @@ def _written(message: Message, span: Span, text: str) -> list[tuple[int, int]]:
     """The parts of a span that the model writes: a trajectory holds what tools have written."""
     if not message.trajectory:
         return [(span.start, span.end)]
-    begin = text.find(message.content, span.start, span.end)
+    content = message.content.strip()  # templates may trim it
+    begin = text.find(content, span.start, span.end)
     if begin < 0:
         raise unmaskable(span.turn, "it does not hold the text of the trajectory as it is")
     borders = [span.start]
-    for start, end in observed(message.content):
+    for start, end in observed(content):
         borders += [begin + start, begin + end]
     return list(zip(borders[::2], [*borders[1::2], span.end], strict=True))
 
@@ -127,16 +131,18 @@ def _instruction(
     encoded: tuple[list[int], list[tuple[int, int]]],
 ) -> Instruction:
     ids, ranges = encoded
-    spans, end_before = [], 1  # token 0 has no token before it that could predict it
-    for start, end in ranges:
-        spans.append((max(start, end_before), end, ASSISTANT | QWEN_OFFICIAL))
-        end_before = end
+    spans, weights, end_before = [], [], 1  # no token before token 0 could predict it
+    for (start, end), (_, _, weight) in zip(ranges, labels, strict=True):
+        if max(start, end_before) < end:
+            spans.append((max(start, end_before), end, ASSISTANT | QWEN_OFFICIAL))
+            weights.append(weight)
+            end_before = end
     return Instruction(
         np.array(ids, np.int32),
         0,
         np.array(spans, np.int32).reshape(-1, 3),
         conversation.system or "",
-        span_weights([weight for _, _, weight in labels]),
+        span_weights(weights),
         to_json(_of_sample(conversation, rendered), options.thinking),
     )
 
@@ -197,23 +203,30 @@ def with_system_prompt(
 
 
 def first_exchanges(
+    conversation: Conversation,
     instruction: Instruction,
     tokenizer: Tokenizer,
     template: JinjaTemplate,
     prompt: str | None,
     row_system: str,
+    options: Rendering,
     limit: int,
 ) -> tuple[Instruction, int]:
     """The first exchanges that fit the limit, see `text.rendering.first_exchanges`."""
-    conversation, thinking = from_json(instruction.conversation)
-    count = sum(message.role == "user" for message in conversation.messages)
-    options = Rendering(thinking, rewritten_history="refuse")
-    for fewer in range(count - 1, 0, -1):
-        shorter = conversation.first_exchanges(fewer)
+    fitting: dict[int, Instruction] = {}
+
+    def too_long(count: int) -> bool:
+        shorter = conversation.first_exchanges(count)
         (found,) = render([shorter], tokenizer, template, prompt, row_system, options)
-        if not isinstance(found, BadRow) and len(found[0].tokens) <= limit:
-            return found[0], fewer
-    return instruction, 0
+        if isinstance(found, BadRow) or len(found) > 1 or len(found[0].tokens) > limit:
+            return True
+        fitting[count] = found[0]
+        return False
+
+    exchanges = sum(message.role == "user" for message in conversation.messages)
+    bisect_left(range(1, exchanges), True, key=too_long)
+    count = max(fitting, default=0)
+    return fitting.get(count, instruction), count
 
 
 def render_prompt(
@@ -226,19 +239,20 @@ def render_prompt(
 ) -> list[int]:
     """The tokens of a chat up to where the model answers, see `text.rendering.render_prompt`."""
     whole = _under(Conversation(tuple(messages), tuple(tools)), tokenizer, prompt, "keep")
-    masked: list[str] = []
+    masks: dict[str, str] = {}  # special token -> the character that stands for it
 
     def mask(text: str) -> str:
-        masked.extend(template.specials.findall(text))
-        return template.specials.sub(MASK, text)
+        return template.specials.sub(
+            lambda found: masks.setdefault(found.group(), chr(FIRST_MASK + len(masks))), text
+        )
 
-    shown = [replace(message, content=mask(message.content)) for message in whole.messages]
-    text = template.chat_text(shown, whole.tools, generate=True, thinking=thinking)
-    pieces = text.split(MASK)
-    if len(pieces) != len(masked) + 1:
-        raise BadRow("control_tokens", "the chat template moves the text of a message")
+    shown = normalized(whole, mask)
+    text = template.chat_text(shown.messages, shown.tools, generate=True, thinking=thinking)
+    tokens = {character: token for token, character in masks.items()}
     ids: list[int] = []
-    for piece, token in zip(pieces, [*masked, ""], strict=True):
-        ids += tokenizer.encode_rendered([piece], [[]])[0][0]
-        ids += tokenizer.encode(token) if token else []  # as text
+    for piece in re.split(f"([{''.join(tokens)}])", text) if tokens else [text]:
+        if piece in tokens:
+            ids += tokenizer.encode(tokens[piece])  # as text
+        else:
+            ids += tokenizer.encode_rendered([piece], [[]])[0][0]
     return ids

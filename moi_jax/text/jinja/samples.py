@@ -127,7 +127,7 @@ class Sampler:
             last = finished[trained[-1]]
             together = [turn for turn in trained if self._is_in(finished[turn], last)]
             spans = [span for turn in together for span in finished[turn].spans]
-            if self._thinking == "last":
+            if self._thinking == "last" and not self._template.marks:
                 spans = [self._as_written(span, finished[span.turn], last.text) for span in spans]
             samples.append(replace(last, spans=tuple(spans)))
             trained = [turn for turn in trained if turn not in together]
@@ -140,7 +140,7 @@ class Sampler:
 
     def _is_in(self, turn: Sample, text: Sample) -> bool:
         """Whether a text holds the turn as the model writes it, after the prompt that it gets."""
-        whole = self._thinking != "last" or len(turn.spans) > 1
+        whole = self._thinking != "last" or self._template.marks
         end = turn.spans[-1].end if whole else turn.spans[0].start
         return text.text.startswith(turn.text[:end])
 
@@ -215,10 +215,10 @@ class Sampler:
         other = self._template.chat_text((*before, Message("assistant", OTHER)), tools)
         begin = shared_length(text, other)
         own = [Span(start, end, turn) for start, end in marks if end > begin]
-        is_empty = all(span.start == span.end for span in own)
-        if is_empty or len(own) != len(marks) - len(earlier):
+        filled = tuple(span for span in own if span.start < span.end)
+        if not filled or len(own) != len(marks) - len(earlier):
             raise unmaskable(turn, "what the template marks in it cannot be told from other turns")
-        return tuple(own)
+        return filled
 
     def _layout(self, conversation: Conversation, sample: Sample) -> _Layout | None:
         """Where the spans of a sample are; None if special tokens do not tell it."""

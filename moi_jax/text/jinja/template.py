@@ -19,6 +19,7 @@ from moi_jax.text.vocabulary_files import NAMED, read_object, token_text
 if TYPE_CHECKING:
     from moi_jax.text.tokenizer import Tokenizer
 
+VERSION = 1  # raise it when the rendered tokens change, or which of them are labels
 FROM_CHECKPOINT = "from_checkpoint"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 
@@ -90,7 +91,7 @@ class JinjaTemplate(Template):
 
     def fingerprint(self) -> str:
         """sha256 hex that changes when the template does, or a token that it has by name."""
-        content = json.dumps([self.sources, self._named], sort_keys=True)
+        content = json.dumps([VERSION, self.sources, self._named], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _probe(self, known: Mapping[str, int]) -> None:
