@@ -115,7 +115,8 @@ def hosts_config(directory: Path) -> Path:
     return small_config(
         directory,
         data={"cache_dir": str(directory.parent / "cache"), "held_out": {"fraction": 0, "min": 0}},
-        train={"steps": 6, "global_batch_rows": 8},
+        train={"steps": 4, "global_batch_rows": 8},
+        checkpoint={"every": 2},
     )
 
 
@@ -165,14 +166,14 @@ def test_two_processes_of_the_local_launcher_train_as_one(alone, launched):
 
 
 def test_the_number_of_processes_may_change(alone, launched, tmp_path):
-    """Two processes began, one goes on after their third step, and four end the run."""
+    """Two processes took two steps, one goes on with the third, and four end the run."""
     config = hosts_config(tmp_path / "changing")
     run = config.parent / "run"
     shutil.copytree(launched / "two" / "run", run)
-    shutil.rmtree(run / "checkpoints" / "6")
-    assert train_here(config, devices=4, make_evaluations=None, stop=stop_after(2)).step == 5
+    shutil.rmtree(run / "checkpoints" / "4")
+    assert train_here(config, devices=4, make_evaluations=None, stop=stop_after(1)).step == 3
     act = f"train:{config}:1"
     outputs, statuses = run_hosts(4, 1, ["tests.support.host_program", act])
     assert statuses == [0] * 4, outputs
-    assert "resuming from step 5" in outputs[0][1]
+    assert "resuming from step 3" in outputs[0][0]
     same_run(run, alone)
