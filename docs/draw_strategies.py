@@ -23,7 +23,7 @@ def main(directory: Path) -> None:
         experiment = open_experiment(config)
         dataset = open_dataset(experiment.config, experiment.tokenizer)
         run = dataset.plan()
-        first = view_row(dataset.batch_reader(run), 0)
+        first = view_row(dataset.batch_reader(run), 0, dataset.tokenizer)
         draw_row(first, directory / f"strategy_{strategy}.png")
         if strategy == "moi":  # the picture of the README
             draw_row(first, directory / "row.svg")

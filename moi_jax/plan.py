@@ -10,7 +10,7 @@ from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 
 if TYPE_CHECKING:
-    from moi_jax.accounting.plan import Plan
+    from moi_jax.accounting.planner import Planner
     from moi_jax.accounting.sweep import Found
 
 COMPILES = 6
@@ -40,18 +40,21 @@ def main() -> int:
         found, left = planner.sweep(names, args.max_compiles)
         _show_sweep(found, left, shlex.join(train), args.price, args.json)
     else:
-        _show_plan(planner.plan(), args.price, args.json)
+        _show_plan(planner, args.price, args.json)
     return 0
 
 
-def _show_plan(plan: "Plan", price: float | None, as_json: bool) -> None:
+def _show_plan(planner: "Planner", price: float | None, as_json: bool) -> None:
     from moi_jax.accounting.costs import plan_json
-    from moi_jax.accounting.show import describe_plan
+    from moi_jax.accounting.show import describe_faster, describe_plan
 
+    plan = planner.plan()
     if as_json:
         print(json.dumps(plan_json(plan, price), indent=2))
-    else:
-        print(describe_plan(plan, price))
+        return
+    print(describe_plan(plan, price))
+    if plan.step == "train" and plan.fits and (found := planner.faster_remat()):
+        print(f"\n{describe_faster(*found)}")
 
 
 def _show_sweep(

@@ -69,6 +69,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
         },
         "work": dataclasses.asdict(plan.work),
         "collectives": plan.collectives,
+        "host_bytes": plan.host_bytes,
     }
     if plan.kv_cache is not None:
         free = plan.hbm_bytes - plan.peak_bytes

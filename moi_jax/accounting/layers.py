@@ -54,16 +54,28 @@ def repeated_products(config: ModelConfig, settings: Model) -> set[RematTensor]:
 
 def kept_width(config: ModelConfig, settings: Model, tensor: int) -> float:
     """Counts the elements that a layer keeps for each token on one device of `tensor`."""
-    widths: dict[RematTensor, float] = {
-        name: product.width / (tensor if product.split else 1)
-        for name, product in products(config).items()
-    }
-    widths[INPUT] = config.hidden_size
+    widths = _widths(config, tensor)
     policy = remat_policy(settings.remat, settings.remat_tensors)
     if policy is None:
         # Beside the products: both normed inputs, and silu(gate) and its product with up.
         return sum(widths.values()) + 2 * config.hidden_size + 2 * config.mlp_width / tensor
     return sum(widths[name] for name in {INPUT, *policy.saved} - policy.offloaded)
+
+
+def offloaded_width(config: ModelConfig, settings: Model, tensor: int) -> float:
+    """Counts the elements of a layer, for each token, that wait in the memory of the host."""
+    policy = remat_policy(settings.remat, settings.remat_tensors)
+    widths = _widths(config, tensor)
+    return sum(widths[name] for name in policy.offloaded) if policy else 0
+
+
+def _widths(config: ModelConfig, tensor: int) -> dict[RematTensor, float]:
+    """Returns the elements of each named tensor for each token, on one device of `tensor`."""
+    widths: dict[RematTensor, float] = {
+        name: product.width / (tensor if product.split else 1)
+        for name, product in products(config).items()
+    }
+    return widths | {INPUT: config.hidden_size}
 
 
 def repeated_flops(config: ModelConfig, settings: Model, tokens: int, pairs: int) -> int:

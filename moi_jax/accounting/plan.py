@@ -18,7 +18,7 @@ from moi_jax.accounting.memory import (
 from moi_jax.accounting.resolved import on_chip
 from moi_jax.accounting.roofline import Executed, Roofline, flops_of, hbm_traffic, roofline
 from moi_jax.accounting.topology import Topology
-from moi_jax.accounting.traffic import network_traffic, step_traffic
+from moi_jax.accounting.traffic import host_traffic, network_traffic, step_traffic
 from moi_jax.accounting.work import Work
 from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
@@ -111,6 +111,13 @@ class Plan:
             return {}
         sent = step_traffic(self.config, self.model, _abstract(self.mesh))
         return {k: {"count": None, "bytes": round(size)} for k, size in sent.items() if size}
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that a device sends to its host and fetches again in a train step: offloading."""
+        if self.step != "train":
+            return 0
+        return round(host_traffic(self.config, self.model, _abstract(self.mesh)))
 
     @property
     def program(self) -> Compiled | None:

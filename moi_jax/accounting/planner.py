@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from moi_jax.accounting.compilation import Compiled, compile_step
 from moi_jax.accounting.kept import keep, kept_path, read_kept
 from moi_jax.accounting.plan import Plan, make_plan
-from moi_jax.accounting.sweep import Found, candidates, sweep
+from moi_jax.accounting.sweep import Candidate, Found, candidates, sweep
 from moi_jax.accounting.topology import Topology
 from moi_jax.accounting.work import full_rows, open_model, work_of
 from moi_jax.common.errors import UserError
@@ -42,6 +42,21 @@ class Planner:
             return plan
         compiled = self._compiled(config)
         return make_plan(config, self.model, self.topology, self.work, self.step, compiled)
+
+    def faster_remat(self) -> tuple[Plan, Candidate] | None:
+        """Compares the config's remat policy with the fastest that fits, both by arithmetic.
+
+        Returns:
+          The plan of the config, and the faster one; None if there is none.
+        """
+        now = make_plan(self.config, self.model, self.topology, self.work)
+        found = candidates(self.config, self.model, self.topology, self.work, ("remat",))
+        if not (found and found[0].estimate.fits):
+            return None
+        assert now.roofline is not None
+        assert found[0].estimate.roofline is not None
+        is_faster = found[0].estimate.roofline.step_s < now.roofline.step_s
+        return (now, found[0]) if is_faster else None
 
     def sweep(self, names: Sequence[str], limit: int) -> tuple[list[Found], int]:
         """Searches the settings of `names`.

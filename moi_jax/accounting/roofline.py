@@ -7,10 +7,12 @@ real ones are slower.
 
 import dataclasses
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moi_jax.accounting.layers import repeated_flops, repeated_products
 from moi_jax.accounting.memory import Arguments, microbatch_rows
+from moi_jax.accounting.traffic import host_traffic
 from moi_jax.accounting.work import Work
 from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
@@ -118,10 +120,16 @@ def hbm_traffic(
 
     The state is read and written once. The gradients are written and read for every microbatch,
     and so is what the layers keep. The gathered weights of every layer are read in three passes,
-    or in four where rematerialisation computes a product again.
+    or in four where rematerialisation computes a product again. What is offloaded is read and
+    written once, on its way to the host and back.
+
+    Args:
+      config: without `auto`, see `resolved.on_chip`.
     """
     microbatches = config.train.global_batch_rows // microbatch_rows(config)
     passes = 3 + bool(repeated_products(model, config.model))
-    weights = 2 * model.num_layers * layer_matrix_size(model) / mesh.shape["tensor"]
+    value = jnp.dtype(config.model.compute_dtype).itemsize
+    weights = value * model.num_layers * layer_matrix_size(model) / mesh.shape["tensor"]
     each = 2 * (temporaries["gradients"] + temporaries["saved activations"]) + passes * weights
-    return 2 * (arguments.parameters + arguments.optimizer) + microbatches * each
+    state = 2 * (arguments.parameters + arguments.optimizer)
+    return state + microbatches * each + host_traffic(config, model, mesh)

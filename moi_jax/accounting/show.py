@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from moi_jax.accounting.costs import batch_shards_of, cost_of
 from moi_jax.accounting.plan import Plan
-from moi_jax.accounting.sweep import Found
+from moi_jax.accounting.sweep import Candidate, Found
+from moi_jax.accounting.topology import GPU_FRACTION, gpu_fraction
 from moi_jax.parallel.chips import GIB
 
 MIB = 1 << 20
@@ -21,9 +22,22 @@ def describe_plan(plan: Plan, price: float | None) -> str:
         lines += ["", *_cache(plan)]
     if plan.collectives:
         lines += ["", *_collectives(plan)]
+    if plan.host_bytes:
+        lines.append(f"to the host and back: {plan.host_bytes / GIB:.3f}")
     if plan.roofline:
         lines += ["", *_time(plan), "", *_run(plan, price)]
     return "\n".join(lines)
+
+
+def describe_faster(now: Plan, faster: Candidate) -> str:
+    """Returns the line that names settings which take less time than those of the config."""
+    assert now.roofline is not None
+    assert faster.estimate.roofline is not None
+    return (
+        f"by arithmetic {' '.join(faster.overrides)} fits too and takes at least "
+        f"{faster.estimate.roofline.step_s:.3g} s a step instead of {now.roofline.step_s:.3g}: try "
+        f"--sweep remat"
+    )
 
 
 def describe_sweep(found: Sequence[Found], left: int, command: str) -> str:
@@ -83,6 +97,8 @@ def _memory(plan: Plan) -> list[str]:
         f"  peak            {plan.peak_bytes / GIB:8.2f}  of {plan.hbm_bytes / GIB:.2f}: "
         f"{verdict}, {(plan.hbm_bytes - plan.peak_bytes) / GIB:+.2f}",
     ]  # fmt: skip
+    if plan.topology.chip.platform == "gpu":
+        lines.append(f"  XLA takes {gpu_fraction():.0%} of the card; {GPU_FRACTION} changes that")
     if not plan.fits or not plan.compiled:
         lines.append("  the largest, by arithmetic" if not plan.program else "  the largest")
         lines += [f"    {size / GIB:8.2f}  {name}" for name, size in plan.largest[:SHOWN]]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import jax
 
 FORM = "NAME:SHAPE, such as v5p:2x2x2, v5e:4x8 or h100:8"
+# XLA takes a part of a GPU's memory when it starts (docs.jax.dev, "GPU memory allocation").
+GPU_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+GPU_DEFAULT = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Topology:
 
     Attributes:
       name: as it was given, such as v5p:2x2x2.
+      chip: of a GPU, with the memory that XLA takes of it.
       slices: how many of them, connected by the network of the data center.
       shape: the chips of a slice along each axis of the torus, or (GPUs of a node,).
     """
@@ -52,7 +56,7 @@ def parse_topology(name: str, slices: int) -> Topology:
     """Reads the name of a topology, such as v5p:2x2x2 or h100:8.
 
     Raises:
-      UserError: it is no such name, or the chip is not in the table.
+      UserError: it is no such name, the chip is not in the table, or `GPU_FRACTION` is no fraction.
     """
     found = re.fullmatch(r"([a-z]\w*):(\d+(?:x\d+)*)", name)
     chips = {chip.name: chip for chip in CHIPS}
@@ -63,7 +67,25 @@ def parse_topology(name: str, slices: int) -> Topology:
         raise UserError(f"--topology {name!r} has no chips; give {FORM}")
     if chip.platform == "gpu" and len(shape) > 1:
         raise UserError(f"--topology {name!r}: a node has a number of GPUs, such as {chip.name}:8")
+    if chip.platform == "gpu":
+        chip = dataclasses.replace(chip, hbm_bytes=int(chip.hbm_bytes * gpu_fraction()))
     return Topology(name, chip, shape, slices)
+
+
+def gpu_fraction() -> float:
+    """Returns the part of a GPU's memory that XLA takes.
+
+    Raises:
+      UserError: the variable holds something else.
+    """
+    text = os.environ.get(GPU_FRACTION) or str(GPU_DEFAULT)
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise UserError(f"{GPU_FRACTION}={text} is no part of a GPU's memory; set it to 0.9 or so")
+    return fraction
 
 
 def prepare_environment(compiles: bool) -> None:

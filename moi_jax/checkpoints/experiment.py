@@ -13,7 +13,12 @@ from moi_jax.config import Config
 from moi_jax.models.compute import resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.presets import preset
-from moi_jax.text.prompts import prompts_metadata, saved_template
+from moi_jax.text.prompts import (
+    check_prompts,
+    check_targets,
+    prompts_metadata,
+    saved_template,
+)
 from moi_jax.text.tokenizer import Tokenizer, check_whole, load_tokenizer
 
 
@@ -71,7 +76,8 @@ def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
     Raises:
       UserError: there is nothing of that name, preset and checkpoint disagree, there is no
         tokenizer, its ids do not fit the embedding, the checkpoint was made with another version
-        of its chat template, or rows are longer than the model was made for.
+        of its chat template, the template cannot write the prompt of a domain or has no labels for
+        loss.targets, or rows are longer than the model was made for.
     """
     source = _tokenizer_source(config.tokenizer.path) if config.tokenizer.path else None
     directory = source.path if source else None
@@ -83,6 +89,9 @@ def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
     tokenizer = _tokenizer(config, start, directory)
     _check_fit(config, model, tokenizer)
     config = _resolved(config, start, source, default_prompt)
+    if config.data.domains:
+        check_prompts(config.data, tokenizer.template)
+        check_targets(config.loss.targets, tokenizer.template)
     return Experiment(config, model, tokenizer, start)
 
 

@@ -160,7 +160,7 @@ class BatchReader:
         """
         planned = [self._planned(int(row)) for row in global_rows]
         numbers = [i for row in planned for group, _ in row for i in group.tolist()]
-        instructions = self._read_instructions(np.unique(np.array(numbers, np.int64)))
+        instructions = self.instructions(np.unique(np.array(numbers, np.int64)))
         rows = [
             [
                 [
@@ -187,7 +187,7 @@ class BatchReader:
             for group in epoch_plan.row(row)
         ]
 
-    def _read_instructions(self, numbers: np.ndarray) -> dict[int, tuple[Instruction, int]]:
+    def instructions(self, numbers: np.ndarray) -> dict[int, tuple[Instruction, int]]:
         """The instructions with these global numbers int64[m], and their domain ids."""
         corpus = self.plan.corpus
         domain_of = corpus.domain_of(numbers)

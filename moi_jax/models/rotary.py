@@ -104,16 +104,20 @@ def apply_rotary(x: jax.Array, angles: Rotary) -> jax.Array:
     """Rotates x [B, S, heads, N] in the dtype of the angles; returns x's dtype.
 
     Args:
-      angles: of one layer. If it does not rotate, x comes back unchanged, bit by bit.
+      angles: of one layer. If it does not rotate, x comes back unchanged.
     """
     width = 2 * angles.cos.shape[-1]
     first, second = jnp.split(x[..., :width].astype(angles.cos.dtype), 2, axis=-1)
     cos, sin = angles.cos[:, :, None, :], angles.sin[:, :, None, :]
+    if angles.rotates is not None:
+        # A layer that does not rotate has the angle 0. If we chose between x and the rotated x
+        # instead, XLA would gather both where a row is split.
+        cos, sin = jnp.where(angles.rotates, cos, 1), jnp.where(angles.rotates, sin, 0)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     rotated = rotated.astype(x.dtype)
     if width < x.shape[-1]:
         rotated = jnp.concatenate([rotated, x[..., width:]], axis=-1)
-    return rotated if angles.rotates is None else jnp.where(angles.rotates, rotated, x)
+    return rotated
 
 
 def ntk_alpha(lengths: jax.Array, seq_length: int) -> jax.Array:

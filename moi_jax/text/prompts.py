@@ -8,6 +8,7 @@ from moi_jax.text.jinja.template import FROM_CHECKPOINT
 from moi_jax.text.templates import TEMPLATES, Template, fixed_fingerprint
 
 Json = dict[str, Any]
+MOST_SHOWN = 40  # characters of a prompt in a message
 
 
 def resolve_prompt(data: config.Data, domain: config.Domain) -> str | None:
@@ -17,6 +18,46 @@ def resolve_prompt(data: config.Data, domain: config.Domain) -> str | None:
     if data.system_prompts == "default" or domain.prompt is None:
         return data.default_system_prompt
     return domain.prompt
+
+
+def check_prompts(data: config.Data, template: Template) -> None:
+    """Checks that a chat template can write the system prompt of every domain, or none.
+
+    Args:
+      data: the section with a resolved default_system_prompt.
+
+    Raises:
+      UserError: it cannot; the message names the domain.
+    """
+    for domain in data.domains:
+        prompt = resolve_prompt(data, domain)
+        if prompt is not None and not template.takes_system:
+            raise UserError(
+                f"the tokenizer's chat template has no place for a system prompt, but domain "
+                f"{domain.name} has one: {shortened(prompt)!r}; set data.system_prompts: none, or "
+                f"name another template with tokenizer.chat_template"
+            )
+        if prompt is None and not template.omits_system:
+            raise UserError(
+                f"the tokenizer's chat template always writes a system prompt of its own, but "
+                f"domain {domain.name} has none; give it a prompt, or name another template with "
+                f"tokenizer.chat_template"
+            )
+
+
+def shortened(prompt: str) -> str:
+    """The beginning of a prompt, for messages."""
+    return prompt if len(prompt) <= MOST_SHOWN else f"{prompt[:MOST_SHOWN]}..."
+
+
+def check_targets(targets: str, template: Template) -> None:
+    """Raises UserError: the template's instructions have no labels for that loss.targets."""
+    if targets != "assistant" and template.name == FROM_CHECKPOINT:
+        raise UserError(
+            f"loss.targets: {targets} is a rule of the chat templates {' and '.join(TEMPLATES)}, "
+            f"but the tokenizer's own is used; set loss.targets: assistant, or name one of them "
+            f"with tokenizer.chat_template"
+        )
 
 
 def prompts_metadata(

@@ -26,6 +26,8 @@ class Template(ABC):
       renders_tools: whether it has a form for tools, calls and results.
       chooses_thinking: whether a prompt can be written with thinking or without.
       typed: whether it wants the thinking of an answer apart from its content.
+      takes_system: whether it has a place for a system text.
+      omits_system: whether a chat can be written without any system text.
     """
 
     name: ClassVar[str]
@@ -36,6 +38,8 @@ class Template(ABC):
     renders_tools: bool = False
     chooses_thinking: bool = False
     typed: ClassVar[bool] = False
+    takes_system: bool = True
+    omits_system: bool = True
 
     @abstractmethod
     def fingerprint(self) -> str:

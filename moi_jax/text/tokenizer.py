@@ -238,7 +238,10 @@ def _token_range(encoding: tokenizers.Encoding, start: int, end: int) -> tuple[i
     while tokens[1] is None:
         end -= 1
         tokens[1] = encoding.char_to_token(end - 1)
-    return tokens[0], tokens[1] + 1
+    last = tokens[1]
+    while (chars := encoding.token_to_chars(last + 1)) and chars[0] < end:
+        last += 1  # the bytes of a character may be several tokens
+    return tokens[0], last + 1
 
 
 class TiktokenTokenizer(Tokenizer):

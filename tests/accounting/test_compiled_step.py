@@ -1,7 +1,7 @@
 """The train step as the TPU's compiler makes it, against the accounting by arithmetic.
 
-One compilation without the hardware, in a process of its own: libtpu reads the environment when it
-is loaded, and the tests simulate CPU devices.
+Two compilations without the hardware, in a process of their own: libtpu reads the environment when
+it is loaded, and the tests simulate CPU devices.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from moi_jax.accounting.memory import abstract_step, argument_bytes
+from moi_jax.accounting.resolved import on_platform
 from moi_jax.accounting.traffic import step_traffic
 from moi_jax.config.load import make_config
 from moi_jax.models.presets import preset
@@ -33,6 +34,7 @@ CONFIG = {
     "train": {"global_batch_rows": 8, "microbatch_rows": 4, "steps": 10},
     "data": {"sequence_length": LENGTH},
 }
+CONTEXT = CONFIG | {"mesh": {"fsdp": 2, "context": 2}}
 CODE = """
 import dataclasses, json, re, sys
 from moi_jax.accounting.topology import parse_topology, prepare_environment
@@ -41,39 +43,52 @@ from moi_jax.accounting.compilation import lower_step, read_compiled
 from moi_jax.accounting.topology import described_devices
 from moi_jax.config.load import make_config
 from moi_jax.models.config import ModelConfig
-config, model = json.loads(sys.argv[1])
-topology = parse_topology("v5p:2x2x1", 1)
-devices = described_devices(topology)
-lowered = lower_step(make_config(config), ModelConfig.from_json(model), devices, "train")
-program = lowered.compile()
-shapes = sorted(set(re.findall(r"(\\w+)\\[([\\d,]+)\\]", program.as_text())))
-print(json.dumps(dataclasses.asdict(read_compiled(program, 0)) | {"shapes": shapes}))
+*configs, model = json.loads(sys.argv[1])
+devices = described_devices(parse_topology("v5p:2x2x1", 1))
+for config in configs:
+    lowered = lower_step(make_config(config), ModelConfig.from_json(model), devices, "train")
+    program = lowered.compile()
+    shapes = sorted(set(re.findall(r"(\\w+)\\[([\\d,]+)\\]", program.as_text())))
+    print(json.dumps(dataclasses.asdict(read_compiled(program, 0)) | {"shapes": shapes}))
 """
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def programs():
+    """The steps of CONFIG and CONTEXT."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'moi_jax[plan]'")
     environment = {**os.environ, "XLA_FLAGS": ""}
-    arguments = json.dumps([CONFIG, MODEL.to_json()])
+    arguments = json.dumps([CONFIG, CONTEXT, MODEL.to_json()])
     done = subprocess.run(
         [sys.executable, "-c", CODE, arguments],
         capture_output=True, text=True, cwd=ROOT, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def mesh():
-    return AbstractMesh(tuple(CONFIG["mesh"].get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+@pytest.fixture
+def compiled(programs):
+    return programs[0]
+
+
+def mesh(config=CONFIG):
+    return AbstractMesh(tuple(config["mesh"].get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
 
 def test_collectives_are_those_of_sharded_data_and_tensor_parallelism(compiled):
-    expected = step_traffic(make_config(CONFIG), MODEL, mesh())
+    expected = step_traffic(on_platform(make_config(CONFIG), "tpu"), MODEL, mesh())
     counted = {kind: values["bytes"] for kind, values in compiled["collectives"].items()}
     assert compiled["unknown_loops"] == 0
     assert counted["all-gather"] == pytest.approx(expected["all-gather"], rel=0.2)
+    assert sum(counted.values()) == pytest.approx(sum(expected.values()), rel=0.1)
+
+
+def test_keys_and_values_are_gathered_over_context(programs):
+    expected = step_traffic(on_platform(make_config(CONTEXT), "tpu"), MODEL, mesh(CONTEXT))
+    counted = {kind: values["bytes"] for kind, values in programs[1]["collectives"].items()}
+    assert counted["all-gather"] == pytest.approx(expected["all-gather"], rel=0.05)
     assert sum(counted.values()) == pytest.approx(sum(expected.values()), rel=0.1)
 
 

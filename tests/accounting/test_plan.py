@@ -23,6 +23,7 @@ from moi_jax.accounting.roofline import Executed, flops_of, hbm_traffic, rooflin
 from moi_jax.accounting.show import describe_plan, describe_sweep
 from moi_jax.accounting.sweep import candidates, sweep
 from moi_jax.accounting.topology import parse_topology
+from moi_jax.accounting.traffic import host_traffic, network_traffic, step_traffic
 from moi_jax.accounting.work import full_rows, work_of
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config, make_config
@@ -30,6 +31,7 @@ from moi_jax.config.model import Model
 from moi_jax.models.flops import step_flops
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
+from moi_jax.parallel.axes import MESH_AXES
 from moi_jax.parallel.chips import GIB, chip_of
 
 from support.runs import open_data, small_config
@@ -45,6 +47,8 @@ CONFIG = make_config(
 ONE_EPOCH = ("train.steps=null", "train.epochs=1")
 V5P = parse_topology("v5p:2x2x2", 1)
 WORK = full_rows(CONFIG, "a test")
+WEIGHTS = 3584 * (2 * 3584 + 1024) + 3 * 3584 * 18944  # numbers in the matrices of a layer
+NOTHING = {"gradients": 0, "saved activations": 0}
 
 
 def with_values(**sections):
@@ -53,6 +57,10 @@ def with_values(**sections):
     for section, changes in sections.items():
         values[section] |= changes
     return make_config(values)
+
+
+def mesh_of(**sizes):
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
 
 @pytest.fixture
@@ -148,14 +156,72 @@ def test_useful_operations_are_those_of_the_work():
     assert flops.useful < flops.usual < flops.executed
 
 
-def test_weights_are_read_again_only_where_a_product_is_repeated():
-    """Gathered weights: 28 layers of 2 x (3584 x (2 x 3584 + 1024) + 3 x 3584 x 18944) bytes."""
-    weights = 28 * 2 * (3584 * (2 * 3584 + 1024) + 3 * 3584 * 18944)
-    nothing, state = {"gradients": 0, "saved activations": 0}, Arguments(0, 0, 0)
-    mesh = AbstractMesh((1,), ("tensor",))
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_weights_are_read_again_only_where_a_product_is_repeated(dtype, size):
+    """Gathered weights: 28 layers of 3584 x (2 x 3584 + 1024) + 3 x 3584 x 18944 numbers."""
+    weights = 28 * size * WEIGHTS
     for remat, passes in (("none", 3), ("minimal_with_context", 3), ("full", 4)):
-        config = with_values(model={"remat": remat}, train={"microbatch_rows": 64})
-        assert hbm_traffic(config, MODEL, mesh, state, nothing) == passes * weights
+        model = {"remat": remat, "compute_dtype": dtype}
+        config = with_values(model=model, train={"microbatch_rows": 64})
+        assert (
+            hbm_traffic(config, MODEL, mesh_of(), Arguments(0, 0, 0), NOTHING) == passes * weights
+        )
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_collectives_carry_numbers_of_the_compute_dtype(dtype, size):
+    """Of 8 microbatches: two gathers of the weights, and one of the states of 4,096 tokens."""
+    config = with_values(model={"compute_dtype": dtype})
+    sent = step_traffic(config, MODEL, mesh_of(fsdp=8))
+    gathered = 2 * 28 * WEIGHTS / 8 + 4096 * 3584
+    assert sent["all-gather"] == pytest.approx(8 * size * 7 * gathered)
+    assert network_traffic(config, MODEL, mesh_of(data=2, fsdp=4), slices=2) == pytest.approx(
+        8 * size * 28 * WEIGHTS / 4  # an all-reduce between two sends the operand once
+    )
+
+
+@pytest.mark.parametrize(
+    ("remat", "tensor", "heads", "gathers"),
+    [
+        ("none", 1, 4, 1),
+        ("full", 1, 4, 2),
+        ("minimal_with_context", 1, 4, 2),  # what is gathered has no name to be kept by
+        ("none", 2, 2, 1),
+        ("none", 14, 28 // 14, 1),  # 4 KV heads do not divide: as many copies as query heads
+        ("none", 8, 4, 1),  # nor do 28 query heads: all of them
+    ],
+)
+def test_a_context_axis_gathers_keys_and_values(remat, tensor, heads, gathers):
+    """A device sends its 2,048 tokens to the other one, and half of the sum of the gradients."""
+    model = {"remat": remat, "compute_dtype": "bfloat16"}
+    config = with_values(model=model, train={"microbatch_rows": 4, "global_batch_rows": 4})
+    without = dataclasses.replace(MODEL, num_kv_heads=0)
+    mesh = mesh_of(fsdp=4, tensor=tensor, context=2)
+    sent = step_traffic(config, MODEL, mesh)
+    keys = 28 * 2 * 2048 * heads * 128 * 2
+    matrices = 28 * 2 * 2 * 3584 * 4 * 128 / tensor  # of the key and value projections
+    plain = step_traffic(config, without, mesh)
+    assert sent["all-gather"] - plain["all-gather"] == pytest.approx(
+        gathers * keys + 2 * 7 / 8 * matrices
+    )
+    assert sent["reduce-scatter"] - plain["reduce-scatter"] == pytest.approx(
+        keys + 7 / 8 * matrices
+    )
+
+
+def test_offloaded_tensors_go_to_the_host_and_back():
+    """Input of 3,584 and query of 28 x 128 numbers a token, written and read, in 28 layers."""
+    offload = {"decoder_layer_input": "offload", "query_proj": "offload"}
+    model = {"compute_dtype": "bfloat16", "remat_tensors": offload}
+    config = with_values(model=model, train={"microbatch_rows": 64})
+    moved = 2 * 28 * 2 * 8 * 4096 * (3584 + 28 * 128)
+    assert host_traffic(config, MODEL, mesh_of(fsdp=8)) == moved
+    kept = hbm_traffic(config, MODEL, mesh_of(fsdp=8), Arguments(0, 0, 0), NOTHING)
+    assert kept == moved + 4 * 28 * 2 * WEIGHTS
+    plan = make_plan(config, MODEL, V5P, WORK)
+    assert plan.host_bytes == moved
+    assert f"to the host and back: {moved / GIB:.3f}" in describe_plan(plan, None)
+    assert host_traffic(with_values(model={"compute_dtype": "bfloat16"}), MODEL, mesh_of()) == 0
 
 
 # Memory
@@ -196,6 +262,22 @@ def test_scores_take_memory_where_training_computes_attention_with_xla(
     assert scores == (3 * 4 * 28 * 4096 * 4096 if attention == "xla" else 0)
     value = 4 if dtype == "float32" else 2
     assert plan.temporaries["saved activations"] == 28 * 4096 * 3584 * value
+
+
+def test_xla_takes_a_part_of_a_gpu(monkeypatch):
+    """The card has 80e9 bytes. A TPU gives all that its compiler grants."""
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    plan = make_plan(CONFIG, MODEL, parse_topology("h100:8", 1), WORK)
+    assert plan.hbm_bytes == 60e9
+    assert "XLA takes 75% of the card; XLA_CLIENT_MEM_FRACTION" in describe_plan(plan, None)
+    assert "of the card" not in describe_plan(make_plan(CONFIG, MODEL, V5P, WORK), None)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    assert parse_topology("h100:8", 1).chip.hbm_bytes == 72e9
+    assert parse_topology("v5p:2x2x2", 1).chip.hbm_bytes == V5P.chip.hbm_bytes
+    for wrong in ("90 %", "1.5", "nan"):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", wrong)
+        with pytest.raises(UserError, match=f"MEM_FRACTION={wrong} is no part"):
+            parse_topology("h100:8", 1)
 
 
 def test_the_cache_of_a_sampler():
@@ -455,6 +537,19 @@ def test_a_sweep_prints_the_command_that_trains_the_best(
     assert command[5:7] == ["train.seed=1", "logging.run_dir=a run"]
     assert command[7].startswith("model.remat=")
     assert text.count("\nyes") == 3
+
+
+def test_a_plan_names_a_faster_remat_that_fits(tmp_path, monkeypatch, capsys, environment):
+    """Oracle: the first line of the sweep that it advises."""
+    large = ("model.preset=qwen2.5-7b", "data.sequence_length=4096", "train.global_batch_rows=8")
+    arguments = ("--config", small_config(tmp_path), "--topology", "h100:8", "mesh.fsdp=8", *large)
+    text = run(monkeypatch, capsys, *arguments, "model.remat=full")
+    [hint] = [line for line in text.splitlines() if "try --sweep remat" in line]
+    table = run(monkeypatch, capsys, *arguments, "model.remat=full", "--sweep", "remat")
+    best = next(line for line in table.splitlines() if line.startswith("yes")).split()
+    assert hint.startswith(f"by arithmetic {best[-1]} fits too")
+    assert f"at least {float(best[3]):.3g} s a step instead of " in hint
+    assert "--sweep" not in run(monkeypatch, capsys, *arguments, best[-1])
 
 
 def test_a_sampler_is_planned_by_arithmetic(tmp_path, monkeypatch, capsys, environment):

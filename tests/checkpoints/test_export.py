@@ -30,6 +30,7 @@ from moi_jax.text.tokenizer import load_tokenizer
 
 from support.published import add_tokenizer, convert, same_bits, tensors, tiny_published
 from support.runs import ENVIRONMENT, ROOT, small_config, train_here
+from support.tokenizers import SAMPLES
 
 
 @pytest.fixture(scope="module")

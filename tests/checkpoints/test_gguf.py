@@ -12,7 +12,7 @@ from moi_jax.checkpoints.init_from import open_start
 from moi_jax.common.errors import UserError
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
-from moi_jax.text.template_choice import default_system_prompt
+from moi_jax.text.template_choice import default_system_prompt, has_own_template
 from moi_jax.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
@@ -364,8 +364,8 @@ def test_smollm2_answers_in_english_through_its_template(smollm2):
     _, checkpoint = smollm2
     files = checkpoint.tokenizer_files
     tokenizer = Tokenizer.from_files(files)
+    assert (tokenizer.template.name, has_own_template(tokenizer)) == ("chatml", True)
     default = default_system_prompt(tokenizer)
-    assert tokenizer.template.name == "chatml"
     assert "named SmolLM" in (default or "")
     config = dict(checkpoint.config_json)
     llama = transformers.AutoModelForCausalLM.from_config(

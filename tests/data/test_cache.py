@@ -336,12 +336,24 @@ def test_cache_is_read_from_threads_and_a_spawned_process(root: Path) -> None:
     hnp.arrays(np.int32, st.integers(0, 20)),
     st.integers(0, 1000),
     hnp.arrays(np.int32, st.tuples(st.integers(0, 5), st.just(3))),
+    st.sampled_from(["", "\0"]).flatmap(lambda begin: st.text(max_size=10).map(begin.__add__)),
+    st.none() | st.lists(st.floats(0, 9, width=32)),
     st.text(max_size=10),
 )
 def test_record_round_trip(
-    tokens: np.ndarray, system_length: int, spans: np.ndarray, text: str
+    tokens: np.ndarray,
+    system_length: int,
+    spans: np.ndarray,
+    text: str,
+    weights: list[float] | None,
+    conversation: str,
 ) -> None:
-    back = from_record(to_record(Instruction(tokens, system_length, spans, text)))
+    of_spans = None if weights is None else np.array(weights, np.float32)
+    back = from_record(
+        to_record(Instruction(tokens, system_length, spans, text, of_spans, conversation))
+    )
+    assert (None if back.weights is None else back.weights.tolist()) == weights
+    assert back.conversation == conversation
     np.testing.assert_array_equal(back.tokens, tokens)
     np.testing.assert_array_equal(back.spans, spans)
     assert (back.system_length, back.row_system) == (system_length, text)

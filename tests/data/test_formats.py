@@ -14,6 +14,7 @@ from moi_jax.data.sources.formats import FORMATS, to_conversation
 from moi_jax.data.sources.readers import SourceFile
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, Message
+from moi_jax.text.instructions import OBSERVATION, label_mask
 from moi_jax.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -408,7 +409,7 @@ def test_words_of_the_form_inside_a_text_are_moved_off_the_line_start() -> None:
     expected = STEP.format(moved, f" {moved}") + END.replace("4", moved)
     assert answer(row) == expected
     # The mask of observations sees the one there is, whole.
-    (found,) = rendering.OBSERVATION.finditer(expected)
+    (found,) = OBSERVATION.finditer(expected)
     assert found.group(1) == f" {moved}"
 
 
@@ -530,8 +531,8 @@ def tokenizer():
 def rendered(conversation: Conversation) -> str:
     """The tokens as text, what carries loss between ⟦ and ⟧, as the page shows them."""
     prompt = "You are a helpful assistant."
-    (row,) = rendering.render([conversation], tokenizer(), prompt, "append")
-    labels = rendering.label_mask(row, "assistant").tolist()
+    ((row,),) = rendering.render([conversation], tokenizer(), prompt, "append")
+    labels = label_mask(row, "assistant").tolist()
     text, begin = "", 0
     for end in range(1, len(labels) + 1):
         if end == len(labels) or labels[end] != labels[begin]:

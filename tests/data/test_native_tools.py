@@ -59,6 +59,7 @@ def part(kind: str, text: str) -> dict[str, str]:
     return {"type": kind, "value": text}
 
 
+MADE_UP = "8d6b49b2d"  # the id of a call to which the row gives none
 SHAREGPT = [
     {"from": "human", "value": "2 + 2?"},
     {"from": "function_call", "value": json.dumps({"name": "add", "arguments": ARGUMENTS})},
@@ -103,12 +104,23 @@ def test_every_form_of_calls_becomes_the_same_typed_messages(row: dict[str, Any]
     assert read(row) == Conversation(
         (
             QUESTION,
-            Message("assistant", "", calls=(ToolCall("add", '{"a": 2, "b": 2}'),)),
-            Message("tool", "4", name="add"),
+            Message("assistant", "", calls=(ToolCall("add", '{"a": 2, "b": 2}', MADE_UP),)),
+            Message("tool", "4", call_id=MADE_UP, name="add"),
             ANSWER,
         ),
         (ADD_TOOL,),
     )
+
+
+def test_calls_without_an_id_get_different_ones_as_mistral_wants_them() -> None:
+    called = {"role": "function_call", "content": json.dumps([FUNCTION, FUNCTION])}
+    given = [called, tool("1"), tool("2"), called, tool("3"), tool("4"), GPT]
+    messages = turns(*given)
+    ids = [call.id for message in messages for call in message.calls]
+    assert len({*ids}) == 4
+    assert all(re.fullmatch("[a-zA-Z0-9]{9}", id_) for id_ in ids)
+    assert [message.call_id for message in messages if message.role == "tool"] == ids
+    assert turns(*given) == messages
 
 
 def shown(message: Message) -> str:
@@ -256,7 +268,6 @@ NO_SCHEMA = [
     {"type": ["object", "null"]},
     {"properties": ["a"]},
     {"properties": {"a": "number"}},
-    {"properties": {"a": None}},
     {"properties": {"a": {"properties": "b"}}},
     {"required": "a"},
     {"required": [1]},
@@ -267,7 +278,7 @@ SCHEMAS = [
     {},
     {"properties": {"a": {}, "b": True}},
     {"type": "object", "properties": {"type": {"type": "string"}}, "required": []},
-    {"type": "dict", "properties": {"a": {"type": "float"}}},
+    {"type": "dict", "properties": {"a": {"type": "float"}}, "required": None},
     {"type": "object", "properties": {"a": {"properties": {"b": {"enum": [1, None]}}}}},
 ]
 
@@ -283,6 +294,13 @@ def test_schema_of_an_object_is_kept_as_it_stands(parameters: Any) -> None:
     function = {"strict": True, "parameters": parameters, "name": "f"}
     (kept,) = read({"messages": [USER, GPT], "tools": [function]}).tools
     assert kept == json.dumps({"type": "function", "function": function})
+
+
+def test_properties_that_a_table_fills_with_null_are_left_out() -> None:
+    given = {"properties": {"a": {"type": "string", "items": None}, "of_another_row": None}}
+    (kept,) = read({"messages": [USER, GPT], "tools": [{"name": "f", "parameters": given}]}).tools
+    (kept_properties,) = json.loads(kept)["function"]["parameters"].values()
+    assert kept_properties == {"a": {"type": "string", "items": None}}
 
 
 def test_tools_of_a_row_are_kept_without_a_call_and_control_tokens_in_them_are_refused() -> None:

@@ -16,6 +16,7 @@ from moi_jax.data.cache import blocks as cache_blocks
 from moi_jax.data.cache.selection import row_counts, select
 from moi_jax.data.sources.formats import FORMATS, detect
 from moi_jax.data.sources.ignored import ignored_content
+from moi_jax.text.templates import ChatML
 
 from support.sources import chat, run, section, write
 
@@ -152,6 +153,27 @@ def test_answers_that_may_be_unrecognised_trajectories_are_counted_and_shown(
         line = "a: 3 kept rows may train on what a tool wrote: an answer looks like a ReAct "
         assert line in told(log_text)
         assert "a/1.jsonl:4: the action 'forecast' is not a declared tool" in told(log_text)
+
+
+def test_calls_of_tools_that_are_not_listed_are_counted_and_shown(
+    root: Path, log_text: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("renders_tools", "typed"):
+        monkeypatch.setattr(ChatML, name, True)
+
+    def calling(name: str) -> dict[str, Any]:
+        call = {"role": "assistant", "function_call": {"name": name}}
+        turns = [*chat("Is it cold?")["messages"], call]
+        return {"messages": turns, "tools": [{"name": "weather"}]}
+
+    write(root / "a" / "1.jsonl", chat("Hi", "Hello."), calling("weather"), calling("forecast"))
+    for _ in ("made", "cached"):
+        log_text.truncate(0)
+        (cache,) = run(section(root, "a", on_bad_row="error"))
+        report = row_counts([cache], select([cache], config.HeldOut(), "assistant"))
+        assert report["a"]["unlisted_tool"] == 1
+        line = "a: 1 kept rows call a tool that they do not list, for example a/1.jsonl:3: calls "
+        assert f"{line}'forecast'" in told(log_text)
 
 
 def zipped(content: bytes) -> bytes:

@@ -286,7 +286,7 @@ def tiny(tmp_path_factory):
 def printed(config, *overrides, **console) -> str:
     inputs, reader = opened(config, *overrides)
     out = Console(file=io.StringIO(), width=60, **console)
-    print_row(view_row(reader, 0), inputs.tokenizer, out)
+    print_row(view_row(reader, 0, inputs.tokenizer), inputs.tokenizer, out)
     return out.file.getvalue()
 
 
@@ -347,8 +347,8 @@ def test_a_row_in_colour_has_labels_in_green_and_no_brackets(tiny):
 
 
 def test_a_view_has_the_borders_of_the_plan(ragged):
-    _, reader = opened(ragged, "data.strategy=balance")
-    view = view_row(reader, 1)
+    inputs, reader = opened(ragged, "data.strategy=balance")
+    view = view_row(reader, 1, inputs.tokenizer)
     domains = np.full(640, -1)
     for member in view.members:
         domains[member.start : member.end] = view.domains.index(member.domain)
@@ -360,8 +360,8 @@ def test_a_view_has_the_borders_of_the_plan(ragged):
 
 @pytest.mark.parametrize("mask", ["chunk", "row", "instruction"])
 def test_the_attention_of_a_picture_is_causal_inside_a_segment(ragged, mask):
-    _, reader = opened(ragged, f"data.mask={mask}")
-    view = view_row(reader, 0)
+    inputs, reader = opened(ragged, f"data.mask={mask}")
+    view = view_row(reader, 0, inputs.tokenizer)
     seen, batch = attention(view, 640), view.batch
     for query in range(0, 640, 7):
         for key in range(0, 640, 5):
@@ -373,12 +373,12 @@ def test_the_attention_of_a_picture_is_causal_inside_a_segment(ragged, mask):
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_the_picture_of_a_row_is_the_same_file_every_time(ragged, tmp_path, kind):
-    _, reader = opened(ragged)
+    inputs, reader = opened(ragged)
     for name in ("one", "two"):
-        draw_row(view_row(reader, 0), tmp_path / f"{name}.{kind}")
+        draw_row(view_row(reader, 0, inputs.tokenizer), tmp_path / f"{name}.{kind}")
     one, two = (tmp_path / f"{name}.{kind}" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
-    draw_row(view_row(reader, 1), two)
+    draw_row(view_row(reader, 1, inputs.tokenizer), two)
     assert one.read_bytes() != two.read_bytes()
 
 
@@ -520,13 +520,13 @@ def test_a_mistake_is_one_line_and_exit_status_2(tiny, monkeypatch, capsys, argu
 def test_a_picture_that_cannot_be_written_is_the_users_mistake(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    _, reader = opened(tiny)
+    inputs, reader = opened(tiny)
     from moi_jax.data.preview.picture import check_picture
 
     with pytest.raises(UserError, match="cannot write"):
         check_picture(tmp_path / "file" / "row.png")
     with pytest.raises(UserError, match="cannot write"):
-        draw_row(view_row(reader, 0), tmp_path / "folder.png")
+        draw_row(view_row(reader, 0, inputs.tokenizer), tmp_path / "folder.png")
 
 
 def test_the_pictures_of_the_docs_are_drawn(tmp_path):

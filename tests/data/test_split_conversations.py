@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.data.planning import mixture
@@ -44,7 +44,8 @@ def test_each_draw_of_a_conversation_takes_its_next_sample(samples, start, count
     taken: Counter[int] = Counter()
     expected = []
     for conversation in mixture.draws(3, 1, len(samples), 0, start + count).tolist():
-        expected.append(starts[conversation] + taken[conversation] % samples[conversation])
+        sample = (conversation + taken[conversation]) % samples[conversation]
+        expected.append(starts[conversation] + sample)
         taken[conversation] += 1
     drawn = mixture.sample_draws(3, 1, starts, start, count)
     assert drawn.tolist() == expected[start:]
@@ -61,9 +62,11 @@ def test_weighted_sources_take_the_next_sample_of_each_conversation():
         taken[conversation].append(sample - starts[conversation])
     assert sum(len(taken[c]) for c in (0, 1)) == 300
     for conversation, found in taken.items():
-        assert found == [n % samples[conversation] for n in range(len(found))]
+        first = conversation if conversation < 2 else conversation - 2  # its number in the source
+        assert found == [(first + n) % samples[conversation] for n in range(len(found))]
 
 
+@settings(max_examples=60)
 @given(split_corpora(), switches(), st.integers(0, 2**32 - 1), st.integers(0, 3))
 def test_no_row_holds_two_samples_of_a_conversation(corpus, chosen, seed, epoch):
     data = data_section(len(corpus.names), **chosen)
@@ -75,6 +78,7 @@ def test_no_row_holds_two_samples_of_a_conversation(corpus, chosen, seed, epoch)
         assert sum(int(corpus.lengths[i]) for group in row for i in group) <= data.sequence_length
 
 
+@settings(max_examples=60)
 @given(split_corpora(), switches(), st.integers(0, 3))
 def test_every_drawn_sample_stands_in_the_plan_once_more_or_is_left_out(corpus, chosen, epoch):
     data = data_section(len(corpus.names), **chosen)
@@ -104,11 +108,35 @@ def test_small_domains_of_split_conversations_fill_their_rows(sampling):
         assert occurrences[-15:].tolist() == [40] * 15
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"sampling": "balanced"},
+        {"sampling": "weights", "weights": [1, 4, 4], "chunk_size": 1},
+        {"sampling": "weights", "weights": [1, 4, 4], "chunk_size": 3},
+    ],
+    ids=["balanced", "one by one", "in threes"],
+)
+def test_swaps_bring_no_second_sample_into_a_row(switches):
+    """The domains are small enough that swaps meet copies, and too large to be dealt out."""
+    rng = np.random.default_rng(0)
+    counts, samples = (500, 60, 70), (1, 4, 3)
+    lengths = [rng.integers(8, 90, n * m) for n, m in zip(counts, samples, strict=True)]
+    of_each = [np.full(n, m) for n, m in zip(counts, samples, strict=True)]
+    corpus = Corpus.of(NAMES[:3], lengths, [domain // 2 for domain in lengths], samples=of_each)
+    plan = plan_epoch(corpus, data_section(3, 500, **switches), 0, 0)
+    assert plan.moved_instructions > 0
+    owner = np.array(conversation_of(corpus))
+    for row in rows_of(plan):
+        held = owner[np.concatenate(row)].tolist()
+        assert len(held) == len(set(held))
+
+
 def test_the_epochs_of_a_proportional_mixture_walk_through_the_samples():
     corpus = Corpus.of(("chat",), [np.arange(1, 7)], [np.arange(1, 7)], samples=[[1, 3, 2]])
     data = data_section(1, sampling="proportional")
     epochs = [sorted(plan_epoch(corpus, data, 0, e).instructions.tolist()) for e in range(4)]
-    assert epochs == [[0, 1, 4], [0, 2, 5], [0, 3, 4], [0, 1, 5]]
+    assert epochs == [[0, 2, 4], [0, 3, 5], [0, 1, 4], [0, 2, 5]]
 
 
 def test_counts_are_of_conversations_and_loss_tokens_of_each_sample_once():
@@ -118,8 +146,8 @@ def test_counts_are_of_conversations_and_loss_tokens_of_each_sample_once():
     assert corpus.domain_loss_tokens.tolist() == [12, 8]
     assert corpus.loss_tokens_per_draw.tolist() == [(2 + (4 + 6) / 2) / 2, 8]
     data = data_section(2, sampling="proportional")
-    plan = plan_epoch(corpus, data, 0, 0)
+    plan = plan_epoch(corpus, data, 0, 0)  # takes the second sample of the second conversation
     report = {name: {"read": 2, "dropped": {}, "held_out": 0} for name in corpus.names}
     chat = mixture_statistics(plan, report, data, 1)["domains"]["chat"]
     keys = ("used", "occurrences", "max_repeats", "not_drawn", "loss_tokens")
-    assert [chat[key] for key in keys] == [2, 2, 1, 0, 2 + 4]
+    assert [chat[key] for key in keys] == [2, 2, 1, 0, 2 + 6]

@@ -70,10 +70,11 @@ def test_exceptions_change_single_tensors():
     assert mlp not in fewer
 
 
-def test_layers_that_do_not_rotate_keep_nothing_more():
-    """Their angles are those of all layers and are not stacked."""
+@pytest.mark.parametrize("name", ["full", "minimal_with_context"])
+def test_layers_that_do_not_rotate_keep_nothing_more(name):
+    """Their angles are computed again from those of all layers."""
     flags = dataclasses.replace(MODEL, rope_layers=(True, False) * (L // 2))
-    assert kept_by_the_layers("none", model=flags) == kept_by_the_layers("none")
+    assert kept_by_the_layers(name, model=flags) == kept_by_the_layers(name)
 
 
 def test_an_exception_without_remat_is_refused():

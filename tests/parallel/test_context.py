@@ -13,7 +13,7 @@ from moi_jax.data.loader import PackedInstruction, assemble
 from moi_jax.parallel.context import check_sequence, context_order, context_places
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import local_rows, place_batch, place_rows
-from moi_jax.text.rendering import TARGETS, Instruction
+from moi_jax.text.instructions import TARGETS, Instruction
 
 from support.trainer import DOMAINS, LENGTH, ROWS, Trainer, random_batch
 

@@ -10,16 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moi_jax.text.conversations import Conversation, Message
-from moi_jax.text.rendering import (
-    Instruction,
-    first_exchanges,
-    label_mask,
-    loss_tokens,
-    render,
-    render_prompt,
-    system_text,
-    with_system_prompt,
-)
+from moi_jax.text.instructions import Instruction, label_mask, loss_tokens, system_text
+from moi_jax.text.rendering import first_exchanges, render, render_prompt, with_system_prompt
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 from support.tokenizers import SAMPLES, llama3_tokenizer
@@ -51,7 +43,7 @@ def one(
     mode: str = "append",
     tokenizer: Tokenizer = TOKENIZER,
 ) -> Instruction:
-    (instruction,) = render([chat], tokenizer, prompt, mode)
+    ((instruction,),) = render([chat], tokenizer, prompt, mode)  # type: ignore[misc]
     return instruction
 
 
@@ -91,7 +83,7 @@ def test_rows_and_labels_equal_the_official_preprocessing(
         official = chat[f"preprocess_max_len_{max_len}"]
         real = sum(token != qwen.template.pad for token in official["input_ids"])
         turns = [turn["value"] for turn in chat["conversations"]]
-        (row,) = render([conversation(*turns)], qwen, chat["system"], "append")
+        ((row,),) = render([conversation(*turns)], qwen, chat["system"], "append")
         assert row.tokens[:real].tolist() == official["input_ids"][:real]
         assert real == min(len(row.tokens), max_len)
         mask = label_mask(row, "qwen_official")
@@ -321,7 +313,7 @@ def slow_oracle(
 def test_rows_and_masks_equal_the_slow_oracle(
     chats: list[Conversation], prompt: str | None, mode: str, tokenizer: Tokenizer
 ) -> None:
-    for chat, row in zip(chats, render(chats, tokenizer, prompt, mode), strict=True):
+    for chat, (row,) in zip(chats, render(chats, tokenizer, prompt, mode), strict=True):
         system = system_text(prompt, chat.system or "", mode)
         system = system.strip() if system is not None and tokenizer is LLAMA3 else system
         tokens, assistant, official = slow_oracle(chat, system, tokenizer)
@@ -353,7 +345,8 @@ def test_first_exchanges_render_the_longest_fitting_conversation(
 
     counts = range(1, len(chat.turns) // 2 + 1)
     fitting = [n for n in counts if len(cut(n).tokens) <= limit]
-    shorter, count = first_exchanges(one(chat, prompt, tokenizer=tokenizer), tokenizer, limit)
+    whole = one(chat, prompt, tokenizer=tokenizer)
+    shorter, count = first_exchanges(whole, tokenizer, prompt, "append", limit)
     assert count == max(fitting, default=0)
     if count:
         assert_same(shorter, cut(count))

@@ -19,10 +19,14 @@ from moi_jax.data.preview.audit import audit
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
 from moi_jax.text.conversations import Conversation, Message
-from moi_jax.text.jinja_templates import TemplateReport, check_template, export_jinja
+from moi_jax.text.instructions import label_mask
+from moi_jax.text.jinja.comparison import difference
+from moi_jax.text.jinja.export import jinja_source
+from moi_jax.text.jinja.template import JinjaTemplate
 from moi_jax.text.prompts import prompts_metadata, saved_template
 from moi_jax.text.rendering import render, render_prompt
-from moi_jax.text.templates import TEMPLATES
+from moi_jax.text.template_choice import default_system_prompt, has_own_template
+from moi_jax.text.templates import TEMPLATES, FixedTemplate, fixed_fingerprint
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 from support.runs import open_data, small_config
@@ -36,6 +40,12 @@ TOKENIZERS = {"chatml": CHATML, "llama3": LLAMA3}
 PLAIN = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SMOLLM2 = (
     "{% if messages[0]['role'] != 'system' %}"
@@ -73,9 +83,17 @@ DATED = LLAMA3_JINJA.replace(
 )
 
 
-def checked(tokenizer: Tokenizer, template: object, **more: object) -> TemplateReport:
-    files = {"tokenizer_config.json": json.dumps({"chat_template": template, **more})}
-    return check_template(files, tokenizer)
+def owning(tokenizer: Tokenizer, template: object, **more: object) -> Tokenizer:
+    """The tokenizer with a chat template of its own, and other settings."""
+    settings = json.dumps({"chat_template": template, **more})
+    return Tokenizer.from_files({**tokenizer.files, "tokenizer_config.json": settings})
+
+
+def differs(tokenizer: Tokenizer, name: str) -> str:
+    """The first difference between the tokenizer's own template and one of ours."""
+    ours = tokenizer.with_template(name).template
+    assert isinstance(ours, FixedTemplate)
+    return difference(JinjaTemplate(tokenizer), ours, tokenizer) or ""
 
 
 @pytest.mark.parametrize(
@@ -84,9 +102,7 @@ def checked(tokenizer: Tokenizer, template: object, **more: object) -> TemplateR
         (PLAIN, None),
         (SMOLLM2, "You are small."),
         (
-            PLAIN.replace("{{ '<|im_start|>' + m", "{% generation %}{{ '<|im_start|>' + m").replace(
-                "{% endfor %}", "{% endgeneration %}{% endfor %}"
-            ),
+            MARKED,
             None,
         ),
         (QWEN2, 'You are "Q".\nBe kind.'),
@@ -96,19 +112,36 @@ def checked(tokenizer: Tokenizer, template: object, **more: object) -> TemplateR
 def test_rendering_of_a_checkpoint_is_known_with_its_default_prompt(
     template: object, default: str | None
 ) -> None:
-    report = checked(CHATML, template)
-    assert report == TemplateReport("chatml", True, default, None)
+    tokenizer = owning(CHATML, template)
+    assert tokenizer.template.name == "chatml"
+    assert has_own_template(tokenizer)
+    assert default_system_prompt(tokenizer) == default
+    assert differs(tokenizer, "chatml") == ""
+
+
+def test_a_template_that_marks_other_tokens_than_ours_decides_itself() -> None:
+    newline_too = MARKED.replace("'<|im_end|>' }}{% endg", "'<|im_end|>\n' }}{% endg").replace(
+        "{{ '\n' }}{% endfor", "{% if m.role != 'assistant' %}{{ '\n' }}{% endif %}{% endfor"
+    )
+    tokenizer = owning(CHATML, newline_too)
+    assert tokenizer.template.name == "from_checkpoint"
+    chat = Conversation((Message("user", "Hi"), Message("assistant", "Hello.")))
+    (((row, *_),)) = render([chat], tokenizer, None, "append")
+    labels = row.tokens[label_mask(row, "assistant")]
+    assert tokenizer.decode(labels) == "Hello.<|im_end|>\n"
 
 
 @pytest.mark.parametrize("bos", ["<|begin_of_text|>", {"content": "<|begin_of_text|>"}])
 def test_llama3_of_a_checkpoint_is_known(bos: object) -> None:
-    known = TemplateReport("llama3", True, None, None)
-    assert checked(LLAMA3, LLAMA3_JINJA, bos_token=bos) == known
     files = {
+        **LLAMA3.files,
         "chat_template.jinja": LLAMA3_JINJA,
         "special_tokens_map.json": json.dumps({"bos_token": bos}),
     }
-    assert check_template(files, LLAMA3) == known
+    in_settings = owning(LLAMA3, LLAMA3_JINJA, bos_token=bos)
+    for tokenizer in (in_settings, Tokenizer.from_files(files)):
+        assert tokenizer.template.name == "llama3"
+        assert default_system_prompt(tokenizer) is None
 
 
 @pytest.mark.parametrize(
@@ -121,10 +154,6 @@ def test_llama3_of_a_checkpoint_is_known(bos: object) -> None:
         ),
         (CHATML, PLAIN.replace("m.content", "m.content | trim"), r"for a chat of system, user, as"),
         (CHATML, PLAIN.replace("+ m.content", "+ '<think>' + m.content"), "'.*<think>.*' where"),
-        (CHATML, "{{ raise_exception('no system here') }}", "no system here"),
-        (CHATML, "{% for %}", "cannot be rendered"),
-        (CHATML, "{{ 1 / 0 }}", "cannot be rendered: division"),
-        (CHATML, "{{ messages[9].content + 1 }}", "cannot be rendered"),
         (
             LLAMA3,
             LLAMA3_JINJA,
@@ -135,48 +164,49 @@ def test_llama3_of_a_checkpoint_is_known(bos: object) -> None:
 def test_another_template_is_shown_with_its_first_difference(
     tokenizer: Tokenizer, template: str, shown: str
 ) -> None:
-    report = checked(tokenizer, template)
-    assert report.template == tokenizer.template.name
-    assert report.difference
-    assert "\n" not in report.difference
-    assert re.search(shown, report.difference), report.difference
+    name = tokenizer.template.name
+    tokenizer = owning(tokenizer, template)
+    assert tokenizer.template.name == "from_checkpoint"
+    found = differs(tokenizer, name)
+    assert found
+    assert "\n" not in found
+    assert re.search(shown, found), found
 
 
 def test_a_date_in_the_system_block_is_a_difference_and_no_default_prompt() -> None:
-    report = checked(LLAMA3, DATED, bos_token="<|begin_of_text|>")
-    assert (report.template, report.default_system_prompt) == ("llama3", None)
-    assert "Today Date: 26" in (report.difference or "")
+    tokenizer = owning(LLAMA3, DATED, bos_token="<|begin_of_text|>")
+    assert tokenizer.template.name == "from_checkpoint"
+    assert default_system_prompt(tokenizer) is None
+    assert "Today Date: 26" in differs(tokenizer, "llama3")
 
 
 def test_the_template_file_wins_over_the_settings() -> None:
-    files = {
-        "chat_template.jinja": SMOLLM2,
-        "tokenizer_config.json": json.dumps({"chat_template": PLAIN}),
-    }
-    assert check_template(files, CHATML).default_system_prompt == "You are small."
+    settings = json.dumps({"chat_template": PLAIN})
+    more = {"chat_template.jinja": SMOLLM2, "tokenizer_config.json": settings}
+    tokenizer = Tokenizer.from_files({**CHATML.files, **more})
+    assert default_system_prompt(tokenizer) == "You are small."
 
 
 def test_without_a_template_the_special_tokens_tell() -> None:
-    assert check_template({}, LLAMA3) == TemplateReport("llama3", own=False)
+    assert not has_own_template(LLAMA3)
+    assert LLAMA3.template.name == "llama3"
     neither = Tokenizer.from_files({"tokenizer.json": with_specials("<s>", "</s>")})
-    assert check_template({}, neither) == TemplateReport(None, own=False)
-    own = checked(neither, "[INST]{{ messages[0].content }}[/INST]")
-    assert (own.template, own.own) == (None, True)
-    assert "special tokens of none of chatml, llama3" in (own.difference or "")
+    with pytest.raises(UserError, match=r"special tokens of none of ours \(chatml, llama3\)"):
+        neither.template  # noqa: B018
+    own = owning(
+        neither, "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '</s>' }}{% endfor %}"
+    )
+    assert own.template.name == "from_checkpoint"
+    assert own.template.stops == (own.special("</s>"),)
 
 
 def test_of_two_possible_templates_the_equal_one_is_found() -> None:
     both = with_specials("<|endoftext|>", "<|im_start|>", "<|im_end|>", *LLAMA3_SPECIALS)
     tokenizer = Tokenizer.from_files({"tokenizer.json": both})
     assert tokenizer.template.name == "chatml"
-    assert checked(tokenizer, LLAMA3_JINJA, bos_token="<|begin_of_text|>").template == "llama3"
-    assert checked(tokenizer, PLAIN).template == "chatml"
-
-
-def test_damaged_settings_are_one_line() -> None:
-    for text in ("{", "[]", '{"chat_template": ["x"]}'):
-        with pytest.raises(UserError, match=r"tokenizer_config\.json is (no|damaged)"):
-            check_template({"tokenizer_config.json": text}, CHATML)
+    own = owning(tokenizer, LLAMA3_JINJA, bos_token="<|begin_of_text|>")
+    assert own.template.name == "llama3"
+    assert owning(tokenizer, PLAIN).template.name == "chatml"
 
 
 TEXTS = st.text(max_size=10) | st.sampled_from(
@@ -195,7 +225,7 @@ def test_exported_jinja_renders_what_we_render(name: str, tmp_path: Path) -> Non
     @STEADY
     @given(st.none() | TEXTS, st.none() | TEXTS, st.lists(TEXTS, min_size=1, max_size=5))
     def check(default: str | None, system: str | None, contents: list[str]) -> None:
-        jinja = export_jinja(prompts_metadata(default, name))
+        jinja = jinja_source(tokenizer.template, default)
         roles = ["user", "assistant"] * 3
         messages = [] if system is None else [Message("system", system)]
         messages += [Message(r, t) for r, t in zip(roles, contents, strict=False)]  # type: ignore[arg-type]
@@ -208,7 +238,7 @@ def test_exported_jinja_renders_what_we_render(name: str, tmp_path: Path) -> Non
             tokens = render_prompt(messages, tokenizer, default)
         else:  # "" is no system text of a row, while a chat may have an empty system turn
             prompt = system if system == "" else default
-            (row,) = render([Conversation(tuple(messages))], tokenizer, prompt, "keep")
+            ((row,),) = render([Conversation(tuple(messages))], tokenizer, prompt, "keep")
             tokens = row.tokens.tolist()
         assert tokenizer.decode(tokens) == tokenizer.normalize(text)
 
@@ -218,10 +248,9 @@ def test_exported_jinja_renders_what_we_render(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("default", [None, "", 'You are "Q".\n\t{{ kind }} \\ 😀\u2028.'])
 def test_exported_jinja_is_known_again(default: str | None) -> None:
     for name, tokenizer in TOKENIZERS.items():
-        jinja = export_jinja(prompts_metadata(default, name))
-        assert checked(tokenizer, jinja) == TemplateReport(name, True, default, None)
-    with pytest.raises(UserError, match="no chat template None"):
-        export_jinja(prompts_metadata("You are kind.", None))
+        again = owning(tokenizer, jinja_source(tokenizer.template, default))
+        assert again.template.name == name
+        assert default_system_prompt(again) == default
 
 
 def test_stops_and_padding_belong_to_the_template() -> None:
@@ -241,13 +270,13 @@ def test_stops_and_padding_belong_to_the_template() -> None:
 
 
 def test_another_rendering_of_the_saved_template_is_refused() -> None:
-    item = prompts_metadata("You are kind.", "chatml")
+    item = prompts_metadata("You are kind.", CHATML.template)
     assert saved_template(item, "ckpt") == "chatml"
     with pytest.raises(UserError, match=r"ckpt was made with another rendering.*chatml or llama3"):
         saved_template({**item, "template_hash": "0" * 64}, "ckpt")
     with pytest.raises(UserError, match=r"ckpt has no chat template.*chatml or llama3"):
         saved_template(prompts_metadata("You are kind.", None), "ckpt")
-    assert len({kind.fingerprint() for kind in TEMPLATES.values()}) == len(TEMPLATES)
+    assert len({fixed_fingerprint(kind) for kind in TEMPLATES.values()}) == len(TEMPLATES)
 
 
 def saved(path: Path, tokenizer: Tokenizer, prompts: dict) -> Path:
@@ -270,7 +299,7 @@ def started(tmp_path: Path, checkpoint: Path, template: str = "from_checkpoint")
 def test_a_run_from_a_checkpoint_renders_in_its_template_unless_asked(tmp_path: Path) -> None:
     both = with_specials("<|endoftext|>", "<|im_start|>", "<|im_end|>", *LLAMA3_SPECIALS)
     tokenizer = Tokenizer.from_files({"tokenizer.json": both})
-    path = saved(tmp_path / "llama3", tokenizer, prompts_metadata(None, "llama3"))
+    path = saved(tmp_path / "llama3", tokenizer, prompts_metadata(None, LLAMA3.template))
     assert started(tmp_path, path).tokenizer.template.name == "llama3"
     assert started(tmp_path, path).config.data.default_system_prompt is None
     assert started(tmp_path, path, "chatml").tokenizer.template.name == "chatml"
@@ -279,7 +308,7 @@ def test_a_run_from_a_checkpoint_renders_in_its_template_unless_asked(tmp_path: 
 def test_a_run_from_a_checkpoint_of_another_rendering_is_refused_unless_asked(
     tmp_path: Path,
 ) -> None:
-    stale = {**prompts_metadata("You are kind.", "chatml"), "template_hash": "0" * 64}
+    stale = {**prompts_metadata("You are kind.", CHATML.template), "template_hash": "0" * 64}
     path = saved(tmp_path / "stale", CHATML, stale)
     with pytest.raises(UserError, match="another rendering of the chat template chatml"):
         started(tmp_path, path)
@@ -290,7 +319,7 @@ def test_a_run_from_a_checkpoint_of_another_rendering_is_refused_unless_asked(
 
 @pytest.mark.parametrize("targets", ["assistant", "qwen_official"])
 def test_llama3_rows_of_a_run_pass_the_audit(tmp_path: Path, targets: str) -> None:
-    path = saved(tmp_path / "llama3", LLAMA3, prompts_metadata(None, "llama3"))
+    path = saved(tmp_path / "llama3", LLAMA3, prompts_metadata(None, LLAMA3.template))
     config = small_config(
         tmp_path,
         model={"preset": None, "init_from": str(path)},

@@ -35,6 +35,11 @@ def log_notices(domain: str, manifest: Mapping[str, Any]) -> None:
             f"ReAct trajectory and is not recognised as one, for example "
             f"{_place(examples['trained_observations'])}"
         )
+    if count := manifest.get("unlisted_tool", 0):
+        log.warning(
+            f"{domain}: {count:,} kept rows call a tool that they do not list, for example "
+            f"{_place(examples['unlisted_tool'])}"
+        )
     for row in manifest["examples"]:
         if row["detail"].endswith(LOST):
             log.warning(f"{domain}: {_place(row)}")

@@ -208,7 +208,7 @@ def _jobs(
             "too_long": data.too_long,
             "limit": data.max_instruction_tokens or data.sequence_length,
             "decontaminate": benchmarks and [benchmarks.fingerprint, data.decontaminate.on_hit],
-            **_rendering_options(data),
+            **_rendering_options(data, tokenizer),
             # Left out if all is text, so that caches from before there was a choice are found.
             **({"typed": typing} if any(typing) else {}),
         }
@@ -221,9 +221,14 @@ def _jobs(
     return jobs, builder
 
 
-def _rendering_options(data: config.Data) -> dict[str, Any]:
+def _rendering_options(data: config.Data, tokenizer: Tokenizer) -> dict[str, Any]:
     """The options of rendering that differ from the default, so that old keys stay as they are."""
-    keys = ("thinking", "rewritten_history")
+    template, keys = tokenizer.template, ("thinking", "rewritten_history")
+    if data.thinking != "keep" and not template.typed:
+        raise UserError(
+            f"data.thinking: {data.thinking} needs a chat template of the checkpoint's own; "
+            f"{template.name} has thinking as text of the answer; leave data.thinking unset"
+        )
     return {k: getattr(data, k) for k in keys if getattr(data, k) != getattr(config.Data(), k)}
 
 

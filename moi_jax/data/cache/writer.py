@@ -19,6 +19,7 @@ from moi_jax.common.checksums import write_sums
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.records import to_record
 from moi_jax.data.sources.rows import SourceRow
+from moi_jax.data.sources.tools import unlisted
 from moi_jax.data.sources.trajectories import unrecognised
 from moi_jax.text import rendering
 from moi_jax.text.conversations import BadRow, Conversation, content_hash
@@ -34,7 +35,10 @@ COUNTS = "counts.json"
 BATCH, BATCH_BYTES = 1_000, 2**22  # most rows rendered at once, and about how many bytes of them
 EXAMPLES = 5  # rows that the manifest shows for each reason
 # Reasons that come from the config, or of rows that are kept: the row itself is not bad.
-BY_CONFIG = {"has_system", "too_long", "contaminated", "unfilled", "trained_observations"}
+BY_CONFIG = {
+    *("has_system", "too_long", "contaminated", "unfilled", "trained_observations"),
+    "unlisted_tool",
+}
 # Counts of rows that are kept; cut_turns counts the turns that truncated rows have lost.
 NOTES = (
     *("own_system", "trimmed_user_turn", "truncated_turns", "cut_turns"),
@@ -42,9 +46,10 @@ NOTES = (
 )
 # Counts of how rows that are kept were rendered, each left out where it is 0: by the fast renderer
 # or by the checkpoint's own template (if it has one); rows that are split, their samples, and
-# samples of theirs that are left out as too long.
+# samples of theirs that are left out as too long; rows that call a tool which they do not list.
 RENDERING_NOTES = (
     *("fast_rows", "template_rows", "split_rows", "split_samples", "too_long_samples"),
+    "unlisted_tool",
 )
 # A variable of a template that was not filled in. One letter may be LaTeX: \frac{{a}}{{b}}.
 HOLE = re.compile(r"\{\{ ?[A-Za-z_][\w.]+ ?\}\}")
@@ -193,6 +198,9 @@ class BlockWriter:
         if fault := unrecognised(conversation.messages):
             self._note(row.line, BadRow("trained_observations", fault))
             self.notes["trained_observations"] += 1
+        if unknown := unlisted(conversation):
+            self._note(row.line, BadRow("unlisted_tool", unknown))
+            self.rendering["unlisted_tool"] += 1
         for key, text in row.ignored.items():
             first = {"rows": 0, "line": row.line, "example": text}
             self.ignored.setdefault(key, first)["rows"] += 1

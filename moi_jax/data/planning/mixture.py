@@ -72,8 +72,9 @@ def sample_draws(
 ) -> np.ndarray:
     """Like `draws`, with the sample that each draw takes of its conversation.
 
-    Draw number j, which is of permutation number j // n, takes sample (j // n) mod m of a
-    conversation of m samples. So each draw of a conversation takes its next sample.
+    Draw number j, which is of permutation number j // n, takes sample (j // n + c) mod m of
+    conversation number c, which has m samples. So each draw of a conversation takes its next
+    sample, and already the first epoch has early and late turns.
 
     Args:
       samples: int64[n + 1], where the samples of each of the n conversations begin.
@@ -84,7 +85,7 @@ def sample_draws(
     n = len(samples) - 1
     conversations = draws(seed, domain, n, start, count, source)
     rounds = np.arange(start, start + count) // n
-    return samples[conversations] + rounds % np.diff(samples)[conversations]
+    return samples[conversations] + (rounds + conversations) % np.diff(samples)[conversations]
 
 
 @dataclass(frozen=True)

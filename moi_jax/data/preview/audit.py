@@ -1,15 +1,15 @@
 """The audit: derives rows from the raw files in a second, simple way, and compares the loader's.
 
 It shares with the loader only the reading of files (`sources`), the tokenizer, the plan (which
-instruction is where) and the selection (which conversations are trained on). Rendering, labels,
-truncation and all arrays are written here a second time, token by token, after docs/method.md. It
-is meant to be simple, not fast.
+instruction is where) and the selection (which conversations are trained on). Rendering (see
+audit_rendering.py), labels, truncation and all arrays are written here a second time, token by
+token, after docs/method.md. It is meant to be simple, not fast.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,10 @@ from moi_jax.config import Data, Domain
 from moi_jax.data.decontamination import Benchmarks
 from moi_jax.data.loader import Batch, BatchReader
 from moi_jax.data.planning.epoch import EpochPlan
+from moi_jax.data.preview.audit_rendering import Render, Rendered, renderer
+from moi_jax.data.sources.formats import Typing
 from moi_jax.data.sources.rows import detect_format, expand, source_rows
-from moi_jax.text.conversations import BadRow, Conversation, Message
+from moi_jax.text.conversations import BadRow, Conversation
 from moi_jax.text.tokenizer import Tokenizer
 
 # Weights are quotients, which may be rounded in a different order.
@@ -29,11 +31,11 @@ WEIGHT_TOLERANCE = 1e-6
 
 @dataclass
 class PlainInstruction:
-    """A conversation as tokens, which of them are labels, and its place in the sources."""
+    """A sample as tokens, their weights as labels (0: none), and its place in the sources."""
 
     place: str
     tokens: list[int]
-    labels: list[bool]
+    labels: list[float]
 
 
 @dataclass
@@ -41,8 +43,8 @@ class PlainDomain:
     """The contents of a domain's sources.
 
     Attributes:
-      labels: the number of labels of every usable conversation, in order; the index of a
-        conversation is the number of its record in the cache.
+      labels: the number of labels of every sample of the usable conversations, in order; the index
+        of a sample is the number of its record in the cache.
       wanted: record number -> instruction, for those that are wanted.
     """
 
@@ -112,7 +114,7 @@ def read_domain(
 ) -> PlainDomain:
     """Reads the files of a domain row by row; keeps the instructions with a wanted number."""
     found = PlainDomain()
-    render = _renderer(tokenizer, targets)
+    render, typing = renderer(tokenizer, data, targets), Typing.of(data, tokenizer.template)
     benchmarks = None
     if data.decontaminate.path and data.decontaminate.on_hit == "drop":
         benchmarks = Benchmarks.read(expand_home(data.decontaminate.path))
@@ -121,24 +123,23 @@ def read_domain(
         kept = 0
         for file in part:
             form = detect_format(file) if source.format == "auto" else source.format
-            for row in source_rows(file, form):
+            for row in source_rows(file, form, typing=typing):
                 if kept == source.max_rows:
                     break
-                rendered = _usable(row.conversation, data, domain, render, benchmarks)
-                if rendered is None:
-                    continue
-                tokens, labels = rendered
-                if len(found.labels) in wanted:
-                    place = f"{file.name}:{row.line}"
-                    instruction = PlainInstruction(place, tokens, labels)
-                    found.wanted[len(found.labels)] = instruction
-                found.labels.append(sum(labels))
-                kept += 1
+                samples = _usable(row.conversation, data, domain, render, benchmarks)
+                for tokens, labels in samples:
+                    if len(found.labels) in wanted:
+                        place = f"{file.name}:{row.line}"
+                        instruction = PlainInstruction(place, tokens, labels)
+                        found.wanted[len(found.labels)] = instruction
+                    found.labels.append(_count(labels))
+                kept += bool(samples)
     return found
 
 
-Rendered = tuple[list[int], list[bool]]
-Render = Callable[[Sequence[Message], str | None], Rendered]
+def _count(labels: Sequence[float]) -> int:
+    """The number of tokens that are labels."""
+    return sum(1 for weight in labels if weight)
 
 
 def _usable(
@@ -147,25 +148,30 @@ def _usable(
     domain: Domain,
     render: Render,
     benchmarks: Benchmarks | None,
-) -> Rendered | None:
-    """The row as the config keeps it; None if the row is dropped."""
+) -> list[Rendered]:
+    """The samples of the row as the config keeps it; [] if the row is dropped."""
     if isinstance(conversation, BadRow):
-        return None
+        return []
     own = conversation.system
     if own and data.row_system == "drop_row":
-        return None
+        return []
     system = _system(data, domain, own)
     turns = list(conversation.turns)
     limit = data.max_instruction_tokens or data.sequence_length
-    rendered = render(turns, system)
-    while len(rendered[0]) > limit:
-        if data.too_long != "truncate_turns" or len(turns) <= 2:
-            return None
-        turns = turns[:-2]
-        rendered = render(turns, system)
-    if benchmarks and any(benchmarks.hit(turn.content) for turn in turns):
-        return None
-    return rendered
+    samples = render(turns, conversation.tools, system)
+    split = len(samples) > 1
+    kept = [sample for sample in samples if len(sample[0]) <= limit]
+    while samples and not kept and not split and data.too_long == "truncate_turns":
+        users = [number for number, turn in enumerate(turns) if turn.role == "user"]
+        if len(users) == 1:
+            return []
+        turns = turns[: users[-1]]
+        shorter = render(turns, conversation.tools, system)
+        kept = shorter if len(shorter) == 1 and len(shorter[0][0]) <= limit else []
+    texts = [text for turn in turns for text in (turn.thinking, turn.content)]
+    if benchmarks and any(benchmarks.hit(text) for text in texts):
+        return []
+    return kept
 
 
 def _system(data: Data, domain: Domain, own: str | None) -> str | None:
@@ -182,76 +188,6 @@ def _system(data: Data, domain: Domain, own: str | None) -> str | None:
     if data.row_system == "replace":
         return prompt
     return prompt + "\n\n" + own
-
-
-# The text before the first turn, before a role, between role and content, and after a content.
-_LLAMA3 = ("<|begin_of_text|>",), "<|start_header_id|>", ("<|end_header_id|>", "\n\n")
-LAYOUTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]] = {
-    "chatml": ((), "<|im_start|>", ("\n",), ("<|im_end|>", "\n")),
-    "llama3": (*_LLAMA3, ("<|eot_id|>",)),
-}
-
-
-def _renderer(tokenizer: Tokenizer, targets: str) -> Render:
-    """A function that renders turns as ids, and tells which are labels under loss.targets."""
-    official = targets == "qwen_official"
-    opening, begin, middle, ends = LAYOUTS[tokenizer.template.name]
-    strip = str.strip if tokenizer.template.name == "llama3" else str
-
-    @cache  # roles and fixed texts are repeated often
-    def fixed(*texts: str) -> list[int]:
-        ids: list[int] = []
-        for text in texts:
-            special = tokenizer.special(text)
-            ids += tokenizer.encode(text) if special is None else [special]
-        return ids
-
-    def render(turns: Sequence[Message], system: str | None) -> Rendered:
-        tokens: list[int] = []
-        labels: list[bool] = []
-
-        def add(ids: Sequence[int], label: bool) -> None:
-            for token in ids:
-                tokens.append(token)
-                labels.append(label)
-
-        add(fixed(*opening), False)
-        if system is not None:
-            add(fixed(begin, "system", *middle), False)
-            add(tokenizer.encode(strip(system)), False)
-            add(fixed(*ends), official)
-        for number, message in enumerate(turns):
-            answer = message.role == "assistant" and message.train
-            trained = official and (message.role == "user" or message.train)
-            add(fixed(begin), trained and (number > 0 or system is not None))
-            add(fixed(message.role, *middle), False)
-            if answer and not official:
-                for token, observed in _answer(message, strip(message.content), tokenizer):
-                    add([token], not observed)
-            else:
-                add(tokenizer.encode(strip(message.content)), answer)
-            add(fixed(ends[0]), answer or trained)
-            add(fixed(*ends[1:]), trained)
-        return tokens, labels
-
-    return render
-
-
-def _answer(message: Message, content: str, tokenizer: Tokenizer) -> Iterator[tuple[int, bool]]:
-    """The ids of an answer, and whether each begins inside an observation written by a tool."""
-    ids, offsets = tokenizer.encode_with_offsets(content)
-    observations = []
-    if message.trajectory:
-        text, position = tokenizer.normalize(content), 0
-        answer = text.find("\nFinal Answer:")
-        last = answer if answer >= 0 else len(text)
-        while 0 <= (at := text.find("\nObservation:", position)) < last:
-            begin = at + len("\nObservation:")
-            ends = [text.find(mark, begin) for mark in ("\nThought:", "\nAction:")]
-            position = min([end for end in ends if end >= 0], default=last)
-            observations.append(range(begin, min(position, last)))
-    for token, (first, _) in zip(ids, offsets, strict=True):
-        yield token, any(first in observation for observation in observations)
 
 
 class _Weights:
@@ -312,7 +248,7 @@ def _lay_out(
             }
             if begins[data.mask or ""]:
                 segment, position = segment + 1, 0
-            weight = weigh(domain, sum(instruction.labels))
+            weight = weigh(domain, _count(instruction.labels))
             length = len(instruction.tokens)
             for at, token in enumerate(instruction.tokens):
                 last = at == length - 1
@@ -321,8 +257,8 @@ def _lay_out(
                 arrays["segment_ids"].append(segment)
                 arrays["positions"].append(position)
                 arrays["domain_ids"].append(domain)
-                label = not last and instruction.labels[at + 1]
-                arrays["loss_weights"].append(weight if label else 0.0)
+                label = 0.0 if last else instruction.labels[at + 1]
+                arrays["loss_weights"].append(weight * label)
                 places.append(f"domain {data.domains[domain].name}, {instruction.place}")
                 position += 1
     padding = dict(zip(Batch._fields, (pad, pad, 0, 0, -1, 0.0), strict=True))

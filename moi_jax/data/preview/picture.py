@@ -15,12 +15,15 @@ from matplotlib.ticker import MaxNLocator
 
 from moi_jax.common.errors import UserError
 from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.preview.parts import Kind
 from moi_jax.data.preview.row import RowView
 
 # After Okabe and Ito: distinct for colour-blind readers. More domains get colours of one scale.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
 INK, QUIET, PADDING, GREYS = "#222222", "#6a6a6a", "#f0f0f0", ("#c8c8c8", "#a0a0a0")
 STYLE: dict[Any, Any] = {"svg.hashsalt": "moi_jax", "svg.fonttype": "none", "font.size": 9}
+# Darker and lighter than the domains, from which they stand apart in a lane of their own.
+PART_COLOURS: dict[Kind, str] = {"thinking": "#332288", "call": "#882255", "result": "#999933"}
 KINDS = (".png", ".svg")
 MASK_PIXELS = 512  # most pixels along each side of the attention mask
 LANE = 0.78  # height of a lane; lanes begin at whole numbers
@@ -75,7 +78,15 @@ def _draw_lanes(axes: Axes, view: RowView, colours: list[Any]) -> None:
     length = len(view.batch.tokens)
     alone = view.group_name == "instruction"
     lanes = ["loss", "segment", "chunk" if alone else view.group_name, "domain"]
-    _frame_lanes(axes, length, lanes, dict(zip(view.domains, colours, strict=True)))
+    legend = dict(zip(view.domains, colours, strict=True))
+    parts = [part for member in view.members for part in member.parts]
+    if parts:
+        lanes.append("parts")
+        kinds = {part.kind for part in parts}
+        legend |= {kind: colour for kind, colour in PART_COLOURS.items() if kind in kinds}
+    _frame_lanes(axes, length, lanes, legend)
+    for part in parts:
+        _block(axes, 4, part.start, part.end, PART_COLOURS[part.kind], edge="none")
     for member in view.members:
         _block(axes, 3, member.start, member.end, colours[view.domains.index(member.domain)])
     if alone:

@@ -34,7 +34,7 @@ def show_rows(dataset: Dataset, first: int = 0, count: int = 1) -> None:
     print_legend(console)
     for row in range(first, min(first + count, run.total_rows)):
         console.print()
-        print_row(view_row(source, row), dataset.tokenizer, console)
+        print_row(view_row(source, row, dataset.tokenizer), dataset.tokenizer, console)
 
 
 def save_picture(dataset: Dataset, row: int, path: Path) -> None:
@@ -45,7 +45,7 @@ def save_picture(dataset: Dataset, row: int, path: Path) -> None:
     """
     run = dataset.plan()
     _check_row(run, row)
-    draw_row(view_row(dataset.batch_reader(run), row), path)
+    draw_row(view_row(dataset.batch_reader(run), row, dataset.tokenizer), path)
 
 
 def show_statistics(dataset: Dataset, histogram: Path | None = None) -> dict[str, Any]:

@@ -11,17 +11,26 @@ from rich.text import Text
 
 from moi_jax.config import Data
 from moi_jax.data.loader import Batch, BatchReader
+from moi_jax.data.planning.corpus import Corpus
+from moi_jax.data.preview.parts import Kind, Part, find_parts
+from moi_jax.text.instructions import Instruction
 from moi_jax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Member:
-    """An instruction in a row: tokens [start, end); number `index` of its domain's training set."""
+    """An instruction in a row: tokens [start, end); number `index` of its domain's training set.
+
+    It is sample number `sample`, from 1 on, of the `samples` of its conversation.
+    """
 
     domain: str
     index: int
     start: int
     end: int
+    sample: int
+    samples: int
+    parts: list[Part]  # in tokens of the row
 
 
 @dataclass(frozen=True)
@@ -71,28 +80,54 @@ class RowView:
         return f"{'an' if name == 'instruction' else 'a'} {name}"
 
 
-def view_row(reader: BatchReader, number: int) -> RowView:
+def view_row(reader: BatchReader, number: int, tokenizer: Tokenizer) -> RowView:
     """Reads a row by its global number, which is below `reader.plan.total_rows`."""
     epoch, row = reader.plan.locate(number)
     plan = reader.plan.epoch_plan(epoch)
-    corpus = plan.corpus
+    corpus, planned = plan.corpus, plan.row(row)
+    instructions = reader.instructions(np.unique(np.concatenate(planned)))
     groups, start = [], 0
-    for group in plan.row(row):
+    for group in planned:
         members = []
-        for instruction, domain in zip(group, corpus.domain_of(group), strict=True):
-            end = start + int(corpus.lengths[instruction])
-            index = int(instruction - corpus.offsets[domain])
-            members.append(Member(corpus.names[domain], index, start, end))
-            start = end
+        for of_corpus in group.tolist():
+            instruction, domain = instructions[of_corpus]
+            member = _member(corpus, of_corpus, domain, start, instruction, tokenizer)
+            members.append(member)
+            start = member.end
         groups.append(members)
     batch = Batch(*(array[0] for array in reader.read([number])))
     return RowView(number, epoch, row, plan.rows, reader.plan.data, corpus.names, batch, groups)
 
 
+def _member(
+    corpus: Corpus,
+    number: int,
+    domain: int,
+    start: int,
+    instruction: Instruction,
+    tokenizer: Tokenizer,
+) -> Member:
+    starts = corpus.conversation_starts
+    conversation = int(np.searchsorted(starts, number, side="right")) - 1
+    first, after = starts[conversation : conversation + 2].tolist()
+    parts = find_parts(instruction.tokens.tolist(), instruction.conversation, tokenizer)
+    return Member(
+        corpus.names[domain],
+        number - int(corpus.offsets[domain]),
+        start,
+        start + len(instruction.tokens),
+        number - first + 1,
+        after - first,
+        [Part(start + part.start, start + part.end, part.kind) for part in parts],
+    )
+
+
 # Without colour, text that carries loss is between these.
 OPEN, CLOSE = "⟦", "⟧"
 TRAINED, UNTRAINED = "bold green", "dim"
-TRAINED_SPECIAL, UNTRAINED_SPECIAL = "bold magenta", "dim magenta"
+SPECIAL = "magenta"
+# The colours of the parts; what carries loss is bold, the rest dim.
+PART_COLOURS: dict[Kind, str] = {"thinking": "cyan", "call": "yellow", "result": "blue"}
 # Unprintable characters, and those that move the cursor or change the direction of text.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -101,7 +136,9 @@ def print_legend(console: Console) -> None:
     """Prints how text that carries loss looks."""
     if _coloured(console):
         trained = Text("text that carries loss", TRAINED)
-        console.print(Text.assemble(trained, ", ", ("text that does not", UNTRAINED)))
+        parts = [(f" {kind}", colour) for kind, colour in PART_COLOURS.items()]
+        untrained = ("text that does not", UNTRAINED)
+        console.print(Text.assemble(trained, ", ", untrained, "; bold or dim:", *parts))
     else:
         console.print(f"{OPEN}text that carries loss{CLOSE}, text that does not", markup=False)
 
@@ -137,12 +174,15 @@ def _print_border(line: str, title: Text, console: Console) -> None:
 def _title(view: RowView, member: Member) -> Text:
     inside = slice(member.start, member.end)
     weights = view.batch.loss_weights[inside]
-    # All labels of an instruction have the same weight.
-    loss = f"{view.trained[inside].sum():,} with loss of weight {weights.max():.4g}"
+    # The labels of an instruction have one weight, unless its messages have weights of their own.
+    different = sorted({f"{weight:.4g}" for weight in weights[weights > 0].tolist()}, key=float)
+    weight = f"weight{'s' * (len(different) > 1)} {', '.join(different) or '0'}"
+    loss = f"{view.trained[inside].sum():,} with loss of {weight}"
     segment = view.batch.segment_ids[member.start]
     places = f"tokens {member.start} to {member.end - 1}"
+    sample = f", sample {member.sample} of {member.samples}" if member.samples > 1 else ""
     return Text.assemble(
-        (member.domain, "bold"), f" {member.index}, {places}, {loss}, segment {segment}"
+        (member.domain, "bold"), f" {member.index}{sample}, {places}, {loss}, segment {segment}"
     )
 
 
@@ -161,23 +201,27 @@ def render_tokens(view: RowView, member: Member, tokenizer: Tokenizer, coloured:
             rest = piece[len(lines) :]
             text.append(f"{OPEN}{lines}{'↵' * len(rest)}{CLOSE}{rest}")
             continue
-        for _, special, content in runs:
-            styles = (UNTRAINED_SPECIAL, TRAINED_SPECIAL) if special else (UNTRAINED, TRAINED)
-            text.append(content, styles[trained] if coloured else "")
+        for _, colour, content in runs:
+            style = f"{'bold' if trained else 'dim'} {colour}"
+            if not colour:
+                style = TRAINED if trained else UNTRAINED
+            text.append(content, style if coloured else "")
     if not text.plain.endswith("\n"):
         text.append("\n")
     return text
 
 
-def _runs(view: RowView, member: Member, tokenizer: Tokenizer) -> Iterator[tuple[bool, bool, str]]:
-    """(carries loss, is special, text) of each run of tokens that agree in the first two.
+def _runs(view: RowView, member: Member, tokenizer: Tokenizer) -> Iterator[tuple[bool, str, str]]:
+    """(carries loss, colour, text) of each run of tokens that agree in the first two.
 
     Single tokens are not decoded, because the bytes of a character may be split among several.
     """
     inside = slice(member.start, member.end)
     tokens = view.batch.tokens[inside]
-    special = np.isin(tokens, tokenizer.template.controls)
-    marked = zip(view.trained[inside].tolist(), special.tolist(), tokens.tolist(), strict=True)
-    for (trained, is_special), run in groupby(marked, key=lambda token: token[:2]):
+    colours = np.where(np.isin(tokens, tokenizer.template.controls), SPECIAL, "").astype(object)
+    for start, end, kind in member.parts:
+        colours[start - member.start : end - member.start] = PART_COLOURS[kind]
+    marked = zip(view.trained[inside].tolist(), colours.tolist(), tokens.tolist(), strict=True)
+    for (trained, colour), run in groupby(marked, key=lambda token: token[:2]):
         content = tokenizer.decode([token for _, _, token in run])
-        yield trained, is_special, CONTROL.sub(lambda c: f"\\u{ord(c.group()):04x}", content)
+        yield trained, colour, CONTROL.sub(lambda c: f"\\u{ord(c.group()):04x}", content)

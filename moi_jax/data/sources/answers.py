@@ -101,7 +101,7 @@ class Answer:
             if not last or self._open != may_stay_open:
                 raise self._unanswered()
         elif step.calls or (step.said is None and len(self.steps) > 1):
-            if not (last and unfinished):
+            if not (step.calls and last and unfinished):
                 raise BadRow("unanswered_observation", "no call or answer follows an observation")
         elif step.said is None:
             raise BadRow("empty_assistant", "the assistant has thoughts but no answer")

@@ -65,8 +65,6 @@ def with_think_block(thinking: str, text: str) -> str:
 
 def weighed(message: Message, factor: float) -> Message:
     """The message with its weight multiplied by a factor."""
-    if factor == 1:
-        return message
     weight = message.weight * factor
     return replace(message, train=message.train and weight > 0, weight=weight or 1.0)
 

@@ -7,8 +7,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from moi_jax import config
@@ -102,7 +101,7 @@ def to_conversation(
         for message in messages
     ):
         raise BadRow("empty_assistant", "an assistant turn is empty")
-    return replace(conversation, messages=messages), trimmed
+    return Conversation(messages, conversation.tools), trimmed
 
 
 def to_chat(row: Mapping[str, Any], form: Format, typing: Typing = TEXT) -> Conversation:
@@ -141,22 +140,25 @@ def _read(
         else:
             messages = react.to_messages(events, described, typing.thinking)
     messages = trajectories.mark(messages)
-    for text in chain(tools, *map(_texts, messages)):
+    for text in tools:
         _check_text(text)
+    for message in messages:
+        _check_message(message)
     if messages and messages[0].role == "system" and not messages[0].content.strip():
         messages = messages[1:]
-    return Conversation(tuple(weighed(message, weight) for message in messages), tools)
+    if weight != 1:
+        messages = [weighed(message, weight) for message in messages]
+    return Conversation(tuple(messages), tools)
 
 
-def _texts(message: Message) -> Iterator[str]:
-    """All that the template may write of a message."""
-    yield message.content
+def _check_message(message: Message) -> None:
+    """Checks all that the template may write of a message."""
+    _check_text(message.content)
     if message.thinking:
-        yield message.thinking
+        _check_text(message.thinking)
     for call in message.calls:
-        yield from call
-    if message.role == "tool":
-        yield from (message.name, message.call_id)
+        for text in call:
+            _check_text(text)
 
 
 def _system_texts(row: Mapping[str, Any]) -> set[str]:

@@ -76,6 +76,7 @@ def openai_form(entry: Any) -> str:
     Raises:
       BadRow: the tool has no name, or its parameters are no JSON schema of an object.
     """
+    entry = _filled_in_left_out(entry)
     name, function = named_function(entry, "bad_tools")
     description_of(name, function)
     if function.get("parameters") is not None:
@@ -86,6 +87,18 @@ def openai_form(entry: Any) -> str:
     )
 
 
+def _filled_in_left_out(value: Any) -> Any:
+    """The value without properties that are null: a table adds those that other rows have."""
+    if isinstance(value, list):
+        return [_filled_in_left_out(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _filled_in_left_out(part) for key, part in value.items()}
+    if isinstance(kept.get("properties"), dict):
+        kept["properties"] = {k: v for k, v in kept["properties"].items() if v is not None}
+    return kept
+
+
 def _check_parameters(name: str, schema: Any) -> None:
     """Refuses what no reader of JSON Schema can take for the schema of an object.
 
@@ -94,7 +107,7 @@ def _check_parameters(name: str, schema: Any) -> None:
     """
     if not isinstance(schema, dict):
         raise BadRow("bad_tools", f"the parameters of {name} are a {type(schema).__name__}")
-    kind, required = schema.get("type", "object"), schema.get("required", [])
+    kind, required = schema.get("type") or "object", schema.get("required") or []
     if not isinstance(kind, str) or kind in TYPES:
         raise BadRow("bad_tools", f"the parameters of {name} are of type {shown(kind)}, not object")
     if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
@@ -106,7 +119,7 @@ def _check_properties(name: str, schema: Mapping[str, Any]) -> None:
     """Checks the properties, and those below them."""
     schemas = [schema]
     while schemas:
-        found = schemas.pop().get("properties", {})
+        found = schemas.pop().get("properties") or {}
         if not isinstance(found, dict):
             raise BadRow("bad_tools", f"'properties' of {name} is a {type(found).__name__}")
         for key, value in found.items():

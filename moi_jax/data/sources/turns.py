@@ -63,6 +63,8 @@ def weight_of_turn(turn: Mapping[str, Any]) -> float:
     With 0 the turn is not trained on. Several keys are multiplied.
     """
     marks = {key: turn[key] for key in MARKS if turn.get(key) is not None}
+    if not marks:
+        return 1.0
     if not all(map(is_weight, marks.values())) or marks.get("train", 1) not in (0, 1):
         given = ", ".join(f"{key} {shown(mark)}" for key, mark in marks.items())
         raise BadRow(

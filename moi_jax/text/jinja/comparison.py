@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from moi_jax.text.conversations import BadRow, Conversation, Message
 from moi_jax.text.fixed_rendering import render, render_prompt
+from moi_jax.text.instructions import Rendering, label_mask
+from moi_jax.text.jinja.chat import shared_length
+from moi_jax.text.jinja.rendering import render as render_own
 from moi_jax.text.jinja.template import JinjaTemplate
 from moi_jax.text.templates import FixedTemplate
 
@@ -66,11 +68,24 @@ def is_equal(own: JinjaTemplate, ours: FixedTemplate, tokenizer: Tokenizer) -> b
     """Whether ours can stand for a template that has no form for anything but contents."""
     if own.renders_tools or own.style.thinking or difference(own, ours, tokenizer):
         return False
+    if own.marks and not _has_same_labels(own, ours, tokenizer):
+        return False
     try:
         text = _text(own, SPACED)
     except BadRow:
         return False
     return tokenizer.normalize(text) == tokenizer.decode(_ours(SPACED, tokenizer, ours, None))
+
+
+def _has_same_labels(own: JinjaTemplate, ours: FixedTemplate, tokenizer: Tokenizer) -> bool:
+    """Whether a template marks as the assistant's what ours trains on."""
+    chat = [Conversation(CHATS[-1])]
+    (mine,) = render(chat, tokenizer, ours, None, "keep")
+    (found,) = render_own(chat, tokenizer, own, None, "keep", Rendering())
+    if isinstance(found, BadRow) or len(found) > 1:
+        return False
+    labels, marked = (label_mask(each, "assistant").tolist() for each in (mine, found[0]))
+    return labels == marked
 
 
 def _text(own: JinjaTemplate, chat: Sequence[Message]) -> str:
@@ -90,6 +105,6 @@ def _ours(
 
 
 def _where(theirs: str, ours: str) -> str:
-    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(theirs, ours, strict=False))))
+    same = shared_length(theirs, ours)
     shown = slice(max(0, same - EXCERPT), same + EXCERPT)
     return f"its own template renders {theirs[shown]!r} where ours renders {ours[shown]!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ from moi_jax.text.jinja.template import JinjaTemplate
 if TYPE_CHECKING:
     from moi_jax.text.tokenizer import Tokenizer
 
-# The other values of a message, with their defaults.
-OTHERS = {field.name: field.default for field in fields(Message)[2:]}
+DEFAULTS = tuple(
+    (field.name, field.default) for field in fields(Message) if field.default is not MISSING
+)
 # Stands for the special tokens in a user's text, which are not the template's.
 MASK = "\uf8e2"
 
@@ -51,14 +52,16 @@ def render(
     """The samples of each conversation, see `text.rendering.render`."""
     make = sampler(template, options).samples
     rendered: list[list[tuple[Conversation, Sample]] | BadRow] = []
+    spans: list[list[tuple[int, int, float]]] = []
     for conversation in conversations:
         whole = _under(conversation, tokenizer, prompt, row_system)
         try:
-            rendered.append([(whole, _checked(sample, tokenizer)) for sample in make(whole)])
+            pairs = [(whole, _checked(sample, tokenizer)) for sample in make(whole)]
+            spans += [_label_spans(*pair) for pair in pairs]
+            rendered.append(pairs)
         except BadRow as bad:
             rendered.append(bad)
     samples = [pair for found in rendered if not isinstance(found, BadRow) for pair in found]
-    spans = [_label_spans(*pair) for pair in samples]
     encoded = iter(
         zip(
             samples,
@@ -152,16 +155,17 @@ def _of_sample(conversation: Conversation, rendered: tuple[Conversation, Sample]
 
 def to_json(conversation: Conversation, thinking: Thinking) -> str:
     """A sample's conversation, and data.thinking, as JSON without values that are the default."""
-    messages = [
-        {
-            "role": message.role,
-            "content": message.content,
-            **{k: v for k, default in OTHERS.items() if (v := getattr(message, k)) != default},
-        }
-        for message in conversation.messages
-    ]
+    messages = [_values(message) for message in conversation.messages]
     whole = {"messages": messages, "tools": conversation.tools, "thinking": thinking}
     return json.dumps(whole, ensure_ascii=False)
+
+
+def _values(message: Message) -> dict[str, Any]:
+    """The role and content of a message, and what is not as in a plain one."""
+    found = {"role": message.role, "content": message.content}
+    return found | {
+        name: value for name, plain in DEFAULTS if (value := getattr(message, name)) != plain
+    }
 
 
 def from_json(text: str) -> tuple[Conversation, Thinking]:

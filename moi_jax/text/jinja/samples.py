@@ -12,15 +12,16 @@ from typing import NamedTuple
 
 from moi_jax.text.conversations import BadRow, Conversation, Message
 from moi_jax.text.instructions import History, Thinking
-from moi_jax.text.jinja.chat import THINK, THOUGHT, texts_of
+from moi_jax.text.jinja.chat import THINK, THOUGHT, shared_length, texts_of
 from moi_jax.text.jinja.environment import BEGIN, END, split_marks
 from moi_jax.text.jinja.template import JinjaTemplate
 
 MOST_SHAPES = 4096
+OTHER = "\uf8e3"  # an answer that no conversation has
 
 
 class Span(NamedTuple):
-    """What the model writes in a turn: characters [start, end) of a sample."""
+    """What the model writes in a turn, or a part of it: characters [start, end) of a sample."""
 
     start: int
     end: int
@@ -59,14 +60,16 @@ class _Layout(NamedTuple):
     """What the texts of a shape have in common.
 
     Attributes:
-      turns: the trained turns.
-      places: of the turns; empty where the template marks them itself.
+      turns: the trained turn of each span.
+      places: of the spans; empty where the template marks them itself.
+      marks: how many marks the template makes, and which of them are the spans.
     """
 
     messages: int
     specials: tuple[str, ...]
     turns: tuple[int, ...]
     places: tuple[_Place, ...]
+    marks: tuple[int, tuple[int, ...]]
 
 
 class Sampler:
@@ -98,14 +101,15 @@ class Sampler:
         self._refuse_specials(conversation)
         shape = self._shape(conversation)
         if layouts := self._layouts.get(shape):
-            found = [self._by_layout(conversation, layout) for layout in layouts]
-            if all(found):
-                return [sample for sample in found if sample]
+            quick = [self._by_layout(conversation, layout) for layout in layouts]
+            if all(quick):
+                return [sample for sample in quick if sample]
         samples = self.exact_samples(conversation)
         if shape not in self._layouts:
             if len(self._layouts) >= MOST_SHAPES:
                 self._layouts.clear()
-            usable = tuple(layout for sample in samples if (layout := self._layout(sample)))
+            found = [self._layout(conversation, sample) for sample in samples]
+            usable = tuple(layout for layout in found if layout)
             self._layouts[shape] = usable if len(usable) == len(samples) else None
         return samples
 
@@ -122,9 +126,9 @@ class Sampler:
         while trained:
             last = finished[trained[-1]]
             together = [turn for turn in trained if self._is_in(finished[turn], last)]
-            spans = [finished[turn].spans[-1] for turn in together]
+            spans = [span for turn in together for span in finished[turn].spans]
             if self._thinking == "last":
-                spans = [self._as_written(finished[span.turn], last.text) for span in spans]
+                spans = [self._as_written(span, finished[span.turn], last.text) for span in spans]
             samples.append(replace(last, spans=tuple(spans)))
             trained = [turn for turn in trained if turn not in together]
         if len(samples) > 1 and self._history == "refuse":
@@ -136,24 +140,25 @@ class Sampler:
 
     def _is_in(self, turn: Sample, text: Sample) -> bool:
         """Whether a text holds the turn as the model writes it, after the prompt that it gets."""
-        span = turn.spans[-1]
-        end = span.start if self._thinking == "last" else span.end
+        whole = self._thinking != "last" or len(turn.spans) > 1
+        end = turn.spans[-1].end if whole else turn.spans[0].start
         return text.text.startswith(turn.text[:end])
 
-    def _as_written(self, turn: Sample, text: str) -> Span:
+    def _as_written(self, span: Span, turn: Sample, text: str) -> Span:
         """The span of a turn in a text that holds its prompt, and perhaps other words of it."""
-        span = turn.spans[-1]
+        if text.startswith(turn.text[: span.end]):
+            return span
         own = self._template.specials.findall(turn.text, span.start, span.end)
         ends = [found.end() for found in self._template.specials.finditer(text, span.start)]
         return span._replace(end=ends[len(own) - 1])
 
     def _finished(self, conversation: Conversation, turn: int) -> Sample:
-        """The text up to a turn, with that turn as its last span."""
+        """The text up to a turn, with the spans of that turn."""
         messages, tools = conversation.messages, conversation.tools
         marked = self._template.marked_chat(messages[: turn + 1], tools)
         text, marks = split_marks(marked)
         if self._template.marks:
-            return Sample(turn + 1, text, self._marked(messages, marks, turn))
+            return Sample(turn + 1, text, self._marked(conversation, turn, text, marks))
         prompt, text = self._prompt(conversation, turn, text)
         start = len(prompt)
         ends = [found.end() for found in self._template.specials.finditer(text, start)]
@@ -165,8 +170,9 @@ class Sampler:
         """The prompt of a turn, and the text up to its end, which begins with the prompt.
 
         A template that has two prompts, with thinking and without, may have either as its default.
-        One that leaves thinking out of finished turns gives a prompt that begins a thought; the
-        text is then written as the model writes it.
+        Two kinds of templates write a finished turn otherwise than its prompt: one that has a
+        system text only in the last question, as Mistral's, and one that leaves thinking out of
+        finished turns. The text is then written as the model gets and writes it.
         """
         message = conversation.messages[turn]
         before, tools = conversation.messages[:turn], conversation.tools
@@ -176,6 +182,8 @@ class Sampler:
             if text.startswith(prompt):
                 return prompt, text
         prompt = self._template.chat_text(before, tools, generate=True)
+        if before[0].role == "system" and (body := self._body(before[1:], message, tools)):
+            return prompt, prompt + body
         stem, think, space = prompt.rpartition(THINK)
         text = self._template.chat_text((*before, replace(message, thinking="")), tools)
         answer = text[len(stem) :]
@@ -183,20 +191,36 @@ class Sampler:
             raise unmaskable(turn, "it does not begin with the prompt of its answer")
         return prompt, f"{prompt}{message.thinking}\n{THOUGHT}\n\n{answer}"
 
-    def _marked(
-        self, messages: Sequence[Message], marks: Sequence[tuple[int, int]], turn: int
-    ) -> tuple[Span, ...]:
-        """The spans that {% generation %} marks, each with its turn."""
-        turns = [n for n, m in enumerate(messages[: turn + 1]) if m.role == "assistant"]
-        if len(marks) != len(turns):
-            raise unmaskable(
-                turn, f"the template marks {len(marks)} turns of the assistant, not {len(turns)}"
-            )
-        return tuple(
-            Span(start, end, each) for (start, end), each in zip(marks, turns, strict=True)
-        )
+    def _body(
+        self, before: Sequence[Message], message: Message, tools: Sequence[str]
+    ) -> str | None:
+        """The text of a turn without the prompt; None if it does not begin with the prompt."""
+        prompt = self._template.chat_text(before, tools, generate=True)
+        text = self._template.chat_text((*before, message), tools)
+        return text[len(prompt) :] if text.startswith(prompt) else None
 
-    def _layout(self, sample: Sample) -> _Layout | None:
+    def _marked(
+        self,
+        conversation: Conversation,
+        turn: int,
+        text: str,
+        marks: Sequence[tuple[int, int]],
+    ) -> tuple[Span, ...]:
+        """The spans of a turn: what {% generation %} marks beyond the marks of earlier turns.
+
+        A text with another answer in the turn's place is the same up to the turn.
+        """
+        before, tools = conversation.messages[:turn], conversation.tools
+        earlier = split_marks(self._template.marked_chat(before, tools))[1]
+        other = self._template.chat_text((*before, Message("assistant", OTHER)), tools)
+        begin = shared_length(text, other)
+        own = [Span(start, end, turn) for start, end in marks if end > begin]
+        is_empty = all(span.start == span.end for span in own)
+        if is_empty or len(own) != len(marks) - len(earlier):
+            raise unmaskable(turn, "what the template marks in it cannot be told from other turns")
+        return tuple(own)
+
+    def _layout(self, conversation: Conversation, sample: Sample) -> _Layout | None:
         """Where the spans of a sample are; None if special tokens do not tell it."""
         found = list(self._template.specials.finditer(sample.text))
         ends = [match.end() for match in found]
@@ -207,9 +231,20 @@ class Sampler:
             if span.end not in ends[after:]:
                 return None
             places.append(_Place(after, prefix, ends.index(span.end)))
+        marked = self._template.marked_chat(
+            conversation.messages[: sample.messages], conversation.tools
+        )
+        text, marked_parts = split_marks(marked)
+        if text != sample.text:
+            return None
+        number = {mark: n for n, mark in enumerate(marked_parts)}
+        own = [number.get((span.start, span.end)) for span in sample.spans] if number else []
+        if self._template.marks and None in own:
+            return None
         turns = tuple(span.turn for span in sample.spans)
         names = tuple(match.group() for match in found)
-        return _Layout(sample.messages, names, turns, tuple(places))
+        marks = len(number), tuple(n for n in own if n is not None)
+        return _Layout(sample.messages, names, turns, tuple(places), marks)
 
     def _by_layout(self, conversation: Conversation, layout: _Layout) -> Sample | None:
         """The sample of a conversation of a known shape; None if it does not have that shape."""
@@ -218,12 +253,13 @@ class Sampler:
         found = list(self._template.specials.finditer(text))
         if tuple(match.group() for match in found) != layout.specials:
             return None
+        spans: list[Span] = []
         if self._template.marks:
-            marked = self._marked(messages, marks, layout.messages - 1)
-            return Sample(
-                layout.messages, text, tuple(span for span in marked if span.turn in layout.turns)
-            )
-        spans = []
+            if len(marks) != layout.marks[0]:
+                return None
+            own = zip(layout.marks[1], layout.turns, strict=True)
+            spans = [Span(*marks[number], turn) for number, turn in own]
+            return Sample(layout.messages, text, tuple(spans))
         for place, turn in zip(layout.places, layout.turns, strict=True):
             begin = found[place.after - 1].end() if place.after else 0
             if not text.startswith(place.prefix, begin):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -27,6 +28,11 @@ THOUGHT, CALLED, CITY, RESULT = "Qthoughtz", "qcalledz", "Qcityz", "Qresultz"
 QUESTION, ANSWER = Message("user", ASKED), Message("assistant", ANSWERED)
 CALL = Message("assistant", "", calls=(ToolCall(CALLED, f'{{"city": "{CITY}"}}', "abcdefghi"),))
 RETURNED = Message("tool", RESULT, name=CALLED, call_id="abcdefghi")
+OTHER_IDS = (
+    QUESTION,
+    replace(CALL, calls=(CALL.calls[0]._replace(id="call_0123456789"),)),
+    replace(RETURNED, call_id="call_0123456789"),
+)
 TOOL = json.dumps(
     {
         "type": "function",
@@ -49,8 +55,6 @@ class JinjaTemplate(Template):
     Attributes:
       style: how it wants calls and thinking.
       default_prompt: the system text that it adds to a chat without a system turn; None if none.
-      takes_system: whether it has a place for a system text.
-      omits_system: whether a chat can be written without any system text.
       marks: whether it says itself what the assistant writes, by {% generation %}.
       constants: texts that it may compare the texts of messages with.
       specials: finds the tokenizer's special tokens in a text.
@@ -98,7 +102,7 @@ class JinjaTemplate(Template):
         if plain is None or answered is None or not (ASKED in plain and ANSWERED in answered):
             raise UserError(
                 f"the chat template does not write a question and its answer"
-                f"{self._refusal((QUESTION, ANSWER))}; name another with tokenizer.chat_template"
+                f"{self._refusal()}; name another template with tokenizer.chat_template"
             )
         thinking = Style(thinking=True)
         thought = Message("assistant", ANSWERED, thinking=THOUGHT)
@@ -121,12 +125,13 @@ class JinjaTemplate(Template):
         except BadRow:
             return None
 
-    def _refusal(self, messages: Sequence[Message]) -> str:
-        """Why the template does not take a chat, to end a message with; "" if it takes it."""
-        try:
-            self._rendered(messages, (), False, self.style)
-        except BadRow as bad:
-            return f" ({bad.detail})"
+    def _refusal(self) -> str:
+        """Why the template refuses the simplest chats."""
+        for messages, generate in (((QUESTION,), True), ((QUESTION, ANSWER), False)):
+            try:
+                self._rendered(messages, (), generate, self.style)
+            except BadRow as bad:
+                return f": {bad.detail}"
         return ""
 
     def _probe_tools(self) -> bool:
@@ -139,7 +144,8 @@ class JinjaTemplate(Template):
                 style = Style(self.style.thinking, arguments, no_content)
                 text = self._probed(chat, (TOOL,), style) or ""
                 if text.count(CITY) == 1 and RESULT in text:
-                    self.style = style
+                    others = self._probed(OTHER_IDS, (TOOL,), style)
+                    self.style = replace(style, short_ids=others is None)
                     return True
         return False
 
@@ -150,21 +156,24 @@ class JinjaTemplate(Template):
         system = self._probed((Message("system", SYSTEM), QUESTION), generate=True) or ""
         self.takes_system = system.count(SYSTEM) == 1 and ASKED in system
         before, _, after = system.partition(SYSTEM)
-        if not self.takes_system or len(plain) <= len(before + after):
+        added = len(plain) - len(before + after)
+        if not self.takes_system or added < 0:
             return
-        self.omits_system = False
-        if not (plain.startswith(before) and plain.endswith(after)):
-            return
-        self.default_prompt = plain[len(before) : len(plain) - len(after)]
+        fits = plain.startswith(before) and plain.endswith(after)
+        default = plain[len(before) : len(before) + added]
         chat = (QUESTION, ANSWER, Message("user", ASKED_AGAIN))
         again = self._probed(chat, generate=True) or ""
         turns = after.partition(ASKED)[0]  # the end of a turn, and the header of the user's
         ended = (self._probed((QUESTION, ANSWER)) or "").rpartition(ANSWERED)[2]
-        if turns and turns.startswith(ended) and f"{ANSWERED}{turns}{ASKED_AGAIN}" in again:
+        is_block = turns.startswith(ended) and f"{ANSWERED}{turns}{ASKED_AGAIN}" in again
+        if fits and turns and is_block:
             begin = self._named["bos_token"]
             opening = begin if before.startswith(begin) else ""
-            self._default_block = opening, before[len(opening) :] + self.default_prompt + ended
-            self.omits_system = True
+            self._default_block = opening, before[len(opening) :] + default + ended
+        elif added:
+            self.omits_system = False
+        if fits and (added or self._default_block[1]):
+            self.default_prompt = default
 
     def _probe_ends(self, known: Mapping[str, int], answered: str) -> None:
         """The tokens that end a turn, and the padding."""
@@ -260,7 +269,7 @@ class JinjaTemplate(Template):
         try:
             return self._programs[name].render(
                 messages=style.messages(messages),
-                tools=tool_objects(tools),
+                tools=tool_objects(tuple(tools)),
                 documents=None,
                 add_generation_prompt=generate,
                 **self._named,
