@@ -4,8 +4,7 @@ from typing import Any
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.text.jinja.template import FROM_CHECKPOINT
-from moi_jax.text.templates import TEMPLATES, Template, fixed_fingerprint
+from moi_jax.text.templates import FROM_CHECKPOINT, TEMPLATES, Template, fixed_fingerprint
 
 Json = dict[str, Any]
 MOST_SHOWN = 40  # characters of a prompt in a message
