@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from moi_jax.config.section import full_dtype
-from moi_jax.text.template_choice import CHOICES
+from moi_jax.text.templates import CHOICES
 
 LARGEST = 2**31 - 1  # the largest int32
 DTYPES = ("auto", "float32", "bfloat16")

@@ -5,8 +5,8 @@ from typing import Any
 
 from moi_jax import config
 from moi_jax.common.errors import UserError
-from moi_jax.text.jinja.template import FROM_CHECKPOINT, JinjaTemplate
-from moi_jax.text.templates import TEMPLATES, Template, fixed_fingerprint
+from moi_jax.text.jinja.template import JinjaTemplate
+from moi_jax.text.templates import FROM_CHECKPOINT, TEMPLATES, Template, fixed_fingerprint
 
 log = logging.getLogger(__name__)
 

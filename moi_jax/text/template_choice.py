@@ -11,14 +11,19 @@ from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.text.jinja.comparison import difference, is_equal
 from moi_jax.text.jinja.environment import own_sources
-from moi_jax.text.jinja.template import FROM_CHECKPOINT, JinjaTemplate
-from moi_jax.text.templates import TEMPLATES, FixedTemplate, Template
+from moi_jax.text.jinja.template import JinjaTemplate
+from moi_jax.text.templates import (
+    CHOICES,
+    FROM_CHECKPOINT,
+    TEMPLATES,
+    FixedTemplate,
+    Template,
+)
 from moi_jax.text.vocabulary_files import read_object
 
 if TYPE_CHECKING:
     from moi_jax.text.tokenizer import Tokenizer
 
-CHOICES = (FROM_CHECKPOINT, *TEMPLATES)
 SUFFIX = ".jinja"
 
 

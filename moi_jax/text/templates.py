@@ -153,3 +153,5 @@ class Llama3(FixedTemplate):
 
 
 TEMPLATES: dict[str, type[FixedTemplate]] = {kind.name: kind for kind in (ChatML, Llama3)}
+FROM_CHECKPOINT = "from_checkpoint"  # the name of the tokenizer's own template
+CHOICES = (FROM_CHECKPOINT, *TEMPLATES)

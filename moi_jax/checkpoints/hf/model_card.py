@@ -7,8 +7,9 @@ from typing import Any
 import jinja2
 
 from moi_jax.checkpoints.items import ModelItems, read_json_item
-from moi_jax.text.jinja.template import FROM_CHECKPOINT, JinjaTemplate
+from moi_jax.text.jinja.template import JinjaTemplate
 from moi_jax.text.jinja.tool_formats import ToolFormat, describe_template, tool_format
+from moi_jax.text.templates import FROM_CHECKPOINT
 from moi_jax.text.tokenizer import Tokenizer
 
 # The sections of a run's config that the card shows; config.yaml has the rest.

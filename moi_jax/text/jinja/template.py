@@ -13,14 +13,13 @@ from moi_jax.common.errors import UserError
 from moi_jax.text.conversations import BadRow, Conversation, Message, ToolCall
 from moi_jax.text.jinja.chat import Style, tool_objects
 from moi_jax.text.jinja.environment import Program, compile_program, own_sources, split_marks
-from moi_jax.text.templates import FixedTemplate, Template
+from moi_jax.text.templates import FROM_CHECKPOINT, FixedTemplate, Template
 from moi_jax.text.vocabulary_files import NAMED, read_object, token_text
 
 if TYPE_CHECKING:
     from moi_jax.text.tokenizer import Tokenizer
 
 VERSION = 1  # raise it when the rendered tokens change, or which of them are labels
-FROM_CHECKPOINT = "from_checkpoint"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 
 # The parts of the chats that show what a template can do. No template writes such words.
