@@ -278,7 +278,7 @@ SCHEMAS = [
     {},
     {"properties": {"a": {}, "b": True}},
     {"type": "object", "properties": {"type": {"type": "string"}}, "required": []},
-    {"type": "dict", "properties": {"a": {"type": "float"}}, "required": None},
+    {"type": "dict", "properties": {"a": {"type": "float"}}},
     {"type": "object", "properties": {"a": {"properties": {"b": {"enum": [1, None]}}}}},
 ]
 
@@ -297,10 +297,11 @@ def test_schema_of_an_object_is_kept_as_it_stands(parameters: Any) -> None:
 
 
 def test_properties_that_a_table_fills_with_null_are_left_out() -> None:
-    given = {"properties": {"a": {"type": "string", "items": None}, "of_another_row": None}}
+    a = {"type": "string", "default": None, "items": None}
+    given = {"required": None, "properties": {"a": a, "of_another_row": None}}
     (kept,) = read({"messages": [USER, GPT], "tools": [{"name": "f", "parameters": given}]}).tools
     (kept_properties,) = json.loads(kept)["function"]["parameters"].values()
-    assert kept_properties == {"a": {"type": "string", "items": None}}
+    assert kept_properties == {"a": {"type": "string", "default": None}}
 
 
 def test_tools_of_a_row_are_kept_without_a_call_and_control_tokens_in_them_are_refused() -> None:

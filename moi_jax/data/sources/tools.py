@@ -77,15 +77,14 @@ def openai_form(entry: Any) -> str:
     Raises:
       BadRow: the tool has no name, or its parameters are no JSON schema of an object.
     """
-    entry = _filled_in_left_out(entry)
     name, function = named_function(entry, "bad_tools")
     description_of(name, function)
-    if function.get("parameters") is not None:
-        _check_parameters(name, function["parameters"])
     kept = entry if "function" in entry else {}
-    return compact(
-        {"type": "function", **kept, "function": {**function, "name": name}}, "bad_tools"
-    )
+    whole = {"type": "function", **kept, "function": {**function, "name": name}}
+    if (parameters := _filled_in_left_out(function.get("parameters"))) is not None:
+        _check_parameters(name, parameters)
+        whole["function"]["parameters"] = parameters
+    return compact(whole, "bad_tools")
 
 
 def _filled_in_left_out(value: Any) -> Any:
