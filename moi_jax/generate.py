@@ -129,7 +129,7 @@ def _answer(
         context=args.context, on_text=None if args.prompt_ids or tools else show,
     )  # fmt: skip
     if tools:
-        show(answer_lines(completion.text, checkpoint.tokenizer.template, tools))
+        show(answer_lines(completion.text, checkpoint.tokenizer.template, tools, args.thinking))
     show((",".join(map(str, completion.tokens)) if args.prompt_ids else "") + "\n")
     if (note := describe_cut(completion)) and is_main():
         print(note, file=sys.stderr)

@@ -183,6 +183,15 @@ def test_a_call_without_a_result_drops_its_question(monkeypatch, hermes):
     assert any("calls have no results" in note for note in notes)
 
 
+def test_results_that_do_not_fit_drop_their_question(monkeypatch, hermes):
+    typed = ["Hi", "Weather?", "cold " * 4000, "Thanks."]
+    made, prompts, notes, _ = chat(monkeypatch, hermes, typed, ["Hello.", CALL, "Welcome."])
+    assert any("shorten the message" in note for note in notes)
+    assert any("results of its calls do not fit" in note for note in notes)
+    assert "Weather?" not in prompts[2]
+    assert [message.content for message in made.messages] == ["Hi", "Hello.", "Thanks.", "Welcome."]
+
+
 # --- the command ---
 
 
