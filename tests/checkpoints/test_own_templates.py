@@ -204,6 +204,12 @@ def test_what_is_trained_on_is_what_transformers_renders(tmp_path, monkeypatch, 
     assert report["labels"] == ("its masks" if name == "marked" else "renderings of the prompts")
 
 
+def test_a_template_that_writes_the_date_writes_the_same_day(tmp_path, monkeypatch):
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}\n{% endif %}" + HERMES
+    report = compared(dated, dated, tmp_path, monkeypatch)
+    assert (report["different"], report["first"]) == (0, "")
+
+
 def test_another_text_or_default_prompt_is_a_difference(tmp_path, monkeypatch):
     other = HERMES.replace("Tools:", "TOOLS:")
     report = compared(HERMES, other, tmp_path, monkeypatch)
