@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.hf import compare_templates
 from moi_jax.checkpoints.hf.companion_files import companion_files
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
@@ -17,11 +18,14 @@ from moi_jax.checkpoints.hf.verify import describe, verify_checkpoint
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.opener import load, open_tokenizer
 from moi_jax.common.errors import UserError
+from moi_jax.config.load import load_config, make_config
 from moi_jax.text.conversations import Message
+from moi_jax.text.templates import ChatML, fixed_fingerprint
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
+from moi_jax.training import resume
 
 from support.published import tiny_published
-from support.runs import SAMPLES
+from support.runs import SAMPLES, forget_checksums, small_config
 from support.tokenizers import with_specials
 from support.tool_templates import SPECIALS, TEMPLATES, WEATHER
 
@@ -80,6 +84,60 @@ def test_a_template_that_is_none_is_one_line(name, message):
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(SAMPLES / "tokenizer", name)
     assert "\n" not in str(error.value)
+
+
+def test_a_resumed_run_needs_the_file_of_its_template_no_more(imported, tmp_path):
+    shutil.copytree(imported, tmp_path / "run" / "checkpoints" / "1")
+    other = tmp_path / "other.jinja"
+    other.write_text(TEMPLATES["pythonic"])
+
+    def opened(file, **model):
+        tokenizer = {"path": str(SAMPLES / "tokenizer"), "chat_template": str(tmp_path / file)}
+        config = load_config(small_config(tmp_path, tokenizer=tokenizer, model=model))
+        return open_experiment(config, tmp_path / "run").tokenizer.template.sources["default"]
+
+    for model in ({}, {"preset": None, "init_from": str(imported)}):
+        assert opened("gone.jinja", **model) == HERMES
+        # A file that is there counts: another content is another run, by the template's hash.
+        assert opened("other.jinja", **model) == TEMPLATES["pythonic"]
+    before, now = ({"tokenizer": {"chat_template": name}} for name in ("a.jinja", "b.jinja"))
+    changes = resume.config_changes(
+        make_config(before).model_dump(mode="json"), make_config(now).model_dump(mode="json")
+    )
+    assert [may for _, may in changes] == ["always"]
+
+
+def old_import(imported, folder):
+    """The import as an earlier version made it, which took the nearest template of ours."""
+    ckpt = shutil.copytree(imported, folder / "old")
+    item = ckpt / "prompts" / "metadata"
+    nearest = {"chat_template": "chatml", "template_hash": fixed_fingerprint(ChatML)}
+    item.write_text(json.dumps(json.loads(item.read_text()) | nearest))
+    forget_checksums(ckpt)
+    return ckpt
+
+
+def test_an_import_of_an_earlier_version_is_told_of_its_own_template(imported, tmp_path, caplog):
+    ckpt = old_import(imported, tmp_path)
+    (tmp_path / "mine.jinja").write_text(TEMPLATES["pythonic"])
+
+    def opened(start, asked):
+        caplog.clear()
+        tokenizer = {"path": None, "chat_template": asked}
+        model = {"preset": None, "init_from": str(start)}
+        config = load_config(small_config(tmp_path, tokenizer=tokenizer, model=model))
+        name = open_experiment(config).tokenizer.template.name
+        return name, [line for line in caplog.messages if "import the weights again" in line]
+
+    name, (line,) = opened(ckpt, "from_checkpoint")
+    assert name == "chatml"
+    assert "trained in the chat template chatml" in line
+    assert "\n" not in line
+    assert opened(ckpt, "chatml") == ("chatml", [])
+    assert opened(ckpt, str(tmp_path / "mine.jinja")) == ("from_checkpoint", [])
+    assert opened(imported, "from_checkpoint") == ("from_checkpoint", [])
+    (ckpt / "config").mkdir()  # a run that was trained so goes on so
+    assert opened(ckpt, "from_checkpoint") == ("chatml", [])
 
 
 # --- in and out ---
