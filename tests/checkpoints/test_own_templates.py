@@ -216,6 +216,43 @@ def test_a_trained_default_prompt_stands_in_every_template_and_nothing_else_chan
         assert rendered(files, with_system, tools) == rendered(before, with_system, tools)
 
 
+CHATML = json.loads((SAMPLES / "tokenizer" / "tokenizer_config.json").read_text())["chat_template"]
+ADDING = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHi<|im_end|>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("own", "default", "where"),
+    [
+        (CHATML, DEFAULT, "tokenizer_config.json"),  # ours writes the same tokens
+        (CHATML, None, "tokenizer_config.json"),
+        (ADDING + CHATML, DEFAULT, "tokenizer_config.json"),
+        (ADDING + CHATML, None, "chat_template.jinja"),  # its own would add its default
+        (HERMES, DEFAULT, "chat_template.jinja"),  # ours was named in its place
+    ],
+)
+def test_a_model_trained_in_a_template_of_ours_has_one_template(
+    imported, tmp_path, own, default, where
+):
+    files = {
+        "tokenizer.json": read_items(imported).tokenizer["tokenizer.json"],
+        "tokenizer_config.json": json.dumps({**SETTINGS, "chat_template": own}),
+    }
+    prompts = {"chat_template": "chatml", "default_system_prompt": default}
+    items = dataclasses.replace(read_items(imported), tokenizer=files, prompts=prompts)
+    (tmp_path / "config").mkdir()
+    out = companion_files(items, None, "float32", tmp_path)
+    in_file = "chat_template.jinja" in out
+    in_settings = "chat_template" in json.loads(out["tokenizer_config.json"])
+    assert (in_file, in_settings) == (
+        where == "chat_template.jinja", where == "tokenizer_config.json"
+    )  # fmt: skip
+    if in_settings:
+        assert json.loads(out["tokenizer_config.json"])["chat_template"].endswith(own)
+    system = "" if default is None else f"<|im_start|>system\n{default}<|im_end|>\n"
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered(out, QUESTION) == system + asked
+
+
 def test_the_card_names_template_form_of_calls_and_parsers(imported):
     items = read_items(imported)
     card = model_card(items)

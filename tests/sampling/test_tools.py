@@ -242,7 +242,7 @@ def test_a_model_that_was_trained_on_react_text_takes_no_tools(checkpoint, tmp_p
     (tmp_path / "tools.json").write_text(WEATHER)
     words = ["generate", str(react), "Weather?", "--tools", str(tmp_path / "tools.json")]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(UserError, match="was trained with data.tools: react"):
+    with pytest.raises(UserError, match=r"was trained with data\.tools: react"):
         generate.main()
 
 
