@@ -61,10 +61,9 @@ def _generate(args: argparse.Namespace, chats: bool) -> None:
     from moi_jax.sampling.chat import start_chat
     from moi_jax.sampling.completion_file import check_absent, complete_file, read_conversations
     from moi_jax.sampling.requests import GenerationConfig
-    from moi_jax.sampling.tool_file import read_tools
 
     # Mistakes in the files are told before the parameters are read.
-    tools = read_tools(args.tools) if args.tools else ()
+    tools = _tools(args)
     rows = []
     if args.conversations:
         hosts.from_main("the answers' file", lambda: check_absent(args.out))
@@ -102,6 +101,23 @@ def _generate(args: argparse.Namespace, chats: bool) -> None:
         _answer(args, checkpoint, config, system, tools)
 
 
+def _tools(args: argparse.Namespace) -> "Sequence[str]":
+    """The tools of --tools, if the checkpoint knows tools as its chat template writes them."""
+    from moi_jax.checkpoints.items import read_items
+    from moi_jax.sampling.tool_file import read_tools
+
+    if not args.tools:
+        return ()
+    tools = read_tools(args.tools)
+    if read_items(args.checkpoint).prompts.get("tools") == "react":
+        raise UserError(
+            f"{args.checkpoint} was trained with data.tools: react, so it knows no tools in the "
+            f"form of its chat template; leave out --tools, and list the tools in a row of "
+            f"--conversations, which writes them as ReAct text"
+        )
+    return tools
+
+
 def _answer(
     args: argparse.Namespace,
     checkpoint: "OpenCheckpoint",
@@ -129,7 +145,7 @@ def _answer(
         context=args.context, on_text=None if args.prompt_ids or tools else show,
     )  # fmt: skip
     if tools:
-        show(answer_lines(completion.text, checkpoint.tokenizer.template, tools))
+        show(answer_lines(completion.text, checkpoint.tokenizer.template, tools, args.thinking))
     show((",".join(map(str, completion.tokens)) if args.prompt_ids else "") + "\n")
     if (note := describe_cut(completion)) and is_main():
         print(note, file=sys.stderr)

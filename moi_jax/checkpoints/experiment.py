@@ -1,18 +1,21 @@
 """The model and the tokenizer that a config names: what is known before any data is read."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import jax
 
 from moi_jax.checkpoints.hf.source import HUB_FORM, PublishedSource, find_source
 from moi_jax.checkpoints.init_from import Start, continued_start, open_start
-from moi_jax.checkpoints.items import ModelItems, newest_step
+from moi_jax.checkpoints.items import ModelItems, find_step, newest_step, read_items
 from moi_jax.common.errors import UserError
+from moi_jax.common.home import expand_home
 from moi_jax.config import Config
 from moi_jax.models.compute import resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.presets import preset
+from moi_jax.text.jinja.template import FROM_CHECKPOINT
 from moi_jax.text.prompts import (
     check_prompts,
     check_targets,
@@ -20,7 +23,10 @@ from moi_jax.text.prompts import (
     saved_template,
     tell_templates,
 )
+from moi_jax.text.template_choice import SUFFIX, choose_template, has_own_template
 from moi_jax.text.tokenizer import Tokenizer, check_whole, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,8 @@ def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
 
     Args:
       run_dir: the directory of a run that may continue. Its newest checkpoint then replaces
-        model.init_from, which need not exist any more.
+        model.init_from, which need not exist any more, and a file in tokenizer.chat_template that
+        is gone.
 
     Raises:
       UserError: there is nothing of that name, preset and checkpoint disagree, there is no
@@ -83,11 +90,11 @@ def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
     source = _tokenizer_source(config.tokenizer.path) if config.tokenizer.path else None
     directory = source.path if source else None
     start = None
+    own = newest_step(run_dir / "checkpoints") if run_dir else None
     if named := config.model.init_from:
-        own = newest_step(run_dir / "checkpoints") if run_dir else None
         start = continued_start(named, own) if own else open_start(named, directory)
     model, default_prompt = _model(config, start)
-    tokenizer = _tokenizer(config, start, directory)
+    tokenizer = (own and _kept_tokenizer(config, own)) or _tokenizer(config, start, directory)
     _check_fit(config, model, tokenizer)
     config = _resolved(config, start, source, default_prompt)
     if config.data.domains:
@@ -121,20 +128,57 @@ def _model(config: Config, start: Start | None) -> tuple[ModelConfig, str | None
     return start.items.model, start.items.prompts["default_system_prompt"]
 
 
+def _kept_tokenizer(config: Config, own: Path) -> Tokenizer | None:
+    """The tokenizer in a run's own step, if the file of its chat template is gone.
+
+    Where the file is still there, it must hold the template that the run began with, which the
+    fingerprints of a resumed run tell.
+    """
+    asked = expand_home(Path(config.tokenizer.chat_template))
+    if asked.suffix != SUFFIX or asked.is_file():
+        return None
+    items = read_items(own)
+    if items.prompts["chat_template"] != FROM_CHECKPOINT:
+        return None
+    log.info(f"{asked} is gone; the run goes on with the chat template in {own}")
+    return Tokenizer.from_files(items.tokenizer, FROM_CHECKPOINT)
+
+
 def _tokenizer(config: Config, start: Start | None, directory: Path | None) -> Tokenizer:
     """The tokenizer in tokenizer.path or, without one, in the checkpoint that a run begins from."""
     asked = config.tokenizer.chat_template
-    template: str | None = None if asked == "from_checkpoint" else asked
+    template: str | None = None if asked == FROM_CHECKPOINT else asked
+    saved = None
     if start and not template:
-        template = saved_template(start.items.prompts, start.read)
+        template = saved = saved_template(start.items.prompts, start.read)
     if directory:
-        return load_tokenizer(directory, template)
-    if start:
-        return Tokenizer.from_files(start.items.tokenizer, template)
-    raise UserError(
-        f"there is no tokenizer: set tokenizer.path to a directory with tokenizer.json or "
-        f"qwen.tiktoken or to {HUB_FORM}, or set model.init_from, which brings one"
-    )
+        tokenizer = load_tokenizer(directory, template)
+    elif start:
+        tokenizer = Tokenizer.from_files(start.items.tokenizer, template)
+    else:
+        raise UserError(
+            f"there is no tokenizer: set tokenizer.path to a directory with tokenizer.json or "
+            f"qwen.tiktoken or to {HUB_FORM}, or set model.init_from, which brings one"
+        )
+    if start and saved and not (find_step(start.read) / "config").is_dir():
+        _warn_of_old_import(start, saved, tokenizer)
+    return tokenizer
+
+
+def _warn_of_old_import(start: Start, saved: str, tokenizer: Tokenizer) -> None:
+    """Warns where an import by an earlier version chose a template of ours as the nearest one."""
+    if saved == FROM_CHECKPOINT or not has_own_template(tokenizer):
+        return
+    try:
+        now = choose_template(tokenizer, None).name
+    except UserError:  # its own template cannot be used
+        return
+    if now != saved:
+        log.warning(
+            f"{start.read} was imported to be trained in the chat template {saved}, and its own "
+            f"writes other tokens (tools, thinking or a default prompt); import the weights again "
+            f"to train in its own, or set tokenizer.chat_template to {saved} or to a {SUFFIX} file"
+        )
 
 
 def _resolved(

@@ -97,7 +97,7 @@ class Chat:
         if not text:
             self.undo()
             return ()
-        answer = read_answer(text, self._tokenizer.template, self._tools)
+        answer = read_answer(text, self._tokenizer.template, self._tools, self._thinking)
         self.messages.append(answer)
         return answer.calls
 
@@ -160,7 +160,14 @@ def chat_on_terminal(
     for question in _read(chat, note):
         asked = [Message("user", question)]
         while asked:
-            calls = _exchange(chat, asked, answer, note)
+            try:
+                calls = _exchange(chat, asked, answer, note)
+            except UserError as error:
+                note(str(error))
+                if asked[0].role == "tool":
+                    chat.undo()
+                    note("(the question is dropped, since the results of its calls do not fit)")
+                break
             asked = _results(calls, note)
             if calls and not asked:
                 chat.undo()
@@ -173,18 +180,18 @@ def _exchange(
     answer: Callable[[list[int], Callable[[str], None]], str | None],
     note: Callable[[str], None],
 ) -> tuple[ToolCall, ...]:
-    """Asks, and shows the answer; returns its calls."""
+    """Asks, and shows the answer; returns its calls.
+
+    Raises:
+      UserError: see `Chat.ask`.
+    """
     shown: list[str] = []
 
     def show(text: str) -> None:
         shown.append(text)
         print(text, end="", flush=True)
 
-    try:
-        prompt, dropped = chat.ask(asked)
-    except UserError as error:
-        note(str(error))
-        return ()
+    prompt, dropped = chat.ask(asked)
     if dropped:
         note(f"(the context is full; oldest exchanges dropped: {dropped})")
     try:

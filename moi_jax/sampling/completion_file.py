@@ -105,18 +105,21 @@ class CompletionFile:
         prompts: Sequence[list[int]],
         made_by: Json,
         template: Template,
+        thinking: bool | None = None,
     ):
         """
         Args:
           path: must not exist, see `check_absent`.
           prompts: token ids of each row's prompt.
-          template: tells thinking and calls from the text of an answer.
           made_by: the settings, which must be the same when a file is continued.
+          template: tells thinking and calls from the text of an answer.
+          thinking: with which the prompts were rendered, see `render_prompt`.
 
         Raises:
           UserError: `path` cannot be written, or its partial file has other settings.
         """
-        self._path, self._rows, self._prompts, self._template = path, rows, prompts, template
+        self._path, self._rows, self._prompts = path, rows, prompts
+        self._template, self._thinking = template, thinking
         self.partial = path.with_name(f"{path.name}.partial")
         self._log = ResponseLog(self.partial, made_by)
 
@@ -138,8 +141,8 @@ class CompletionFile:
         lines = []
         for row, answer in self._answered():
             counts[answer["finish"]] = counts.get(answer["finish"], 0) + 1
-            message = message_object(read_answer(answer["text"], self._template, row.tools))
-            messages = [*row.content["messages"], message]
+            message = read_answer(answer["text"], self._template, row.tools, self._thinking)
+            messages = [*row.content["messages"], message_object(message)]
             content = {**row.content, "messages": messages, "finish": answer["finish"]}
             lines.append(json_line(content))
         try:
@@ -193,7 +196,7 @@ def complete_file(
         "context": context,
         **settings,
     }
-    answers = CompletionFile(out, rows, prompts, made_by, tokenizer.template)
+    answers = CompletionFile(out, rows, prompts, made_by, tokenizer.template, thinking)
     waiting = answers.waiting()
     if len(waiting) < len(rows):
         log.info(f"{len(rows) - len(waiting)} of {len(rows)} rows were answered before")

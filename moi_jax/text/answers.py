@@ -2,47 +2,63 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from moi_jax.text.conversations import Message, ToolCall
 from moi_jax.text.jinja.call_probe import call_form
 from moi_jax.text.jinja.call_syntax import Types
 from moi_jax.text.jinja.chat import THINK, THOUGHT, inline_thinking
-from moi_jax.text.jinja.template import JinjaTemplate
+from moi_jax.text.jinja.template import QUESTION, JinjaTemplate
 from moi_jax.text.templates import Template
 
 Json = dict[str, Any]
 
 
-def read_answer(text: str, template: Template, tools: Sequence[str] = ()) -> Message:
+def read_answer(
+    text: str, template: Template, tools: Sequence[str] = (), thinking: bool | None = None
+) -> Message:
     """An assistant's message from the text that a model has written.
 
     Args:
       template: in which the model writes.
       tools: that the prompt has listed, see `Conversation`. Their schemas tell the types of
         arguments where the template does not write them. Without tools, no calls are looked for.
+      thinking: with which the prompt was rendered, see `render_prompt`.
 
     Returns:
       A template of ours has neither thinking nor calls: all is content. So is a call that cannot
-      be read.
+      be read. Text after the calls stands behind the text before them.
     """
-    if not template.typed:
+    if not isinstance(template, JinjaTemplate):
         return Message("assistant", text)
-    thinking, content = split_thinking(text)
-    form = call_form(template) if tools and isinstance(template, JinjaTemplate) else None
+    thought, content = split_thinking(text, begins_thought(template, thinking))
+    form = call_form(template) if tools else None
     calls: tuple[ToolCall, ...] = ()
     if form:
-        content, calls = form.read(content, argument_types(tools))
-    return Message("assistant", content, thinking=thinking, calls=calls)
+        names = {json.loads(tool)["function"]["name"] for tool in tools}
+        content, calls = form.read(content, argument_types(tools), names)
+    return Message("assistant", content, thinking=thought, calls=calls)
 
 
-def split_thinking(text: str) -> tuple[str, str]:
-    """The thought at the front of an answer, and the rest; a prompt may have begun the thought."""
+def split_thinking(text: str, begun: bool = False) -> tuple[str, str]:
+    """The thought at the front of an answer, and the rest.
+
+    Args:
+      begun: the prompt has begun a thought. An answer that does not end it has none.
+    """
     before, ended, after = text.partition(THOUGHT)
-    begun = before.lstrip().startswith(THINK)
-    if not (ended or begun):
+    own = before.lstrip().startswith(THINK)
+    if not (own or (begun and ended)):
         return "", text
     return before.lstrip().removeprefix(THINK).strip("\n"), after.lstrip("\n")
+
+
+@lru_cache(maxsize=8)
+def begins_thought(template: JinjaTemplate, thinking: bool | None) -> bool:
+    """Whether the template's prompts end within a thought, which the answer goes on with."""
+    prompt = template.chat_text((QUESTION,), generate=True, thinking=thinking)
+    return prompt.rstrip().endswith(THINK)
 
 
 def argument_types(tools: Sequence[str]) -> Types:
@@ -63,9 +79,11 @@ def call_objects(calls: Sequence[ToolCall]) -> list[Json]:
     return [{"name": call.name, "arguments": json.loads(call.arguments)} for call in calls]
 
 
-def answer_lines(text: str, template: Template, tools: Sequence[str]) -> str:
+def answer_lines(
+    text: str, template: Template, tools: Sequence[str], thinking: bool | None = None
+) -> str:
     """An answer for people: its text, then each call as a line of JSON."""
-    answer = read_answer(text, template, tools)
+    answer = read_answer(text, template, tools, thinking)
     if not answer.calls:
         return text
     written = inline_thinking(answer) if answer.thinking else answer.content

@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "model.attention",
     "model.remat",
     "model.splash_blocks",
+    "tokenizer.chat_template",
     "tokenizer.path",
     "train.compilation_cache",
     "train.deterministic",

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.hf import compare_templates
 from moi_jax.checkpoints.hf.companion_files import companion_files
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
@@ -17,11 +18,14 @@ from moi_jax.checkpoints.hf.verify import describe, verify_checkpoint
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.opener import load, open_tokenizer
 from moi_jax.common.errors import UserError
+from moi_jax.config.load import load_config, make_config
 from moi_jax.text.conversations import Message
+from moi_jax.text.templates import ChatML, fixed_fingerprint
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
+from moi_jax.training import resume
 
 from support.published import tiny_published
-from support.runs import SAMPLES
+from support.runs import SAMPLES, forget_checksums, small_config
 from support.tokenizers import with_specials
 from support.tool_templates import SPECIALS, TEMPLATES, WEATHER
 
@@ -80,6 +84,60 @@ def test_a_template_that_is_none_is_one_line(name, message):
     with pytest.raises(UserError, match=message) as error:
         load_tokenizer(SAMPLES / "tokenizer", name)
     assert "\n" not in str(error.value)
+
+
+def test_a_resumed_run_needs_the_file_of_its_template_no_more(imported, tmp_path):
+    shutil.copytree(imported, tmp_path / "run" / "checkpoints" / "1")
+    other = tmp_path / "other.jinja"
+    other.write_text(TEMPLATES["pythonic"])
+
+    def opened(file, **model):
+        tokenizer = {"path": str(SAMPLES / "tokenizer"), "chat_template": str(tmp_path / file)}
+        config = load_config(small_config(tmp_path, tokenizer=tokenizer, model=model))
+        return open_experiment(config, tmp_path / "run").tokenizer.template.sources["default"]
+
+    for model in ({}, {"preset": None, "init_from": str(imported)}):
+        assert opened("gone.jinja", **model) == HERMES
+        # A file that is there counts: another content is another run, by the template's hash.
+        assert opened("other.jinja", **model) == TEMPLATES["pythonic"]
+    before, now = ({"tokenizer": {"chat_template": name}} for name in ("a.jinja", "b.jinja"))
+    changes = resume.config_changes(
+        make_config(before).model_dump(mode="json"), make_config(now).model_dump(mode="json")
+    )
+    assert [may for _, may in changes] == ["always"]
+
+
+def old_import(imported, folder):
+    """The import as an earlier version made it, which took the nearest template of ours."""
+    ckpt = shutil.copytree(imported, folder / "old")
+    item = ckpt / "prompts" / "metadata"
+    nearest = {"chat_template": "chatml", "template_hash": fixed_fingerprint(ChatML)}
+    item.write_text(json.dumps(json.loads(item.read_text()) | nearest))
+    forget_checksums(ckpt)
+    return ckpt
+
+
+def test_an_import_of_an_earlier_version_is_told_of_its_own_template(imported, tmp_path, caplog):
+    ckpt = old_import(imported, tmp_path)
+    (tmp_path / "mine.jinja").write_text(TEMPLATES["pythonic"])
+
+    def opened(start, asked):
+        caplog.clear()
+        tokenizer = {"path": None, "chat_template": asked}
+        model = {"preset": None, "init_from": str(start)}
+        config = load_config(small_config(tmp_path, tokenizer=tokenizer, model=model))
+        name = open_experiment(config).tokenizer.template.name
+        return name, [line for line in caplog.messages if "import the weights again" in line]
+
+    name, (line,) = opened(ckpt, "from_checkpoint")
+    assert name == "chatml"
+    assert "trained in the chat template chatml" in line
+    assert "\n" not in line
+    assert opened(ckpt, "chatml") == ("chatml", [])
+    assert opened(ckpt, str(tmp_path / "mine.jinja")) == ("from_checkpoint", [])
+    assert opened(imported, "from_checkpoint") == ("from_checkpoint", [])
+    (ckpt / "config").mkdir()  # a run that was trained so goes on so
+    assert opened(ckpt, "from_checkpoint") == ("chatml", [])
 
 
 # --- in and out ---
@@ -158,6 +216,43 @@ def test_a_trained_default_prompt_stands_in_every_template_and_nothing_else_chan
         assert rendered(files, with_system, tools) == rendered(before, with_system, tools)
 
 
+CHATML = json.loads((SAMPLES / "tokenizer" / "tokenizer_config.json").read_text())["chat_template"]
+ADDING = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHi<|im_end|>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("own", "default", "where"),
+    [
+        (CHATML, DEFAULT, "tokenizer_config.json"),  # ours writes the same tokens
+        (CHATML, None, "tokenizer_config.json"),
+        (ADDING + CHATML, DEFAULT, "tokenizer_config.json"),
+        (ADDING + CHATML, None, "chat_template.jinja"),  # its own would add its default
+        (HERMES, DEFAULT, "chat_template.jinja"),  # ours was named in its place
+    ],
+)
+def test_a_model_trained_in_a_template_of_ours_has_one_template(
+    imported, tmp_path, own, default, where
+):
+    files = {
+        "tokenizer.json": read_items(imported).tokenizer["tokenizer.json"],
+        "tokenizer_config.json": json.dumps({**SETTINGS, "chat_template": own}),
+    }
+    prompts = {"chat_template": "chatml", "default_system_prompt": default}
+    items = dataclasses.replace(read_items(imported), tokenizer=files, prompts=prompts)
+    (tmp_path / "config").mkdir()
+    out = companion_files(items, None, "float32", tmp_path)
+    in_file = "chat_template.jinja" in out
+    in_settings = "chat_template" in json.loads(out["tokenizer_config.json"])
+    assert (in_file, in_settings) == (
+        where == "chat_template.jinja", where == "tokenizer_config.json"
+    )  # fmt: skip
+    if in_settings:
+        assert json.loads(out["tokenizer_config.json"])["chat_template"].endswith(own)
+    system = "" if default is None else f"<|im_start|>system\n{default}<|im_end|>\n"
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered(out, QUESTION) == system + asked
+
+
 def test_the_card_names_template_form_of_calls_and_parsers(imported):
     items = read_items(imported)
     card = model_card(items)
@@ -202,6 +297,12 @@ def test_what_is_trained_on_is_what_transformers_renders(tmp_path, monkeypatch, 
     assert report["samples"] + report["refused"] >= 20
     assert (report["refused"] > 0) == (name == "llama3_json")  # of several calls at once
     assert report["labels"] == ("its masks" if name == "marked" else "renderings of the prompts")
+
+
+def test_a_template_that_writes_the_date_writes_the_same_day(tmp_path, monkeypatch):
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}\n{% endif %}" + HERMES
+    report = compared(dated, dated, tmp_path, monkeypatch)
+    assert (report["different"], report["first"]) == (0, "")
 
 
 def test_another_text_or_default_prompt_is_a_difference(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from rich.console import Console
 from moi_jax.config.load import load_config
 from moi_jax.data.cache.domain import DomainCache
 from moi_jax.data.preview.audit import audit
-from moi_jax.data.preview.parts import find_parts
+from moi_jax.data.preview.parts import find_parts, token_ends
 from moi_jax.data.preview.picture import draw_row
 from moi_jax.data.preview.preview import show_statistics
 from moi_jax.data.preview.row import print_row, view_row
@@ -181,6 +181,20 @@ def test_common_marks_tell_the_parts_where_the_words_are_not_known():
     ]
     assert [kind for kind, _ in shown] == ["thinking", "call", "result"]
     assert "so</think>" in shown[0][1]
+
+
+def test_the_ends_of_tokens_are_found_in_linear_work(monkeypatch):
+    tokens = TOKENIZER.encode("<think> naïve 世界 😀😀 é\u0301\n\n  def f(x):\n\treturn 1 " * 5)
+    wanted = [len(TOKENIZER.decode(tokens[: n + 1])) for n in range(len(tokens))]
+    decode, decoded = TOKENIZER.decode, []
+
+    def counted(ids):
+        decoded.append(len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(TOKENIZER, "decode", counted)
+    assert token_ends(tokens, TOKENIZER) == wanted
+    assert sum(decoded) < 5 * len(tokens)
 
 
 def test_a_row_shows_samples_weights_and_the_colours_of_parts(config, tmp_path):

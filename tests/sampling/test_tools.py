@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -21,7 +22,7 @@ from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
 from support.published import tiny_published
-from support.runs import SAMPLES
+from support.runs import SAMPLES, forget_checksums
 from support.tool_templates import TEMPLATES, WEATHER, with_calls
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -183,6 +184,15 @@ def test_a_call_without_a_result_drops_its_question(monkeypatch, hermes):
     assert any("calls have no results" in note for note in notes)
 
 
+def test_results_that_do_not_fit_drop_their_question(monkeypatch, hermes):
+    typed = ["Hi", "Weather?", "cold " * 4000, "Thanks."]
+    made, prompts, notes, _ = chat(monkeypatch, hermes, typed, ["Hello.", CALL, "Welcome."])
+    assert any("shorten the message" in note for note in notes)
+    assert any("results of its calls do not fit" in note for note in notes)
+    assert "Weather?" not in prompts[2]
+    assert [message.content for message in made.messages] == ["Hi", "Hello.", "Thanks.", "Welcome."]
+
+
 # --- the command ---
 
 
@@ -222,6 +232,18 @@ def test_the_command_shows_calls_as_lines_of_json(command, tmp_path):
     assert shown == 'Let me look.\n{"name": "weather", "arguments": {"city": "Oslo"}}\n'
     assert "Tells the weather of a city." in prompts[0]
     assert prompts[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_model_that_was_trained_on_react_text_takes_no_tools(checkpoint, tmp_path, monkeypatch):
+    react = shutil.copytree(checkpoint, tmp_path / "react")
+    item = react / "prompts" / "metadata"
+    item.write_text(json.dumps({**json.loads(item.read_text()), "tools": "react"}))
+    forget_checksums(react)
+    (tmp_path / "tools.json").write_text(WEATHER)
+    words = ["generate", str(react), "Weather?", "--tools", str(tmp_path / "tools.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match=r"was trained with data\.tools: react"):
+        generate.main()
 
 
 def test_the_command_answers_rows_with_tools_and_with_results(command, tmp_path):

@@ -61,8 +61,6 @@ def test_thinking_and_text_before_the_calls_stand_apart(tokenizers):
     answer = Message("assistant", "Let me look.", thinking="Which city?\nOslo.", calls=calls)
     text = written(template, answer)
     assert read_answer(text, template, [WEATHER]) == answer
-    # A prompt may have begun the thought.
-    assert read_answer(text.removeprefix("<think>\n"), template, [WEATHER]) == answer
     assert split_thinking("<think>\nnever ended") == ("never ended", "")
     assert split_thinking("plain") == ("", "plain")
     lines = answer_lines(text, template, [WEATHER]).splitlines()
@@ -79,6 +77,45 @@ def test_thinking_and_text_before_the_calls_stand_apart(tokenizers):
             }
         ],
     }
+
+
+def test_a_thought_is_one_only_where_it_was_begun(tokenizers):
+    mention = "The tag </think> ends a thought."
+    for name in ("hermes", "llama3_json"):
+        assert read_answer(mention, tokenizers[name].template).content == mention
+    off = "<think>\n\n</think>"  # what the prompt has where thinking is off
+    begins = TEMPLATES["hermes"].replace("{% if enable", "<think>\n{% if enable")
+    begins = begins.replace(off, off.removeprefix("<think>\n"))
+    template = with_calls("hermes", **{"chat_template.jinja": begins}).template
+    thoughtful = Message("assistant", "Cold.", thinking="Cold?")
+    assert read_answer("Cold?\n</think>\n\nCold.", template) == thoughtful
+    assert read_answer("Cold.", template).content == "Cold."
+    assert read_answer(mention, template, thinking=False).content == mention
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_after_the_calls_is_kept(tokenizers, name):
+    template = tokenizers[name].template
+    calls = (ToolCall("weather", '{"city": "Oslo"}'),)
+    text = written(template, Message("assistant", "Let me look.", calls=calls))
+    text = text.removesuffix("<|im_end|>\n")
+    if name == "llama3_json":  # nothing announces a call there, so it must come first
+        text = text.removeprefix("Let me look.")
+    read = read_answer(f"{text}\nThat is all.", template, [WEATHER])
+    assert [call.name for call in read.calls] == ["weather"]
+    assert read.content.removeprefix("Let me look.\n") == "That is all."
+
+
+def test_an_answer_in_json_is_no_call_where_nothing_announces_calls(tokenizers):
+    template = tokenizers["llama3_json"].template
+    for text in (
+        '{"name": "Ada", "age": 36}',
+        '{"name": "weather", "age": 36}',
+        '{"name": "Ada", "parameters": {"age": 36}}',
+    ):
+        assert read_answer(text, template, [WEATHER]) == Message("assistant", text)
+    unlisted = '<tool_call>\n{"name": "Ada", "arguments": {}}\n</tool_call>'
+    assert read_answer(unlisted, tokenizers["hermes"].template, [WEATHER]).calls
 
 
 def test_white_space_in_a_call_is_free(tokenizers):

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from moi_jax.checkpoints.items import ModelItems
+from moi_jax.common.errors import UserError
 from moi_jax.models.config import in_family, to_hf_config
+from moi_jax.text.jinja.comparison import is_equal
 from moi_jax.text.jinja.export import jinja_source, own_sources_with_default
 from moi_jax.text.jinja.template import JinjaTemplate
 from moi_jax.text.template_choice import has_own_template
-from moi_jax.text.templates import Template
+from moi_jax.text.templates import FixedTemplate, Template
 from moi_jax.text.tokenizer import TiktokenTokenizer, Tokenizer
 from moi_jax.text.vocabulary_files import read_object
 
@@ -39,29 +41,44 @@ def companion_files(
     # A model that was only converted keeps its own template; that of a trained one has its prompt.
     tokenizer = Tokenizer.from_files(items.tokenizer, items.prompts["chat_template"])
     if items.prompts["chat_template"] and (trained or not has_own_template(tokenizer)):
-        files |= _chat_template(files, tokenizer.template, items.prompts["default_system_prompt"])
+        default = items.prompts["default_system_prompt"]
+        files |= _chat_template(files, _exported_template(tokenizer, default), default)
     return files
+
+
+def _exported_template(tokenizer: Tokenizer, default: str | None) -> Template:
+    """The tokenizer's own template, also where one of ours rendered that writes the same tokens.
+
+    An own template always adds its default prompt, so ours stands for it if there was none.
+    """
+    template = tokenizer.template
+    if not (isinstance(template, FixedTemplate) and has_own_template(tokenizer)):
+        return template
+    try:
+        own = JinjaTemplate(tokenizer)
+    except UserError:  # it cannot be used, so ours was named
+        return template
+    adds = default is None and own.default_prompt is not None
+    return own if not adds and is_equal(own, template, tokenizer) else template
 
 
 def _chat_template(
     files: Mapping[str, str], template: Template, default: str | None
 ) -> dict[str, str]:
     """The files that hold the chat template: a checkpoint's own stands where it came from."""
-    if not isinstance(template, JinjaTemplate):
-        return {TEMPLATE_FILE: jinja_source(template, default)}
-    sources = own_sources_with_default(template, default)
-    if sources == template.sources:
-        return {}
     settings = read_object(files, TOKENIZER_CONFIG)
     written = {}
-    if TEMPLATE_FILE in files:  # it comes before the one in the settings, which is left out
-        written[TEMPLATE_FILE] = sources["default"]
-        settings.pop("chat_template", None)
-    elif isinstance(settings["chat_template"], str):
-        settings["chat_template"] = sources["default"]
-    else:
+    if isinstance(template, JinjaTemplate) and TEMPLATE_FILE not in files:
+        sources = own_sources_with_default(template, default)
+        if sources == template.sources:
+            return {}
         named = [{"name": name, "template": source} for name, source in sources.items()]
-        settings["chat_template"] = named
+        one = isinstance(settings["chat_template"], str)
+        settings["chat_template"] = sources["default"] if one else named
+    else:  # the file comes before a template in the settings, which is left out
+        written[TEMPLATE_FILE] = jinja_source(template, default)
+        if settings.pop("chat_template", None) is None:
+            return written
     return {**written, TOKENIZER_CONFIG: json.dumps(settings, ensure_ascii=False, indent=2) + "\n"}
 
 
@@ -75,6 +92,8 @@ def _fast_tokenizer(items: ModelItems) -> dict[str, str]:
         "pad_token": "<|endoftext|>",
         "model_max_length": items.model.seq_length,
     }
+    if own := read_object(items.tokenizer, TOKENIZER_CONFIG).get("chat_template"):
+        settings["chat_template"] = own
     return {
         "tokenizer.json": tokenizer.to_json(),
         TOKENIZER_CONFIG: json.dumps(settings, indent=2) + "\n",

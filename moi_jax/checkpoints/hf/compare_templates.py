@@ -4,7 +4,9 @@ import importlib.util
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +120,10 @@ class Reference:
 
         def render(messages: Sequence[Message], tools: Sequence[str], **options: Any) -> Any:
             described: Any = tool_objects(tools)
-            return tokenizer.apply_chat_template(
-                style.messages(messages), tools=described, return_dict=True,
-                date_string=TODAY.strftime("%d %b %Y"), **options,
-            )  # fmt: skip
+            with _same_day():
+                return tokenizer.apply_chat_template(
+                    style.messages(messages), tools=described, return_dict=True, **options
+                )
 
         return cls(render, style)
 
@@ -183,6 +185,25 @@ class Reference:
 
     def _ids(self, messages: Sequence[Message], tools: Sequence[str], **options: Any) -> list[int]:
         return self.render(messages, tools, **options)["input_ids"]
+
+
+@contextmanager
+def _same_day() -> Iterator[None]:
+    """Lets a template that asks transformers for the date write `TODAY`, as ours do."""
+    from transformers.utils import chat_template_utils
+
+    class Clock:
+        @staticmethod
+        def now() -> datetime:
+            return datetime.combine(TODAY, time())
+
+    theirs = vars(chat_template_utils)
+    clock = theirs["datetime"]
+    theirs["datetime"] = Clock
+    try:
+        yield
+    finally:
+        theirs["datetime"] = clock
 
 
 def _begins(prompt: list[int], ours: list[int], start: int, tokenizer: Tokenizer) -> bool:

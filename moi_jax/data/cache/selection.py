@@ -23,7 +23,7 @@ class Selection:
         whole conversations.
       duplicates: conversations left out because an equal one is used.
       no_loss_tokens: conversations left out because they have no label.
-      unplaceable: conversations left out because no group can hold one of their samples.
+      unplaceable: conversations none of whose samples is left, because no group can hold them.
     """
 
     train: np.ndarray

@@ -2,7 +2,7 @@
 
 import json
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -11,6 +11,8 @@ from moi_jax.text.jinja.rendering import from_json
 from moi_jax.text.tokenizer import Tokenizer
 
 Kind = Literal["thinking", "call", "result"]
+# Decoding gives this for the bytes of a character that is not complete yet.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # How most templates mark the parts. They are found like this also in plain text.
 MARKED: dict[Kind, re.Pattern[str]] = {
     "thinking": re.compile(r"<think>.*?(?:</think>|\Z)|\[THINK\].*?(?:\[/THINK\]|\Z)", re.DOTALL),
@@ -41,19 +43,30 @@ def find_parts(tokens: Sequence[int], conversation: str, tokenizer: Tokenizer) -
     """
     text = tokenizer.decode(tokens)
     found = list(_by_words(text, conversation) if conversation else _by_marks(text))
-
-    def token_at(character: int) -> int:
-        """The first token whose end lies after the character."""
-        ends = range(len(tokens))
-        return bisect_left(
-            ends, character + 1, key=lambda last: len(tokenizer.decode(tokens[: last + 1]))
-        )
-
+    ends = token_ends(tokens, tokenizer) if found else []
     return [
-        Part(token_at(start), token_at(end - 1) + 1, kind)
+        Part(bisect_right(ends, start), bisect_right(ends, end - 1) + 1, kind)
         for start, end, kind in sorted(found)
         if start < end
     ]
+
+
+def token_ends(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """How many characters the text of the tokens up to and with each of them has.
+
+    Each token is decoded behind the one before it, and behind all those with which it makes up a
+    character, so the work is linear in the tokens.
+    """
+    ends: list[int] = []
+    begin = length = 0  # the token that the next ones are decoded behind, and its characters
+    before = 0  # characters up to and with it
+    for number in range(len(tokens)):
+        text = tokenizer.decode(tokens[begin : number + 1])
+        ends.append(before + len(text) - length)
+        if not text.endswith(REPLACEMENT):
+            begin, before = number, ends[-1]
+            length = len(tokenizer.decode(tokens[number : number + 1]))
+    return ends
 
 
 def _by_marks(text: str) -> Iterator[tuple[int, int, Kind]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import takewhile
@@ -44,8 +45,8 @@ def call_form(template: JinjaTemplate) -> CallForm | None:
     if one is None:
         return None
     for form in (
-        _object_form(one, pair),
-        _named_form(one, pair),
+        _object_form(template, one, pair),
+        _named_form(template, one, pair),
         _listed_form(template, one, pair),
     ):
         if form and _is_inverse(form, template):
@@ -86,22 +87,23 @@ def _is_inverse(form: CallForm, template: JinjaTemplate) -> bool:
         text = _written(template, calls)
         if text is None or (len(calls) > 1 and form.between is None):
             continue
-        read = [(call.name, json.loads(call.arguments)) for call in form.read(text, KINDS)[1]]
+        _, found = form.read(text, KINDS, (CALLED,))
+        read = [(call.name, json.loads(call.arguments)) for call in found]
         if read != [(CALLED, each) for each in arguments]:
             return False
     return True
 
 
-def _object_form(one: str, pair: str | None) -> CallForm | None:
+def _object_form(template: JinjaTemplate, one: str, pair: str | None) -> CallForm | None:
     found = list(_objects(one))
     if len(found) != 1:
         return None
-    start, _, body = found[0]
+    start, end, body = found[0]
     between = None
     pairs = [] if pair is None else list(_objects(pair))
     if pair is not None and len(pairs) == 2:
         between = pair[pairs[0][1] : pairs[1][0]]
-    return _form(one, start, between, body)
+    return _form(template, one, (start, end), between, body)
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, Body]]:
@@ -123,16 +125,17 @@ def _is_arguments(value: object) -> bool:
     return isinstance(value, dict) and KEY in value
 
 
-def _named_form(one: str, pair: str | None) -> CallForm | None:
+def _named_form(template: JinjaTemplate, one: str, pair: str | None) -> CallForm | None:
     found = list(_named(one))
     if len(found) != 1:
         return None
-    name, arguments, _ = found[0]
+    name, arguments, end = found[0]
     between = None
     pairs = [] if pair is None else list(_named(pair))
     if pair is not None and len(pairs) == 2:
         between = pair[pairs[0][2] : pairs[1][0]]
-    return _form(one, name, between, NamedBody(_without_ids(one[name + len(CALLED) : arguments])))
+    body = NamedBody(_without_ids(one[name + len(CALLED) : arguments]))
+    return _form(template, one, (name, end), between, body)
 
 
 def _named(text: str) -> Iterator[tuple[int, int, int]]:
@@ -164,16 +167,23 @@ def _listed_form(template: JinjaTemplate, one: str, pair: str | None) -> CallFor
         between = following[len(closing) :]
     without = template.specials.split(empty[empty.find(CALLED) + len(CALLED) :], maxsplit=1)[0]
     without = without.removesuffix(rest[len(closing) :])
+    end = value + len(VALUE) + len(closing)
     bare = number[number.find(KEY) + len(KEY) : number.find(str(NUMBER))]
     quote = equals.removeprefix(bare)
     separator, closing = separator.removeprefix(quote), closing.removeprefix(quote)
     body = ListedBody(opening, bare, separator, closing, without, quote)
-    return _form(one, name, between, body)
+    return _form(template, one, (name, end), between, body)
 
 
-def _form(one: str, start: int, between: str | None, body: Body) -> CallForm:
+def _form(
+    template: JinjaTemplate, one: str, place: tuple[int, int], between: str | None, body: Body
+) -> CallForm:
+    """The form of the call in `one`, whose body stands at [place[0], place[1])."""
+    start, end = place
     between = None if between is None else _without_ids(between)
-    return CallForm(_without_ids(one[:start]), between, body, one)
+    pieces = re.split(f"({template.specials.pattern})", _without_ids(one[end:]))
+    ending = tuple(piece for piece in pieces if piece.strip())
+    return CallForm(_without_ids(one[:start]), between, ending, body, one)
 
 
 def _without_ids(fixed: str) -> str:

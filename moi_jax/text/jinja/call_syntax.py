@@ -10,7 +10,7 @@ A call has one of three bodies:
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -35,31 +35,62 @@ class Body(Protocol):
 
 @dataclass(frozen=True)
 class CallForm:
-    """How calls stand in an answer: `begin` BODY `between` BODY ... .
+    """How calls stand in an answer: `begin` BODY `between` BODY ... `ending`.
 
     Attributes:
       begin: the text before the first call; "" if there is none.
       between: the text between two calls; None if the template writes one call only.
+      ending: the text after the last call, in pieces: its special tokens stand alone. An answer
+        ends at one of them, and does not hold those behind it.
       example: the text of a call, by which people and servers know the form.
     """
 
     begin: str
     between: str | None
+    ending: tuple[str, ...]
     body: Body
     example: str
 
-    def read(self, text: str, types: Types) -> tuple[str, tuple[ToolCall, ...]]:
-        """The text before the calls, and the calls; no calls if not all of them can be read."""
+    def read(
+        self, text: str, types: Types, listed: Collection[str]
+    ) -> tuple[str, tuple[ToolCall, ...]]:
+        """The text before and after the calls, and the calls.
+
+        Args:
+          listed: the names of the tools. Where no words begin a call, the call of any other tool is
+            text: the answer may be JSON for a reader.
+
+        Returns:
+          No calls if not all of them can be read.
+        """
         for start, at in self._begins(text):
-            calls: list[ToolCall] = []
-            while found := self.body.read(text, at, types):
-                call, at = found
-                calls.append(call)
-                more = None if self.between is None else after(self.between, text, at)
-                if more is None:
-                    return text[:start].strip(), tuple(calls)
-                at = more
+            calls, end = self._calls(text, at, types)
+            if calls and (self.begin.strip() or all(call.name in listed for call in calls)):
+                around = (text[:start].strip(), text[end:].strip())
+                return "\n".join(filter(None, around)), calls
         return text, ()
+
+    def _calls(self, text: str, at: int, types: Types) -> tuple[tuple[ToolCall, ...], int]:
+        """The calls that stand one after the other, and where their ending ends."""
+        calls: list[ToolCall] = []
+        while found := self.body.read(text, at, types):
+            call, end = found
+            calls.append(call)
+            more = None if self.between is None else after(self.between, text, end)
+            if more is None:
+                return tuple(calls), self._after_ending(text, end)
+            at = more
+        if calls and not (self.between or "").strip():  # no words announce another call
+            return tuple(calls), self._after_ending(text, end)
+        return (), at
+
+    def _after_ending(self, text: str, at: int) -> int:
+        for piece in self.ending:
+            end = after(piece, text, at)
+            if end is None:
+                break
+            at = end
+        return at
 
     def _begins(self, text: str) -> Iterator[tuple[int, int]]:
         """Where calls may begin: the place, and the place after `begin`."""
@@ -81,7 +112,9 @@ class ObjectBody:
         found = json_object(text, at)
         if found is None or not isinstance(name := found[0].get(self.name), str):
             return None
-        arguments, identifier = found[0].get(self.arguments) or {}, found[0].get("id")
+        if self.arguments not in found[0]:
+            return None
+        arguments, identifier = found[0][self.arguments] or {}, found[0].get("id")
         if isinstance(arguments, str):
             inner = json_object(arguments, 0)
             arguments = inner[0] if inner else None
