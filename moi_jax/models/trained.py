@@ -59,6 +59,12 @@ class Trained:
             flat[path] = array
         return traverse_util.unflatten_dict(flat, sep=".")
 
+    def share(self, path: str, num_layers: int) -> float:
+        """Returns which share of a parameter of the model is trained, from 0 to 1."""
+        if path not in self.layers:
+            return float(path in self.paths)
+        return sum(end - start for start, end in self.layers[path]) / num_layers
+
     def described(self, path: str) -> str:
         """Returns which part of a parameter is trained: "yes", "no" or "layers 0-3, 7"."""
         if path not in self.layers:
