@@ -53,7 +53,7 @@ def _show_plan(planner: "Planner", price: float | None, as_json: bool) -> None:
         print(json.dumps(plan_json(plan, price), indent=2))
         return
     print(describe_plan(plan, price))
-    if plan.step == "train" and plan.fits and (found := planner.faster_remat()):
+    if plan.step == "train" and plan.fits and (found := planner.faster_remat(plan)):
         print(f"\n{describe_faster(*found)}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from moi_jax import config as config_lib
@@ -20,6 +21,7 @@ from moi_jax.data.loader import Batch
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.flops import layer_matrix_size
 from moi_jax.models.loss import CHUNK_TOKENS
+from moi_jax.models.trained import Trained, trained_parameters
 from moi_jax.parallel.mesh import mesh_sizes
 from moi_jax.parallel.placing import batch_sharding, batch_shards
 from moi_jax.training.optimizer import make_optimizer
@@ -81,22 +83,41 @@ def temporary_bytes(
     tokens, value = rows * length, jnp.dtype(config.model.compute_dtype).itemsize
     wide = 4  # float32
     gradient = jnp.dtype(config.optimizer.gradient_dtype).itemsize
-    trainable = sum(_device_elements(leaf) for leaf in jax.tree.leaves(state.trainable))
+    trained = trained_parameters(model, config.optimizer.frozen)
     accumulates = microbatch_rows(config) < config.train.global_batch_rows
     of_all = kept_width(model, Model(remat="none"), tensor)
     # The plain attention keeps the scores of a layer, their softmax and its gradient.
     scores = 3 * wide * rows * model.num_heads // tensor * length * config.data.sequence_length
     return {
-        "gradients": trainable * gradient * (2 if accumulates else 1),
-        "saved activations": int(
-            value * model.num_layers * tokens * kept_width(model, config.model, tensor)
-        ),
+        "gradients": gradient * _gradient_elements(trained, model, state, accumulates),
+        # The backward pass ends where nothing below is trained.
+        "saved activations": _reaches_layers(trained)
+        * int(value * model.num_layers * tokens * kept_width(model, config.model, tensor)),
         "one layer's activations": int(2 * value * tokens * of_all),
         "attention scores of a layer": scores if config.model.attention == "xla" else 0,
         "gathered weights of two layers": 2 * value * layer_matrix_size(model) // tensor,
         # Logits and their gradient; a chunk has so many tokens for each device.
         "logits of a chunk": 2 * wide * min(CHUNK_TOKENS, tokens // tensor) * model.vocab_size,
     }
+
+
+def _gradient_elements(
+    trained: Trained, model: ModelConfig, state: TrainState, accumulates: bool
+) -> int:
+    """Counts the elements of gradients on a device: of the trained part, also where they add up.
+
+    A stack of which only some layers are trained is differentiated whole, once beside its part.
+    """
+    elements = 0.0
+    for path, leaf in traverse_util.flatten_dict(state.trainable, sep=".").items():
+        parts = trained.share(path, model.num_layers) * (2 if accumulates else 1)
+        elements += _device_elements(leaf) * (parts + (path in trained.layers))
+    return round(elements)
+
+
+def _reaches_layers(trained: Trained) -> bool:
+    """Whether the backward pass goes through the layers: something in or below them is trained."""
+    return any(path.startswith(("layers.", "embedding.")) for path in trained.paths)
 
 
 def kv_cache_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:

@@ -14,6 +14,8 @@ from moi_jax.config import Config
 
 log = logging.getLogger(__name__)
 
+LEAST_GAIN = 0.01  # of the time of a step, to be worth a hint
+
 
 class Planner:
     """Makes plans of a config, and of other settings for the same data, on one topology."""
@@ -43,20 +45,27 @@ class Planner:
         compiled = self._compiled(config)
         return make_plan(config, self.model, self.topology, self.work, self.step, compiled)
 
-    def faster_remat(self) -> tuple[Plan, Candidate] | None:
+    def faster_remat(self, plan: Plan) -> tuple[Plan, Candidate] | None:
         """Compares the config's remat policy with the fastest that fits, both by arithmetic.
 
+        Args:
+          plan: of the config, compiled or not.
+
         Returns:
-          The plan of the config, and the faster one; None if there is none.
+          The config's plan by arithmetic, and the faster one. None if less rematerialisation gains
+          nothing: `plan` is not bound by compute, or by operations of frozen parameters.
         """
+        assert plan.roofline is not None
+        if plan.roofline.bound != "compute" or self.config.optimizer.frozen:
+            return None
         now = make_plan(self.config, self.model, self.topology, self.work)
         found = candidates(self.config, self.model, self.topology, self.work, ("remat",))
         if not (found and found[0].estimate.fits):
             return None
         assert now.roofline is not None
         assert found[0].estimate.roofline is not None
-        is_faster = found[0].estimate.roofline.step_s < now.roofline.step_s
-        return (now, found[0]) if is_faster else None
+        gain = 1 - found[0].estimate.roofline.step_s / now.roofline.step_s
+        return (now, found[0]) if gain >= LEAST_GAIN else None
 
     def sweep(self, names: Sequence[str], limit: int) -> tuple[list[Found], int]:
         """Searches the settings of `names`.

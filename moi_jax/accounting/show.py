@@ -14,6 +14,11 @@ SHOWN = 5  # largest buffers
 # What the temporaries are, by step.
 TEMPORARIES = {"train": "gradients, activations", "eval": "activations", "generate": ""}
 
+FROZEN = (
+    "optimizer.frozen: operations, and collectives by arithmetic, count all parameters as trained; "
+    "time and price are upper figures and no bounds"
+)
+
 
 def describe_plan(plan: Plan, price: float | None) -> str:
     """Returns the plan as lines of text."""
@@ -24,6 +29,8 @@ def describe_plan(plan: Plan, price: float | None) -> str:
         lines += ["", *_collectives(plan)]
     if plan.host_bytes:
         lines.append(f"to the host and back: {plan.host_bytes / GIB:.3f}")
+    if plan.roofline and plan.config.optimizer.frozen:
+        lines += ["", FROZEN]
     if plan.roofline:
         lines += ["", *_time(plan), "", *_run(plan, price)]
     return "\n".join(lines)
@@ -125,6 +132,11 @@ def _collectives(plan: Plan) -> list[str]:
     return lines
 
 
+def _bound(plan: Plan, words: str) -> str:
+    """Returns "at least " or "at most " where the figure is a bound: all is trained."""
+    return "" if plan.config.optimizer.frozen else words
+
+
 def _time(plan: Plan) -> list[str]:
     flops, line = plan.flops, plan.roofline
     assert flops is not None
@@ -134,20 +146,22 @@ def _time(plan: Plan) -> list[str]:
         f"FLOPs of a step: useful {flops.useful:.4g}, usual {flops.usual:.4g}, with "
         f"rematerialisation {flops.executed:.4g}",
         f"  {plan.work.source}",
-        f"at least {line.step_s:.3g} s a step, bound by {line.bound}: "
+        f"{_bound(plan, 'at least ')}{line.step_s:.3g} s a step, bound by {line.bound}: "
         f"compute {line.compute_s:.3g}, memory {line.hbm_s:.3g}, links {line.ici_s:.3g}{network}",
-        f"MFU at most {line.mfu:.1%} by the usual count, {line.useful_mfu:.1%} useful",
+        f"MFU {_bound(plan, 'at most ')}{line.mfu:.1%} by the usual count, "
+        f"{line.useful_mfu:.1%} useful",
     ]
 
 
 def _run(plan: Plan, price: float | None) -> list[str]:
     cost = cost_of(plan, price)
-    lines = [f"at most {cost.tokens_per_second_per_chip:,.0f} tokens/s a chip"]
+    lines = [f"{_bound(plan, 'at most ')}{cost.tokens_per_second_per_chip:,.0f} tokens/s a chip"]
     if cost.hours is None:
         lines.append("hours of the run: unknown without the data; prepare it, or set train.steps")
     else:
         usd = "" if cost.usd is None else f", ${cost.usd:,.2f}"
-        lines.append(f"at least {cost.hours:,.3g} hours for {plan.work.steps:,} steps{usd}")
+        hours = f"{_bound(plan, 'at least ')}{cost.hours:,.3g} hours"
+        lines.append(f"{hours} for {plan.work.steps:,} steps{usd}")
     if cost.usd_per_million_loss_tokens is not None:
         lines.append(f"${cost.usd_per_million_loss_tokens:,.4f} for a million loss tokens")
     return lines

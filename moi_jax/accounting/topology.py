@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import jax
 
 FORM = "NAME:SHAPE, such as v5p:2x2x2, v5e:4x8 or h100:8"
-# XLA takes a part of a GPU's memory when it starts (docs.jax.dev, "GPU memory allocation").
-GPU_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+# XLA takes a part of a GPU's memory when it starts (docs.jax.dev, "GPU memory allocation"). jax
+# takes the old name of the variable, too (jaxlib/xla_client.py).
+GPU_FRACTION, OLD_GPU_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 GPU_DEFAULT = 0.75
 
 
@@ -56,7 +57,8 @@ def parse_topology(name: str, slices: int) -> Topology:
     """Reads the name of a topology, such as v5p:2x2x2 or h100:8.
 
     Raises:
-      UserError: it is no such name, the chip is not in the table, or `GPU_FRACTION` is no fraction.
+      UserError: it is no such name, the chip is not in the table, or the variable for the part of
+        a GPU's memory that XLA takes holds no fraction.
     """
     found = re.fullmatch(r"([a-z]\w*):(\d+(?:x\d+)*)", name)
     chips = {chip.name: chip for chip in CHIPS}
@@ -78,13 +80,14 @@ def gpu_fraction() -> float:
     Raises:
       UserError: the variable holds something else.
     """
-    text = os.environ.get(GPU_FRACTION) or str(GPU_DEFAULT)
+    name = GPU_FRACTION if os.environ.get(GPU_FRACTION) else OLD_GPU_FRACTION
+    text = os.environ.get(name) or str(GPU_DEFAULT)
     try:
         fraction = float(text)
     except ValueError:
         fraction = 0.0
     if not 0 < fraction <= 1:
-        raise UserError(f"{GPU_FRACTION}={text} is no part of a GPU's memory; set it to 0.9 or so")
+        raise UserError(f"{name}={text} is no part of a GPU's memory; set it to 0.9 or so")
     return fraction
 
 

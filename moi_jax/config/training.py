@@ -1,9 +1,9 @@
 """The sections `loss`, `optimizer`, `mesh` and `train`: how the model is trained."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from moi_jax.config.section import Count, FloatType, Positive, Section
 
@@ -29,6 +29,11 @@ UNREAD: dict[str, tuple[str, ...]] = {
 LARGEST_BFLOAT16_B2 = 0.996
 
 
+def listed(value: Any) -> Any:
+    """A list of one where a text stands alone; anything else as it is."""
+    return [value] if isinstance(value, str) else value
+
+
 class Optimizer(Section):
     """The optimizer and the schedule of its learning rate."""
 
@@ -44,7 +49,8 @@ class Optimizer(Section):
     moment_dtype: FloatType = "float32"  # of the first moment
     second_moment_dtype: FloatType = "float32"  # only adamw's
     gradient_dtype: FloatType = "float32"  # while microbatches are added up, and until the update
-    frozen: tuple[str, ...] = ()  # patterns of parameters that are not trained
+    # Patterns of parameters that are not trained.
+    frozen: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
 
     @model_validator(mode="after")
     def check(self) -> "Optimizer":

@@ -94,7 +94,7 @@ def read_hf_config(text: str | bytes, where: str) -> ModelConfig:
     values |= {key: value for key, value in own.items() if value is not None}
     _refuse_unsupported(values, family, where)
     fields = _fields(values, family, where)
-    fields["rope_scaling"] = _rope_scaling(values, rope, where)
+    fields["rope_scaling"] = _rope_scaling(values, rope, family, where)
     if family.skips_rope:
         fields["rope_layers"] = _rope_layers(values, fields["num_layers"], where)
     config = ModelConfig(family=family.name, **family.fixed, **fields)
@@ -254,17 +254,20 @@ def _rope_parameters(values: dict[str, Any], where: str) -> dict[str, Any]:
     return rope
 
 
-def _rope_scaling(values: dict[str, Any], rope: dict[str, Any], where: str) -> RopeScaling | None:
+def _rope_scaling(
+    values: dict[str, Any], rope: dict[str, Any], family: Family, where: str
+) -> RopeScaling | None:
     """Reads the scaling of the rotary frequencies; None means that they are not scaled.
 
     Raises:
-      UserError: the type is another one than Llama 3's, or a number is missing.
+      UserError: the type is none of the family's, or a number is missing.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
+    if kind not in family.rope_types:
         raise UserError(
-            f"{where}: rope type {kind!r} is not supported, only 'default' and 'llama3'; remove "
-            f"the scaling if the weights were trained without it"
+            f"{where}: rope type {kind!r} is not supported, only "
+            f"{' and '.join(map(repr, family.rope_types))}; remove the scaling if the weights were "
+            f"trained without it"
         )
     if kind == "default":
         return None

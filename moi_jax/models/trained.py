@@ -59,6 +59,19 @@ class Trained:
             flat[path] = array
         return traverse_util.unflatten_dict(flat, sep=".")
 
+    def share(self, path: str, num_layers: int) -> float:
+        """Returns which share of a parameter of the model is trained, from 0 to 1."""
+        if path not in self.layers:
+            return float(path in self.paths)
+        return sum(end - start for start, end in self.layers[path]) / num_layers
+
+    def described(self, path: str) -> str:
+        """Returns which part of a parameter is trained: "yes", "no" or "layers 0-3, 7"."""
+        if path not in self.layers:
+            return "yes" if path in self.paths else "no"
+        runs = [f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in self.layers[path]]
+        return f"layers {', '.join(runs)}"
+
     def counts(self, config: ModelConfig) -> tuple[int, int]:
         """Returns the number of trained values, and of all values of the model."""
         every = abstract_parameters(config, jnp.float32)
@@ -88,7 +101,7 @@ def trained_parameters(config: ModelConfig, frozen: Sequence[str] = ()) -> Train
         if not matched:
             raise UserError(
                 f"optimizer.frozen: no parameter of the model matches {pattern!r}; "
-                f"--print-sharding lists them"
+                f"--print-sharding optimizer.frozen=[] lists them"
             )
         for path in matched:
             trained[path][layers] = False

@@ -16,6 +16,7 @@ from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
+from moi_jax.models.trained import Trained, trained_parameters
 from moi_jax.parallel.axes import MESH_AXES, RULES, split_axes
 from moi_jax.parallel.mesh import mesh_sizes
 
@@ -65,8 +66,10 @@ def _split(
     return ParameterSharding(path, shape, axes, tuple(split), shard, tuple(undivided))
 
 
-def sharding_table(model: ModelConfig, sizes: Sizes, dtype: DTypeLike) -> Table:
+def sharding_table(model: ModelConfig, sizes: Sizes, dtype: DTypeLike, trained: Trained) -> Table:
     """Returns a table of all parameters: what they are split over, and the bytes on a device.
+
+    It also tells which are trained, or which layers of them.
 
     Args:
       dtype: of the parameters.
@@ -76,7 +79,7 @@ def sharding_table(model: ModelConfig, sizes: Sizes, dtype: DTypeLike) -> Table:
     itemsize = jnp.dtype(dtype).itemsize
     parameters = split_parameters(model, sizes)
     on_device = sum(math.prod(p.shard) for p in parameters) * itemsize
-    for name in ("parameter", "shape", "logical axes", "split over"):
+    for name in ("parameter", "shape", "logical axes", "split over", "trained"):
         table.add_column(name, "all" if name == "parameter" else "")
     table.add_column("bytes a device", f"{on_device:,}", justify="right")
     for p in parameters:
@@ -85,6 +88,7 @@ def sharding_table(model: ModelConfig, sizes: Sizes, dtype: DTypeLike) -> Table:
             " x ".join(map(str, p.shape)),
             ", ".join(axis or "-" for axis in p.axes),
             ", ".join(" x ".join(part) or "-" for part in p.split),
+            trained.described(p.path),
             f"{math.prod(p.shard) * itemsize:,}",
         )
     return table
@@ -114,14 +118,16 @@ def print_sharding(config: Config) -> None:
     Devices are looked at only where an axis of the mesh is -1.
 
     Raises:
-      UserError: the mesh does not fit the devices, or the model cannot be opened.
+      UserError: the mesh does not fit the devices, the model cannot be opened, or a pattern of
+        optimizer.frozen does not fit it.
     """
     named = config.model.preset
     model = preset(named) if named else open_experiment(config).model
+    trained = trained_parameters(model, config.optimizer.frozen)
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     if -1 in sizes.values():
         devices = jax.devices()
         sizes = mesh_sizes(config.mesh, len(devices), devices[0].platform)
-    print(LogTable(sharding_table(model, sizes, config.model.param_dtype)))
+    print(LogTable(sharding_table(model, sizes, config.model.param_dtype, trained)))
     if line := undivided_line(model, sizes):
         print(line)

@@ -23,6 +23,7 @@ from moi_jax.models.compute import make_compute
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, make_model
 from moi_jax.models.presets import preset
+from moi_jax.models.trained import trained_parameters
 from moi_jax.parallel import hosts
 from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.mesh import make_mesh
@@ -118,6 +119,8 @@ def train(
             )
         with hosts.one_first(cache_dir, "opening the model and the tokenizer"):
             experiment = open_experiment(config, None if fresh else directory)
+        # A pattern that fits no parameter is refused before the data is prepared.
+        trained_parameters(experiment.model, config.optimizer.frozen)
         devices = jax.devices() if devices is None else devices
         experiment = experiment.on_platform(devices[0].platform)
         mesh, bind, microbatch_rows = model_on_mesh(experiment.config, experiment.model, devices)

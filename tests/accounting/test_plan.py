@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shlex
 import sys
@@ -19,6 +20,7 @@ from moi_jax.accounting.kept import kept_path, read_kept
 from moi_jax.accounting.layers import kept_width, repeated_flops
 from moi_jax.accounting.memory import Arguments, kv_cache_bytes
 from moi_jax.accounting.plan import make_plan
+from moi_jax.accounting.planner import Planner
 from moi_jax.accounting.roofline import Executed, flops_of, hbm_traffic, roofline
 from moi_jax.accounting.show import describe_plan, describe_sweep
 from moi_jax.accounting.sweep import candidates, sweep
@@ -239,6 +241,37 @@ def test_memory_by_arithmetic():
     assert plan.fits
 
 
+def test_memory_of_what_is_trained():
+    """Two microbatches, so that gradients are there twice, in float32 over 8 devices."""
+    sizes = {path: math.prod(spec.shape) for path, spec in parameter_specs(MODEL).items()}
+    layers = sum(size for path, size in sizes.items() if path.startswith("layers."))
+    head = sizes["head.kernel"] + sizes["final_norm.scale"]
+
+    def planned(*frozen):
+        return make_plan(with_values(optimizer={"frozen": frozen}), MODEL, V5P, WORK).temporaries
+
+    # The last 7 of 28 layers are trained; the stack is differentiated whole.
+    some = planned("embedding", "layers.0-20")
+    expected = 2 * head + 2 * layers * 7 / 28 + layers
+    assert some["gradients"] == pytest.approx(expected * 4 / 8, rel=1e-3)
+    assert some["saved activations"] == 28 * 4096 * 3584 * 2
+    last = planned("embedding", "layers")
+    assert last["gradients"] == pytest.approx(2 * head * 4 / 8, rel=1e-3)
+    assert last["saved activations"] == 0
+    assert planned("layers")["saved activations"] == some["saved activations"]
+
+
+def test_a_plan_with_frozen_parameters_tells_no_bounds():
+    plan = make_plan(CONFIG, MODEL, V5P, WORK)
+    told = describe_plan(plan, 3)
+    assert told.count("at least") == told.count("at most") == 2
+    plan = make_plan(with_values(optimizer={"frozen": ["embedding"]}), MODEL, V5P, WORK)
+    told = describe_plan(plan, 3)
+    assert "at least" not in told
+    assert "at most" not in told
+    assert told.count("count all parameters as trained") == 1
+
+
 @pytest.mark.parametrize(
     ("topology", "mesh", "dtype", "attention"),
     [
@@ -266,11 +299,14 @@ def test_scores_take_memory_where_training_computes_attention_with_xla(
 
 def test_xla_takes_a_part_of_a_gpu(monkeypatch):
     """The card has 80e9 bytes. A TPU gives all that its compiler grants."""
-    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     plan = make_plan(CONFIG, MODEL, parse_topology("h100:8", 1), WORK)
     assert plan.hbm_bytes == 60e9
     assert "XLA takes 75% of the card; XLA_CLIENT_MEM_FRACTION" in describe_plan(plan, None)
     assert "of the card" not in describe_plan(make_plan(CONFIG, MODEL, V5P, WORK), None)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.8")  # the old name
+    assert parse_topology("h100:8", 1).chip.hbm_bytes == 64e9
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert parse_topology("h100:8", 1).chip.hbm_bytes == 72e9
     assert parse_topology("v5p:2x2x2", 1).chip.hbm_bytes == V5P.chip.hbm_bytes
@@ -550,6 +586,25 @@ def test_a_plan_names_a_faster_remat_that_fits(tmp_path, monkeypatch, capsys, en
     assert hint.startswith(f"by arithmetic {best[-1]} fits too")
     assert f"at least {float(best[3]):.3g} s a step instead of " in hint
     assert "--sweep" not in run(monkeypatch, capsys, *arguments, best[-1])
+
+
+def test_no_remat_is_named_that_gains_little_or_nothing():
+    replace = dataclasses.replace
+
+    def named(plan_of=lambda plan: plan, **sections):
+        config = with_values(train={"microbatch_rows": 64}, **sections)
+        planner = Planner(config, parse_topology("b200:8", 1), "train")
+        plan = planner.plan()
+        assert plan.roofline.bound == "compute"
+        return planner.faster_remat(plan_of(plan))
+
+    full = {"remat": "full"}
+    assert named(model=full)
+    # As the compiled program, which may send more than the arithmetic knows.
+    assert not named(lambda p: replace(p, roofline=replace(p.roofline, ici_s=1e9)), model=full)
+    assert not named(model=full, optimizer={"frozen": ["embedding"]})
+    # `minimal` repeats the attention, which is little in short rows.
+    assert not named(model={"remat": "minimal"}, data={"sequence_length": 512})
 
 
 def test_a_sampler_is_planned_by_arithmetic(tmp_path, monkeypatch, capsys, environment):

@@ -78,7 +78,7 @@ ENDS = st.sampled_from([b"", b"\n", b"\n\n"])
 
 @STEADY
 @given(
-    st.lists(st.tuples(LINES, ENDS, st.booleans()), min_size=1, max_size=2),
+    st.lists(st.tuples(LINES, ENDS, st.booleans()), min_size=1, max_size=3),
     st.integers(1, 150),
     st.none() | st.integers(1, 6),
 )

@@ -45,16 +45,21 @@ def before(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workplace(before):
-    """The same directory after every marked command ran, in order, in one process."""
+    """The same directory after every marked command ran, in order.
+
+    A new process begins with evaluate: like a reader's, it has nothing in memory of those before.
+    """
     commands = re.findall(r"^    (python -m .*?)\s+#$", PAGE, re.MULTILINE)
     assert len(commands) == 10
     words = [shlex.split(command)[2:] + SMALL * ("--config" in command) for command in commands]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.commands"],
-        input=json.dumps(words), capture_output=True, text=True, cwd=before, check=False,
-        env={**DEVICES, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    (evaluate,) = (n for n, command in enumerate(words) if command[0] == "moi_jax.evaluate")
+    for part in (words[:evaluate], words[evaluate:]):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.support.commands"],
+            input=json.dumps(part), capture_output=True, text=True, cwd=before, check=False,
+            env={**DEVICES, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
     return before
 
 

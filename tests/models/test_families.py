@@ -479,6 +479,7 @@ REFUSED = [
     ("phi-4", {"sliding_window": 2047}, "set max_position_embeddings to 2047"),
     ("phi-4", {"sliding_window": "all"}, "sliding_window is 'all', not a whole number"),
     ("phi-4", {"rope_scaling": {"type": "longrope", "long_factor": [4.0]}}, "type 'longrope'"),
+    ("phi-4", {"rope_scaling": LLAMA3}, "type 'llama3' is not supported, only 'default'; remove"),
     ("phi-4", {"partial_rotary_factor": 0.29}, "would rotate 37 numbers of each; they must be an"),
     ("phi-4", {"partial_rotary_factor": 1.5}, "would rotate 192 numbers of each"),
     ("phi-4", {"embd_pdrop": 0.1}, "embd_pdrop 0.1 is not supported, only 0.0"),

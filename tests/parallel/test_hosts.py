@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from support.hosts import end_hosts, run_hosts, start_hosts
-from support.runs import ROOT, records, small_config, stop_after, train_here
+from support.runs import ROOT, records, small_config, train_here
 from support.xla import QUICK_COMPILATION
 
 LOST = 75
@@ -165,15 +165,17 @@ def test_two_processes_of_the_local_launcher_train_as_one(alone, launched):
     assert "step " not in other
 
 
-def test_the_number_of_processes_may_change(alone, launched, tmp_path):
-    """Two processes took two steps, one goes on with the third, and four end the run."""
+def test_the_number_of_processes_may_change(alone, launched, tmp_path, log_text):
+    """Two processes took two steps, four are stopped after the third, and one ends the run."""
     config = hosts_config(tmp_path / "changing")
     run = config.parent / "run"
     shutil.copytree(launched / "two" / "run", run)
     shutil.rmtree(run / "checkpoints" / "4")
-    assert train_here(config, devices=4, make_evaluations=None, stop=stop_after(1)).step == 3
     act = f"train:{config}:1"
     outputs, statuses = run_hosts(4, 1, ["tests.support.host_program", act])
     assert statuses == [0] * 4, outputs
-    assert "resuming from step 3" in outputs[0][0]
+    assert "resuming from step 2" in outputs[0][0]
+    assert (run / "checkpoints" / "3").exists()
+    assert train_here(config, devices=4, make_evaluations=None).step == 4
+    assert "resuming from step 3" in log_text.getvalue()
     same_run(run, alone)

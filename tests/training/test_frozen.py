@@ -143,6 +143,10 @@ def test_a_pattern_names_parameters_or_layers_of_them(pattern, whole, layers):
     assert trained.layers == layers
 
 
+def test_a_pattern_may_stand_alone():
+    assert make_config({"optimizer": {"frozen": "embedding"}}).optimizer.frozen == ("embedding",)
+
+
 def test_patterns_add_up():
     patterns = ["layers.0-5.mlp", "layers.6-11.mlp.up", "layers.0-3"]
     trained = trained_parameters(DEEP, patterns)

@@ -15,8 +15,10 @@ from moi_jax.common.errors import UserError
 from moi_jax.common.log import LogTable
 from moi_jax.config.load import load_config
 from moi_jax.models.parameters import parameter_shardings
+from moi_jax.models.trained import trained_parameters
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.training import train as train_lib
+from moi_jax.training.sharding import print_sharding as print_sharding_of
 from moi_jax.training.sharding import sharding_table, undivided_line
 
 from support.runs import ROOT, small_config
@@ -31,7 +33,8 @@ def test_the_table_tells_the_bytes_that_a_device_holds(axes):
         path: array.addressable_shards[0].data.nbytes
         for path, array in traverse_util.flatten_dict(placed, sep=".").items()
     }
-    lines = str(LogTable(sharding_table(MODEL, mesh.shape, "float32"))).splitlines()
+    table = sharding_table(MODEL, mesh.shape, "float32", trained_parameters(MODEL))
+    lines = str(LogTable(table)).splitlines()
     told = {cells[1]: int(cells[-2].replace(",", "")) for cells in map(cells_of, lines[4:-1])
             if len(cells) > 1}  # fmt: skip
     assert told == held | {"all": sum(held.values())}
@@ -56,14 +59,36 @@ def test_what_a_mesh_does_not_divide_is_told_in_one_line_with_every_parameter():
 
 def test_a_table_for_devices_that_are_not_there_asks_for_none(capsys, monkeypatch):
     monkeypatch.setattr(jax, "devices", None)
-    config = str(ROOT / "configs" / "qwen_7b_moi.yaml")
-    arguments = ["--config", config, "--print-sharding", "mesh.data=2", "mesh.fsdp=96"]
-    monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    assert command.main() == 0
-    printed = capsys.readouterr().out
+    printed = print_sharding(monkeypatch, capsys, "mesh.data=2", "mesh.fsdp=96")
     assert "data 2 x fsdp 96 x tensor 1 x context 1" in printed
     assert re.search(r"embedding.table .* 151936 x 4096 .* vocab, embed .* -, - ", printed)
     assert "does not divide embed 4096 over fsdp 96" in printed
+
+
+def print_sharding(monkeypatch, capsys, *overrides):
+    config = str(ROOT / "configs" / "qwen_7b_moi.yaml")
+    monkeypatch.setattr(sys, "argv", ["train", "--config", config, "--print-sharding", *overrides])
+    assert command.main() == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_tells_what_is_trained(capsys, monkeypatch):
+    frozen = "optimizer.frozen=[embedding, layers.4-6.mlp.up, layers.8.mlp.up]"
+    printed = print_sharding(monkeypatch, capsys, "mesh.fsdp=8", frozen)
+    told = {cells[1]: cells[-3] for cells in map(cells_of, printed.splitlines()) if len(cells) > 5}
+    assert told["embedding.table"] == "no"
+    assert told["head.kernel"] == "yes"
+    assert told["layers.mlp.up.kernel"] == "layers 0-3, 7, 9-31"
+
+
+@pytest.mark.parametrize("act", [train_lib.train, print_sharding_of])
+def test_a_pattern_that_fits_no_parameter_is_refused_before_data_is_read(
+    act, tmp_path, monkeypatch
+):
+    config = load_config(small_config(tmp_path, optimizer={"frozen": "embeding"}))
+    monkeypatch.setattr(train_lib, "open_dataset", None)
+    with pytest.raises(UserError, match="'embeding'; --print-sharding "):
+        act(config)
 
 
 def test_training_warns_once_of_what_its_mesh_does_not_divide(tmp_path, log_text):

@@ -29,6 +29,7 @@ from support.trainer import (
     plain_loss,
     random_batch,
 )
+from support.xla import AS_USERS
 
 
 @pytest.mark.parametrize("microbatch_rows", [8, 2])
@@ -70,6 +71,20 @@ def test_three_steps_equal_plain_adamw_on_the_whole_batch(microbatch_rows):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), trainer.parameters(), parameters
     )
+
+
+def test_the_step_is_the_same_as_users_compile_it():
+    quick, optimized, batch = Trainer({"fsdp": 1}), Trainer({"fsdp": 1}), random_batch(0)
+    program = optimized.lower(batch).compile(compiler_options=AS_USERS)
+    with jax.set_mesh(optimized.mesh):
+        state, metrics = program(optimized.state, optimized.place(batch), np.float32(np.inf))
+    expected = quick.step(batch)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
+        jax.device_get(state.parameters), quick.parameters(),
+    )  # fmt: skip
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step():

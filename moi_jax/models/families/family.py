@@ -36,6 +36,7 @@ class Family:
     # Tensors in old files that only repeat what the config says.
     redundant: tuple[str, ...] = ()
     scales_rope: bool = True  # its keys are rope_theta, rope_scaling or rope_parameters
+    rope_types: tuple[str, ...] = ("default", "llama3")  # scalings of the rotary frequencies
     skips_rope: bool = False  # no_rope_layers says which layers rotate their queries and keys
     switches_windows: bool = True  # sliding_window counts only where use_sliding_window is true
     default_window: int | None = None  # sliding_window of a file that lacks the key

@@ -43,6 +43,7 @@ PHI3 = Family(
             for name, modules in FUSED.items()
         ),
     ),
+    rope_types=("default",),  # transformers' Phi3 knows no others, but for "longrope"
     switches_windows=False,
     # Read with rope type "longrope" alone, but some tools do not open a file without it.
     repeated={"original_max_position_embeddings": "max_position_embeddings"},
