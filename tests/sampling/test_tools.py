@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -112,9 +113,11 @@ def test_a_row_with_tools_is_answered_by_calls_and_goes_on_with_their_results(he
 
     path = written(tmp_path / "next.jsonl", *answered["messages"], RESULT)
     (row,) = read_conversations(path, NATIVE)
+    made_up = row.messages[1].calls[0].id  # the row gives none
+    assert re.fullmatch("[a-z0-9]{9}", made_up)
     assert row.messages[1:] == (
-        Message("assistant", "", calls=(ToolCall("weather", '{"city": "Oslo"}'),)),
-        Message("tool", "3 degrees", name="weather"),
+        Message("assistant", "", calls=(ToolCall("weather", '{"city": "Oslo"}', made_up),)),
+        Message("tool", "3 degrees", call_id=made_up, name="weather"),
     )
     text = hermes.decode(render_prompt(row.messages, hermes, None, row.tools))
     assert text.endswith("<|im_start|>tool\n3 degrees<|im_end|>\n<|im_start|>assistant\n")
