@@ -160,14 +160,15 @@ def _tokenizer(config: Config, start: Start | None, directory: Path | None) -> T
             f"there is no tokenizer: set tokenizer.path to a directory with tokenizer.json or "
             f"qwen.tiktoken or to {HUB_FORM}, or set model.init_from, which brings one"
         )
-    if start and saved and not (find_step(start.read) / "config").is_dir():
+    if start and saved and start.source is None:
         _warn_of_old_import(start, saved, tokenizer)
     return tokenizer
 
 
 def _warn_of_old_import(start: Start, saved: str, tokenizer: Tokenizer) -> None:
     """Warns where an import by an earlier version chose a template of ours as the nearest one."""
-    if saved == FROM_CHECKPOINT or not has_own_template(tokenizer):
+    trained = (find_step(start.read) / "config").is_dir()
+    if trained or saved == FROM_CHECKPOINT or not has_own_template(tokenizer):
         return
     try:
         now = choose_template(tokenizer, None).name

@@ -19,7 +19,7 @@ SHORT = ["train.steps=1", "train.sample_max_new_tokens=2"]
 # and test_evaluate_command.py.
 NOT_HERE = (
     *("Qwen-7B-Chat", "qwen_7b", "qwen2.5_0.5b", "data.root=", "CKPT"),
-    *("make ", "runs/quickstart", "python docs/", "python benchmarks/"),
+    *("make ", "runs/quickstart", "runs/tools", "python docs/", "python benchmarks/"),
 )
 # These start no backend of jax (tests/test_design.py), so they may run in the process of the tests.
 DATA_ALONE = r"moi_jax\.(prepare|preview)"
