@@ -195,6 +195,8 @@ def test_splash_compiles_for_tpus_without_all_scores(topology, split, saved, ker
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.devices()  # has read XLA_FLAGS; libtpu ends the process for a flag that it does not know
+    monkeypatch.setenv("XLA_FLAGS", "")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, "tensor": 2, split: 2}), chips)
     attend = choose_attention(Model(), PRESETS["qwen2.5-0.5b"], chips[0], mesh, "bfloat16")
