@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 
@@ -23,6 +24,7 @@ from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
 from support.published import tiny_published
+from support.places import ROOT
 from support.runs import SAMPLES, forget_checksums
 from support.tool_templates import TEMPLATES, WEATHER, with_calls
 
@@ -235,6 +237,15 @@ def test_the_command_shows_calls_as_lines_of_json(command, tmp_path):
     assert shown == 'Let me look.\n{"name": "weather", "arguments": {"city": "Oslo"}}\n'
     assert "Tells the weather of a city." in prompts[0]
     assert prompts[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_the_command_of_the_page_runs(command, tmp_path, monkeypatch):
+    run, _ = command
+    page = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
+    (written_there,) = re.findall(r"moi_jax.generate runs/tools (.*)$", page, re.MULTILINE)
+    (tmp_path / "tools.json").write_text(WEATHER)
+    monkeypatch.chdir(tmp_path)
+    assert '"name": "weather"' in run(*shlex.split(written_there))
 
 
 def test_a_model_that_was_trained_on_react_text_takes_no_tools(checkpoint, tmp_path, monkeypatch):
