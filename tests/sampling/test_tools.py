@@ -23,8 +23,8 @@ from moi_jax.text.conversations import Message, ToolCall
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
-from support.published import tiny_published
 from support.places import ROOT
+from support.published import tiny_published
 from support.runs import SAMPLES, forget_checksums
 from support.tool_templates import TEMPLATES, WEATHER, with_calls
 
