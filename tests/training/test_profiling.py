@@ -2,11 +2,9 @@
 
 import jax
 
-from moi_jax.config.load import load_config
 from moi_jax.training.profiling import StepProfiler
-from moi_jax.training.train import train
 
-from support.runs import small_config
+from support.runs import small_config, train_command
 
 
 def traced_steps(directory):
@@ -24,14 +22,14 @@ def traced_steps(directory):
     return found
 
 
-def test_the_steps_are_traced_also_when_the_run_stops_or_resumes_among_them(tmp_path, log_text):
+def test_the_steps_are_traced_also_when_the_run_stops_or_resumes_among_them(tmp_path):
+    """In processes of their own: a trace ends a process that has loaded libtpu for another test."""
     config = small_config(tmp_path, train={"steps": 6, "profile_steps": [2, 5]})
-    one = jax.devices()[:1]
-    train(load_config(config, ["train.steps=3"]), devices=one)
-    train(load_config(config), devices=one, allow_change=True)
+    first = train_command(config, "train.steps=3")
+    second = train_command(config, "--allow-change")
     assert traced_steps(tmp_path / "run" / "profile") == [[2, 3], [4, 5]]
-    assert "profiled steps 2 to 3 in" in log_text.getvalue()
-    assert "profiled steps 4 to 5 in" in log_text.getvalue()
+    assert "profiled steps 2 to 3 in" in first.stdout
+    assert "profiled steps 4 to 5 in" in second.stdout
 
 
 def test_steps_past_the_end_of_the_run_give_a_warning(tmp_path, log_text):
