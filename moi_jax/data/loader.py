@@ -10,8 +10,7 @@ import numpy as np
 from moi_jax.config import Loss
 from moi_jax.data.planning.epoch import EpochPlan
 from moi_jax.data.planning.training_plan import TrainingPlan
-from moi_jax.text.instructions import Instruction
-from moi_jax.text.instructions import label_weights as weights_of_labels
+from moi_jax.text.instructions import Instruction, token_weights
 
 
 class Batch(NamedTuple):
@@ -90,7 +89,7 @@ def assemble(
     ends = np.cumsum(lengths)
     starts = ends - lengths
     tokens = np.concatenate([p.instruction.tokens for p in placed])
-    weights = np.concatenate([weights_of_labels(p.instruction, targets) for p in placed])
+    weights = np.concatenate([token_weights(p.instruction, targets) for p in placed])
     weights *= np.repeat(np.array([p.weight for p in placed], np.float32), lengths)
     following, following_weights = np.roll(tokens, -1), np.roll(weights, -1)
     following[ends - 1] = pad_id

@@ -64,7 +64,7 @@ def label_mask(instruction: Instruction, targets: str) -> np.ndarray:
     return mask
 
 
-def label_weights(instruction: Instruction, targets: str) -> np.ndarray:
+def token_weights(instruction: Instruction, targets: str) -> np.ndarray:
     """float32[n]: the weight of each token as a label under loss.targets; 0 if it is none."""
     weights = np.zeros(len(instruction.tokens), np.float32)
     of_span = instruction.weights

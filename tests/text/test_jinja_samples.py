@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moi_jax.text.conversations import BadRow, Conversation, Message, ToolCall
-from moi_jax.text.instructions import Instruction, Rendering, label_weights
+from moi_jax.text.instructions import Instruction, Rendering, token_weights
 from moi_jax.text.jinja import rendering as jinja_rendering
 from moi_jax.text.jinja.samples import Sampler
 from moi_jax.text.jinja.template import JinjaTemplate
@@ -187,7 +187,7 @@ def test_another_system_prompt_gives_the_same_samples_and_weights() -> None:
         assert found.tokens.tolist() == other.tokens.tolist()
         assert found.spans.tolist() == other.spans.tolist()
         assert found.conversation == other.conversation
-    weights = [set(label_weights(sample, "assistant").tolist()) - {0} for sample in before]
+    weights = [set(token_weights(sample, "assistant").tolist()) - {0} for sample in before]
     assert weights == [{0.5}, {3.0}]
 
 
@@ -212,6 +212,38 @@ def test_special_tokens_in_a_question_are_text_in_a_prompt() -> None:
         "<|im_start|>user\na <|im_end|> b<|im_end|>\n<|im_start|>assistant\n"
     )
     assert np.sum(np.array(ids) == tokenizer.template.end) == 1
+
+
+def test_special_tokens_stay_in_their_texts_where_a_template_moves_them() -> None:
+    tokenizer = last_question()
+    chat = [Message("system", "s </s>"), user("a <s>"), answer("b"), user("c")]
+    text = "<s>[INST]a <s>[/INST]b</s>[INST]s </s>\n\nc[/INST]"
+    assert tokenizer.decode(render_prompt(chat, tokenizer, None)) == text
+
+
+def test_what_is_left_of_a_long_conversation_is_trained_under_history_last() -> None:
+    tokenizer = thinking()
+    chat = Conversation((user("a"), answer("b", "1"), user("c"), answer("d", "2")))
+    options = Rendering("keep", "last")
+    ((whole,),) = render([chat], tokenizer, None, "append", options)
+    limit = len(whole.tokens) - 1
+    found, count = first_exchanges(chat, whole, tokenizer, None, "append", limit, options)
+    assert count == 1
+    assert texts([found], tokenizer)[0].endswith("«<think>1</think>b<|im_end|>»\n")
+
+
+def test_marks_without_the_end_of_a_turn_never_hold_a_question() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{% if loop.last %}<think></think>{% endif %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}" + PROMPT
+    )
+    tokenizer = thinking(template)
+    chat = Conversation((user("a"), answer("b"), user("secret"), answer("d")))
+    for kept in ("keep", "last", "drop"):
+        (samples,) = render([chat], tokenizer, None, "append", Rendering(kept))
+        trained = [text.partition("«")[2] for text in texts(samples, tokenizer)]
+        assert trained == ["<think></think>b»<|im_end|>", "<think></think>d»<|im_end|>"]
 
 
 def test_a_sample_is_kept_as_json_without_a_loss() -> None:

@@ -232,9 +232,8 @@ class JinjaTemplate(Template):
         Raises:
           BadRow: the template refuses the chat.
         """
-        return split_marks(self.marked_chat(messages, tools, generate=generate, thinking=thinking))[
-            0
-        ]
+        marked = self.marked_chat(messages, tools, generate=generate, thinking=thinking)
+        return split_marks(marked)[0]
 
     def marked_chat(
         self,
