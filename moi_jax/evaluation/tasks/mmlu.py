@@ -120,9 +120,8 @@ class MMLU(Task):
         subjects = len({item.group for item in items})
         notes = [f"{subjects} of {SUBJECTS} subjects"] if subjects < SUBJECTS else []
         if self._faulty:
-            done = (
-                "are left out" if self.options.mmlu_errors == "skip" else "count as their file says"
-            )
+            skip = self.options.mmlu_errors == "skip"
+            done = "are left out" if skip else "count as their file says"
             notes.append(f"MMLU-Redux: {self._faulty} questions with an error_type {done}")
         return notes
 

@@ -100,9 +100,8 @@ def _listed(cell: str) -> list[str]:
     """The texts of a list as Python prints it, or numpy, which leaves out the commas."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(cell).readline))
-        texts = [
-            ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING
-        ]
+        quoted = [token.string for token in tokens if token.type == tokenize.STRING]
+        texts = [ast.literal_eval(text) for text in quoted]
     except (tokenize.TokenError, SyntaxError, ValueError):
         return []
     return [text.strip() for text in texts if isinstance(text, str)]
