@@ -12,9 +12,9 @@ CAPABILITY_VERSION_3 = 0x20080522
 
 # System calls that are refused with EPERM: memory that no limit counts, memory of other processes,
 # new namespaces (with an unlimited tmpfs), sockets (a namespace does not block those to the host of
-# a virtual machine), and calls that are only useful to attack the kernel. Numbers on x86_64 and
-# aarch64.
-REFUSED = {
+# a virtual machine), what the kernel counts for the whole user or machine, and calls that are only
+# useful to attack the kernel. Numbers on x86_64 and aarch64; None where there is no such call.
+REFUSED: dict[str, tuple[int, int | None]] = {
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -35,6 +35,10 @@ REFUSED = {
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
 }
 CLONE = (56, 220)
 CLONE3 = 435
@@ -121,7 +125,8 @@ def _filter_system_calls() -> None:
     if machine == "x86_64":  # x32 calls have other numbers
         program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]
     for numbers in REFUSED.values():
-        program += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _EPERM)]
+        if (number := numbers[column]) is not None:
+            program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _EPERM)]
     program += [
         # A filter cannot read its flags, which are in memory; libraries fall back to clone.
         (_EQUAL, 0, 1, CLONE3),
