@@ -53,7 +53,8 @@ RIGHT = {
         "assert f(1, 2) != (1, 2) and not isinstance(3, Point)",
     ),
     "an enum": (
-        "from enum import Enum\nclass Point(Enum):\n    A = 1\n    B = 2\ndef f(x): return Point(x)",
+        "from enum import Enum\nclass Point(Enum):\n    A = 1\n    B = 2\n"
+        "def f(x): return Point(x)",
         "assert f(1) == Point.A and f(1) is Point.A and f(2) != Point.A and f(2).name == 'B'",
     ),
     "named tuples and the like": (
