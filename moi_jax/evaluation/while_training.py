@@ -113,8 +113,8 @@ def make_benchmark(
     """
     if "mt_bench" in settings.tasks:
         raise UserError(
-            "eval.benchmarks.tasks names mt_bench, whose answers are rated by a judge that has to be "
-            "paid; run it with python -m moi_jax.evaluate"
+            "eval.benchmarks.tasks names mt_bench, whose answers a judge has to rate, call by "
+            "call; run it with python -m moi_jax.evaluate"
         )
     options = BenchmarkOptions(
         data=settings.data,
