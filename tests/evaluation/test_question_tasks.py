@@ -527,6 +527,7 @@ HEPATITIS = ["Hepatitis B", "Hepatitis C", "Both A and B are right.", "$3k (A) *
         ("The answer is: A", LOGIC, "A"),
         ("This is hepatitis  C.", HEPATITIS, "B"),
         ("The answer is Hepatitis B, not Hepatitis C.", HEPATITIS, "A"),
+        ("Hepatitis B causes it.", HEPATITIS, "A"),
         ("Both A and B are right", HEPATITIS, "C"),
         ("The answer is **$3k (A) * B**", HEPATITIS, "D"),
         ("The answer is London. Option A is smaller.", ["Paris", "London", "Rome", "Bonn"], "B"),

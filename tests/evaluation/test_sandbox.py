@@ -19,7 +19,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.evaluation.sandbox import sandbox as sandbox_module
 from moi_jax.evaluation.sandbox.backends import Backend, Limits, candidates, command
 from moi_jax.evaluation.sandbox.execution import Program, Verdict, execute
-from moi_jax.evaluation.sandbox.packages import NONE, Packages
+from moi_jax.evaluation.sandbox.packages import Packages
 from moi_jax.evaluation.sandbox.probe import unenforced
 from moi_jax.evaluation.sandbox.sandbox import Sandbox, strict_backend
 
@@ -390,7 +390,7 @@ def test_another_backend_takes_over_where_bubblewrap_cannot_start(
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert candidates() == ["bubblewrap", "namespaces"]
-    assert command("bubblewrap", NONE)[0] == str(broken)  # found by the user's PATH, not by bwrap's
+    assert command("bubblewrap")[0] == str(broken)  # found by the user's PATH, not by bwrap's
     with pytest.raises(UserError, match=r"sandbox .bubblewrap. does not start here: "):
         execute("bubblewrap", LIMITS, program("pass", "pass"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from moi_jax.evaluation.sandbox.inside import namespaces
-from moi_jax.evaluation.sandbox.packages import Packages
+from moi_jax.evaluation.sandbox.packages import NONE, Packages
 
 Backend = Literal["bubblewrap", "namespaces", "weak"]
 
@@ -51,7 +51,7 @@ def candidates() -> list[Backend]:
     return ["bubblewrap", "namespaces"] if shutil.which("bwrap") else ["namespaces"]
 
 
-def read_only(packages: Packages) -> list[str]:
+def read_only(packages: Packages = NONE) -> list[str]:
     """The paths that a program can read: libraries of Python and the system, and links to them.
 
     The files of the packages are among them.
@@ -79,7 +79,7 @@ def environment(directory: str) -> dict[str, str]:
     }
 
 
-def command(backend: Backend, packages: Packages) -> list[str]:
+def command(backend: Backend, packages: Packages = NONE) -> list[str]:
     """The command that starts a runner, see inside.runner.main.
 
     Raises:

@@ -23,6 +23,8 @@ WEAK = (
 class Sandbox:
     """Runs programs. `backend` is the name of the isolation that is used."""
 
+    packages: Packages = NONE
+
     def __init__(
         self,
         mode: Literal["strict", "weak"] = "strict",

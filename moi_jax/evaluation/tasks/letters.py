@@ -46,9 +46,10 @@ def find_letter(text: str, choices: Sequence[str]) -> str | None:
     6. the words of exactly one choice are in the text, in upper or lower case; words that occur
        only within those of a longer choice do not count.
     """
-    text = _with_letters(text, choices)  # before marks are lost that tell choices apart
-    text, choices = _unmarked(text), [_unmarked(choice) for choice in choices]
-    full, text = text, _with_letters(text, choices)
+    full = _unmarked(text)
+    text = _unmarked(_with_letters(text, choices))  # the marks may tell choices apart
+    choices = [_unmarked(choice) for choice in choices]
+    text = _with_letters(text, choices)
     if boxed := BOXED.findall(text):
         return boxed[-1]
     letters = list(LETTER.finditer(text))
