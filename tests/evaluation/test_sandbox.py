@@ -382,6 +382,38 @@ def test_weak_leaves_no_file_behind_and_touches_none_outside(
     assert outside.stat().st_mode & 0o777 == 0o500
 
 
+ORPHANS = """
+import os, time
+def f(wait):
+    for _ in range(3):
+        out, into = os.pipe()
+        if os.fork() == 0:
+            os.setsid()
+            child = os.fork()
+            if child:
+                os.write(into, str(child).encode())
+                os._exit(0)
+            os.closerange(0, 64)
+            time.sleep(600)
+            os._exit(0)
+        os.wait()
+        with open(PIDS, "a") as file:
+            file.write(os.read(out, 20).decode() + " ")
+    time.sleep(wait)
+"""
+
+
+@pytest.mark.parametrize(("wait", "failure"), [(0, None), (600, "timeout")])
+def test_weak_leaves_no_process_behind(wait: int, failure: str | None, tmp_path: Path):
+    pids = tmp_path / "pids"
+    code = f"PIDS = {str(pids)!r}\n{ORPHANS}"
+    limits = replace(LIMITS, wall=120.0 if failure is None else 4.0)
+    assert Sandbox("weak", limits).run(program(code, f"f({wait})")).failure == failure
+    left = pids.read_text().split()
+    assert len(left) == 3
+    assert not [pid for pid in left if Path(f"/proc/{pid}").exists()]
+
+
 def test_another_backend_takes_over_where_bubblewrap_cannot_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

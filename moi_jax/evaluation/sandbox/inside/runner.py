@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from moi_jax.evaluation.sandbox.inside import confine, namespaces, program, rpc
 from moi_jax.evaluation.sandbox.inside.link import Link, ProgramError
@@ -26,10 +26,18 @@ def main(backend: str) -> None:
         namespaces.mount_directory(namespaces.DIRECTORY, setup["limits"])
         os.chdir(namespaces.DIRECTORY)
     confine.confine(setup["limits"], strict=backend != "weak")
+    if backend == "weak":
+        confine.adopt_orphans()
     sys.path += setup["packages"]
     os.write(1, b"ready\n")
-    verdict = run(json.loads(rpc.receive(0)), setup["limits"]["wall"])
+    _end_with(run(json.loads(rpc.receive(0)), setup["limits"]["wall"]))
+
+
+def _end_with(verdict: dict[str, str]) -> NoReturn:
+    """Reports the verdict. Ends the program, what it has started, and this process."""
     os.write(1, json.dumps(verdict).encode())
+    confine.end_children()
+    os._exit(0)
 
 
 def run(asked: dict[str, Any], wall: float) -> dict[str, str]:
@@ -77,12 +85,7 @@ def _end_after(wall: float) -> None:
     No exception is raised for this: the tests could catch it.
     """
     verdict = {"failure": "timeout", "error": f"not done after {wall:g} seconds"}
-
-    def end(*_: object) -> None:
-        os.write(1, json.dumps(verdict).encode())
-        os._exit(0)
-
-    signal.signal(signal.SIGALRM, end)
+    signal.signal(signal.SIGALRM, lambda *_: _end_with(verdict))
     signal.setitimer(signal.ITIMER_REAL, wall)
 
 
