@@ -7,6 +7,7 @@ import pickle
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from moi_jax.evaluation.sandbox.inside import rpc
@@ -95,7 +96,7 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
             if what == "returned":
                 return tuple(rest)
             watched = Watched(rest[1:] if what == "call" else None)
-            reply(lambda what=what, rest=rest: OPERATIONS[what](*rest), watched)
+            reply(partial(OPERATIONS[what], *rest), watched)
 
     def call_back(number: int, args: Any, kwargs: Any) -> Any:
         """Calls a function of the tests, which runs in the runner."""

@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_VIEWS = {"keys": type({}.keys()), "values": type({}.values()), "items": type({}.items())}
+_VIEWS: dict[str, Any] = {
+    "keys": type({}.keys()),
+    "values": type({}.values()),
+    "items": type({}.items()),
+}
 _ARRAYS = "biufcSU"  # the kinds of numpy arrays without objects
 
 
@@ -39,7 +43,7 @@ def form_of(obj: Any) -> tuple[Any, ...] | None:
     return None
 
 
-_WRAPPERS: dict[type, Callable[[Any], Any]] = {
+_WRAPPERS: dict[Any, Callable[[Any], Any]] = {
     collections.UserList: list,
     collections.UserDict: dict,
     collections.UserString: str,
