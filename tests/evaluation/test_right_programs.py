@@ -144,6 +144,7 @@ def test_right_programs_are_judged_right(name: str, backend: Backend):
         ("def f(): raise ValueError('bad')", "f()", "error"),
         ("def f(work): return work(1)", "f(lambda x: x + 1) == 3", "wrong"),
         ("def f(work): return work(1)", "f(object())", "error"),
+        ("def f(x): raise StopIteration", "all(map(int.__eq__, map(f, [1]), [2]))", "error"),
         ("def f(items): items.append(1)", "f(items := []) or items == []", "wrong"),
     ],
 )

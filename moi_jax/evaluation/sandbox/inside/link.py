@@ -13,12 +13,13 @@ from moi_jax.evaluation.sandbox.inside.arguments import MUTABLE, apply, containe
 from moi_jax.evaluation.sandbox.inside.remote import Remote
 from moi_jax.evaluation.sandbox.inside.values import form_of
 
-# The exceptions of a program that its tests can catch, also by their bases.
+# The exceptions of a program that its tests can catch, also by their bases. StopIteration is none:
+# it would silently end a loop over map(f, ...) in the tests.
 CATCHABLE = (
     "ArithmeticError", "AssertionError", "AttributeError", "EOFError", "FileNotFoundError",
     "IndexError", "KeyError", "LookupError", "MemoryError", "NameError", "NotImplementedError",
-    "OSError", "OverflowError", "RecursionError", "RuntimeError", "StopIteration", "TypeError",
-    "ValueError", "ZeroDivisionError",
+    "OSError", "OverflowError", "RecursionError", "RuntimeError", "TypeError", "ValueError",
+    "ZeroDivisionError",
 )  # fmt: skip
 
 
@@ -104,8 +105,9 @@ class Link:
         except rpc.Closed:
             raise
         except Exception as error:
-            names = [kind.__name__ for kind in type(error).__mro__]
-            self._send("returned", getattr(builtins, _first_catchable(names)), str(error))
+            name = _first_catchable([kind.__name__ for kind in type(error).__mro__])
+            kind = StopIteration if isinstance(error, StopIteration) else getattr(builtins, name)
+            self._send("returned", kind, str(error))
         else:
             self._send("returned", None, result)
 

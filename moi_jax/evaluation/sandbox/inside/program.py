@@ -23,12 +23,20 @@ def _items(obj: Any) -> list[Any] | None:
     return None if items is obj else list(items)
 
 
+def _next(iterator: Any) -> tuple[Any] | None:
+    """The next item; None at the end."""
+    try:
+        return (next(iterator),)
+    except StopIteration:
+        return None
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda target, args, kwargs: target(*args, **kwargs),
     "getattr": getattr,
     "setattr": setattr,
     "items": _items,
-    "next": next,
+    "next": _next,
     "len": len,
     "getitem": operator.getitem,
     "setitem": operator.setitem,

@@ -51,10 +51,15 @@ class Remote:
         items = self._ask("items", self)
         return self if items is None else iter(items)
 
+    def __next__(self) -> Any:
+        item = self._ask("next", self)
+        if item is None:
+            raise StopIteration
+        return item[0]
+
     def __instancecheck__(self, instance: Any) -> bool:
         return type(instance) is Remote and self._ask("isinstance", instance, self)
 
-    __next__ = _asks("next")
     __len__ = _asks("len")
     __getitem__ = _asks("getitem")
     __setitem__ = _asks("setitem")
