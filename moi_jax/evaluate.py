@@ -76,6 +76,7 @@ def _request(args: argparse.Namespace) -> EvaluationRequest:
             mesh=args.mesh,
             chat_template=args.chat_template,
             verify=args.verify,
+            base=args.base,
             system_prompt=args.system,
             system_block=not args.no_system,
             slots=args.slots,

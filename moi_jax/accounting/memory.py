@@ -44,7 +44,7 @@ class Arguments:
 def abstract_step(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[TrainState, Batch]:
     """Returns shapes, dtypes and shardings of the state and of a batch [A, M, S]."""
     optimizer = make_optimizer(config.optimizer, model)
-    state = abstract_state(model, optimizer, config.model.param_dtype, mesh)
+    state = abstract_state(model, optimizer, config.param_dtype, mesh)
     rows = microbatch_rows(config)
     shape = (config.train.global_batch_rows // rows, rows, config.data.sequence_length)
     types = {name: jnp.int32 for name in Batch._fields} | {"loss_weights": jnp.float32}

@@ -93,6 +93,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         mesh=options.mesh,
         chat_template=options.chat_template,
         verify=options.verify,
+        base=options.base,
     )
     results = held_out = lm_eval = None
     with jax.set_mesh(checkpoint.mesh):

@@ -66,6 +66,7 @@ class ModelOptions:
       mesh: devices along the axes, such as "fsdp=2,tensor=4"; None is all devices on tensor.
       chat_template: its name or its file; None is the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first.
+      base: of a checkpoint of adapters; None is where it was when they were trained.
       system_prompt: of chats that bring none; None is the one saved in the checkpoint.
       system_block: False for no system block at all in these chats.
       slots: answers that are generated at the same time.
@@ -76,6 +77,7 @@ class ModelOptions:
     mesh: str | None = None
     chat_template: str | None = None
     verify: bool = True
+    base: Path | None = None
     system_prompt: str | None = None
     system_block: bool = True
     slots: int = 16

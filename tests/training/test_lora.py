@@ -1,0 +1,125 @@
+"""Training adapters: what a step changes and computes, on which meshes, and how far it gets."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from moi_jax import config as config_lib
+from moi_jax.accounting.hlo import parse_module
+from moi_jax.models.lora import adapted
+from moi_jax.models.parameters import adapters_of, base_of, parameter_specs
+
+from support.trainer import MODEL, OPTIMIZER, Trainer, random_batch
+
+ADAPTED = adapted(MODEL, config_lib.LoRA(rank=4))
+MESHES = {
+    "fsdp and tensor, accumulation": dict(mesh={"fsdp": 4, "tensor": 2}, microbatch_rows=4),
+    "data, fsdp and context": dict(mesh={"data": 2, "fsdp": 2, "context": 2}, remat="minimal"),
+}
+# What an instruction may have of the size of a frozen matrix: itself, and its way into a loop.
+PASSED_ON = ("parameter", "tuple", "get-tuple-element", "while", "copy", "bitcast", "constant")
+
+
+def adapted_trainer(mesh=None, **settings):
+    return Trainer(mesh or {"fsdp": 1}, model=ADAPTED, **settings)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_training_changes_adapters_alone_and_keeps_moments_of_them_alone(kind):
+    trainer = adapted_trainer(optimizer=OPTIMIZER.model_copy(update={"name": kind}))
+    before = trainer.parameters()
+    first = trainer.step(random_batch(0))["loss"]
+    assert Trainer({"fsdp": 1}).step(random_batch(0))["loss"] == first  # that of the base
+    for seed in (1, 2):
+        trainer.step(random_batch(seed))
+    after = trainer.parameters()
+    for tree in (before, after):
+        assert tree["layers"]["mlp"]["up"]["lora_b"].dtype == np.float32
+    jax.tree.map(np.testing.assert_array_equal, base_of(ADAPTED, before), base_of(ADAPTED, after))
+    changed = jax.tree.map(
+        lambda old, new: np.any(old != new), *(adapters_of(ADAPTED, t) for t in (before, after))
+    )
+    assert all(jax.tree.leaves(changed))
+    specs = parameter_specs(ADAPTED).values()
+    small = {spec.shape for spec in specs if spec.adapter} | {()}
+    assert {leaf.shape for leaf in jax.tree.leaves(trainer.state.opt_state)} <= small
+
+
+def computed_shapes(trainer):
+    """The shapes of all that the compiled step computes, but for what it passes on."""
+    module = parse_module(trainer.lower(random_batch(0)).compile().as_text())
+    return {
+        instruction.shape.split("{")[0]
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode not in PASSED_ON
+    }
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_compiled_step_has_no_gradient_of_the_size_of_the_base(remat):
+    specs = parameter_specs(MODEL)
+    stacks = {
+        f"f32[{','.join(map(str, spec.shape))}]" for spec in specs.values() if spec.contracted
+    }
+    stacks |= {f"f32[{','.join(map(str, spec.shape[1:]))}]" for spec in specs.values()
+               if spec.contracted and len(spec.shape) == 3}  # fmt: skip
+    full = computed_shapes(Trainer({"fsdp": 1}, remat=remat)) & stacks
+    assert "f32[2,32,48]" in full  # the check can find them
+    own = computed_shapes(adapted_trainer(remat=remat)) & stacks
+    assert not {shape for shape in own if shape.count(",") > 1}
+
+
+@pytest.fixture(scope="module")
+def one_float64():
+    with jax.enable_x64(True):
+        return losses({"fsdp": 1})
+
+
+def losses(mesh, **settings):
+    trainer = adapted_trainer(mesh, dtype="float64", **settings)
+    return np.array([trainer.step(random_batch(step % 2))["loss"] for step in range(20)])
+
+
+@pytest.mark.parametrize("variant", MESHES)
+def test_20_losses_in_float64_do_not_depend_on_the_mesh(one_float64, variant):
+    with jax.enable_x64(True):
+        other = losses(**MESHES[variant])
+    assert one_float64[-1] < one_float64[0] - 1e-3
+    np.testing.assert_allclose(other, one_float64, rtol=0, atol=1e-9)
+
+
+def test_adapters_and_their_moments_are_sharded_like_their_base():
+    trainer = adapted_trainer({"fsdp": 4, "tensor": 2})
+    query = trainer.state.parameters["layers"]["attention"]["query"]
+    a, b = query["lora_a"], query["lora_b"]  # [L, D, r] and [L, r, H, N]
+    assert a.sharding.shard_shape(a.shape) == (2, 32 // 4, 4)
+    assert b.sharding.shard_shape(b.shape) == (2, 4, 4 // 2, 8)
+    moments = [x for x in jax.tree.leaves(trainer.state.opt_state) if x.shape == a.shape]
+    assert moments
+    assert all(x.sharding.is_equivalent_to(a.sharding, a.ndim) for x in moments)
+
+
+def final_loss(steps=100, **settings):
+    trainer = Trainer({"fsdp": 1}, **settings)
+    for _ in range(steps):
+        loss = trainer.step(random_batch(0))["loss"]
+    return loss
+
+
+def test_adapters_of_full_rank_reach_the_loss_of_training_the_matrices_themselves():
+    rest = ("embedding", "head", "*.scale", "*.bias")
+    plain = {"schedule": "constant", "weight_decay": 0.0, "frozen": rest}
+    # mlp.up [32, 48]: rank 32 can be any update of it.
+    model = adapted(MODEL, config_lib.LoRA(rank=32, alpha=32.0, targets=("layers.mlp.*.kernel",)))
+    frozen = (*rest, "layers.attention")
+    full = final_loss(
+        optimizer=OPTIMIZER.model_copy(update={**plain, "frozen": frozen, "learning_rate": 1e-2})
+    )
+    lora = final_loss(
+        model=model,
+        optimizer=OPTIMIZER.model_copy(update={**plain, "learning_rate": 1e-2}),
+    )
+    assert math.isclose(lora, full, rel_tol=0.01), (lora, full)
