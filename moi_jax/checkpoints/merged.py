@@ -79,6 +79,6 @@ def merged_parameters(
 
 
 def stored_fingerprint(stored: Parameters, config: ModelConfig) -> str:
-    """The fingerprint of the parameters of a model on disk, with one of them in memory at a time."""
+    """The fingerprint of parameters on disk, with one of them in memory at a time."""
     summed = jax.jit(bits_sum)
     return fingerprint({path: int(summed(stored.get(path))) for path in parameter_specs(config)})

@@ -45,8 +45,8 @@ def export_checkpoint(
       base: of a checkpoint of adapters, which are merged, see `moi_jax.load`.
 
     Raises:
-      UserError: `checkpoint` is damaged, its base is missing, or `out` exists or cannot be written. Nothing is left
-        behind.
+      UserError: `checkpoint` is damaged, its base is missing, or `out` exists or cannot be
+        written. Nothing is left behind.
     """
     check_new(out)
     step = find_step(checkpoint)

@@ -77,7 +77,7 @@ def import_adapter(source: Path, base: Path, out: Path) -> None:
     if items.model.adapter:
         raise UserError(f"{base} has adapters itself; give the model beside which they go")
     files = TensorFiles(found.path)
-    modules = _found(items.model, files, found.path)
+    modules = _found(items.model, files, values["r"], found.path)
     targets = sorted(part.path for module in modules for part in module.parts)
     adapter = Adapter(
         rank=check_rank(items.model, targets, values["r"], f"{path}: r"),
@@ -128,7 +128,9 @@ def _unsupported(path: Path, key: str, value: Any) -> str:
     )
 
 
-def _found(model: ModelConfig, files: TensorFiles, source: Path) -> list[PublishedModule]:
+def _found(
+    model: ModelConfig, files: TensorFiles, rank: int, source: Path
+) -> list[PublishedModule]:
     """The modules whose adapters the files hold, each in all layers and nothing else."""
     layers = range(model.num_layers)
     modules = [
@@ -140,14 +142,13 @@ def _found(model: ModelConfig, files: TensorFiles, source: Path) -> list[Publish
     for module in modules:
         for layer in layers:
             a, b = (module.tensor(layer, which) for which in "AB")
-            rank = files.headers[a].shape[0] if a in files.headers else 0
             shapes |= {a: (rank, module.inputs), b: (module.outputs, rank)}
     check_names(source, files.headers, shapes)
     for name, shape in shapes.items():
         if files.headers[name].shape != shape:
             raise UserError(
-                f"{files.headers[name].path}: {name} has shape {files.headers[name].shape}, and "
-                f"the base needs {shape}; is it the adapter of another model?"
+                f"{files.headers[name].path}: {name} has shape {files.headers[name].shape}; rank "
+                f"and base ask for {shape}: is it the adapter of another model?"
             )
     return modules
 
