@@ -10,7 +10,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.models.decoder import Tree
 
-# Odd numbers, by which the places of values along each axis are told apart.
+# Of xxHash: by them the places of values along each axis are told apart.
 PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
 EXPONENT = 0x7F80  # of a bfloat16
 
@@ -39,18 +39,13 @@ def check_base(step: Path, base: Base, place: Path, fingerprint: str) -> None:
         )
 
 
-def fingerprint(sums: dict[str, int]) -> str:
-    """The fingerprint of parameters from their `bits_sum`s, by dotted path."""
-    return json_fingerprint(sums)
-
-
 def tree_fingerprint(parameters: Tree) -> str:
     """The fingerprint of parameters on devices; the same on every mesh and in every copy.
 
     It tells models apart, and proves nothing against intent.
     """
     sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(bits_sum, tree))(parameters))
-    return fingerprint(
+    return json_fingerprint(
         {
             jax.tree_util.keystr(path, simple=True, separator="."): int(value)
             for path, value in jax.tree_util.tree_leaves_with_path(sums)

@@ -6,10 +6,11 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from moi_jax.checkpoints.base import bits_sum, check_base, find_base, fingerprint
+from moi_jax.checkpoints.base import bits_sum, check_base, find_base
 from moi_jax.checkpoints.items import ModelItems
 from moi_jax.checkpoints.parameter_files import StoredParameters
 from moi_jax.checkpoints.parameters import stored_parameters
+from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.parameters import parameter_specs
 
@@ -81,4 +82,6 @@ def merged_parameters(
 def stored_fingerprint(stored: Parameters, config: ModelConfig) -> str:
     """The fingerprint of parameters on disk, with one of them in memory at a time."""
     summed = jax.jit(bits_sum)
-    return fingerprint({path: int(summed(stored.get(path))) for path in parameter_specs(config)})
+    return json_fingerprint(
+        {path: int(summed(stored.get(path))) for path in parameter_specs(config)}
+    )

@@ -54,14 +54,14 @@ def lora_config(folder: Path, base: Path, **sections) -> Path:
         model={"preset": None, "init_from": str(base), "remat": "none"},
         tokenizer={"path": None},
         lora={"rank": 4},
-        train={"steps": 6, "global_batch_rows": 2},
+        train={"steps": 24, "global_batch_rows": 2},
         **sections,
     )
 
 
 @pytest.fixture(scope="module")
 def run(place):
-    """A run of six steps that begins from the base."""
+    """A run that begins from the base."""
     return train_here(lora_config(place / "whole", place / "base")).directory
 
 

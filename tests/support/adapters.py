@@ -21,7 +21,7 @@ def save_adapters(base: Path, path: Path, **settings) -> Path:
     items = replace(items, model=model, base=Base("Tiny", str(base.absolute()), fingerprint))
     rng = np.random.default_rng(1)
     stream = (
-        (name, (0.05 * rng.standard_normal(spec.shape)).astype(np.float32))
+        (name, (0.1 * rng.standard_normal(spec.shape)).astype(np.float32))
         for name, spec in parameter_specs(model).items()
         if spec.adapter
     )

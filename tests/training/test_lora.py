@@ -9,7 +9,13 @@ import pytest
 from moi_jax import config as config_lib
 from moi_jax.accounting.hlo import parse_module
 from moi_jax.models.lora import adapted
-from moi_jax.models.parameters import adapters_of, base_of, parameter_specs
+from moi_jax.models.parameters import (
+    abstract_parameters,
+    adapters_of,
+    base_of,
+    parameter_specs,
+)
+from moi_jax.training.optimizer import make_optimizer
 
 from support.trainer import MODEL, OPTIMIZER, Trainer, random_batch
 
@@ -26,25 +32,29 @@ def adapted_trainer(mesh=None, **settings):
     return Trainer(mesh or {"fsdp": 1}, model=ADAPTED, **settings)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_training_changes_adapters_alone_and_keeps_moments_of_them_alone(kind):
-    trainer = adapted_trainer(optimizer=OPTIMIZER.model_copy(update={"name": kind}))
+def test_training_changes_adapters_alone():
+    trainer = adapted_trainer()
     before = trainer.parameters()
     first = trainer.step(random_batch(0))["loss"]
     assert Trainer({"fsdp": 1}).step(random_batch(0))["loss"] == first  # that of the base
     for seed in (1, 2):
         trainer.step(random_batch(seed))
     after = trainer.parameters()
-    for tree in (before, after):
-        assert tree["layers"]["mlp"]["up"]["lora_b"].dtype == np.float32
     jax.tree.map(np.testing.assert_array_equal, base_of(ADAPTED, before), base_of(ADAPTED, after))
     changed = jax.tree.map(
         lambda old, new: np.any(old != new), *(adapters_of(ADAPTED, t) for t in (before, after))
     )
     assert all(jax.tree.leaves(changed))
-    specs = parameter_specs(ADAPTED).values()
-    small = {spec.shape for spec in specs if spec.adapter} | {()}
-    assert {leaf.shape for leaf in jax.tree.leaves(trainer.state.opt_state)} <= small
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "lion", "muon"])
+def test_no_optimizer_keeps_a_moment_of_the_base(kind):
+    optimizer = make_optimizer(OPTIMIZER.model_copy(update={"name": kind}), ADAPTED)
+    abstract = abstract_parameters(ADAPTED, "bfloat16")
+    state = jax.eval_shape(optimizer.init, adapters_of(ADAPTED, abstract))
+    assert optimizer.trained.split(abstract)[0] == adapters_of(ADAPTED, abstract)
+    base = {spec.shape for spec in parameter_specs(MODEL).values()}
+    assert not {leaf.shape for leaf in jax.tree.leaves(state)} & base
 
 
 def computed_shapes(trainer):
@@ -60,16 +70,10 @@ def computed_shapes(trainer):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_compiled_step_has_no_gradient_of_the_size_of_the_base(remat):
-    specs = parameter_specs(MODEL)
-    stacks = {
-        f"f32[{','.join(map(str, spec.shape))}]" for spec in specs.values() if spec.contracted
-    }
-    stacks |= {f"f32[{','.join(map(str, spec.shape[1:]))}]" for spec in specs.values()
-               if spec.contracted and len(spec.shape) == 3}  # fmt: skip
-    full = computed_shapes(Trainer({"fsdp": 1}, remat=remat)) & stacks
-    assert "f32[2,32,48]" in full  # the check can find them
-    own = computed_shapes(adapted_trainer(remat=remat)) & stacks
-    assert not {shape for shape in own if shape.count(",") > 1}
+    specs = parameter_specs(MODEL).values()
+    base = {f"f32[{','.join(map(str, spec.shape))}]" for spec in specs if len(spec.shape) > 1}
+    assert computed_shapes(Trainer({"fsdp": 1}, remat=remat)) >= base  # the check can find them
+    assert not computed_shapes(adapted_trainer(remat=remat)) & base
 
 
 @pytest.fixture(scope="module")
@@ -102,24 +106,21 @@ def test_adapters_and_their_moments_are_sharded_like_their_base():
     assert all(x.sharding.is_equivalent_to(a.sharding, a.ndim) for x in moments)
 
 
-def final_loss(steps=100, **settings):
+def losses_of(**settings):
+    """The first and the last loss of 200 steps on one batch."""
     trainer = Trainer({"fsdp": 1}, **settings)
-    for _ in range(steps):
-        loss = trainer.step(random_batch(0))["loss"]
-    return loss
+    found = [trainer.step(random_batch(0))["loss"] for _ in range(200)]
+    return found[0], found[-1]
 
 
 def test_adapters_of_full_rank_reach_the_loss_of_training_the_matrices_themselves():
-    rest = ("embedding", "head", "*.scale", "*.bias")
-    plain = {"schedule": "constant", "weight_decay": 0.0, "frozen": rest}
-    # mlp.up [32, 48]: rank 32 can be any update of it.
-    model = adapted(MODEL, config_lib.LoRA(rank=32, alpha=32.0, targets=("layers.mlp.*.kernel",)))
-    frozen = (*rest, "layers.attention")
-    full = final_loss(
-        optimizer=OPTIMIZER.model_copy(update={**plain, "frozen": frozen, "learning_rate": 1e-2})
-    )
-    lora = final_loss(
-        model=model,
-        optimizer=OPTIMIZER.model_copy(update={**plain, "learning_rate": 1e-2}),
-    )
-    assert math.isclose(lora, full, rel_tol=0.01), (lora, full)
+    """mlp.up is [32, 48], and rank 32 can express any update of it."""
+    tuned = {"learning_rate": 3e-3, "schedule": "constant", "weight_decay": 0.0}
+    rest = ("embedding", "head", "*.scale", "*.bias", "layers.attention")
+    optimizer = OPTIMIZER.model_copy(update={**tuned, "frozen": rest})
+    first, full = losses_of(optimizer=optimizer)
+    model = adapted(MODEL, config_lib.LoRA(rank=32, alpha=32.0, targets=("layers.mlp",)))
+    same, own = losses_of(model=model, optimizer=OPTIMIZER.model_copy(update=tuned))
+    assert same == first
+    assert full < first - 0.5
+    assert math.isclose(first - own, first - full, rel_tol=0.01)
