@@ -99,7 +99,7 @@ def read_parameters(
         is not finite, or the base is missing or another one.
     """
     step = find_step(path).absolute()
-    wanted = wanted_parameters(config, dtype, mesh)
+    wanted = _wanted_parameters(config, dtype, mesh)
     recorded = read_base(step)
     if recorded is None:
         return _read_held(step, wanted, verify)
@@ -143,7 +143,7 @@ def read_state(
     return merge_trees(adapters, base), state
 
 
-def wanted_parameters(config: ModelConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None) -> Tree:
+def _wanted_parameters(config: ModelConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None) -> Tree:
     """Shapes, dtypes and shardings of all parameters on a mesh, or on one device."""
     abstract = abstract_parameters(config, dtype)
     if mesh is None:

@@ -118,6 +118,8 @@ def test_a_copy_of_the_base_serves_in_any_dtype_and_another_model_does_not(place
     with pytest.raises(UserError, match="holds adapters alone, and their base") as gone:
         moi_jax.load(moved)
     assert "--base" in one_line(gone)
+    with pytest.raises(UserError, match="holds adapters alone, and their base"):
+        export_checkpoint(moved, tmp_path / "exported")
     import_checkpoint(place / "Tiny", tmp_path / "float32", dtype="float32")
     np.testing.assert_array_equal(logits(moved, base=tmp_path / "float32"), logits(run))
     opened = open_checkpoint(moved, devices=jax.devices()[:1], base=place / "Tiny")  # published
@@ -194,6 +196,7 @@ def test_an_adapter_that_is_exported_and_imported_is_the_same(place, tmp_path):
     export_adapter(adapters, tmp_path / "peft")
     import_adapter(tmp_path / "peft", place / "base", tmp_path / "again")
     same_parameters(parameters(tmp_path / "again"), parameters(adapters))
+    assert read_items(tmp_path / "again").model == read_items(adapters).model
 
 
 @pytest.mark.parametrize(
