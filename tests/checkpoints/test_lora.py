@@ -47,15 +47,15 @@ def place(tmp_path_factory):
     return folder
 
 
-def lora_config(folder: Path, base: Path, **sections) -> Path:
+def lora_config(folder: Path, base: Path) -> Path:
     folder.mkdir()
     return small_config(
         folder,
         model={"preset": None, "init_from": str(base), "remat": "none"},
         tokenizer={"path": None},
         lora={"rank": 4},
-        train={"steps": 24, "global_batch_rows": 2},
-        **sections,
+        train={"steps": 20, "global_batch_rows": 2},
+        checkpoint={"every": 4},
     )
 
 
@@ -97,15 +97,12 @@ def test_a_loaded_run_is_its_base_with_trained_adapters(place, run):
 
 def test_a_run_that_is_killed_resumes_bit_for_bit_and_may_save_its_base(place, run):
     config = lora_config(place / "killed", place / "base")
-    assert train_until(config, 4, signal.SIGKILL) == -signal.SIGKILL
-    shutil.copytree(place / "killed" / "run", place / "alone" / "run")
-    again = train_here(config)
-    same_parameters(parameters(again.directory), parameters(run))
-    alone = train_here(
-        config, f"logging.run_dir={place / 'alone' / 'run'}", "checkpoint.save_base=true"
-    )
-    assert read_items(alone.directory).base is None
-    same_parameters(parameters(alone.directory), parameters(run))
+    # The save of step 8 has waited for that of step 4, from which the run can go on.
+    assert train_until(config, 9, signal.SIGKILL) == -signal.SIGKILL
+    again = train_here(config, "checkpoint.save_base=true").directory
+    same_parameters(parameters(again), parameters(run))
+    assert read_items(again).base is None
+    assert read_items(run).base is not None
 
 
 def test_a_copy_of_the_base_serves_in_any_dtype_and_another_model_does_not(place, run, tmp_path):
@@ -138,7 +135,7 @@ def test_a_copy_of_the_base_serves_in_any_dtype_and_another_model_does_not(place
 
 
 def test_a_run_goes_on_with_adapters_only_if_the_config_has_them(place, run):
-    config = lora_config(place / "further", run, checkpoint={"every": 100})
+    config = lora_config(place / "further", run)
     assert "has adapters of rank 4" in refusal(config, "lora.rank=8")
     assert "has adapters of rank 4" in refusal(config, "lora.rank=0")
     further = train_here(config, "train.steps=1", "optimizer.learning_rate=1e-9")
@@ -153,9 +150,8 @@ def test_another_rank_is_another_run(place, run):
     )
 
 
-@pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_an_export_has_the_adapters_merged(place, tmp_path, scaling):
-    adapters = save_adapters(place / "base", tmp_path / "adapters", scaling=scaling)
+def test_an_export_has_the_adapters_merged(place, tmp_path):
+    adapters = save_adapters(place / "base", tmp_path / "adapters", scaling="rslora")
     export_checkpoint(adapters, tmp_path / "merged", dtype="float32")
     import_checkpoint(tmp_path / "merged", tmp_path / "again")
     np.testing.assert_allclose(logits(tmp_path / "again"), logits(adapters), atol=2e-5)

@@ -6,18 +6,20 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from moi_jax import config as config_lib
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import make_model
+from moi_jax.models.linear import Linear
 from moi_jax.models.lora import adapted
 from moi_jax.models.parameters import (
     abstract_parameters,
     adapters_of,
-    add_new_adapters,
     base_of,
     parameter_specs,
     random_parameters,
@@ -90,20 +92,14 @@ def test_adapters_are_split_like_their_base_and_the_rank_is_whole():
             assert spec.axes[-1 if first else 1] is None
 
 
-@pytest.mark.parametrize("model", [MODEL, BIASED], ids=["plain", "biases and norms"])
-def test_new_adapters_change_no_bit_of_the_logits(model):
-    with_adapters = adapted(model, config_lib.LoRA(rank=3, scaling="rslora"))
-    base = random_parameters(model, 0, "float32")
-    parameters = add_new_adapters(with_adapters, base, 7, "float32")
+def test_new_adapters_change_no_bit_of_the_logits():
+    model, with_adapters = BIASED, adapted(BIASED, config_lib.LoRA(rank=3, scaling="rslora"))
+    base, parameters = (random_parameters(c, 0, "float32") for c in (model, with_adapters))
+    jax.tree.map(np.testing.assert_array_equal, base, base_of(with_adapters, parameters))
     before, after = make_model(model)(base)(TOKENS), make_model(with_adapters)(parameters)(TOKENS)
     np.testing.assert_array_equal(bits(after), bits(before))
     a = parameters["layers"]["attention"]["out"]["lora_a"]
     assert 0.9 * 32**-0.5 < np.abs(a).max() <= 32**-0.5  # uniform, as peft draws it
-
-
-def test_a_model_with_random_weights_has_those_of_the_model_without_adapters():
-    left, right = (random_parameters(config, 3, "float32") for config in (MODEL, ADAPTED))
-    jax.tree.map(np.testing.assert_array_equal, left, base_of(ADAPTED, right))
 
 
 def test_logits_and_gradients_are_those_of_the_sum_of_both_matrices():
@@ -134,6 +130,41 @@ def test_logits_and_gradients_are_those_of_the_sum_of_both_matrices():
     for own, plain in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(own, plain, atol=1e-6 * max(1e-2, float(abs(plain).max())) * 50)
         assert np.any(np.abs(plain) > 1e-5)
+
+
+def test_adapters_of_full_rank_reach_the_loss_of_training_the_matrix_itself():
+    """A layer [8, 6] learns another one from samples, by Adam for both; rank 6 is any matrix."""
+    rngs = nnx.Rngs(0)
+    layer, goal = (
+        Linear({"embed": 8}, {"mlp": 6}, stddev=0.3, dtype="float32", rngs=rngs) for _ in range(2)
+    )
+    x = jax.random.normal(rngs.params(), (16, 8))
+    target = goal(x) + 0.3 * jax.random.normal(rngs.params(), (16, 6))  # no layer reaches zero
+    layer.add_adapter(6, 1.0, rngs)
+    graph, whole = nnx.split(layer)
+
+    def final_loss(trained, rest, rate):
+        def loss(trained):
+            return jnp.mean((nnx.merge(graph, {**rest, **trained})(x) - target) ** 2)
+
+        optimizer = optax.adam(rate)
+
+        def step(carry, _):
+            trained, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(trained), state)
+            return (optax.apply_updates(trained, updates), state), None
+
+        start = (trained, optimizer.init(trained))
+        (trained, _), _ = jax.jit(lambda s: jax.lax.scan(step, s, length=600))(start)
+        return float(loss(dict(rest, **trained))), float(loss(start[0]))
+
+    values = nnx.to_pure_dict(whole)
+    parts = {"kernel": values["kernel"]}, {n: values[n] for n in ("lora_a", "lora_b")}
+    full, begun = final_loss(*parts, 0.03)
+    own, same = final_loss(*parts[::-1], 0.03)
+    assert same == begun
+    assert full < begun / 3
+    assert own == pytest.approx(full, rel=0.01)
 
 
 @pytest.mark.parametrize(("scaling", "scale"), [("standard", 32 / 16), ("rslora", 32 / 4)])

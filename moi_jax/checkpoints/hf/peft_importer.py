@@ -114,7 +114,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if isinstance(begun, str) and begun.startswith(CHANGES_BASE):
         raise UserError(_unsupported(path, "init_lora_weights", begun))
     for key in ("r", "lora_alpha"):
-        number = values.get(key)
+        number: Any = values.get(key)
         whole = isinstance(number, int if key == "r" else int | float)
         if not whole or isinstance(number, bool) or not number > 0:
             raise UserError(f"{path}: {key} is {number!r}, not a number above zero")
