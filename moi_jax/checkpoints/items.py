@@ -105,6 +105,11 @@ def find_step(path: Path) -> Path:
             f"{path} is no checkpoint of moi_jax but published weights; make one of them with "
             f"python -m moi_jax.convert import {path} --out CKPT"
         )
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} is no checkpoint of moi_jax but a PEFT adapter; make one of it with "
+            f"python -m moi_jax.convert import {path} --base BASE --out CKPT"
+        )
     raise UserError(
         f"{path} is no checkpoint (no 'parameters' inside); give one that was written by training "
         f"or by python -m moi_jax.convert import"
