@@ -61,8 +61,8 @@ def _targets(model: ModelConfig, pattern: str) -> list[str]:
     found = matching(specs, pattern)
     if not found:
         raise UserError(
-            f"lora.targets: no parameter of the model matches {pattern!r}; --print-sharding "
-            f"lora.rank=0 lists them"
+            f"lora.targets: no parameter of the model matches {pattern!r}; --print-sharding with "
+            f"lora.targets='layers.*.kernel' lists them"
         )
     for path in found:
         module = path.rpartition(".")[0]

@@ -13,7 +13,7 @@ import numpy as np
 from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.first_parameters import first_parameters
 from moi_jax.checkpoints.init_from import open_start
-from moi_jax.checkpoints.items import parameters_fingerprint, read_json_item
+from moi_jax.checkpoints.items import parameters_fingerprint, read_base, read_json_item
 from moi_jax.checkpoints.opener import OpenCheckpoint
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
@@ -33,6 +33,7 @@ from moi_jax.evaluation.prompt_matrix.prompts import (
 from moi_jax.evaluation.prompt_matrix.report import draw_matrix, item_lines, print_matrix
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.models.decoder import Tree
+from moi_jax.models.parameters import add_new_adapters, base_of
 from moi_jax.parallel import hosts
 from moi_jax.parallel.placing import batch_shards
 from moi_jax.text.prompts import resolve_prompt
@@ -132,6 +133,10 @@ def _untrained(
 
     Published weights are read from their import in `cache_dir`.
     """
+    beside = read_base(opened.step)
+    if named is None and began and beside and beside.name == str(began.model.init_from):
+        base = base_of(opened.config, opened.parameters)  # read already, and in memory once
+        return beside.name, add_new_adapters(opened.config, base, 0, opened.dtype, opened.mesh)
     source = named
     if source is None and began is not None:
         source = began.model.init_from
