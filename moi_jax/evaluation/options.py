@@ -44,8 +44,11 @@ class BenchmarkOptions:
     # HumanEval and MBPP
     allow_code_execution: bool = False
     sandbox: Literal["strict", "weak"] = "strict"
+    code_timeout: float = 3.0  # seconds of a program with its tests, as in openai/human-eval
+    code_packages: tuple[str, ...] = ()  # installed packages that programs may import
     # MMLU
     mmlu_method: Literal["generate", "likelihood"] = "generate"
+    mmlu_errors: Literal["keep", "skip"] = "keep"  # questions that MMLU-Redux marks as faulty
     # MT-Bench
     judge: str | None = None  # the name of the judge model at the endpoint
     judge_url: str | None = None
