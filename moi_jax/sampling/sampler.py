@@ -109,13 +109,19 @@ class Sampler:
         """
         return self._bytes(self.slots, self.context)
 
-    def describe(self) -> str:
-        """The memory of the cache in words, for a message before anything is allocated."""
+    def describe(self, requests: Sequence[Request] = ()) -> str:
+        """The memory that is allocated in words, for a message before that.
+
+        Args:
+          requests: of the run; without them the figure is that of the largest possible cache.
+        """
+        rows, length = self._largest(requests) if requests else (self.slots, self.context)
         devices = 1 if self._mesh is None else self._mesh.size
-        size = filesize.decimal(self.cache_bytes)
+        size = filesize.decimal(self._bytes(rows, length))
+        most = "" if requests else "at most "
         each = f" on each of {devices} devices" if devices > 1 else ""
         return (
-            f"cache of {self.slots} x {self.context:,} tokens: at most {size}{each}, and "
+            f"cache of {rows} x {length:,} tokens: {most}{size}{each}, and "
             f"{filesize.decimal(self._layers_bytes())} for the layers' weights once more"
         )
 
@@ -139,22 +145,19 @@ class Sampler:
         """
         waiting: deque[RunningRequest] = deque()
         for index, request in enumerate(requests):
-            length = len(request.prompt)
-            if not length:
+            if not request.prompt:
                 raise UserError(f"request {index} has an empty prompt; it needs at least one token")
-            if length >= self.context:
+            if not self._fits(request):
                 yield index, Completion((), "", "too_long")
             elif request.max_new_tokens < 1:
                 yield index, Completion((), "", "length")
             else:
-                limit = min(length + request.max_new_tokens, self.context)
                 show = partial(on_text, index) if on_text else None
                 stream = TextStream(request, self._decode, show)
-                waiting.append(RunningRequest(index, request, limit, stream))
+                waiting.append(RunningRequest(index, request, self._limit(request), stream))
         if not waiting:
             return
-        longest = self._cache_length(max(one.limit for one in waiting))
-        count = bucket(len(waiting), self._shards, self.slots)
+        count, longest = self._largest([one.request for one in waiting])
         greedy = all(one.request.temperature <= 0 for one in waiting)
         self._check_memory(count, longest)
         with self._on_mesh():
@@ -186,6 +189,20 @@ class Sampler:
                     del running[slot]
                     reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
                     yield one.index, one.stream.complete(reason)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the context has room for an answer."""
+        return len(request.prompt) < self.context
+
+    def _limit(self, request: Request) -> int:
+        """The most tokens that prompt and completion may have together."""
+        return min(len(request.prompt) + request.max_new_tokens, self.context)
+
+    def _largest(self, requests: Sequence[Request]) -> tuple[int, int]:
+        """Rows and length of the largest cache in a run of these requests."""
+        limits = [self._limit(request) for request in requests if self._fits(request)]
+        rows = bucket(len(limits), self._shards, self.slots)
+        return rows, self._cache_length(max(limits, default=1))
 
     def _cache_length(self, tokens: int) -> int:
         """The length of a cache for so many tokens: one of a few, so few shapes are compiled."""

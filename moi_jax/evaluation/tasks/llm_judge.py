@@ -138,7 +138,7 @@ class Judge:
     @property
     def shown_url(self) -> str:
         """The address for logs, messages and results: without a user name and password."""
-        return _without_user(self.url)
+        return without_user(self.url)
 
     def rate(
         self, requests: Sequence[JudgeRequest], answered_by: str, path: Path
@@ -313,7 +313,8 @@ _HINTS = {
 }
 
 
-def _without_user(url: str) -> str:
+def without_user(url: str) -> str:
+    """An address without a user name and password."""
     return re.sub(r"^([^/]*://)?[^/?#]*@", r"\1", url)
 
 
@@ -337,7 +338,7 @@ def make_judge(options: BenchmarkOptions) -> Judge | None:
     address = urlsplit(url)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise UserError(
-            f"--judge-url {_without_user(url)} is not an address such as http://localhost:8000/v1"
+            f"--judge-url {without_user(url)} is not an address such as http://localhost:8000/v1"
         )
     if url == OPENAI and not os.environ.get("OPENAI_API_KEY"):
         raise UserError(
