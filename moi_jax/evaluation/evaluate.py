@@ -97,6 +97,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         mesh=options.mesh,
         chat_template=options.chat_template,
         verify=options.verify,
+        by_layer=_only_generates(request, opened),
     )
     results = held_out = lm_eval = None
     with jax.set_mesh(checkpoint.mesh):
@@ -113,7 +114,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
             session = open_session(checkpoint, request.command)
             results = run_benchmarks(opened.tasks, model, made_by, request.benchmarks, session)
         if opened.lm_eval_tasks:
-            log.info(f"lm-eval: {model.sampler.describe()}")
+            log.info(f"lm-eval: {model.sampler.describe(model.parameters)}")
             from moi_jax.evaluation.harness.run import run_lm_eval
 
             lm_eval = run_lm_eval(opened.lm_eval_tasks, model, made_by, request.benchmarks)
@@ -125,6 +126,13 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
     if report:
         log.info(f"report {report}")
     return EvaluationResult(out, results, held_out, lm_eval, Path(report) if report else None)
+
+
+def _only_generates(request: EvaluationRequest, opened: _Opened) -> bool:
+    """Whether the model is only asked for answers, and for no losses or likelihoods of texts."""
+    items = [item for _, of_task in (*opened.tasks, *opened.prompt_tasks) for item in of_task]
+    losses = HELD_OUT in request.tasks or opened.lm_eval_tasks
+    return not losses and not any(item.choices for item in items)
 
 
 def _report(out: Path, compare: Sequence[Path]) -> str | None:

@@ -13,8 +13,8 @@ TOLD = {"system_prompt", "samples", "temperature", "top_p", "seed", "max_new_tok
 TOLD |= {"limit", "too_long", "shots"}
 INTERVALS = (
     f"Scores go from 0 to 100. Their 95 % intervals are percentile bootstraps over items "
-    f"({RESAMPLES:,} resamples); where all items are right, or all wrong, they are those of Clopper "
-    f"and Pearson."
+    f"({RESAMPLES:,} resamples). Where all items are right, or all are wrong, they are those of "
+    f"Clopper and Pearson."
 )
 
 

@@ -87,7 +87,7 @@ def parameters_digest(step: Path, items: ModelItems) -> str:
     """
     stored = stored_parameters(step, items.model, verify=False)
     lines = [
-        f"{hashlib.sha256(tensor.reshape(-1).view(np.uint8)).hexdigest()}  {name}\n"
+        f"{hashlib.sha256(tensor.reshape(-1).view(np.uint8).data).hexdigest()}  {name}\n"
         for name, tensor in export_tensors(items.model, stored.get)
     ]
     return hashlib.sha256("".join(sorted(lines, key=lambda line: line[66:])).encode()).hexdigest()

@@ -85,7 +85,8 @@ def _generate(
                 waiting.append(place)
                 requests.append(_request(task, item, place, prompt, options))
     if requests:
-        logger.info(f"{task.name}: {len(requests)} answers; {model.sampler.describe(requests)}")
+        memory = model.sampler.describe(model.parameters, requests)
+        logger.info(f"{task.name}: {len(requests)} answers; {memory}")
     for index, completion in model.sampler.run(model.parameters, requests):
         log.add(
             waiting[index],
@@ -142,7 +143,7 @@ def _score_choices(
             else:
                 waiting.append(place)
                 pairs.append(pair)
-    for index, likelihood in model.scorer.run(model.parameters, pairs):
+    for index, likelihood in model.scorer.run(model.stacked, pairs):
         log.add(
             waiting[index],
             [*pairs[index][0], *pairs[index][1]],

@@ -77,7 +77,8 @@ def open_sampler(
     )
     limit = checkpoint.config.seq_length
     longer = f"; the model was made for {limit:,} tokens" if context > limit else ""
-    log.info(f"{checkpoint.step} in {checkpoint.dtype}; {sampler.describe(requests)}{longer}")
+    memory = sampler.describe(checkpoint.parameters, requests)
+    log.info(f"{checkpoint.step} in {checkpoint.dtype}; {memory}{longer}")
     return sampler
 
 

@@ -35,7 +35,8 @@ its result to a reader who has never seen JSON. Name two things which it does no
 class PublishedTensors(Protocol):
     """Published tensors by their names, read one at a time: `TensorFiles`, `GgufCheckpoint`."""
 
-    headers: Mapping[str, Header]
+    @property
+    def headers(self) -> Mapping[str, Header]: ...
 
     def read(self, name: str) -> np.ndarray: ...
 

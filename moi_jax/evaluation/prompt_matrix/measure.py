@@ -73,7 +73,7 @@ def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path)
     dataset = _open_dataset(opened, config)
     table = _prompt_table(dataset, options.paraphrases)
     matrix = _make_matrix(opened, dataset, table, options)
-    models = {TRAINED: opened.parameters}
+    models = {TRAINED: opened.stacked}
     if untrained:
         models[UNTRAINED] = untrained[1]
     sums = _measure(opened, matrix, models)

@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import cannot_write
-from moi_jax.evaluation.reports.charts import bars, color, radar
 from moi_jax.evaluation.methods import INTERVALS, describe_model
+from moi_jax.evaluation.reports.charts import bars, color, radar
 from moi_jax.evaluation.reports.comparison import (
     Comparison,
     Evaluation,
@@ -58,9 +58,7 @@ def write_report(directories: Sequence[Path], out: Path) -> Path:
 
 def _template(name: str) -> jinja2.Template:
     filters = (number, signed, short, brief, color, keys, answer, values)
-    return page_template(
-        Path(__file__).with_name(name), **{one.__name__: one for one in filters}
-    )
+    return page_template(Path(__file__).with_name(name), **{one.__name__: one for one in filters})
 
 
 def _write(path: Path, page: str) -> None:
