@@ -43,7 +43,7 @@ class Session:
         """
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(monotonic() - begun, 1),
+            "seconds": round(monotonic() - begun, 3),
             **tokens,
             "data": data_digests(folder),
             **self.facts,
