@@ -110,8 +110,10 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
             held_out = measure_held_out(checkpoint, request.held_out, out)
         if opened.tasks or opened.lm_eval_tasks:
             log.info(f"{checkpoint.step} in {checkpoint.dtype}; progress in {out}/progress.log")
-        if opened.tasks:
+        session = None
+        if opened.tasks or opened.prompt_tasks:
             session = open_session(checkpoint, request.command)
+        if opened.tasks:
             results = run_benchmarks(opened.tasks, model, made_by, request.benchmarks, session)
         if opened.lm_eval_tasks:
             log.info(f"lm-eval: {model.sampler.describe(model.parameters)}")
@@ -120,7 +122,12 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
             lm_eval = run_lm_eval(opened.lm_eval_tasks, model, made_by, request.benchmarks)
         if opened.prompt_tasks:
             run_under_prompts(
-                opened.prompt_tasks, model, checkpoint.prompts, made_by, request.benchmarks
+                opened.prompt_tasks,
+                model,
+                checkpoint.prompts,
+                made_by,
+                request.benchmarks,
+                session,
             )
     report = hosts.from_main("the report", partial(_report, out, request.compare))
     if report:

@@ -65,6 +65,16 @@ def resize(cache: Cache, length: int) -> Cache:
     return Cache(keys, values, jnp.asarray(length - 1, jnp.int32))
 
 
+def take_rows(cache: Cache, rows: jax.Array) -> Cache:
+    """A cache of some of the rows, int32[m]."""
+
+    def take(layer: jax.Array) -> jax.Array:
+        return constrain(layer[rows], *KV_AXES)
+
+    keys, values = (tuple(map(take, layers)) for layers in (cache.keys, cache.values))
+    return Cache(keys, values, cache.newest)
+
+
 def insert(
     cache: Cache,
     rows: jax.Array,

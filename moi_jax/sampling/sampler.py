@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
@@ -34,6 +34,7 @@ from moi_jax.sampling.slots import (
     empty_slots,
     enter,
     generate_tokens,
+    keep,
 )
 from moi_jax.sampling.text_stream import TextStream
 from moi_jax.text.tokenizer import Tokenizer
@@ -92,6 +93,7 @@ class Sampler:
         self._resize = jax.jit(resize, static_argnums=1)
         self._programs = LayerPrograms(bind, config)
         names = self._programs.names
+        self._keep = jax.jit(keep)
         self._enter = jax.jit(
             lambda outer, *given: enter(bind({**names, **outer}), vocabulary, *given),
             donate_argnums=(1, 2),
@@ -158,31 +160,28 @@ class Sampler:
                 waiting.append(RunningRequest(index, request, self._limit(request), stream))
         if not waiting:
             return
+        # The longest first: prompts of one batch are then of similar length, which pads them least.
+        waiting = deque(sorted(waiting, key=lambda one: one.limit, reverse=True))
         count, longest = self._largest([one.request for one in waiting])
         greedy = all(one.request.temperature <= 0 for one in waiting)
         self._check_memory(count, longest, parameters)
         with self._on_mesh():
             views = self._views(parameters)
             cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
-
         steps = STREAMING_STEPS if on_text else MAX_STEPS
         running: dict[int, RunningRequest] = {}  # by their slots
         while waiting or running:
+            if not waiting and (fewer := self._fewer(len(running), count)):
+                count, kept = fewer, _padded(list(running), fewer)
+                running = dict(enumerate(running.values()))
+                with self._on_mesh():
+                    cache, slots = self._keep(cache, slots, kept)
             free = (slot for slot in range(count) if slot not in running)
             fresh = {slot: waiting.popleft() for slot in islice(free, len(waiting))}
             running |= fresh
-            reach = max(min(one.length + steps, one.limit) for one in running.values())
             max_finished = count // 16 + 1 if waiting else count
             with self._on_mesh():
-                if cache.length != self._cache_length(reach):
-                    cache = self._resize(cache, self._cache_length(reach))
-                for rows, tokens, new in prefill_batches(
-                    fresh, self._shards, count, greedy, self.context
-                ):
-                    prompts = decoding.prefill(
-                        BoundPrograms(self._programs, views), tokens, new.length
-                    )
-                    cache, slots = self._enter(views.outer, cache, slots, rows, new, *prompts)
+                cache, slots = self._admit(views, cache, slots, running, fresh, steps, greedy)
                 live = np.isin(np.arange(count), list(running))
                 cache, slots, written = self._generate(
                     views, cache, slots, live, np.int32(steps), np.int32(max_finished)
@@ -195,6 +194,35 @@ class Sampler:
                     del running[slot]
                     reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
                     yield one.index, one.stream.complete(reason)
+
+    def _admit(
+        self,
+        views: LayerViews,
+        cache: Cache,
+        slots: Slots,
+        running: Mapping[int, RunningRequest],
+        fresh: Mapping[int, RunningRequest],
+        steps: int,
+        greedy: bool,
+    ) -> tuple[Cache, Slots]:
+        """Makes room for `steps` more tokens of all running requests, and lets the fresh ones in."""
+        reach = max(min(one.length + steps, one.limit) for one in running.values())
+        if cache.length != self._cache_length(reach):
+            cache = self._resize(cache, self._cache_length(reach))
+        count = slots.token.shape[0]
+        for rows, tokens, new in prefill_batches(fresh, self._shards, count, greedy, self.context):
+            bound = BoundPrograms(self._programs, views)
+            prompts = decoding.prefill(bound, tokens, new.length)
+            cache, slots = self._enter(views.outer, cache, slots, rows, new, *prompts)
+        return cache, slots
+
+    def _fewer(self, running: int, count: int) -> int:
+        """The number of slots for the last requests, a quarter of `count`; 0 while more run.
+
+        Every number of slots is a program of its own, so there are few.
+        """
+        fewer = round_up(count // 4, self._mesh)
+        return fewer if running and running <= fewer < count else 0
 
     def _views(self, parameters: Tree | LayerViews) -> LayerViews:
         if isinstance(parameters, LayerViews):
@@ -261,6 +289,11 @@ class Sampler:
                         f"{cache / 2**30:.1f} GiB{weights}; {device} has {free / 2**30:.1f} GiB "
                         f"free. Lower slots, context or max_new_tokens"
                     )
+
+
+def _padded(rows: Sequence[int], count: int) -> np.ndarray:
+    """int32[count]: the rows, and the first of them as often as is needed."""
+    return np.array([*rows, *[rows[0]] * (count - len(rows))], np.int32)
 
 
 def make_sampler(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moi_jax.models import decoding
 from moi_jax.models.decoder import Decoder, DecoderLayer, KeysAndValues
-from moi_jax.models.kv_cache import Cache, insert
+from moi_jax.models.kv_cache import Cache, insert, take_rows
 from moi_jax.parallel.axes import constrain
 from moi_jax.sampling.requests import Finish
 from moi_jax.sampling.token_sampling import SamplingParams, sample_tokens
@@ -47,6 +47,11 @@ def empty_slots(rows: int, greedy: bool) -> Slots:
     sampling = SamplingParams(jnp.zeros(rows), zeros, jnp.ones(rows), jnp.zeros(rows, jnp.uint32))
     slots = Slots(zeros, ones, ones, ones, jnp.full(rows, STOP), None if greedy else sampling)
     return _replicated(slots)
+
+
+def keep(cache: Cache, slots: Slots, rows: jax.Array) -> tuple[Cache, Slots]:
+    """The slots `rows`, int32[m], in this order."""
+    return take_rows(cache, rows), _replicated(jax.tree.map(lambda x: x[rows], slots))
 
 
 def enter(

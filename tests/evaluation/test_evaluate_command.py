@@ -249,7 +249,7 @@ def test_a_password_in_the_address_of_a_judge_is_not_kept(place, monkeypatch, tm
 
 
 def test_the_protocol_is_printed_and_nothing_is_run(place, monkeypatch, tmp_path, capsys):
-    """What is printed before is what the report says afterwards, but for what only the run knows."""
+    """It is what the results say afterwards, but for what only the run knows."""
     arguments = ["--tasks", "gsm8k", "--limit", "2", "--max-new-tokens", "4", "--out", tmp_path]
     assert run(place, monkeypatch, *arguments, "--print-protocol") == 0
     printed = capsys.readouterr().out

@@ -412,7 +412,7 @@ def test_the_table_names_all_seven(two, tmp_path: Path):
 
 def test_methods_and_provenance_are_shown_where_results_have_them(two, tmp_path: Path):
     run = {
-        **{"date": "2026-01-02T03:04:05+00:00", "seconds": 61.5, "command": "python -m x --limit 4"},
+        **{"date": "2026-01-02T03:04:05+00:00", "seconds": 61.5, "command": "python -m x"},
         **{"versions": {"moi_jax": "1.2", "jax": "0.10", "code": "cc"}, "commit": "c0ffee"},
         **{"device": "2 x TPU v5p (tpu)", "base": "Qwen/Qwen2.5-7B@77", "values": "f00d"},
         "data": {"test.jsonl": "aa", "dev/ (57 files)": "bb"},
@@ -423,4 +423,4 @@ def test_methods_and_provenance_are_shown_where_results_have_them(two, tmp_path:
     assert "which began from Qwen/Qwen2.5-7B@77, is f00d." in page.text
     assert "gsm8k: 4 items." in page.text
     assert page.row("data")[1] == "test.jsonl aadev/ (57 files) bb"
-    assert page.row("command")[1:] == ["python -m x --limit 4", "–"]
+    assert page.row("command")[1:] == ["python -m x", "–"]

@@ -440,6 +440,40 @@ def test_layers_taken_apart_give_the_same_tokens_and_are_held_once(parameters):
     assert "once more" not in sampler.describe(views)
 
 
+def test_the_last_answers_run_in_fewer_slots_and_their_tokens_are_the_same(parameters, monkeypatch):
+    asked = zip(random_prompts((9, 30, 2, 17, 5, 44, 8, 21, 3)), (9, 70, 4, 8, 60, 3, 2, 5, 6),
+                strict=True)  # fmt: skip
+    requests = [Request(prompt, max_new_tokens=count) for prompt, count in asked]
+    sampler = sampler_of(MODEL, slots=8)
+    kept = []
+    keep = sampler._keep
+
+    def watched(cache, slots, rows):
+        kept.append(len(rows))
+        return keep(cache, slots, rows)
+
+    monkeypatch.setattr(sampler, "_keep", watched)
+    assert tokens_of(sampler, parameters, requests) == plain_greedy(MODEL, parameters, requests)
+    assert kept == [2]
+
+
+def test_the_longest_requests_go_first(parameters, monkeypatch):
+    """Their prompts are then of similar length, so that the batches have little padding."""
+    shapes = []
+    prefill = decoding.prefill
+
+    def watched(model, tokens, lengths):
+        shapes.append((tokens.shape, lengths.tolist()))
+        return prefill(model, tokens, lengths)
+
+    monkeypatch.setattr(decoding, "prefill", watched)
+    prompts = random_prompts((10, 100, 20, 90))
+    requests = [Request(p, max_new_tokens=5) for p in prompts]
+    answers = completions(sampler_of(MODEL, slots=2), parameters, requests)
+    assert shapes == [((2, 128), [100, 90]), ((2, 64), [20, 10])]
+    assert [list(a.tokens) for a in answers] == plain_greedy(MODEL, parameters, requests)
+
+
 def test_the_cache_that_is_told_is_the_one_that_is_made(parameters, monkeypatch):
     """With few and short requests it is far smaller than slots and context allow."""
     sampler = sampler_of(MODEL, slots=16, context=32_768)
