@@ -53,7 +53,7 @@ def describe_task(task: Task, asked: int, items: int, settings: Json, data: Json
       data: the digests of its files.
     """
     files = ", ".join(f"{name} {digest[:16]}" for name, digest in data.items())
-    count = f"{asked:,}" if asked == items else f"{asked:,} of {items:,} evenly spaced"
+    count = f"{asked:,} items" if asked == items else f"{asked:,} of {items:,} items, evenly spaced"
     limit = f"at most {settings['max_new_tokens']:,} new tokens"
     context = f"a context of {settings['context']:,}"
     others = ", ".join(
@@ -62,7 +62,7 @@ def describe_task(task: Task, asked: int, items: int, settings: Json, data: Json
     )  # fmt: skip
     too_long = {"fail": "counts as wrong", "skip": "is left out"}[settings["too_long"]]
     sentences = [
-        f"{task.name}: {count} items (sha256 of the files: {files or 'none'})",
+        f"{task.name}: {count} (sha256 of the files: {files or 'none'})",
         f"{describe_sampling(task, settings)}, {limit} in {context} tokens, {_shots(settings)}",
         *([task.scoring] if task.scoring else []),
         f"An item that does not fit the context {too_long}",

@@ -1,6 +1,7 @@
 """What made the figures of a task: code, machine, weights, data and command, for results.json."""
 
 import hashlib
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import jax
 import numpy as np
 
 from moi_jax.checkpoints.hf.weights import export_tensors
@@ -63,7 +63,7 @@ def open_session(checkpoint: OpenCheckpoint, command: str | None) -> Session:
         "versions": code_versions(),
         "commit": code_commit(),
         "device": f"{checkpoint.mesh.size} x {devices[0].device_kind} ({devices[0].platform})",
-        "machine": f"{platform.system()} {platform.machine()}, jax backend {jax.default_backend()}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "base": _base(items),
         "values": hosts.from_main(
             "the digest of the parameters", lambda: parameters_digest(checkpoint.step, items)

@@ -163,9 +163,12 @@ def describe(summary: Json) -> str:
         means = ", ".join(f"{name} {metric['mean']:.3f}" for name, metric in metrics)
         return f"no score; {means or 'nothing was measured'} over {summary['items']} items"
     low, high = summary["interval"]
-    failures = ", ".join(f"{count} {kind}" for kind, count in summary["failures"].items())
     line = f"{summary['score']:.1f} ({low:.1f} to {high:.1f}) over {summary['items']} items"
-    return f"{line}; {failures}" if failures else line
+    outcomes = summary.get("outcomes", {})  # results of older versions have none
+    more = {kind: count for kind, count in summary["failures"].items() if kind not in outcomes}
+    for counts in filter(None, (outcomes, more)):
+        line += "; " + ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    return line
 
 
 def read_results(path: Path) -> Json:

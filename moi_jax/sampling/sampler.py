@@ -205,7 +205,7 @@ class Sampler:
         steps: int,
         greedy: bool,
     ) -> tuple[Cache, Slots]:
-        """Makes room for `steps` more tokens of all running requests, and lets the fresh ones in."""
+        """Makes room for `steps` more tokens of all running requests, and enters the fresh ones."""
         reach = max(min(one.length + steps, one.limit) for one in running.values())
         if cache.length != self._cache_length(reach):
             cache = self._resize(cache, self._cache_length(reach))

@@ -237,7 +237,7 @@ def test_results_say_what_made_them(place, monkeypatch, tmp_path):
     assert made["values"] == hashlib.sha256(listed.encode()).hexdigest()
     page = (tmp_path / "report.html").read_text()
     assert made["values"] in page
-    assert "2 of 5 evenly spaced items" in page
+    assert "2 of 5 items, evenly spaced" in page
 
 
 def test_a_password_in_the_address_of_a_judge_is_not_kept(place, monkeypatch, tmp_path):
@@ -264,7 +264,7 @@ def test_the_protocol_is_printed_and_nothing_is_run(place, monkeypatch, tmp_path
     ):
         assert words in model
     for words in (
-        "gsm8k: 2 of 5 evenly spaced items",
+        "gsm8k: 2 of 5 items, evenly spaced",
         "One greedy answer to each, at most 4 new tokens",
         "without worked examples",
         "its last number equals the gold one",
