@@ -29,7 +29,8 @@ def run_under_prompts(
 ) -> Path:
     """Runs the tasks under each prompt and writes a report that compares the prompts.
 
-    The results of a prompt are in options.out/prompts/NAME, the report is beside them.
+    The results of a prompt are in options.out/prompts/NAME, the report is beside them, and the
+    pages of all items are in options.out/prompt_items.
 
     Args:
       tasks: each with all of its items.
@@ -54,6 +55,6 @@ def run_under_prompts(
         directories.append(own_options.out)
     report = options.out / "prompts" / "report.html"
     if hosts.is_main():
-        write_report(directories, report)
+        write_report(directories, report, items="../prompt_items")
     log.info(f"report {report}")
     return report

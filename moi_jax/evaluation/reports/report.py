@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from moi_jax.reports.page import page_template
 LONGEST = 3000  # characters of a text that are shown
 
 
-def write_report(directories: Sequence[Path], out: Path) -> Path:
+def write_report(directories: Sequence[Path], out: Path, items: str = "items") -> Path:
     """Writes one page about the results in the directories and returns its path.
 
-    The others are compared with the first directory. The same files give the same bytes. Pages
-    with every item of a task are in the folder "items" beside `out`.
+    The others are compared with the first directory. The same files give the same bytes.
+
+    Args:
+      items: the folder of the pages with every item of a task, as seen from the page.
 
     Raises:
       UserError: a directory has no results.json, a file is damaged, or `out` cannot be written.
@@ -41,19 +44,24 @@ def write_report(directories: Sequence[Path], out: Path) -> Path:
     for task in tasks:
         if page := pages.get(task.name):
             text = _template("items.html.jinja").render(
-                evaluations=evaluations, task=task, page=page, summary=out.name
+                evaluations=evaluations, task=task, page=page, summary=_back(out, items)
             )
-            _write(out.parent / "items" / f"{task.name}.html", text)
+            _write(out.parent / items / f"{task.name}.html", text)
     text = _template("report.html.jinja").render(
         evaluations=evaluations,
         tasks=tasks,
         charts=charts(tasks),
-        pages=list(pages),
+        pages={name: f"{items}/{name}.html" for name in pages},
         not_run=[name for name in PAPER_TASKS if name not in {task.name for task in tasks}],
         methods=[(one.name, told) for one in evaluations if (told := methods(one))],
     )
     _write(out, text)
     return out
+
+
+def _back(page: Path, items: str) -> str:
+    """The page as seen from the folder of its items."""
+    return Path(os.path.relpath(page, page.parent / items)).as_posix()
 
 
 def _template(name: str) -> jinja2.Template:
