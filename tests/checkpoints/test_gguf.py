@@ -340,8 +340,9 @@ def test_a_checkpoint_is_verified_against_the_gguf_file_it_came_from(tmp_path):
     path = write(tmp_path / "m.gguf", "llama", tensors, tokenizer=metadata)
     import_checkpoint(path, tmp_path / "ckpt")
     report = verify_checkpoint(tmp_path / "ckpt", path)
-    assert (report["verdict"], report["tensors"]["matched"]) == ("equal", len(tensors)), report
-    assert report["logits"]["max_abs"] is not None
+    assert report["tensors"]["matched"] == len(tensors)
+    assert report["logits"]["max_abs"] < 1e-3
+    assert report["verdict"] == "equal", report
     assert "chat template" in report["not_checked"][0]
 
     tensors["blk.1.ffn_up.weight"] = tensors["blk.1.ffn_up.weight"].copy()
