@@ -119,6 +119,7 @@ class EvaluationRequest:
       lm_eval_tasks: tasks, groups or tags of lm-evaluation-harness.
       lm_eval_include: a directory of further task files for lm-evaluation-harness.
       compare: directories of other results that report.html shows beside these.
+      command: the line that asked for it, for results.json; None where a program did.
     """
 
     checkpoint: Path
@@ -130,6 +131,7 @@ class EvaluationRequest:
     lm_eval_tasks: tuple[str, ...] = ()
     lm_eval_include: Path | None = None
     compare: tuple[Path, ...] = ()
+    command: str | None = None
 
 
 def check_request(request: EvaluationRequest) -> None:
