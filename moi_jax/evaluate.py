@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 
 from moi_jax.cli.arguments import (
@@ -43,7 +45,7 @@ def main() -> int:
 
     from moi_jax.common.log import show_logs
     from moi_jax.config import Cluster
-    from moi_jax.evaluation.evaluate import default_directory, evaluate
+    from moi_jax.evaluation.evaluate import default_directory, describe_protocol, evaluate
     from moi_jax.parallel.hosts import process_index
 
     show_logs(warnings_to_stderr=True, process_index=process_index)
@@ -52,8 +54,21 @@ def main() -> int:
     if args.out is None:
         args.out = default_directory(args.checkpoint)
         request = _request(args)
+    if args.print_protocol:
+        print(describe_protocol(request, jax.devices()[0].platform))
+        return 0
     evaluate(request, jax.devices())
     return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The line that repeats this evaluation; an address of a judge is without its password."""
+    line = shlex.join(["python", "-m", "moi_jax.evaluate", *sys.argv[1:]])
+    if args.judge_url:
+        from moi_jax.evaluation.tasks.llm_judge import without_user
+
+        line = line.replace(args.judge_url, without_user(args.judge_url))
+    return line
 
 
 def _request(args: argparse.Namespace) -> EvaluationRequest:
@@ -77,6 +92,7 @@ def _request(args: argparse.Namespace) -> EvaluationRequest:
             mesh=args.mesh,
             chat_template=args.chat_template,
             verify=args.verify,
+            base=args.base,
             system_prompt=args.system,
             system_block=not args.no_system,
             slots=args.slots,
@@ -92,6 +108,7 @@ def _request(args: argparse.Namespace) -> EvaluationRequest:
         lm_eval_tasks=args.lm_eval or (),
         lm_eval_include=args.include_path,
         compare=tuple(args.compare),
+        command=_command(args),
     )
 
 
@@ -128,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="DIR",
         help="results of other checkpoints, shown in report.html for comparison",
+    )
+    parser.add_argument(
+        "--print-protocol",
+        action="store_true",
+        help="print what would be run, as a methods paragraph, and run nothing",
     )
     _add_model(parser.add_argument_group("the model"))
     _add_generation(parser.add_argument_group("generation"))

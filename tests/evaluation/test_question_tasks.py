@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from statistics import fmean
@@ -347,6 +348,13 @@ def test_comparison_with_nonsense_is_no(answer: str, equivalence: Equivalence):
 def equivalence():
     with Equivalence() as equivalence:
         yield equivalence
+
+
+def test_ctrl_c_does_not_reach_the_process_that_compares(equivalence: Equivalence):
+    """A terminal sends it to all processes of a session; this one would print a traceback."""
+    assert equivalence.equal("3", "6/2") is True
+    assert equivalence._worker is not None
+    assert os.getsid(equivalence._worker.pid) == equivalence._worker.pid
 
 
 # MMLU

@@ -25,6 +25,7 @@ class HumanEval(CodeTask):
 
     name = "humaneval"
     files = "humaneval/HumanEval.jsonl.gz (or HumanEval.jsonl) from github.com/openai/human-eval"
+    scoring = "An answer is right if its program passes all tests in the sandbox (pass@1)"
     published_sizes = (164,)
 
     def load(self) -> list[Item]:

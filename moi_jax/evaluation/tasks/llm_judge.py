@@ -74,7 +74,7 @@ class Judge:
     @property
     def shown_url(self) -> str:
         """The address for logs, messages and results: without a user name and password."""
-        return _without_user(self.url)
+        return without_user(self.url)
 
     def rate(
         self, requests: Sequence[JudgeRequest], answered_by: str, path: Path
@@ -250,7 +250,8 @@ _HINTS = {
 }
 
 
-def _without_user(url: str) -> str:
+def without_user(url: str) -> str:
+    """An address without a user name and password."""
     return re.sub(r"^([^/]*://)?[^/?#]*@", r"\1", url)
 
 
@@ -282,7 +283,7 @@ def make_judge(options: BenchmarkOptions) -> Judge | None:
     address = urlsplit(url)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise UserError(
-            f"--judge-url {_without_user(url)} is not an address such as http://localhost:8000/v1"
+            f"--judge-url {without_user(url)} is not an address such as http://localhost:8000/v1"
         )
     if not judgments_path(options.out, options.judge).is_file():  # else nothing may be to ask
         _check_key(url)

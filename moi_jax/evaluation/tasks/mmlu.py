@@ -41,6 +41,7 @@ class MMLU(Task):
         "mmlu/test/SUBJECT_test.csv, and for --shots mmlu/dev/SUBJECT_dev.csv, from data.tar of "
         "github.com/hendrycks/test; or the subjects of MMLU-Redux as CSV with a header"
     )
+    scoring = "An answer is right if the letter that it chooses is the gold one"
     takes_shots = True
     published_sizes = (14042,)
 

@@ -48,6 +48,9 @@ class MTBench(Task):
         f"mt_bench/question.jsonl, mt_bench/judge_prompts.jsonl and mt_bench/{REFERENCES}, all "
         "from lm-sys/FastChat, fastchat/llm_judge/data"
     )
+    scoring = "A judge rates both answers from 1 to 10; the score is ten times the mean rating"
+    rated = True
+    own_temperature = "at the temperature of its category (0 to 0.7)"
     max_new_tokens = 1024
     published_sizes = (QUESTIONS,)
 
