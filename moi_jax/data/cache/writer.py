@@ -292,7 +292,7 @@ class BlockWriter:
             "bytes": {name: (self.directory / name).stat().st_size for name in (RECORDS, *arrays)},
         }
         (self.directory / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
-        write_sums(self.directory, (*arrays, COUNTS))
+        write_sums(self.directory, (RECORDS, *arrays, COUNTS))
 
 
 def _batches(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
