@@ -26,17 +26,19 @@ def folders_among(names: Iterable[str]) -> tuple[set[str], set[str]]:
 
 
 def send_folder(store: Store, name: str, folder: Path) -> None:
-    """Sends a local folder; what the store has under its name is replaced.
+    """Sends a local folder: the files of its checksums, and those beside them that are for people.
+
+    What the store has under its name is replaced.
 
     Raises:
       OSError: a file of the folder cannot be read, or is gone.
       UserError: see `Store`.
     """
+    sums = (folder / SUMS).read_bytes()
+    names = {*read_sums(folder), *(each.name for each in folder.iterdir() if each.is_file())}
     delete_folder(store, name)
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    files.remove(folder / SUMS)
-    store.send((f"{name}/{file.relative_to(folder).as_posix()}", file) for file in files)
-    store.send([(f"{name}/{SUMS}", folder / SUMS)])
+    store.send((f"{name}/{each}", folder / each) for each in sorted(names - {SUMS}))
+    store.write(f"{name}/{SUMS}", sums)
 
 
 def delete_folder(store: Store, name: str) -> None:
@@ -71,7 +73,7 @@ def fetch_folder(store: Store, name: str, folder: Path) -> None:
 
 
 def _fetch(store: Store, name: str, part: Path) -> None:
-    """Fetches the files that the checksums name, and those beside them that are for people."""
+    """Fetches the files that `send_folder` sends."""
     store.fetch([(f"{name}/{SUMS}", part / SUMS)])
     try:
         files = set(read_sums(part))

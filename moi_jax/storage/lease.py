@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import threading
+from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any
 
@@ -32,7 +33,7 @@ class Lease:
       continued: whether the same owner held it last, so that nobody has written since then.
     """
 
-    def __init__(self, store: Store, owner: str, stale_seconds: float = STALE_SECONDS):
+    def __init__(self, store: Store, owner: str, stale_seconds: float):
         """Takes the lease; waits up to `stale_seconds` for the heartbeat of a holder.
 
         Args:
@@ -47,24 +48,35 @@ class Lease:
         self.continued = False
         self._version = self._take()
         self._renewed = monotonic()
-        self._failure: UserError | None = None
-        self._released = threading.Event()
+        self._failure: Exception | None = None
+        self._renewing, self._released = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._renew_always, daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises UserError if another writer may have taken the lease, or the store has failed."""
+        """Raises UserError if another writer has taken the lease, or the store has failed."""
         if self._failure:
             raise self._failure
-        if monotonic() - self._renewed > self._stale_seconds:
-            raise UserError(self._lost("this process was held up for too long"))
+
+    def hold(self) -> None:
+        """Returns if the lease is held now: call it before something is written.
+
+        Raises:
+          UserError: as `check`.
+        """
+        with self._renewing:
+            self.check()
+            # It is older where this process was suspended, or the store did not answer.
+            if monotonic() - self._renewed > self._stale_seconds / 2:
+                self._renew()
 
     def release(self) -> None:
         """Lets others write. A lease that was lost stays with its new holder."""
         self._released.set()
         self._thread.join()
         if not self._failure:
-            self._version = self._write(self._version, released=True) or self._version
+            with suppress(UserError):  # it becomes stale by itself
+                self._write(self._version, released=True)
 
     def _take(self) -> Version:
         """Writes the object over a lease that is free, our own, or stale."""
@@ -95,17 +107,21 @@ class Lease:
 
     def _renew_always(self) -> None:
         while not self._released.wait(self._stale_seconds / BEATS):
-            try:
-                self._renew()
-            except UserError as error:
-                self._failure = error
-                return
+            with self._renewing:
+                try:
+                    self._renew()
+                except Exception as error:  # told by the next `check`, whatever it is
+                    self._failure = error
+                    return
 
     def _renew(self) -> None:
         started = monotonic()
         written = self._write(self._version)
         if written is None:
-            raise UserError(self._lost("another run has taken it over"))
+            raise UserError(
+                f"another run has taken over {self._store.url} since this one was held up; wait "
+                f"for its end, then give the same command again"
+            )
         self._version, self._renewed = written, started
 
     def _write(self, before: Version, released: bool = False) -> Version | None:
@@ -117,12 +133,6 @@ class Lease:
         # A write whose answer was lost is tried again, and then finds its own object.
         now = self._store.version(LEASE)
         return now if now.content == content else None
-
-    def _lost(self, why: str) -> str:
-        return (
-            f"the lease of {self._store.url} is lost: {why}; the run ends with what it has saved. "
-            f"Give the same command again when no other run writes there"
-        )
 
 
 def _read(version: Version) -> dict[str, Any]:

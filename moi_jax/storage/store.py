@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 60.0  # seconds
 TELL_EVERY = 60.0  # seconds
 # A transfer without a byte for so long has failed, as one to a host that is gone. Seconds.
-SILENCE = "30"
+SILENCE = "15"
 # Files that are sent or fetched at once; each is in memory as a whole.
 AT_ONCE = 4
 # What may pass by itself, as the status codes of tensorstore name it.
@@ -67,7 +67,10 @@ class Store:
         """
         self.url = location_text(place)
         self._patience = patience
-        self._objects = _open(place)
+        try:
+            self._objects = _open(place)
+        except ValueError as error:
+            raise UserError(f"{self.url} cannot be opened: {_short(error)}") from None
         self._told = -TELL_EVERY
 
     def version(self, name: str) -> Version:
@@ -149,9 +152,7 @@ class Store:
             try:
                 return start().result()
             except ValueError as error:
-                code, _, what = str(error).partition(":")
-                # What follows in brackets are parts of the answer.
-                what = " ".join(what.partition(" [")[0].split())[:200]
+                code, _, what = _short(error).partition(": ")
             if code not in PASSING:
                 raise UserError(f"cannot {verb} {place}: {what or code}; {_way_out(code)}")
             if monotonic() + pause > deadline:
@@ -167,6 +168,11 @@ class Store:
         if monotonic() - self._told >= TELL_EVERY:
             self._told = monotonic()
             log.warning(line)
+
+
+def _short(error: ValueError) -> str:
+    """The code of an error of tensorstore and its reason, without the answer that it quotes."""
+    return " ".join(str(error).partition(" [")[0].split())[:200]
 
 
 def _way_out(code: str) -> str:
@@ -191,7 +197,7 @@ def _open(place: Path) -> Any:
 
     scheme, bucket, path = url_parts(place)
     # Few: the pauses between the tries, and telling of them, are ours.
-    retries = {"max_retries": 2, "initial_delay": "100ms", "max_delay": "1s"}
+    retries = {"max_retries": 1, "initial_delay": "100ms", "max_delay": "1s"}
     spec: dict[str, Any] = {"bucket": bucket, "path": f"{path}/" if path else ""}
     if scheme == "gs":
         spec |= {"driver": "gcs", "context": {"gcs_request_retries": retries}}

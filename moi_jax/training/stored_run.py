@@ -6,6 +6,7 @@ one has written since.
 """
 
 import logging
+import os
 import shutil
 import threading
 import uuid
@@ -19,7 +20,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.common.locations import is_url
 from moi_jax.config import Config
 from moi_jax.parallel import hosts
-from moi_jax.storage.lease import LEASE, Lease
+from moi_jax.storage.lease import LEASE, STALE_SECONDS, Lease
 from moi_jax.storage.store import Store
 from moi_jax.training.run_directory import LOCK, OWNER
 
@@ -55,7 +56,7 @@ class StoredRun(LocalRun):
         self._store, self._steps, self._lease = store, steps, lease
         self._directory = directory
         self._sent: dict[Path, tuple[int, int]] = {}  # file -> its state when it was sent
-        self._failure: UserError | None = None
+        self._failure: Exception | None = None
         self._sending = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._send_always, daemon=True)
@@ -69,11 +70,11 @@ class StoredRun(LocalRun):
     def send(self) -> None:
         with self._sending:
             self.check()
+            self._lease.hold()
             # Listed first: the metrics up to a step must be in the store before the step is.
             steps = all_steps(self._directory / STEPS)
-            for file in self._directory.rglob("*"):
-                if _is_sent(file.relative_to(self._directory)) and file.is_file():
-                    self._send_file(file)
+            for file in self._files():
+                self._send_file(file)
             self._steps.send(steps)
 
     def end(self) -> None:
@@ -85,9 +86,17 @@ class StoredRun(LocalRun):
         while not self._ended.wait(SEND_SECONDS):
             try:
                 self.send()
-            except UserError as error:
+            except Exception as error:  # told by the next `check`, whatever it is
                 self._failure = error
                 return
+
+    def _files(self) -> Iterator[Path]:
+        """The files beside the steps; the folders of these come and go."""
+        for folder, folders, names in os.walk(self._directory):
+            folders[:] = [name for name in folders if name != STEPS]
+            for name in names:
+                if _is_sent((Path(folder) / name).relative_to(self._directory)):
+                    yield Path(folder) / name
 
     def _send_file(self, file: Path) -> None:
         """Sends a file if it has changed since it was sent."""
@@ -119,7 +128,7 @@ def stored_run(
     store, steps = Store(place, patience), StoredSteps(place, patience)
     _check_place(store, fresh)
     log.info(f"{store.url}: the run works in its local copy {directory}")
-    lease = Lease(store, _owner(directory))
+    lease = Lease(store, _owner(directory), STALE_SECONDS)
     try:
         if not lease.continued:
             _fetch(store, steps, directory, strict_resume)

