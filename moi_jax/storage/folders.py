@@ -79,10 +79,10 @@ def _fetch(store: Store, name: str, part: Path) -> None:
         files = set(read_sums(part))
     except ValueError as error:
         raise DamagedFolder(str(error)) from None
-    if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
-        raise DamagedFolder(f"{SUMS} names a file outside of its folder")
     others = {each.removeprefix(f"{name}/") for each in store.names(f"{name}/")} - {SUMS}
     files |= {other for other in others if "/" not in other}
+    if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
+        raise DamagedFolder("the name of a file leads out of its folder")
     store.fetch((f"{name}/{file}", part / file) for file in sorted(files))
 
 

@@ -1,6 +1,10 @@
 """Runs whose directory is in an object store: resumed on another machine, stopped, damaged."""
 
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -108,25 +112,31 @@ def test_a_run_ends_with_its_state_when_the_store_is_gone(
     assert stored_steps(s3, "gone") == ["9", "10"]
 
 
-class _closing:
-    """For `train(stop=...)`: cuts the store off after a step, until the run has ended."""
+def test_a_run_goes_on_while_the_store_fails_for_a_while(s3, config, uninterrupted):
+    run = config(s3.url("outage"), checkpoint={"every": 3, "retry_seconds": 60})
+    result = train_here(run, stop=_closing(s3, after=4, seconds=3), make_evaluations=None)
+    same_run(result.directory, uninterrupted)
+    assert stored_steps(s3, "outage") == ["9", "10"]
+    assert s3.get("outage/report.html") == result.report.read_bytes()
 
-    def __init__(self, server, after: int):
-        self._closed, self._steps, self._after = server.proxy.closed(), 0, after
 
-    def __enter__(self):
-        return self._should_stop
+@contextmanager
+def _closing(server, after: int, seconds: float | None = None) -> Iterator[Callable[[], bool]]:
+    """For `train(stop=...)`: the store is gone after a step, for seconds, or until the run ends."""
+    with ExitStack() as closed:
+        asked = count(1)
 
-    def _should_stop(self) -> bool:
-        self._steps += 1
-        if self._steps == self._after:
-            self._closed.__enter__()
-        if self._steps > self._after:
-            threading.Event().wait(2)  # a step that lasts longer than the retries
-        return False
+        def should_stop() -> bool:
+            step = next(asked)
+            if step == after:
+                closed.enter_context(server.proxy.closed())
+                if seconds:
+                    threading.Timer(seconds, closed.close).start()
+            if step > after and not seconds:
+                time.sleep(2)  # longer than the store is tried again
+            return False
 
-    def __exit__(self, *error):
-        self._closed.__exit__(*error)
+        yield should_stop
 
 
 def test_a_second_run_is_refused(s3, config, machine):
@@ -153,7 +163,7 @@ def test_objects_that_are_no_run_are_left_alone(s3, config):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("s3://", "names no"),
+        ("s3://", "s3:// is no place in an object store; write s3://BUCKET/PATH"),
         ("gs://bucket/../other", "without '..'"),
         ("az://bucket/run", "az:// is no store that is supported; these are: gs:// and s3://"),
     ],
