@@ -32,7 +32,7 @@ class StoredSteps:
     def fetch(self, folder: Path, strict: bool) -> None:
         """Fetches all whole steps into a local folder that has none.
 
-        Those that are damaged are named and set aside, uploads that were cut off are deleted.
+        Those that are damaged are named and set aside.
 
         Args:
           strict: refuse to go back to an older step.
@@ -41,7 +41,7 @@ class StoredSteps:
           UserError: no sound step is left, or `strict` is set and the newest step is damaged.
             Nothing is changed in the store. Or see `Store`.
         """
-        whole, cut_off = self._steps()
+        whole, _ = self._steps()
         damaged: dict[str, DamagedFolder] = {}
         for step in whole:
             try:
@@ -52,11 +52,6 @@ class StoredSteps:
         self._check(whole, damaged, strict)
         for step, wrong in damaged.items():
             self._set_aside(step, wrong, sound=next(s for s in whole if s not in damaged))
-        for step in cut_off:
-            log.warning(
-                f"the upload of checkpoint {step} to {self._store.url} was cut off; deleted"
-            )
-            delete_folder(self._store, step)
 
     def send(self, steps: list[Path]) -> None:
         """Makes the store hold the local steps of the run, and no others.
@@ -68,8 +63,7 @@ class StoredSteps:
           UserError: see `Store`.
         """
         if self._sent is None:
-            whole, _ = self._steps()
-            self._sent = {step: self._store.read(f"{step}/{SUMS}") or b"" for step in whole}
+            self._sent = self._look()
         for step in sorted(steps, key=lambda step: int(step.name)):
             try:
                 sums = (step / SUMS).read_bytes()
@@ -78,10 +72,19 @@ class StoredSteps:
                     self._sent[step.name] = sums
             except FileNotFoundError:  # retention was faster
                 delete_folder(self._store, step.name)
+                self._sent.pop(step.name, None)
         kept = {step.name for step in steps} & self._sent.keys()
         for name in self._sent.keys() - kept if kept else ():
             delete_folder(self._store, name)
             del self._sent[name]
+
+    def _look(self) -> dict[str, bytes]:
+        """The whole steps in the store, with their checksums; the others are deleted."""
+        whole, cut_off = self._steps()
+        for step in cut_off:
+            log.warning(f"checkpoint {step} in {self._store.url} was not sent to its end; deleted")
+            delete_folder(self._store, step)
+        return {step: self._store.read(f"{step}/{SUMS}") or b"" for step in whole}
 
     def _steps(self) -> tuple[list[str], list[str]]:
         """The whole steps, the newest first, and those that were cut off."""

@@ -84,7 +84,7 @@ def test_a_folder_that_was_cut_off_is_none(s3, folder):
         (lambda s3: s3.put(f"damaged/f/{SUMS}", b"nonsense"), "is not a list of checksums"),
         (
             lambda s3: s3.put(f"damaged/f/{SUMS}", b"0" * 64 + b"  ../out\n"),
-            "outside of its folder",
+            "leads out of its folder",
         ),
     ],
 )

@@ -7,6 +7,7 @@ are tested with s3 alone.
 
 import importlib.util
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -29,45 +30,49 @@ def missing(scheme: str) -> list[str]:
 
 
 class Proxy:
-    """Passes connections on to a port; `closed` cuts them off and refuses new ones."""
+    """Passes connections on to a port; while `closed` it cuts off those there and new ones."""
 
     def __init__(self, target: int):
-        self._target, self._open = target, []
-        self._listen(0)
+        self._target, self._passing = target, True
+        self._ends: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        self._listener.shutdown(socket.SHUT_RDWR)  # else the thread would accept one more
-        self._listener.close()
-        for connection in self._open:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._open.clear()
+        self._passing = False
+        for end in self._ends:
+            _cut(end)
+        self._ends.clear()
         yield
-        self._listen(self.port)
+        self._passing = True
 
-    def _listen(self, port: int) -> None:
-        self._listener = socket.create_server(("127.0.0.1", port))
-        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
-
-    def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):  # it is closed
-            while True:
-                client, _ = listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
-                self._open += [client, server]
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=_pass_on, args=pair, daemon=True).start()
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            if not self._passing:
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self._target))
+            self._ends += [client, server]
+            if not self._passing:  # closed since then
+                _cut(client)
+            for pair in ((client, server), (server, client)):
+                threading.Thread(target=_pass_on, args=pair, daemon=True).start()
 
 
 def _pass_on(source: socket.socket, target: socket.socket) -> None:
     with suppress(OSError):
         while content := source.recv(2**16):
             target.sendall(content)
-    for end in (source, target):
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
+    _cut(source)
+    _cut(target)
+
+
+def _cut(end: socket.socket) -> None:
+    with suppress(OSError):  # the other side was faster
+        end.shutdown(socket.SHUT_RDWR)
 
 
 class ObjectStore:
@@ -207,5 +212,8 @@ def _environment(scheme: str, port: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """A port below those that the system gives to connections, so that none takes it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
