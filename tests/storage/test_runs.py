@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import moi_jax
+from moi_jax.checkpoints.items import find_step
 from moi_jax.checkpoints.stored_steps import ASIDE
 from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import LOST, Unreachable, UserError
-from moi_jax.common.home import expand_home
 from moi_jax.config.load import load_config
 from moi_jax.storage.lease import Lease
 from moi_jax.storage.store import Store
@@ -41,8 +40,14 @@ def often(monkeypatch):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
+    """Parameters and metrics of the same run in a local directory."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    return train_here(small_config(directory), make_evaluations=None).directory
+    run = train_here(small_config(directory), make_evaluations=None).directory
+    return parameters(run), metrics(run)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [lasting(record) for record in records(run / "metrics.jsonl")]
 
 
 @pytest.fixture
@@ -55,20 +60,16 @@ def config(tmp_path):
     return write
 
 
-def same_run(directory: Path, whole: Path) -> None:
-    """Asserts that parameters and metrics are those of the run that nothing has interrupted."""
-    same_parameters(parameters(directory), parameters(whole))
-    ours, theirs = (records(run / "metrics.jsonl") for run in (directory, whole))
-    assert [lasting(record) for record in ours] == [lasting(record) for record in theirs]
-
-
 def stored_steps(server, run: str) -> list[str]:
     names = server.names(f"{run}/checkpoints/")
     return sorted({n.split("/")[2] for n in names if n.endswith(SUMS)}, key=int)
 
 
 def test_a_run_goes_on_exactly_on_a_fresh_machine(s3, config, machine, uninterrupted, log_text):
-    """It stops after step 7; the newest of its checkpoints, 6 and 7, is damaged in the store."""
+    """It stops after step 7; the newest of its checkpoints, 6 and 7, is damaged in the store.
+
+    While it goes on, the store fails for a while.
+    """
     run = config(s3.url("exact"))
     assert train_here(run, stop=stop_after(7), make_evaluations=None).step == 7
     assert stored_steps(s3, "exact") == ["6", "7"]
@@ -77,47 +78,36 @@ def test_a_run_goes_on_exactly_on_a_fresh_machine(s3, config, machine, uninterru
     s3.put(damaged, content[:-1] + bytes([content[-1] ^ 1]))
     s3.put("exact/checkpoints/8/parameters/manifest.ocdbt", b"of an upload that was cut off")
     machine("second")
-    result = train_here(run, make_evaluations=None)
-    assert "checkpoint 7 in s3://bucket/exact/checkpoints is damaged" in log_text.getvalue()
-    assert f"renamed to {ASIDE}; the run goes on from step 6 and repeats 1" in log_text.getvalue()
-    assert "checkpoint 8 in s3://bucket/exact/checkpoints was not sent to its end" in (
-        log_text.getvalue()
-    )
-    same_run(result.directory, uninterrupted)
+    result = train_here(run, stop=_closing(s3, after=2, seconds=2), make_evaluations=None)
+    said = log_text.getvalue()
+    assert "checkpoint 7 in s3://bucket/exact/checkpoints is damaged" in said
+    assert f"renamed to {ASIDE}; the run goes on from step 6 and repeats 1" in said
+    assert "checkpoint 8 in s3://bucket/exact/checkpoints was not sent to its end" in said
+    assert "trying again for 60 s" in said
+    assert SECRET not in said
     assert stored_steps(s3, "exact") == ["9", "10"]
-    assert f"exact/checkpoints/7/{ASIDE}" in s3.names("exact/checkpoints/7/")
-    assert s3.get("exact/metrics.jsonl") == (result.directory / "metrics.jsonl").read_bytes()
-    assert "run_dir: s3://bucket/exact\n" in s3.get("exact/config.yaml").decode()
+    assert metrics(result.directory) == uninterrupted[1]
+    for name in ("metrics.jsonl", "report.html", "config.yaml"):
+        assert s3.get(f"exact/{name}") == (result.directory / name).read_bytes()
+    assert b"run_dir: s3://bucket/exact\n" in s3.get("exact/config.yaml")
     # Who only reads it needs no local directory of the run.
     machine("third")
-    same_parameters(parameters(s3.place("exact")), parameters(uninterrupted))
-    assert moi_jax.load(s3.place("exact/checkpoints/9"))
-    assert SECRET not in log_text.getvalue()
+    same_parameters(parameters(s3.place("exact")), uninterrupted[0])
+    assert find_step(s3.place("exact/checkpoints/9")).name == "9"
 
 
-def test_a_run_ends_with_its_state_when_the_store_is_gone(
-    s3, config, machine, uninterrupted, log_text
-):
+def test_a_run_ends_with_its_state_when_the_store_is_gone(s3, config, uninterrupted, log_text):
     run = config(s3.url("gone"), checkpoint={"every": 3, "retry_seconds": 1})
     with pytest.raises(Unreachable) as error:
         train_here(run, stop=_closing(s3, after=4), make_evaluations=None)
     assert error.value.exit_status == LOST
     assert "give the same command again when the store works" in str(error.value)
-    local = expand_home(s3.place("gone"))
-    assert (local / "checkpoints" / "3" / SUMS).is_file()
-    result = train_here(run, make_evaluations=None)
-    assert "resuming from step" in log_text.getvalue()
+    result = train_here(run, "checkpoint.retry_seconds=60", make_evaluations=None)
+    assert "resuming from step 3 in " in log_text.getvalue()
     assert "fetching" not in log_text.getvalue()  # the local copy is the newest
-    same_run(result.directory, uninterrupted)
     assert stored_steps(s3, "gone") == ["9", "10"]
-
-
-def test_a_run_goes_on_while_the_store_fails_for_a_while(s3, config, uninterrupted):
-    run = config(s3.url("outage"), checkpoint={"every": 3, "retry_seconds": 60})
-    result = train_here(run, stop=_closing(s3, after=4, seconds=3), make_evaluations=None)
-    same_run(result.directory, uninterrupted)
-    assert stored_steps(s3, "outage") == ["9", "10"]
-    assert s3.get("outage/report.html") == result.report.read_bytes()
+    assert metrics(result.directory) == uninterrupted[1]
+    same_parameters(parameters(result.directory), uninterrupted[0])
 
 
 @contextmanager

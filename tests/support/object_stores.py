@@ -45,8 +45,10 @@ class Proxy:
         for end in self._ends:
             _cut(end)
         self._ends.clear()
-        yield
-        self._passing = True
+        try:
+            yield
+        finally:
+            self._passing = True
 
     def _accept(self) -> None:
         while True:
