@@ -68,12 +68,20 @@ def test_a_folder_comes_back_as_it_was(server, folder, tmp_path):
     )
 
 
-def test_a_folder_that_was_cut_off_is_none(s3, folder):
-    store = Store(s3.place("cut"))
+@pytest.mark.parametrize("size", [100, 3_000, 200_000, 1_200_000])
+def test_a_folder_that_is_cut_off_on_its_way_is_none(s3, folder, size):
+    store = Store(s3.place(f"cut/{size}"), patience=0)
     send_folder(store, "whole", folder)
+    send_folder(store, "half", folder)  # by a run before, which this one replaces
+    (folder / "new").write_bytes(b"new")
+    write_sums(folder, sorted({*content_of(folder)} - {SUMS}))
+    with s3.proxy.closing_after(size), pytest.raises(Unreachable):
+        send_folder(store, "half", folder)
+    whole, half = folders_among(store.names())
+    assert whole == {"whole"} if size > 1_000 else {"whole", "half"}
+    assert half <= {"half"}
     send_folder(store, "half", folder)
-    store.delete(f"half/{SUMS}")  # sent last
-    assert folders_among(store.names()) == ({"whole"}, {"half"})
+    assert folders_among(store.names()) == ({"whole", "half"}, set())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ are tested with s3 alone.
 
 import importlib.util
 import json
+import math
 import random
 import socket
 import subprocess
@@ -30,10 +31,11 @@ def missing(scheme: str) -> list[str]:
 
 
 class Proxy:
-    """Passes connections on to a port; while `closed` it cuts off those there and new ones."""
+    """Passes connections on to a port; while it is closed it cuts off those there and new ones."""
 
     def __init__(self, target: int):
         self._target, self._passing = target, True
+        self._left = math.inf  # bytes that may still be sent to the server
         self._ends: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -41,14 +43,27 @@ class Proxy:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        self._passing = False
-        for end in self._ends:
-            _cut(end)
-        self._ends.clear()
+        """It is closed in the block."""
+        self._close()
         try:
             yield
         finally:
             self._passing = True
+
+    @contextmanager
+    def closing_after(self, size: int) -> Iterator[None]:
+        """It closes in the block once so many bytes were sent to the server."""
+        self._left = size
+        try:
+            yield
+        finally:
+            self._left, self._passing = math.inf, True
+
+    def _close(self) -> None:
+        self._passing = False
+        for end in self._ends:
+            _cut(end)
+        self._ends.clear()
 
     def _accept(self) -> None:
         while True:
@@ -61,15 +76,18 @@ class Proxy:
             if not self._passing:  # closed since then
                 _cut(client)
             for pair in ((client, server), (server, client)):
-                threading.Thread(target=_pass_on, args=pair, daemon=True).start()
+                threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
 
-
-def _pass_on(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while content := source.recv(2**16):
-            target.sendall(content)
-    _cut(source)
-    _cut(target)
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            to_server = target.getpeername()[1] == self._target
+            while content := source.recv(2**16):
+                self._left -= len(content) if to_server else 0
+                if self._left < 0:
+                    self._close()
+                target.sendall(content)
+        _cut(source)
+        _cut(target)
 
 
 def _cut(end: socket.socket) -> None:
