@@ -45,12 +45,13 @@ def test_the_lease_of_a_dead_run_is_taken_when_its_heartbeat_stands_still(store)
     lease.release()
 
 
-def test_the_same_copy_on_the_same_machine_need_not_wait(store):
-    dead = Lease(store, "mine", 600)
+def test_the_same_copy_on_the_same_machine_need_not_wait(store, log_text):
+    dead = Lease(store, "mine", 30)
     dead._released.set()
     dead._thread.join()
-    lease = Lease(store, "mine", 600)
+    lease = Lease(store, "mine", 30)
     assert lease.continued
+    assert "waiting" not in log_text.getvalue()
     lease.release()
 
 
