@@ -6,6 +6,7 @@ the environment, as the tools of the two clouds do. They are in no message of ou
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -171,8 +172,9 @@ class Store:
 
 
 def _short(error: ValueError) -> str:
-    """The code of an error of tensorstore and its reason, without the answer that it quotes."""
-    return " ".join(str(error).partition(" [")[0].split())[:200]
+    """The code of an error of tensorstore and its reason, without its tries and what it quotes."""
+    text = re.sub(r"All \d+ retry attempts failed: ", "", str(error).partition(" [")[0])
+    return " ".join(text.split())[:200]
 
 
 def _way_out(code: str) -> str:
