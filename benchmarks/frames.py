@@ -55,7 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         sys.argv = [
             "moi_jax.train", "--config", "configs/quickstart.yaml", "train.steps=1",
-            "eval.every=0", "train.sample_prompts=[]", f"logging.run_dir={directory}/run",
+            "model.attention=xla", "eval.every=0", "train.sample_prompts=[]",
+            f"logging.run_dir={directory}/run",
             f"data.cache_dir={directory}/cache",
         ]  # fmt: skip
         command.main()

@@ -22,6 +22,7 @@ are the first rows of that config, whose data must be prepared.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -64,41 +65,35 @@ DRY = Sizes(
 
 
 def kernel() -> tuple[str, Any]:
-    """The attention of this device and its name: a kernel on a GPU, else XLA's.
-
-    Raises:
-      ImportError: the kernel's package is missing.
-    """
+    """The attention of this device and its name: a kernel on a GPU with tokamax, else blockwise."""
     import jax
 
-    from moi_jax.models.attention.xla import xla_attention
+    from moi_jax.models.attention.blockwise import BlockwiseAttention
 
-    if jax.default_backend() != "gpu":
-        return "xla", xla_attention
-    import tokamax  # noqa: F401
+    if jax.default_backend() == "gpu":
+        try:
+            import tokamax  # noqa: F401
 
-    from moi_jax.models.attention.mosaic_gpu import MosaicGpuAttention
+            from moi_jax.models.attention.mosaic_gpu import MosaicGpuAttention
 
-    return "mosaic_gpu", MosaicGpuAttention()
+            return "mosaic_gpu", MosaicGpuAttention()
+        except ImportError as error:
+            print(f"mosaic_gpu SKIPPED: {error}; attention is blockwise", flush=True)
+    return "blockwise", BlockwiseAttention()
 
 
-def kernel_or_xla() -> tuple[str, Any]:
-    """The same, or XLA's attention where the kernel's package is missing."""
-    from moi_jax.models.attention.xla import xla_attention
+def backends() -> dict[str, Any]:
+    """The attention of this device, and the one of any device."""
+    from moi_jax.models.attention.blockwise import BlockwiseAttention
 
-    try:
-        return kernel()
-    except ImportError as error:
-        print(f"mosaic_gpu SKIPPED: {error}; attention is XLA's", flush=True)
-        return "xla", xla_attention
+    return dict([kernel()]) | {"blockwise": BlockwiseAttention()}
 
 
 def contract(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
     from moi_jax.models.attention.contract import Case, cases, run_contract
 
-    name, attend = kernel()
-    chosen = [Case(4, 2, ((1, 2, 63), (65,)), 128, 32, "float32")] if args.dry else cases()
-    for case in chosen:
+    dry = [Case(4, 2, ((1, 2, 63), (65,)), 128, 32, "float32")]
+    for (name, attend), case in itertools.product(backends().items(), dry if args.dry else cases()):
         found = run_contract(attend, [case])
         yield {
             "backend": name,
@@ -122,8 +117,6 @@ def attention(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
     product = seconds(jax.jit(jnp.matmul), (matrix, matrix), sizes.calls)
     rate = 2 * sizes.matmul**3 / product
     yield {"matmul": sizes.matmul, "tflops": rate / 1e12}
-    name, attend = kernel_or_xla()
-    backends = {name: attend, "xla": xla_attention}
     for length in sizes.lengths:
         for heads, kv_heads in sizes.heads:
             rng = np.random.default_rng(0)
@@ -132,7 +125,7 @@ def attention(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
             *inputs, gradient = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in shapes)
             ids, positions, segments = packed_rows(rng, rows, length)
             pairs = sum(n * (n + 1) // 2 for n in segments)
-            for label, function in backends.items():
+            for label, function in (backends() | {"xla": xla_attention}).items():
                 timed = time_attention(function, inputs, gradient, ids, positions, sizes.calls)
                 for passes, (direction, took) in zip((1, 3), timed.items(), strict=True):
                     done = 4 * passes * pairs * heads * sizes.width / took
@@ -187,7 +180,7 @@ def time_train_step(model: str, rows: int, args: argparse.Namespace, sizes: Size
     """The figures of `gpu_train_step`, with the attention that it had."""
     from gpu_train_step import train_step
 
-    attention, attend = kernel_or_xla()
+    attention, attend = kernel()
     batch = first_batch(args, rows, sizes.lengths[0])
     return {"attention": attention} | train_step(model, batch, attend, sizes.steps, args.out)
 

@@ -216,6 +216,13 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         help="where the system text of an item goes",
     )
     teval.add_argument(
+        "--teval-tools",
+        choices=("published", "native"),
+        default="published",
+        help="native: tools and calls as the model's chat template writes them, where the answer "
+        "is a call",
+    )
+    teval.add_argument(
         "--teval-compat",
         action="store_true",
         help="score plans exactly as upstream, with its mistake",

@@ -34,6 +34,9 @@ SETTINGS = {
     "STORAGE_CLASS": NAME,
     "TERMINATION_SECONDS": COUNT,
     "MAX_RESTARTS": r"[0-9]+",
+    "PREPARE_JOBS": COUNT,
+    "PREPARE_CPUS": COUNT,
+    "PREPARE_MEMORY": r"[1-9][0-9]*Gi",
     "TPU_ACCELERATOR": NAME,
     "TPU_TOPOLOGY": r"[1-9][0-9]*(x[1-9][0-9]*){1,2}",
     "TPU_CHIPS_PER_HOST": COUNT,
@@ -52,10 +55,13 @@ def main() -> None:
     )
     parser.add_argument(
         "what",
-        choices=("tpu", "gpu", "volume", "files"),
-        help="a run on TPU slices or GPU nodes, its volume, or a pod to copy files with",
+        choices=("tpu", "gpu", "prepare", "volume", "files"),
+        help="a run on TPU slices or GPU nodes, the preparing of its data by many pods, its "
+        "volume, or a pod to copy files with",
     )
-    parser.add_argument("config", nargs="?", help="of tpu and gpu: YAML, see docs/config.md")
+    parser.add_argument(
+        "config", nargs="?", help="of tpu, gpu and prepare: YAML, see docs/config.md"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -77,8 +83,9 @@ def main() -> None:
     if args.config is None:
         raise UserError(f"render.py {args.what} needs a config; name one of configs/topologies")
     config = load_config(args.config, args.overrides)
-    devices = settings["TPU_DEVICES" if args.what == "tpu" else "GPU_DEVICES"]
-    check(config, settings, int(devices))
+    if args.what != "prepare":
+        devices = settings["TPU_DEVICES" if args.what == "tpu" else "GPU_DEVICES"]
+        check(config, settings, int(devices))
     text = textwrap.indent(config.to_yaml(), " " * 4).rstrip()
     sys.stdout.write(fill("config", settings | {"CONFIG": text}))
     sys.stdout.write("---\n" + fill(args.what, settings))

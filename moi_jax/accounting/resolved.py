@@ -45,8 +45,8 @@ def on_chip(config: Config, model: ModelConfig, chip: Chip, mesh: Mesh) -> Confi
     if reason is None:
         return _changed(config, attention=name)
     if named == "auto":
-        return _changed(config, attention="xla")
-    raise UserError(f"model.attention {name} on {chip.name}: {reason}; use auto or xla")
+        return _changed(config, attention="blockwise")
+    raise UserError(f"model.attention {name} on {chip.name}: {reason}; use auto or blockwise")
 
 
 def _changed(config: Config, **settings: Any) -> Config:

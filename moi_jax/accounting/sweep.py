@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 DIMENSIONS = ("remat", "mesh", "rows", "attention")
 ROWS = (1, 2, 4, 8, 16, 32)  # of a microbatch, for each part of the mesh that splits the rows
 TENSOR = (1, 2, 4, 8)  # within a host
-ATTENTION = {"tpu": ("splash", "xla"), "gpu": ("mosaic_gpu", "xla")}
+ATTENTION = {"tpu": ("splash", "blockwise"), "gpu": ("mosaic_gpu", "blockwise")}
 
 MakePlan = Callable[[Config], Plan]
 

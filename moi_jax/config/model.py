@@ -66,7 +66,7 @@ class Model(Section):
     remat_tensors: dict[RematTensor, RematAction] = Field({})
     param_dtype: FloatType = "float32"
     compute_dtype: AutoFloatType = "auto"  # auto: bfloat16, float32 on CPU
-    attention: Literal["auto", "xla", "splash", "mosaic_gpu"] = "auto"
+    attention: Literal["auto", "xla", "blockwise", "splash", "mosaic_gpu"] = "auto"
     splash_blocks: SplashBlocks = SplashBlocks()
 
     @model_validator(mode="after")

@@ -99,6 +99,9 @@ def run_benchmarks(
     Raises:
       UserError: options.out holds results of another model, or answers of other settings.
     """
+    with_tools = [item for _, items in tasks for item in items if item.tools]
+    for item in with_tools[:1]:  # a template without a form for tools is refused here
+        model.prompt(item.messages, item.tools)
     results = hosts.from_main("earlier results", partial(results_so_far, options.out, made_by))
     with ExitStack() as opened:
         # All logs are opened before the first task, so that a mistake shows before hours of work.

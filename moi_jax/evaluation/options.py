@@ -53,6 +53,7 @@ class BenchmarkOptions:
     judge_price: tuple[float, float] | None = None  # dollars per million tokens: prompts, judgments
     # T-Eval
     teval_system: Literal["default_then_user", "as_user", "as_system"] = "default_then_user"
+    teval_tools: Literal["published", "native"] = "published"
     teval_compat: bool = False
     teval_embedder: str | None = None  # a name or path for sentence-transformers
 

@@ -28,6 +28,7 @@ class Item:
       choices: possible answers. If there are any, nothing is generated: the model gives the
         log-likelihood of each choice.
       system_block: False for a prompt without a system block.
+      tools: that the model may call in its own form, see `Conversation`.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Item:
     temperature: float | None = None
     choices: tuple[str, ...] = ()
     system_block: bool = True
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,13 @@ class Response:
       texts: one per turn, or one per sample where several were asked for.
       finishes: why each text ended, see sampling.requests.Finish.
       log_likelihoods: one per choice of the item, in nats.
+      answers: of an item with tools: the texts as messages, with their calls apart.
     """
 
     texts: tuple[str, ...] = ()
     finishes: tuple[str, ...] = ()
     log_likelihoods: tuple[float, ...] = ()
+    answers: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

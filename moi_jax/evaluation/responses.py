@@ -36,7 +36,8 @@ def collect_responses(
     for turn in range(max((1 + len(item.follow_ups) for item in generated), default=0)):
         in_turn = [item for item in generated if turn <= len(item.follow_ups)]
         _generate(task, in_turn, turn, model, options, log, on_progress)
-    return [(item, _response(item, options, log)) for item in items]
+    template = model.tokenizer.template
+    return [(item, _response(item, options, log, template)) for item in items]
 
 
 def log_places(item: Item, options: BenchmarkOptions) -> list[ResponseKey]:
@@ -45,12 +46,18 @@ def log_places(item: Item, options: BenchmarkOptions) -> list[ResponseKey]:
     return [(item.id, n) for n in range(count or 1 + len(item.follow_ups))]
 
 
-def _response(item: Item, options: BenchmarkOptions, log: ResponseLog) -> Response:
+def _response(
+    item: Item, options: BenchmarkOptions, log: ResponseLog, template: Template
+) -> Response:
     records = [log.found[place] for place in log_places(item, options)]
     finishes = tuple(record["finish"] for record in records)
     if item.choices:
         return Response((), finishes, tuple(record["log_likelihood"] for record in records))
-    return Response(tuple(record["text"] for record in records), finishes)
+    texts = tuple(record["text"] for record in records)
+    if not item.tools:
+        return Response(texts, finishes)
+    answers = tuple(read_answer(text, template, item.tools) for text in texts)
+    return Response(texts, finishes, answers=answers)
 
 
 def _generate(
@@ -65,7 +72,8 @@ def _generate(
     """Generates one turn of all items in one call, so that the sampler keeps its slots full."""
     requests, waiting, template = [], [], model.tokenizer.template
     for item in items:
-        prompt = model.prompt(_so_far(item, turn, log, template), system_block=item.system_block)
+        so_far = _so_far(item, turn, log, template)
+        prompt = model.prompt(so_far, item.tools, system_block=item.system_block)
         for place in [(item.id, turn)] if item.follow_ups else log_places(item, options):
             if log.has(place, prompt):
                 on_progress(1)

@@ -52,6 +52,9 @@ class Watch:
         self._pauses = 0
         self._answered = 0  # the pause at which the store answered last
         self._signs: dict[int, tuple[str, int]] = {}  # process -> its last sign, and the pause
+        # Why this process ends: its status, and a line that is not shown yet. Only the first reason
+        # counts: a process that waits until the others know may lose its connection meanwhile.
+        self._ending: tuple[int, str] | None = None
         for work in (self._beat, self._judge):
             threading.Thread(target=work, daemon=True, name=f"watch{work.__name__}").start()
 
@@ -74,6 +77,7 @@ class Watch:
         failed = self._publish(self._index, status, line)
         if failed is None or failed["process"] == self._index or failed["line"] == line:
             self._stopped.set()
+            self._ending = status, ""
             self._note_told()
             self._wait_until_told({0, self._index})
         else:
@@ -151,10 +155,11 @@ class Watch:
             return None
 
     def _end_with(self, failed: dict[str, Any]) -> NoReturn:
+        self._ending = failed["status"], f"{self._names[failed['process']]} {failed['line']}"
         self._note_told()
         if self._index == 0:  # the store ends with this process
             self._wait_until_told({0, failed["process"]})
-        self._end(failed["status"], f"{self._names[failed['process']]} {failed['line']}")
+        self._end(*self._ending)
 
     def _note_told(self) -> None:
         with contextlib.suppress(Exception):
@@ -171,10 +176,12 @@ class Watch:
             time.sleep(0.1)
 
     def _end(self, status: int, line: str) -> NoReturn:
+        status, line = self._ending or (status, line)
         try:
             remove_unfinished()
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
-                os.write(2, f"error: {line}\n".encode(errors="backslashreplace"))
+                if line:
+                    os.write(2, f"error: {line}\n".encode(errors="backslashreplace"))
         finally:
             os._exit(status)

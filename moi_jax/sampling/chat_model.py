@@ -28,9 +28,12 @@ class ChatModel:
     tokenizer: Tokenizer
     system_prompt: str | None
 
-    def prompt(self, messages: Sequence[Message], *, system_block: bool = True) -> list[int]:
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[str] = (), *, system_block: bool = True
+    ) -> list[int]:
         """The token ids of the prompt, with the conversation's own system prompt or ours."""
-        return render_prompt(messages, self.tokenizer, self.system_prompt if system_block else None)
+        system = self.system_prompt if system_block else None
+        return render_prompt(messages, self.tokenizer, system, tools)
 
 
 def make_chat_model(

@@ -277,10 +277,11 @@ def test_a_plan_with_frozen_parameters_tells_no_bounds():
     [
         ("h100:8", {}, "auto", "mosaic_gpu"),
         ("h200:8", {}, "auto", "mosaic_gpu"),
-        ("h100:8", {}, "float32", "xla"),
-        ("h100:8", {"fsdp": 4, "context": 2}, "auto", "xla"),
+        ("h100:8", {}, "float32", "blockwise"),
+        ("h100:8", {"fsdp": 4, "context": 2}, "auto", "blockwise"),
+        ("a100:8", {}, "auto", "blockwise"),
+        ("b200:8", {}, "auto", "blockwise"),
         ("a100:8", {}, "auto", "xla"),
-        ("b200:8", {}, "auto", "xla"),
         ("v5p:2x2x2", {"fsdp": 4, "context": 2}, "float32", "splash"),
     ],
 )
@@ -288,7 +289,8 @@ def test_scores_take_memory_where_training_computes_attention_with_xla(
     topology, mesh, dtype, attention
 ):
     """The kernel for GPUs needs an H100, bfloat16 and whole rows (docs/attention.md)."""
-    config = with_values(model={"attention": "auto", "compute_dtype": dtype}, mesh=mesh)
+    named = attention if attention == "xla" else "auto"
+    config = with_values(model={"attention": named, "compute_dtype": dtype}, mesh=mesh)
     plan = make_plan(config, MODEL, parse_topology(topology, 1), WORK)
     scores = plan.temporaries["attention scores of a layer"]
     # A device has 8 / fsdp rows of 4096 / context queries.
@@ -449,7 +451,10 @@ def test_settings_that_cannot_fit_are_left_out():
 
 
 def test_a_sweep_offers_only_the_attention_that_the_chip_has():
-    for topology, kernels in (("h100:8", {"mosaic_gpu", "xla"}), ("a100:8", {"xla"})):
+    for topology, kernels in (
+        ("h100:8", {"mosaic_gpu", "blockwise"}),
+        ("a100:8", {"blockwise"}),
+    ):
         found = candidates(CONFIG, MODEL, parse_topology(topology, 1), WORK, ("attention",))
         assert {one.config.model.attention for one in found} == kernels
 

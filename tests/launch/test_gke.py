@@ -1,6 +1,9 @@
 """launch/gke: what the manifests say, that they fit their schemas, and which values are refused."""
 
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -9,11 +12,12 @@ import yaml
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config
 
-from support.runs import ROOT
+from support.runs import ROOT, small_config
 
 GKE = ROOT / "launch" / "gke"
 TPU = ("tpu", "configs/topologies/v5e_4x8.yaml")
 GPU = ("gpu", "configs/topologies/h100_8.yaml")
+PREPARE = ("prepare", "configs/topologies/v5e_4x8.yaml")
 IMAGE = "europe-docker.pkg.dev/project/moi/moi_jax:1.0"
 
 
@@ -27,6 +31,7 @@ def schemas():
         "ConfigMap": models.IoK8sApiCoreV1ConfigMap,
         "PersistentVolumeClaim": models.IoK8sApiCoreV1PersistentVolumeClaim,
         "Pod": models.IoK8sApiCoreV1Pod,
+        "Job": models.IoK8sApiBatchV1Job,
     }
 
 
@@ -57,7 +62,9 @@ def pod(jobset):
     return job, job["template"]["spec"], job["template"]["spec"]["containers"][0]
 
 
-@pytest.mark.parametrize("arguments", [TPU, GPU, ("volume",), ("files",)], ids=lambda a: a[0])
+@pytest.mark.parametrize(
+    "arguments", [TPU, GPU, PREPARE, ("volume",), ("files",)], ids=lambda a: a[0]
+)
 def test_every_manifest_fits_its_schema(render, schemas, arguments):
     """A key that the schema does not have is lost on the way through the model."""
     for kind, manifest in render(*arguments).items():
@@ -90,6 +97,28 @@ def test_what_is_restarted_and_what_ends_the_run(render, arguments):
     assert policy["maxRestarts"] == 7
     (rule,) = policy["rules"]
     assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+def test_the_pods_of_prepare_make_all_blocks_of_the_cache(render, tmp_path):
+    """Each pod's command is run here with the variables that Kubernetes gives it."""
+    config = small_config(tmp_path)
+    rendered = render("prepare", str(config), PREPARE_JOBS=2)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(rendered["ConfigMap"]["data"]["config.yaml"], encoding="utf-8")
+    job = rendered["Job"]["spec"]
+    assert (job["parallelism"], job["completions"], job["completionMode"]) == (2, 2, "Indexed")
+    *shell, script = job["template"]["spec"]["containers"][0]["command"]
+    script = script.replace("$$", "$").replace("/etc/moi/config.yaml", str(path))
+    script = script.replace("python", sys.executable)
+    told = []
+    for index in ("0", "1"):
+        done = subprocess.run(
+            [*shell, script], check=True, cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"JOB_COMPLETION_INDEX": index},
+        )  # fmt: skip
+        told += re.findall(r"shard (\d) of 2: (\d+) of (\d+) blocks", done.stdout)
+    assert told == [("1", "1", "2"), ("2", "1", "2")]
+    assert len(list((tmp_path / "cache" / "blocks").iterdir())) == 2
 
 
 @pytest.mark.parametrize(("slices", "mesh"), [(1, "mesh.data=1"), (2, "mesh.data=2")])
@@ -157,6 +186,7 @@ def test_a_run_on_the_volume_with_time_to_save_is_rendered(render, run_dir):
         ((*TPU, "logging.run_dir=/workspace/../run"), {}, "/workspace/../run is not on the volume"),
         ((*TPU, "train.rows=1"), {}, "unknown key 'rows' in train"),
         (("gpu",), {}, "render.py gpu needs a config"),
+        (PREPARE, {"PREPARE_MEMORY": "16"}, "PREPARE_MEMORY=16 does not match"),
     ],
 )
 def test_a_mistake_is_one_line(render, arguments, changes, message):

@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 KUBERNETES = "1.37"
-RUNS = {"tpu": "v5e_4x8", "gpu": "h100_8"}
+RUNS = {"tpu": "v5e_4x8", "gpu": "h100_8", "prepare": "v5e_4x8"}
 
 
 def main(jobset_crd: str | None = None) -> None:

@@ -1,8 +1,8 @@
 """Every attention backend against a float64 oracle, and what its programs for accelerators hold.
 
-The kernels of `splash` are executed here in interpret mode, and compiled for TPUs by libtpu. Those
-of `mosaic_gpu` have no such mode; they are lowered for CUDA. On a GPU, benchmarks/gpu.py runs the
-same contract, the whole of it.
+`xla` and `blockwise` are executed here. The kernels of `splash` are executed in interpret mode, and
+compiled for TPUs by libtpu. Those of `mosaic_gpu` have no such mode; they are lowered for CUDA. On
+a GPU, benchmarks/gpu.py runs the same contract, the whole of it.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from moi_jax.config import Mesh as MeshConfig
 from moi_jax.config import Model, SplashBlocks
 from moi_jax.models import attention
 from moi_jax.models.attention import choose_attention
+from moi_jax.models.attention.blockwise import BLOCK, BlockwiseAttention
 from moi_jax.models.attention.contract import Case, cases, compiled, make_inputs, run_contract
 from moi_jax.models.attention.refusals import TOKAMAX
 from moi_jax.models.attention.sharded import attend_on_mesh
@@ -39,7 +40,11 @@ from support.trainer import Trainer, random_batch
 SMALL = SplashBlocks(
     **dict.fromkeys(("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute"), 128)
 )
-BACKENDS = {"xla": xla_attention, "splash": SplashAttention(SMALL, interpret=True)}
+BACKENDS = {
+    "xla": xla_attention,
+    "blockwise": BlockwiseAttention(),
+    "splash": SplashAttention(SMALL, interpret=True),
+}
 ROWS = ((1, 2, 63, 64, 65, 127), (383,), (192, 65, 1))
 SEQUENCE = 1200
 LENGTHS = (1200, 1280, 600, 640)  # of a row and of half of one, as they are and padded
@@ -89,9 +94,22 @@ def test_whole_matrix_has_the_lengths_and_heads_where_kernels_go_wrong():
     assert all(any(sum(row) < case.length for row in case.rows) for case in cases())
 
 
-def test_splash_pads_rows_that_are_no_multiple_of_a_block():
+@pytest.mark.parametrize("name", ["blockwise", "splash"])
+def test_rows_that_are_no_multiple_of_a_block_are_padded(name):
     case = Case(2, 1, ((130,), (128,)), 130, width=16, dtype="float32")
-    assert all(result.passed for result in run_contract(BACKENDS["splash"], [case]))
+    assert all(result.passed for result in run_contract(BACKENDS[name], [case]))
+
+
+def test_blockwise_does_not_compute_blocks_that_no_query_sees():
+    """What is not computed cannot show: zero times NaN would be NaN."""
+    case = Case(2, 1, ((2 * BLOCK, BLOCK, 2 * BLOCK),), 6 * BLOCK, width=8, dtype="float32")
+    inputs, segment_ids = make_inputs(case)
+    others = np.isin(segment_ids, (1, 3))
+    for array in inputs:
+        array[others] = np.nan
+    for found in compiled(BlockwiseAttention(), segment_ids)(*inputs):
+        assert np.isfinite(found[segment_ids == 2]).all()
+        assert np.isnan(found[others]).any()
 
 
 @pytest.mark.parametrize(
@@ -118,14 +136,20 @@ def test_rows_and_heads_are_split_over_a_mesh(rows, heads, kv_heads):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_splash_keeps_the_contract_where_a_context_axis_splits_the_rows():
+ON_MESH = {
+    "blockwise": BlockwiseAttention,
+    "splash": lambda mesh: SplashAttention(SMALL, mesh, interpret=True),
+}
+
+
+@pytest.mark.parametrize("name", ON_MESH)
+def test_backend_keeps_the_contract_where_a_context_axis_splits_the_rows(name):
     """A device has 192 queries of 384, which is no multiple of a block."""
     mesh = make_mesh(MeshConfig(fsdp=1, tensor=2, context=2), jax.devices())
-    splash = SplashAttention(SMALL, mesh, interpret=True)
-    order = context_order(384, 2)
+    backend, order = ON_MESH[name](mesh), context_order(384, 2)
 
     def attend(*arrays):
-        return splash(*(x[:, order] for x in arrays))[:, np.argsort(order)]
+        return backend(*(x[:, order] for x in arrays))[:, np.argsort(order)]
 
     case = Case(4, 2, ROWS, 384, width=16, dtype="float32")
     failed = [str(result) for result in run_contract(attend, [case]) if not result.passed]
@@ -134,10 +158,7 @@ def test_splash_keeps_the_contract_where_a_context_axis_splits_the_rows():
 
 def test_a_step_with_splash_on_all_axes_equals_one_with_xla_on_one_device():
     one = Trainer({"fsdp": 1})
-    split = Trainer(
-        {"fsdp": 2, "tensor": 2, "context": 2},
-        attention=lambda mesh: SplashAttention(SMALL, mesh, interpret=True),
-    )
+    split = Trainer({"fsdp": 2, "tensor": 2, "context": 2}, attention=ON_MESH["splash"])
     for seed in range(3):
         expected, found = (trainer.step(random_batch(seed)) for trainer in (one, split))
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=0, atol=5e-6)
@@ -175,10 +196,16 @@ def square_arrays(text):
     return [shape for shape in shapes if sum(int(n) in LENGTHS for n in shape) > 1]
 
 
-def test_square_arrays_are_found_in_the_programs_of_xla():
-    traced = gradient_program(xla_attention)
-    assert square_arrays(traced.lower(lowering_platforms=("cuda",)).as_text())
-    assert square_arrays(traced.lower().compile().as_text())
+@pytest.mark.parametrize(
+    ("backend", "square"), [(xla_attention, True), (BlockwiseAttention(), False)]
+)
+def test_only_xla_holds_all_scores(backend, square):
+    traced = gradient_program(backend)
+    for text in (
+        traced.lower(lowering_platforms=("cuda",)).as_text(),
+        traced.lower().compile().as_text(),
+    ):
+        assert bool(square_arrays(text)) is square
 
 
 # Where rows are rematerialised in full, the forward kernel runs twice; saving "context" avoids it.
@@ -274,13 +301,13 @@ def test_mosaic_gpu_names_the_version_of_tokamax_that_it_needs(monkeypatch):
 
 @pytest.mark.usefixtures("tokamax")
 def test_auto_takes_the_kernel_of_the_device_or_says_why_not(log_text):
-    assert choose_attention(Model(), QWEN, CPU, None, "float32") is xla_attention
+    assert choose_attention(Model(), QWEN, CPU, None, "float32") == BlockwiseAttention()
     chosen = choose_attention(Model(), QWEN, TPU, None, "bfloat16")
     assert chosen == SplashAttention(SplashBlocks())
     assert hash(chosen) == hash(choose_attention(Model(), QWEN, TPU, None, "bfloat16"))
     assert log_text.getvalue() == ""
-    assert choose_attention(Model(), QWEN, A100, None, "bfloat16") is xla_attention
-    assert "attention is xla, which holds all S x S scores, not mosaic_gpu" in log_text.getvalue()
+    assert choose_attention(Model(), QWEN, A100, None, "bfloat16") == BlockwiseAttention()
+    assert "attention is blockwise, in plain XLA operations, not mosaic_g" in log_text.getvalue()
 
 
 @needs_tokamax

@@ -28,6 +28,7 @@ def run_program(*acts, count=2):
     [
         (("wait", "refuse"), [2, 2], ("process 1 (*) stopped: there is no file x", "")),
         (("refuse", "wait"), [2, 2], ("", "process 0 (*) stopped: there is no file x")),
+        (("refuse", "refuse_slowly"), [2, 2], ("", "")),
         (("fail", "wait"), [1, 1], ("ZeroDivisionError", "process 0 (*) stopped: ZeroDiv")),
         (("wait", "terminate"), [143, 143], ("process 1 (*) stopped: stopped by SIGTERM", "")),
         (("wait", "kill"), [LOST, -9], ("process 1 (*) is lost: it gave no sign of life", "")),

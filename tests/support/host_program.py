@@ -34,6 +34,12 @@ def refuse() -> None:
     raise UserError("there is no file x")
 
 
+def refuse_slowly() -> None:
+    """Fails as `refuse` does, and is still there when process 0 has left."""
+    hosts.joined().watch.tell(2, "there is no file x")
+    time.sleep(30)
+
+
 def fail() -> None:
     raise ZeroDivisionError("a fault")
 

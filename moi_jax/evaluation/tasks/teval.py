@@ -9,6 +9,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
 from moi_jax.evaluation.teval.embedder import UPSTREAM, Embedder, Similarity, load_embedder
+from moi_jax.evaluation.teval.native import CALLING, documented_tools, in_published_form
 from moi_jax.evaluation.teval.records import SubtaskFile, find_files, load_file
 from moi_jax.evaluation.teval.scoring import NEED_EMBEDDER, SUBTASK_METRICS, Variant, score_answer
 
@@ -46,12 +47,13 @@ class TEval(Task):
         self._similarity = Similarity(embedder) if embedder is not None else None
         self._embedder = "as given" if embedder is not None else None
         self._no_embedder = ""  # why there is none
+        self._native = options.teval_tools == "native"
 
     def load(self) -> list[Item]:
-        self._files = find_files(self.options.data / "teval")
-        items = [
-            item for file in self._files for item in load_file(file, self.options.teval_system)
-        ]
+        folder, system = self.options.data / "teval", self.options.teval_system
+        self._files = find_files(folder)
+        tools = documented_tools(folder) if self._native else None
+        items = [item for file in self._files for item in load_file(file, system, tools)]
         self._records = Counter(item.group for item in items)
         needed = any(subtask in file.tasks for file in self._files for subtask in NEED_EMBEDDER)
         if needed and self._similarity is None:
@@ -76,11 +78,14 @@ class TEval(Task):
     def score(self, responses: Iterable[tuple[Item, Response]]) -> Iterator[Score]:
         for item, response in responses:
             variant = Variant.of(item.group)
+            texts: Iterable[str] = response.texts
+            if item.tools:
+                texts = (in_published_form(a, variant, item.gold) for a in response.answers)
             scores = [
                 score_answer(
                     variant, text, item.gold, self._similarity, compat=self.options.teval_compat
                 )
-                for text in response.texts
+                for text in texts
             ]
             yield _mean(scores)
 
@@ -100,11 +105,13 @@ class TEval(Task):
     def is_complete(self, items: Sequence[Item]) -> bool:
         """Whether every published variant of one language is there and none is known to be short.
 
+        Calls in native form are another benchmark than the published one.
+
         The number of records is known only for plan and review. A file of another subtask counts
         as complete, whatever its length.
         """
         counts = Counter(item.group for item in items)
-        return any(
+        return not self._native and any(
             all(
                 counts[variant + language] >= PUBLISHED_RECORDS.get(variant, 1)
                 for variant in PUBLISHED
@@ -117,6 +124,7 @@ class TEval(Task):
             "data_version": self._data_version(),
             "metric_version": METRIC_VERSION,
             "teval_system": self.options.teval_system,
+            "teval_tools": self.options.teval_tools,
             "teval_compat": self.options.teval_compat,
             "teval_embedder": self._embedder,
             "files": [file.path.name for file in self._files],
@@ -127,6 +135,11 @@ class TEval(Task):
 
     def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
         notes = [f"T-Eval data {self._data_version()}, scored by the rules of {METRIC_VERSION}"]
+        if self._native:
+            notes.append(
+                f"calls are in the model's own form in {' and '.join(CALLING)}, so the score "
+                f"cannot be compared with published ones"
+            )
         asked = {subtask for item in items for subtask in Variant.of(item.group).subtasks}
         there = {subtask for name in self._records for subtask in Variant.of(name).subtasks}
         missing = [subtask for subtask in SUBTASK_METRICS if subtask not in there]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.protocol import Item
 from moi_jax.evaluation.tasks.data_files import check_texts
+from moi_jax.evaluation.teval.native import CALLING, native_chat
 from moi_jax.evaluation.teval.parsing import load_lenient
 from moi_jax.evaluation.teval.plan import FINISH
 from moi_jax.evaluation.teval.scoring import LETTERS, Variant, read_plan
@@ -66,11 +67,12 @@ def find_files(directory: Path) -> list[SubtaskFile]:
     return list(dict.fromkeys(found.values()))
 
 
-def load_file(file: SubtaskFile, system: str) -> list[Item]:
+def load_file(file: SubtaskFile, system: str, tools: Mapping[str, str] | None = None) -> list[Item]:
     """Makes an item of each record.
 
     Args:
       system: where the system text of a record goes, see BenchmarkOptions.teval_system.
+      tools: all documented ones by name, for calls in native form; None is the published form.
 
     Raises:
       UserError: a record is malformed. The message names file and record.
@@ -86,16 +88,32 @@ def load_file(file: SubtaskFile, system: str) -> list[Item]:
         record = _Record(f"{file.path}: record {key!a}", fields)
         check_texts(record.where, {key: fields})
         variant = Variant(file.tasks, file.form or _own_form(record), file.language)
+        native = tools if variant.tasks in CALLING else None
+        messages, offered = _chat(record, system, native)
         items.append(
             Item(
                 f"{file.path.stem}/{key}",
-                _render(_turns(record), system, record),
+                messages,
                 _gold(record, variant),
                 group=variant.name,
-                system_block=system != "as_user",
+                system_block=native is not None or system != "as_user",
+                tools=offered,
             )
         )
     return items
+
+
+def _chat(
+    record: "_Record", system: str, tools: Mapping[str, str] | None
+) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """The conversation of a record and the tools that it offers, which are none as published."""
+    turns = _turns(record)
+    if tools is None:
+        return _render(turns, system, record), ()
+    try:
+        return native_chat(turns, tools)
+    except ValueError as error:
+        raise record.error(str(error)) from None
 
 
 class _Record:

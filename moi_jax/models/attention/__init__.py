@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from moi_jax.common.errors import UserError
 from moi_jax.config import Model
+from moi_jax.models.attention.blockwise import BlockwiseAttention
 from moi_jax.models.attention.refusals import refusal
 from moi_jax.models.attention.xla import xla_attention
 from moi_jax.models.config import ModelConfig
@@ -15,7 +16,7 @@ from moi_jax.models.config import ModelConfig
 log = logging.getLogger(__name__)
 
 # What `auto` takes on each platform, unless the backend refuses.
-AUTOMATIC = {"cpu": "xla", "tpu": "splash", "gpu": "mosaic_gpu"}
+AUTOMATIC = {"cpu": "blockwise", "tpu": "splash", "gpu": "mosaic_gpu"}
 
 
 class AttentionFn(Protocol):
@@ -67,17 +68,17 @@ def choose_attention(
       dtype: of the activations.
 
     Raises:
-      UserError: the backend cannot compute this model here. `auto` takes xla instead, with a
+      UserError: the backend cannot compute this model here. `auto` takes blockwise instead, with a
         warning.
     """
     automatic = settings.attention == "auto"
-    name = AUTOMATIC.get(device.platform, "xla") if automatic else settings.attention
+    name = AUTOMATIC.get(device.platform, "blockwise") if automatic else settings.attention
     reason = refusal(name, model, device, mesh, dtype)
     if reason and automatic:
-        log.warning(f"attention is xla, which holds all S x S scores, not {name}: {reason}")
-        name = "xla"
+        log.warning(f"attention is blockwise, in plain XLA operations, not {name}: {reason}")
+        name = "blockwise"
     elif reason:
-        raise UserError(f"model.attention {name}: {reason}; use auto or xla")
+        raise UserError(f"model.attention {name}: {reason}; use auto or blockwise")
     # A kernel's packages are imported where it is used; tokamax is an extra.
     if name == "splash":
         from moi_jax.models.attention.splash import SplashAttention
@@ -87,4 +88,4 @@ def choose_attention(
         from moi_jax.models.attention.mosaic_gpu import MosaicGpuAttention
 
         return MosaicGpuAttention(mesh)
-    return xla_attention
+    return BlockwiseAttention(mesh) if name == "blockwise" else xla_attention

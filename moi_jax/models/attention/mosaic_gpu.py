@@ -11,13 +11,12 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from tokamax._src.ops.attention import pallas_mosaic_gpu_kernel_sm90 as forward
 from tokamax._src.ops.attention import pallas_mosaic_gpu_vjp_kernel_sm90 as backward
 
-from moi_jax.models.attention.sharded import attend_on_mesh, pad_rows
+from moi_jax.models.attention.sharded import attend_on_mesh, pad_rows, segment_starts
 
 # tokamax's own choice for heads of up to 128. The sums, and so the last bits, depend on them.
 FORWARD_TILES = forward.Config(block_q=64, block_kv=128, num_stages=2)
@@ -51,14 +50,6 @@ class MosaicGpuAttention:
         """
         del positions  # they rise within a segment, like the places in the row
         return attend_on_mesh(_attend_rows, self.mesh, query, key, value, segment_ids)
-
-
-def segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """Returns the place of the first token of each token's run of equal ids, int32[B, S]."""
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-    return jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
 def _attend_rows(

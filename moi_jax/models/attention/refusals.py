@@ -26,13 +26,13 @@ def refusal(
     """Returns why a backend cannot compute a model's attention, or None if it can.
 
     Args:
-      name: xla, which can compute everything, splash or mosaic_gpu.
+      name: xla or blockwise, which can compute everything, splash or mosaic_gpu.
       device: one of the devices of the mesh.
       dtype: of the activations.
       packages: whether the packages that the backend needs must be installed here. A plan for
         another machine does not ask for them.
     """
-    if name == "xla":
+    if name in ("xla", "blockwise"):
         return None
     reasons = {"splash": _splash, "mosaic_gpu": _mosaic_gpu}[name]
     reason = next(reasons(model, device, mesh, jnp.dtype(dtype).name), None)

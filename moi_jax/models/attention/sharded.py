@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from moi_jax.parallel.axes import partition_spec
+from moi_jax.parallel.context import context_order
 
 # Attention of one device: query [B, T, H, N], its own tokens of each row, in which there are S; key
 # and value [B, S, K, N]; segment_ids int32[B, S] -> [B, T, H, N].
@@ -64,3 +66,27 @@ def pad_rows(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(
         jnp.pad(array, [(0, 0), (0, count)] + [(0, 0)] * (array.ndim - 2)) for array in arrays
     )
+
+
+def part_of_device(array: jax.Array, shards: int, axis: int) -> jax.Array:
+    """Returns the part of an array that belongs to this device's place on the context axis."""
+    if shards == 1:
+        return array
+    size = array.shape[axis] // shards
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index("context") * size, size, axis)
+
+
+def in_order(array: jax.Array, shards: int) -> jax.Array:
+    """Puts the tokens of [B, S, ...], which lie as they are split, into the order of the row."""
+    if shards == 1:
+        return array
+    chunks = array.reshape(array.shape[0], 2 * shards, -1, *array.shape[2:])
+    return chunks[:, np.argsort(context_order(2 * shards, shards))].reshape(array.shape)
+
+
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
+    """Returns the place of the first token of each token's run of equal ids, int32[B, S]."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(first, index, 0), axis=1)

@@ -17,7 +17,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.sharding import Mesh
 
 from moi_jax.config import SplashBlocks
-from moi_jax.models.attention.sharded import attend_on_mesh, pad_rows
+from moi_jax.models.attention.sharded import (
+    attend_on_mesh,
+    in_order,
+    pad_rows,
+    part_of_device,
+)
 from moi_jax.parallel.context import context_order
 
 LANES = 128  # the kernel's rows and blocks are multiples of it
@@ -61,8 +66,8 @@ class SplashAttention:
         wide = query.astype(jnp.promote_types(query.dtype, jnp.float32))
         query = (wide / math.sqrt(query.shape[-1])).astype(query.dtype)
         kernel = self._kernel(context_order(key.shape[1], shards), query.shape[2], shards)
-        query_ids = _part_of_device(segment_ids, shards, axis=1)
-        key, value, segment_ids = (_in_order(x, shards) for x in (key, value, segment_ids))
+        query_ids = part_of_device(segment_ids, shards, axis=1)
+        key, value, segment_ids = (in_order(x, shards) for x in (key, value, segment_ids))
         query, query_ids = pad_rows(LANES, query, query_ids)
         key, value, segment_ids = pad_rows(LANES, key, value, segment_ids)
         query, key, value = (heads.swapaxes(1, 2) for heads in (query, key, value))
@@ -92,23 +97,7 @@ class SplashAttention:
         )
         # Its arrays say which blocks of scores to compute [heads, blocks of queries, blocks of
         # keys], and which token each query is.
-        return jax.tree.map(lambda x: _part_of_device(x, shards, axis=min(x.ndim - 1, 1)), kernel)
-
-
-def _part_of_device(array: jax.Array, shards: int, axis: int) -> jax.Array:
-    """Returns the part of an array that belongs to this device's place on the context axis."""
-    if shards == 1:
-        return array
-    size = array.shape[axis] // shards
-    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index("context") * size, size, axis)
-
-
-def _in_order(array: jax.Array, shards: int) -> jax.Array:
-    """Puts the tokens of [B, S, ...], which lie as they are split, into the order of the row."""
-    if shards == 1:
-        return array
-    chunks = array.reshape(array.shape[0], 2 * shards, -1, *array.shape[2:])
-    return chunks[:, np.argsort(context_order(2 * shards, shards))].reshape(array.shape)
+        return jax.tree.map(lambda x: part_of_device(x, shards, axis=min(x.ndim - 1, 1)), kernel)
 
 
 def _block_sizes(blocks: SplashBlocks, queries: int, keys: int) -> kernels.BlockSizes:
