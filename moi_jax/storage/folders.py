@@ -7,7 +7,7 @@ folder that was cut off on its way is no folder, and one that has changed since 
 
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from moi_jax.common.checksums import SUMS, digests, read_sums
@@ -47,8 +47,13 @@ def delete_folder(store: Store, name: str) -> None:
     store.delete_below(f"{name}/")
 
 
-def fetch_folder(store: Store, name: str, folder: Path) -> None:
+def fetch_folder(
+    store: Store, name: str, folder: Path, more: Callable[[Path], Mapping[str, str]] = lambda _: {}
+) -> None:
     """Fetches a whole folder and verifies it; it appears under its local name when it is sound.
+
+    Args:
+      more: folder -> the checksums, by file, that other files of it tell.
 
     Raises:
       DamagedFolder: a file is missing or has changed, also when it is fetched again.
@@ -58,10 +63,10 @@ def fetch_folder(store: Store, name: str, folder: Path) -> None:
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
     try:
         _fetch(store, name, part)
-        wrong = _wrong_files(part)
+        wrong = _wrong_files(part, more)
         if wrong:  # it may have happened on the way
             store.fetch((f"{name}/{each}", part / each) for each in wrong)
-            wrong = _wrong_files(part)
+            wrong = _wrong_files(part, more)
         if wrong:
             raise DamagedFolder(f"{wrong[0]} has changed since it was written")
         shutil.rmtree(folder, ignore_errors=True)
@@ -86,6 +91,9 @@ def _fetch(store: Store, name: str, part: Path) -> None:
     store.fetch((f"{name}/{file}", part / file) for file in sorted(files))
 
 
-def _wrong_files(part: Path) -> list[str]:
-    sums = read_sums(part)
+def _wrong_files(part: Path, more: Callable[[Path], Mapping[str, str]]) -> list[str]:
+    return _differing(part, read_sums(part)) or _differing(part, more(part))
+
+
+def _differing(part: Path, sums: Mapping[str, str]) -> list[str]:
     return [name for name, digest in digests(part, sorted(sums)) if digest != sums[name]]

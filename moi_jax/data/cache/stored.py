@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moi_jax.common.locations import is_url
 from moi_jax.data.cache.domain import BLOCKS
+from moi_jax.data.cache.writer import COUNTS
 from moi_jax.parallel import hosts
 from moi_jax.storage.folders import (
     DamagedFolder,
@@ -89,12 +90,20 @@ class StoredCache(LocalCache):
         """Fetches a folder; one that is damaged is told, and counts as missing."""
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fetch_folder(store, directory.name, directory)
+            fetch_folder(store, directory.name, directory, _records_sums)
         except DamagedFolder as error:
             log.warning(
                 f"the cache in {store.url}/{directory.name} is damaged ({error}) and is made anew"
             )
             stored.discard(directory.name)
+
+
+def _records_sums(directory: Path) -> dict[str, str]:
+    """The checksum of the records of a block, which is in its counts; a domain has none."""
+    counts = directory / COUNTS
+    return (
+        json.loads(counts.read_text(encoding="utf-8")).get("sha256", {}) if counts.exists() else {}
+    )
 
 
 def open_stored(place: Path, folder: Path) -> LocalCache:
