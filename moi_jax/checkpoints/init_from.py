@@ -22,8 +22,10 @@ from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.common.home import expand_home
 from moi_jax.common.locations import is_url
 from moi_jax.common.progress import byte_bar
+from moi_jax.config import Data
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.sources.readers import SourceFile
+from moi_jax.parallel import hosts
 
 IMPORTED = "imported"  # the folder in data.cache_dir
 
@@ -84,6 +86,25 @@ def open_start(named: Path, tokenizer: Path | None = None) -> Start:
     return Start(name, name, items, source)
 
 
+def whole_checkpoint(named: Path, cache_dir: Path) -> Path:
+    """The checkpoint of moi_jax that `named` is, or that is imported from it into the cache."""
+    with hosts.one_first(cache_dir, "importing the weights"):
+        return open_start(named).checkpoint(cache_dir)
+
+
+def chosen_base(step: Path, items: ModelItems, named: Path | None) -> Path | None:
+    """The checkpoint that a user names as the base of adapters; None for the recorded one.
+
+    Raises:
+      UserError: the checkpoint in `step` needs none, or there is none of that name.
+    """
+    if named is None:
+        return None
+    if items.base is None:
+        raise UserError(f"{step} holds all parameters, so leave out the base ({named})")
+    return whole_checkpoint(named, Data.model_fields["cache_dir"].default)
+
+
 def continued_start(named: Path, own: Path) -> Start:
     """The start of a run that has a checkpoint, `own`: what model.init_from names is not opened."""
     items = read_items(own)
@@ -98,7 +119,13 @@ def _import_once(source: PublishedSource, items: ModelItems, cache_dir: Path) ->
 
     The end of its name tells the items and the content of the weights.
     """
-    key = json_fingerprint([FORMAT, dataclasses.asdict(items), _weights(source, cache_dir)])
+    content = {
+        "model": items.model.to_json(),
+        "tokenizer": items.tokenizer,
+        "prompts": items.prompts,
+        "provenance": items.provenance,
+    }
+    key = json_fingerprint([FORMAT, content, _weights(source, cache_dir)])
     folder = cache_dir / IMPORTED
     path = folder / f"{Path(source.base).name}-{key}"
     if path.is_dir() and _is_whole(path):

@@ -58,3 +58,8 @@ FloatType = Annotated[Literal["float32", "bfloat16", "float64"], BeforeValidator
 AutoFloatType = Annotated[
     Literal["auto", "float32", "bfloat16", "float64"], BeforeValidator(full_dtype)
 ]
+
+
+def listed(value: Any) -> Any:
+    """A list of one where a text stands alone; anything else as it is."""
+    return [value] if isinstance(value, str) else value

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from moi_jax.config.section import Count, FloatType, Location, Positive, Section
+from moi_jax.config.section import Count, FloatType, Location, Positive, Section, listed
 
 # Of commands without a config of the run, too.
 COMPILATION_CACHE = Path("~/.cache/moi_jax/xla")
@@ -27,11 +27,6 @@ UNREAD: dict[str, tuple[str, ...]] = {
 }
 # A bfloat16 has 8 bits: b2 times the moment is rounded back to it if 1 - b2 is less than 1/256.
 LARGEST_BFLOAT16_B2 = 0.996
-
-
-def listed(value: Any) -> Any:
-    """A list of one where a text stands alone; anything else as it is."""
-    return [value] if isinstance(value, str) else value
 
 
 class Optimizer(Section):

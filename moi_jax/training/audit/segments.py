@@ -112,14 +112,14 @@ def _stack(segments: Sequence[Batch], size: int, pad: int, rows: int) -> Batch:
 
 def _token_losses(run: SavedRun) -> TokenLosses:
     """A function from a numpy batch [B, S] to its token losses float[B, S]."""
-    config = run.config.model
+    dtype = run.config.param_dtype
     parameters = read_parameters(
-        run.newest.path, run.experiment.model, config.param_dtype, run.mesh, verify=False
+        run.newest.path, run.experiment.model, dtype, run.mesh, verify=False
     )
 
     def step(parameters: Tree, batch: Batch) -> jax.Array:
         model = run.bind(parameters)
-        hidden, _ = model.hidden_states(
+        hidden = model.hidden_states(
             batch.tokens, batch.positions, batch.segment_ids, extend_context=False
         )
         return token_scores(hidden, model.head_kernel(), batch.targets)[0]
