@@ -2,8 +2,6 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from moi_jax.cli.arguments import add_config, add_hosts
@@ -86,7 +84,8 @@ def main() -> int:
         fresh=args.fresh,
         allow_change=args.allow_change,
         strict_resume=args.strict_resume,
-        stop=_stop(signals, config.cluster.stuck_seconds),
+        stop=signals.watching(),
+        stuck_seconds=config.cluster.stuck_seconds,
     )
     if not result.finished:
         log.info(
@@ -97,18 +96,6 @@ def main() -> int:
     log.info(f"checkpoint {result.checkpoint}")
     log.info(f"report     {result.report}")
     return 0
-
-
-@contextmanager
-def _stop(signals: StopSignals, stuck_seconds: int) -> Iterator[Callable[[], bool]]:
-    """Yields the function that the run calls after each step to know whether to stop."""
-    from moi_jax.parallel.stuck import ending_when_stuck
-
-    with (
-        signals.watching() as should_stop,
-        ending_when_stuck(stuck_seconds, should_stop) as watched,
-    ):
-        yield watched
 
 
 def _log_answers(directory: Path) -> None:

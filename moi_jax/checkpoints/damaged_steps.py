@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from moi_jax.checkpoints.checksums import ARRAYS, verify_arrays
@@ -12,7 +13,9 @@ from moi_jax.common.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def set_aside_damaged_steps(folder: Path, verify: bool, strict: bool) -> None:
+def set_aside_damaged_steps(
+    folder: Path, verify: bool, strict: bool, fetch_again: Callable[[Path], bool] = lambda _: False
+) -> None:
     """Moves damaged steps to `folder`/damaged; warns of each, and of the steps to be repeated.
 
     Args:
@@ -21,6 +24,7 @@ def set_aside_damaged_steps(folder: Path, verify: bool, strict: bool) -> None:
         newest step on, until one is sound. Of older steps, which are not restored, only the
         small items are verified.
       strict: refuse to go back to an older step.
+      fetch_again: replaces a damaged step by a sound copy; returns whether there is one.
 
     Raises:
       UserError: no sound step is left, `strict` is set and the newest step is damaged, or one is of
@@ -30,7 +34,7 @@ def set_aside_damaged_steps(folder: Path, verify: bool, strict: bool) -> None:
     sound = None
     for step in all_steps(folder):
         try:
-            check_step(step, verify and sound is None)
+            _check(step, verify and sound is None, fetch_again)
             sound = sound or step
         except DamagedCheckpoint as error:
             if strict and sound is None:
@@ -48,6 +52,16 @@ def set_aside_damaged_steps(folder: Path, verify: bool, strict: bool) -> None:
     for each in damaged:
         assert sound is not None
         _set_aside(each, sound)
+
+
+def _check(step: Path, arrays: bool, fetch_again: Callable[[Path], bool]) -> None:
+    try:
+        check_step(step, arrays)
+    except DamagedCheckpoint as error:
+        if not fetch_again(step):
+            raise
+        log.warning(f"checkpoint {step.name} was damaged ({error.reason}) and is fetched again")
+        check_step(step, arrays)
 
 
 def check_step(step: Path, arrays: bool) -> None:

@@ -70,11 +70,15 @@ class Lease:
             if monotonic() - self._renewed > self._stale_seconds / 2:
                 self._renew()
 
-    def release(self) -> None:
-        """Lets others write. A lease that was lost stays with its new holder."""
+    def release(self, tell: bool = True) -> None:
+        """Lets others write. A lease that was lost stays with its new holder.
+
+        Args:
+          tell: write it to the store. Without this, the lease becomes stale by itself.
+        """
         self._released.set()
         self._thread.join()
-        if not self._failure:
+        if tell and not self._failure:
             with suppress(UserError):  # it becomes stale by itself
                 self._write(self._version, released=True)
 

@@ -59,15 +59,22 @@ class Store:
       UserError: the store refuses; the message says why.
     """
 
-    def __init__(self, place: Path, patience: float = PATIENCE):
+    def __init__(
+        self,
+        place: Path,
+        patience: float = PATIENCE,
+        may_write: Callable[[], None] = lambda: None,
+    ):
         """Opens what is below a URL.
 
         Args:
           place: see `locations`; nothing need be there.
           patience: seconds.
+          may_write: called before each object is written or deleted; it raises where this process
+            may do so no longer, see `Lease.hold`.
         """
         self.url = location_text(place)
-        self._patience = patience
+        self._patience, self._may_write = patience, may_write
         try:
             self._objects = _open(place)
         except ValueError as error:
@@ -85,6 +92,7 @@ class Store:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object as a whole, whatever was there."""
+        self._may_write()
         self._call("write", name, lambda: self._objects.write(name, content))
 
     def write_over(self, before: Version, name: str, content: bytes) -> Version | None:
@@ -105,10 +113,12 @@ class Store:
 
     def delete(self, name: str) -> None:
         """Deletes an object, if it is there."""
+        self._may_write()
         self._call("delete", name, lambda: self._objects.write(name, None))
 
     def delete_below(self, below: str) -> None:
         """Deletes all objects whose names begin with `below`."""
+        self._may_write()
         self._call("delete", below, lambda: self._objects.delete_range(_range(below)))
 
     def send(self, files: Iterable[tuple[str, Path]]) -> None:

@@ -61,16 +61,17 @@ def _lock(run_dir: Path, fresh: bool) -> filelock.BaseFileLock:
     return lock
 
 
-def move_aside(run_dir: Path) -> None:
-    """Moves the content of a run directory to a new directory beside it."""
+def move_aside(run_dir: Path) -> Path | None:
+    """Moves the content of a run directory to a new directory beside it, which it returns."""
     entries = _entries(run_dir)
     if not entries:
-        return
+        return None
     with _writing(run_dir):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         aside = Path(tempfile.mkdtemp(prefix=f"{run_dir.name}.{stamp}.", dir=run_dir.parent))
         for name in entries:
             (run_dir / name).rename(aside / name)
+    return aside
 
 
 @contextmanager

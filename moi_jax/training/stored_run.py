@@ -16,13 +16,13 @@ from pathlib import Path
 
 from moi_jax.checkpoints.items import all_steps
 from moi_jax.checkpoints.stored_steps import StoredSteps
-from moi_jax.common.errors import UserError
+from moi_jax.common.errors import Unreachable, UserError
 from moi_jax.common.locations import is_url
 from moi_jax.config import Config
 from moi_jax.parallel import hosts
 from moi_jax.storage.lease import LEASE, STALE_SECONDS, Lease
 from moi_jax.storage.store import Store
-from moi_jax.training.run_directory import LOCK, OWNER
+from moi_jax.training.run_directory import LOCK, OWNER, move_aside
 
 SEND_SECONDS = 10.0  # between two looks at what has changed
 STEPS, CONFIG = "checkpoints", "config.yaml"
@@ -38,6 +38,10 @@ class LocalRun:
 
     def send(self) -> None:
         """Returns when the store holds what is in the local copy; raises UserError if it cannot."""
+
+    def fetch_again(self, step: Path) -> bool:
+        """Replaces a damaged step of the local copy; returns whether a sound one was there."""
+        return False
 
     def checked(self, should_stop: Callable[[], bool]) -> Callable[[], bool]:
         """`should_stop` with a `check` before."""
@@ -70,12 +74,15 @@ class StoredRun(LocalRun):
     def send(self) -> None:
         with self._sending:
             self.check()
-            self._lease.hold()
-            # Listed first: the metrics up to a step must be in the store before the step is.
-            steps = all_steps(self._directory / STEPS)
-            for file in self._files():
-                self._send_file(file)
-            self._steps.send(steps)
+            try:
+                self._send()
+            except Exception as error:  # later calls raise it at once, and do not wait again
+                self._failure = error
+                raise
+
+    def fetch_again(self, step: Path) -> bool:
+        with self._sending:
+            return self._steps.fetch_again(step)
 
     def end(self) -> None:
         """Ends the thread."""
@@ -83,12 +90,16 @@ class StoredRun(LocalRun):
         self._thread.join()
 
     def _send_always(self) -> None:
-        while not self._ended.wait(SEND_SECONDS):
-            try:
+        with suppress(Exception):  # told by the next `check`, whatever it is
+            while not self._ended.wait(SEND_SECONDS):
                 self.send()
-            except Exception as error:  # told by the next `check`, whatever it is
-                self._failure = error
-                return
+
+    def _send(self) -> None:
+        # Listed first: the metrics up to a step must be in the store before the step is.
+        steps = all_steps(self._directory / STEPS)
+        for file in self._files():
+            self._send_file(file)
+        self._steps.send(steps)
 
     def _files(self) -> Iterator[Path]:
         """The files beside the steps; the folders of these come and go."""
@@ -125,12 +136,14 @@ def stored_run(
     if not is_url(place) or not hosts.is_main():
         yield LocalRun()
         return
-    store, steps = Store(place, patience), StoredSteps(place, patience)
+    store = Store(place, patience)
     _check_place(store, fresh)
     log.info(f"{store.url}: the run works in its local copy {directory}")
-    lease = Lease(store, _owner(directory), STALE_SECONDS)
+    lease, reachable = Lease(store, _owner(directory), STALE_SECONDS), True
     try:
-        if not lease.continued:
+        store = Store(place, patience, lease.hold)
+        steps = StoredSteps(place, patience, lease.hold)
+        if not lease.continued or steps.are_newer(directory / STEPS):
             _fetch(store, steps, directory, strict_resume)
             (directory / OWNER).write_text(lease.owner)
         run = StoredRun(store, steps, lease, directory)
@@ -144,8 +157,11 @@ def stored_run(
             run.send()
         finally:
             run.end()
+    except Unreachable:
+        reachable = False
+        raise
     finally:
-        lease.release()
+        lease.release(tell=reachable)
 
 
 def _check_place(store: Store, fresh: bool) -> None:
@@ -168,16 +184,33 @@ def _owner(directory: Path) -> str:
 
 
 def _fetch(store: Store, steps: StoredSteps, directory: Path, strict: bool) -> None:
-    """Makes the local copy anew from the store."""
-    (directory / OWNER).unlink(missing_ok=True)
+    """Makes the local copy anew from the store; the old one goes when the new one is whole."""
+    new = directory.with_name(f".{directory.name}.fetched")
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    try:
+        (new / STEPS).mkdir(parents=True)
+        steps.fetch(new / STEPS, strict)
+        store.fetch((name, new / name) for name in store.names() if _is_sent(Path(name)))
+        (directory / OWNER).unlink(missing_ok=True)
+        if steps.lack_any(directory / STEPS):
+            log.warning(
+                f"{directory} has checkpoints that {store.url} has not; it is moved to "
+                f"{move_aside(directory)}, and the run goes on from what the store has"
+            )
+        _replace(directory, new)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _replace(directory: Path, new: Path) -> None:
+    """Gives a directory the content of another one; it stays locked."""
     for entry in directory.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name != LOCK:
             entry.unlink()
-    (directory / STEPS).mkdir()
-    steps.fetch(directory / STEPS, strict)
-    store.fetch((name, directory / name) for name in store.names() if _is_sent(Path(name)))
+    for entry in new.iterdir():
+        entry.rename(directory / entry.name)
 
 
 def _is_sent(file: Path) -> bool:

@@ -28,16 +28,17 @@ from moi_jax.parallel import hosts
 from moi_jax.parallel.context import check_sequence
 from moi_jax.parallel.mesh import make_mesh
 from moi_jax.parallel.placing import check_rows
+from moi_jax.parallel.stuck import ending_when_stuck
 from moi_jax.training.goodput import Clock
 from moi_jax.training.loop import fit
 from moi_jax.training.report import write_report
 from moi_jax.training.resume import flat_settings
-from moi_jax.training.run import Evaluations, NoEvaluations
+from moi_jax.training.run import Evaluations, NoEvaluations, Run
 from moi_jax.training.run_directory import move_aside, run_directory
 from moi_jax.training.sharding import undivided_line
 from moi_jax.training.start import start_run
 from moi_jax.training.state import TrainState
-from moi_jax.training.stored_run import stored_run
+from moi_jax.training.stored_run import LocalRun, stored_run
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def train(
     allow_change: bool = False,
     strict_resume: bool = False,
     stop: AbstractContextManager[Callable[[], bool]] | None = None,
+    stuck_seconds: int = 0,
 ) -> TrainResult:
     """Trains as the config says, or resumes the run in its run directory.
 
@@ -93,6 +95,7 @@ def train(
       strict_resume: refuse if the newest checkpoint is damaged; else resume from the one before.
       stop: a context manager, entered before the first step. It yields a function that is called
         after each step; if it returns true, the run saves and ends.
+      stuck_seconds: see `ending_when_stuck`, which ends the whole process; 0 means no limit.
 
     Raises:
       UserError: config, data, checkpoint or run directory are wrong or do not fit together.
@@ -116,7 +119,10 @@ def train(
             hosts.from_main(
                 "the checkpoints",
                 lambda: set_aside_damaged_steps(
-                    directory / "checkpoints", config.checkpoint.verify, strict_resume
+                    directory / "checkpoints",
+                    config.checkpoint.verify,
+                    strict_resume,
+                    stored.fetch_again,
                 ),
             )
         with hosts.one_first(cache_dir, "opening the model and the tokenizer"):
@@ -149,11 +155,7 @@ def train(
                     directory, run.step, run.early_stopping,
                 )  # fmt: skip
             with stop or nullcontext(lambda: False) as should_stop:
-                try:
-                    fit(run, stored.checked(should_stop))
-                finally:  # while a signal is still noted: it must not cut this off
-                    checkpoints.wait()
-                    stored.send()
+                _fit(run, checkpoints, stored, should_stop, stuck_seconds)
                 report = directory / "report.html"
                 hosts.from_main("the report", lambda: _report(report, config))
         return TrainResult(
@@ -188,6 +190,24 @@ def model_on_mesh(
         log.warning(f"{undivided}; --print-sharding shows what a device holds of each parameter")
     compute = make_compute(config.model, model, devices[0], mesh)
     return mesh, make_model(model, compute), rows
+
+
+def _fit(
+    run: Run,
+    checkpoints: RunCheckpoints,
+    stored: LocalRun,
+    should_stop: Callable[[], bool],
+    stuck_seconds: int,
+) -> None:
+    """Trains; whatever happens, the last save is then complete, and sent."""
+    try:
+        with ending_when_stuck(stuck_seconds, stored.checked(should_stop)) as watched:
+            try:
+                fit(run, watched)
+            finally:  # while a signal is still noted: it must not cut this off
+                checkpoints.wait()
+    finally:  # nor this, which may take longer than a run that is not stuck
+        stored.send()
 
 
 def _report(report: Path, config: Config) -> None:

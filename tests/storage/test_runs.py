@@ -1,7 +1,6 @@
 """Runs whose directory is in an object store: resumed on another machine, stopped, damaged."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
@@ -98,10 +97,31 @@ def test_a_run_goes_on_exactly_on_a_fresh_machine(s3, config, machine, uninterru
     assert find_step(s3.place("exact/checkpoints/9")).name == "9"
 
 
-def test_a_run_ends_with_its_state_when_the_store_is_gone(s3, config, uninterrupted, log_text):
+@pytest.fixture
+def until_it_failed(monkeypatch) -> Callable[[], None]:
+    """Waits until the run has given up trying to send."""
+    failed, send = threading.Event(), stored_run.StoredRun.send
+
+    def telling(run):
+        try:
+            send(run)
+        except Unreachable:
+            failed.set()
+            raise
+
+    def wait():
+        assert failed.wait(timeout=300)
+
+    monkeypatch.setattr(stored_run.StoredRun, "send", telling)
+    return wait
+
+
+def test_a_run_ends_with_its_state_when_the_store_is_gone(
+    s3, config, uninterrupted, log_text, until_it_failed
+):
     run = config(s3.url("gone"), checkpoint={"every": 3, "retry_seconds": 1})
     with pytest.raises(Unreachable) as error:
-        train_here(run, stop=_closing(s3, after=4), make_evaluations=None)
+        train_here(run, stop=_closing(s3, after=4, then=until_it_failed), make_evaluations=None)
     assert error.value.exit_status == LOST
     assert "give the same command again when the store works" in str(error.value)
     assert logged_steps(expand_home(s3.place("gone")) / "metrics.jsonl")[-1] < 10
@@ -114,8 +134,13 @@ def test_a_run_ends_with_its_state_when_the_store_is_gone(s3, config, uninterrup
 
 
 @contextmanager
-def _closing(server, after: int, seconds: float | None = None) -> Iterator[Callable[[], bool]]:
-    """For `train(stop=...)`: the store is gone after a step, for seconds, or until the run ends."""
+def _closing(
+    server, after: int, seconds: float | None = None, then: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], bool]]:
+    """For `train(stop=...)`: the store is gone after a step, for seconds, or until the run ends.
+
+    `then` is called after each later step.
+    """
     with ExitStack() as closed:
         asked = count(1)
 
@@ -125,14 +150,15 @@ def _closing(server, after: int, seconds: float | None = None) -> Iterator[Calla
                 closed.enter_context(server.proxy.closed())
                 if seconds:
                     threading.Timer(seconds, closed.close).start()
-            if step > after and not seconds:
-                time.sleep(3)  # longer than the store is tried again
+            if step > after:
+                then()
             return False
 
         yield should_stop
 
 
-def test_a_second_run_is_refused(s3, config, machine):
+def test_a_second_run_is_refused(s3, config, machine, monkeypatch):
+    monkeypatch.setattr(stored_run, "STALE_SECONDS", 60.0)  # a beat may be late on a busy machine
     lease = Lease(Store(s3.place("taken")), "another", 3.0)
     said = refusal(config(s3.url("taken")), make_evaluations=None)
     assert "s3://bucket/taken is in use by another run" in said
