@@ -4,7 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from moi_jax.cli.arguments import COUNT, POSITIVE, text
+from moi_jax.cli.arguments import COUNT, POSITIVE, local_path, text
 from moi_jax.cli.command import run_command
 from moi_jax.cli.jax_environment import prepare_jax
 from moi_jax.common.deterministic import ask_for_determinism
@@ -88,7 +88,10 @@ def _arguments() -> argparse.Namespace:
         help="settings that may differ in a resumed run, such as data.root=DIR or mesh.fsdp=2",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="directory of the findings (default: RUN/audit)"
+        "--out",
+        type=local_path,
+        metavar="DIR",
+        help="directory of the findings (default: RUN/audit)",
     )
     parser.add_argument(
         "--rows",
@@ -106,7 +109,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=COUNT, default=0, metavar="N", help="chooses the rows")
     parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="only tell whether an audit.json was altered"
+        "--check",
+        type=local_path,
+        metavar="FILE",
+        help="only tell whether an audit.json was altered",
     )
     args = parser.parse_intermixed_args()
     if bool(args.check) == bool(args.run):

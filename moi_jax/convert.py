@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from moi_jax.cli.arguments import add_base, add_no_verify
+from moi_jax.cli.arguments import add_base, add_no_verify, local_path
 from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 from moi_jax.config.section import full_dtype
@@ -28,12 +28,17 @@ def main() -> int:
         "copied too.",
     )
     importer.add_argument(
-        "source", type=Path, metavar="SRC", help="directory, .gguf file or OWNER/NAME[@REVISION]"
+        "source",
+        type=local_path,
+        metavar="SRC",
+        help="directory, .gguf file or OWNER/NAME[@REVISION]",
     )
-    importer.add_argument("--out", type=Path, required=True, metavar="CKPT", help="must not exist")
+    importer.add_argument(
+        "--out", type=local_path, required=True, metavar="CKPT", help="must not exist"
+    )
     importer.add_argument(
         "--tokenizer",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="directory of the tokenizer files, if they are not in SRC",
     )
@@ -58,7 +63,9 @@ def main() -> int:
         "safetensors with config.json, tokenizer, chat template and model card.",
     )
     exporter.add_argument("checkpoint", type=Path, metavar="CKPT")
-    exporter.add_argument("--out", type=Path, required=True, metavar="DIR", help="must not exist")
+    exporter.add_argument(
+        "--out", type=local_path, required=True, metavar="DIR", help="must not exist"
+    )
     exporter.add_argument(
         "--dtype",
         type=full_dtype,
@@ -99,7 +106,7 @@ def main() -> int:
     verifier.add_argument("checkpoint", type=Path, metavar="CKPT")
     verifier.add_argument(
         "--against",
-        type=Path,
+        type=local_path,
         required=True,
         metavar="PUBLISHED",
         help="directory of safetensors, or a .gguf file",

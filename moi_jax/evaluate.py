@@ -15,6 +15,7 @@ from moi_jax.cli.arguments import (
     TEMPERATURE,
     add_hosts,
     add_model,
+    local_path,
     text,
 )
 from moi_jax.cli.command import run_command
@@ -127,20 +128,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=local_path,
         default=Path("data/benchmarks"),
         metavar="DIR",
         help="benchmark files, see docs/evaluation.md (default: data/benchmarks)",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="directory of results (default: runs/evaluation/ and the checkpoint's name)",
     )
     parser.add_argument(
         "--compare",
-        type=Path,
+        type=local_path,
         nargs="+",
         default=[],
         metavar="DIR",
@@ -276,7 +277,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     held_out = parser.add_argument_group(HELD_OUT)
     held_out.add_argument(
         "--config",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="config of the data (default: the checkpoint's own)",
     )
@@ -305,7 +306,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
     )
     harness = parser.add_argument_group("lm-evaluation-harness")
     harness.add_argument("--lm-eval", type=_names, metavar="A,B", help="names of its tasks")
-    harness.add_argument("--include-path", type=Path, metavar="DIR", help="more task files")
+    harness.add_argument("--include-path", type=local_path, metavar="DIR", help="more task files")
 
 
 def _names(given: str) -> tuple[str, ...]:

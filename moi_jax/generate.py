@@ -13,6 +13,7 @@ from moi_jax.cli.arguments import (
     add_hosts,
     add_model,
     chosen_system,
+    local_path,
     text,
 )
 from moi_jax.cli.command import run_command
@@ -172,13 +173,13 @@ def _arguments() -> argparse.Namespace:
     )
     asked.add_argument(
         "--conversations",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help='JSON Lines of {"messages": [...]}; the last message is a user\'s',
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="with --conversations: where the rows go, each with its answer and why it ended "
         "(finish); after a kill, give the same command again and it continues",
@@ -210,7 +211,7 @@ def _arguments() -> argparse.Namespace:
 def _add_tools(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--tools",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="tools that the model may call, in OpenAI's form: a JSON list, or one a line; each "
         "call is shown as a line of JSON",

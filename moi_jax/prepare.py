@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from moi_jax.cli.arguments import add_config
+from moi_jax.cli.arguments import add_config, local_path
 from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 
@@ -42,7 +41,10 @@ def main() -> None:
         "array that shares a cache_dir; a last prepare without --shard then puts them together",
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write row counts, mixture and seconds as JSON"
+        "--report",
+        type=local_path,
+        metavar="FILE",
+        help="write row counts, mixture and seconds as JSON",
     )
     args = parser.parse_args()
     if args.shard and args.report:

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from moi_jax.cli.arguments import add_config
+from moi_jax.cli.arguments import add_config, local_path
 from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 
@@ -69,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument(
         "--png",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="draw row R (default: 0) and its attention mask, as PNG, or as SVG for a FILE.svg",
     )
@@ -92,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--histogram",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="with --stats: draw the lengths",
     )

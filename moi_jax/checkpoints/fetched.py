@@ -46,6 +46,11 @@ def _newest(place: Path, names: list[str]) -> str:
         steps = [step for step in folders_among(below)[0] if step.isdigit()]
         if steps:
             return folder + max(steps, key=int)
+    if "config.json" in names:
+        raise UserError(
+            f"{location_text(place)} is no checkpoint of moi_jax but published weights, which are "
+            f"not read from a URL; copy them to this disk and name the copy"
+        )
     raise UserError(
         f"{location_text(place)} is no checkpoint (no {SUMS} inside); give one that was written by "
         f"training or by python -m moi_jax.convert import"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from moi_jax.common.locations import check_local
 from moi_jax.config.section import full_dtype
 from moi_jax.text.templates import CHOICES
 
@@ -44,6 +45,14 @@ def text(given: str) -> str:
         return os.fsencode(given).decode()
     except UnicodeError:
         raise argparse.ArgumentTypeError("it is not valid UTF-8") from None
+
+
+def local_path(given: str) -> Path:
+    """An argparse type for paths that cannot be in an object store."""
+    try:
+        return check_local(Path(given))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

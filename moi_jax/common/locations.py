@@ -5,6 +5,7 @@ Whatever works with files works on the local copy of a URL, see `staged_path`.
 """
 
 import os
+import re
 from pathlib import Path
 
 from moi_jax.common.errors import UserError
@@ -26,6 +27,23 @@ def location_text(place: Path) -> str:
     if not is_url(place):
         return str(place)
     return f"{place.parts[0]}//{'/'.join(place.parts[1:])}"
+
+
+def is_like_url(place: Path) -> bool:
+    """Whether it is written as a URL of any kind, such as S3://bucket or gs:bucket."""
+    stores = "|".join(SCHEMES)
+    return bool(re.match(rf"({stores}):|[a-z][a-z0-9]+:(/|$)", str(place), re.IGNORECASE))
+
+
+def check_local(place: Path) -> Path:
+    """The place, which must be a local path.
+
+    Raises:
+      ValueError: it is a URL.
+    """
+    if is_like_url(place):
+        raise ValueError(f"{location_text(place)} is a URL, but only a local path is taken here")
+    return place
 
 
 def url_parts(place: Path) -> tuple[str, str, str]:

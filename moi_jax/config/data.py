@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from moi_jax.config.section import Count, Location, Name, Positive, Section
+from moi_jax.common.locations import check_local
+from moi_jax.config.section import Count, LocalPath, Location, Name, Positive, Section
 from moi_jax.config.strategies import STRATEGIES, Strategy
 
 CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]+\|>")
@@ -25,7 +26,7 @@ class Source(Section):
     path: str | None = None  # a glob or a directory below data.root
     tfds: str | None = None  # a TFDS builder: name or name/config
     hf: str | None = None  # a dataset of the Hugging Face hub by its id, or a local directory
-    manual_dir: Path | None = None  # tfds only: local copies of its files, below data.root
+    manual_dir: LocalPath | None = None  # tfds only: local copies of its files, below data.root
     subset: str | None = None  # hf only
     split: str = "train"  # tfds and hf
     format: str = "auto"
@@ -38,6 +39,7 @@ class Source(Section):
     def check(self) -> "Source":
         if sum(kind is not None for kind in (self.path, self.tfds, self.hf)) != 1:
             raise ValueError("a source has exactly one of path, tfds, hf")
+        check_local(Path(self.path or ""))
         if self.manual_dir is not None and self.tfds is None:
             raise ValueError("manual_dir goes with tfds sources only")
         if self.subset is not None and self.hf is None:
@@ -57,7 +59,7 @@ class Domain(Section):
 class Decontaminate(Section):
     """What happens to training rows that share 13 words in a row with a benchmark question."""
 
-    path: Path | None = None  # a directory of benchmark files; null: no search
+    path: LocalPath | None = None  # a directory of benchmark files; null: no search
     on_hit: Literal["drop", "report"] = "drop"
 
 
@@ -77,7 +79,7 @@ class Stage(Section):
 class Data(Section):
     """The mixture. A switch that is left unset takes its value from `strategy`."""
 
-    root: Path = Path(".")
+    root: LocalPath = Path(".")
     cache_dir: Location = Path("~/.cache/moi_jax")
     strategy: Strategy = "moi"
     default_domain: str = "chat"

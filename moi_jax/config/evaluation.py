@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Literal
 
-from moi_jax.config.section import Count, Positive, Section
+from moi_jax.config.section import Count, LocalPath, Positive, Section
 
 
 class Benchmarks(Section):
     """Benchmarks that run on a few of their items during training, see docs/evaluation.md."""
 
     tasks: tuple[str, ...] = ()  # for example gsm8k, humaneval
-    data: Path = Path("data/benchmarks")  # the directory of their files
+    data: LocalPath = Path("data/benchmarks")  # the directory of their files
     every: Positive = 1000
     limit: Positive = 20  # items of each task, evenly spaced
     max_new_tokens: Positive = 256

@@ -1,11 +1,10 @@
 """The sections `model` and `tokenizer`: what is trained, and how text becomes ids."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from moi_jax.config.section import AutoFloatType, FloatType, Location, Section
+from moi_jax.config.section import AutoFloatType, FloatType, LocalPath, Location, Section
 
 # Which tensors of a layer are kept for the backward pass, from the least to the most.
 Remat = Literal[
@@ -83,6 +82,8 @@ class Model(Section):
 class TokenizerConfig(Section):
     """Where the tokenizer is, and the chat template that goes with it."""
 
-    path: Path | None = None  # a directory or an id of the hub; null: the tokenizer of init_from
+    path: LocalPath | None = (
+        None  # a directory or an id of the hub; null: the tokenizer of init_from
+    )
     # from_checkpoint, chatml, llama3, or the path of a .jinja file (see text/template_choice.py).
     chat_template: str = "from_checkpoint"

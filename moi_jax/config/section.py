@@ -1,13 +1,19 @@
 """What every section of a config is made of: strict and frozen models, and types of values."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from moi_jax.common.errors import UserError
-from moi_jax.common.locations import SCHEMES, is_url, location_text, url_parts
+from moi_jax.common.locations import (
+    SCHEMES,
+    check_local,
+    is_like_url,
+    is_url,
+    location_text,
+    url_parts,
+)
 
 
 class Section(BaseModel):
@@ -24,15 +30,16 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 
 def _check_location(place: Path) -> Path:
     """Refuses a URL that is none of ours; pydantic shows the text of a ValueError."""
-    first = place.parts[0] if place.parts else ""
     if is_url(place):
         try:
             url_parts(place)
         except UserError as error:
             raise ValueError(str(error)) from None
-    elif re.fullmatch(r"[a-z][a-z0-9]+:", first):
+    elif is_like_url(place):
         stores = " and ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise ValueError(f"{first}// is no store that is supported; these are: {stores}")
+        first = place.parts[0]
+        named = f"{first}//" if first.endswith(":") else f"a URL that begins with {first}"
+        raise ValueError(f"{named} is no store that is supported; these are: {stores}")
     return place
 
 
@@ -40,6 +47,8 @@ def _check_location(place: Path) -> Path:
 Location = Annotated[
     Path, AfterValidator(_check_location), PlainSerializer(location_text, when_used="json")
 ]
+
+LocalPath = Annotated[Path, AfterValidator(check_local)]
 
 # What other tools call the dtypes. A config and a command show the full names.
 SHORT_DTYPES = {

@@ -185,6 +185,8 @@ def test_objects_that_are_no_run_are_left_alone(s3, config):
         ("s3://", "s3:// is no place in an object store; write s3://BUCKET/PATH"),
         ("gs://bucket/../other", "without '..'"),
         ("az://bucket/run", "az:// is no store that is supported; these are: gs:// and s3://"),
+        ("S3://bucket/run", "S3:// is no store that is supported; these are: gs:// and s3://"),
+        ("gs:bucket/run", "a URL that begins with gs:bucket is no store that is supported"),
     ],
 )
 def test_a_url_that_names_no_place_is_refused(tmp_path, text, told):
