@@ -3,8 +3,10 @@
 import pytest
 
 from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.common.checksums import write_sums
 from moi_jax.config.load import load_config
 from moi_jax.data.cache import prepare as prepare_lib
+from moi_jax.data.cache.stored import StoredCache
 from moi_jax.data.cache.writer import RECORDS
 
 from support.runs import small_config
@@ -55,6 +57,18 @@ def test_a_damaged_block_is_made_anew_and_replaced(s3, prepare, machine, log_tex
     log_text.truncate(0)
     assert instructions(prepare(s3.url("damaged"))) == instructions(first)
     assert "made anew" not in log_text.getvalue()
+
+
+def test_a_block_that_another_machine_has_sent_meanwhile_stays(s3, tmp_path):
+    block = tmp_path / "blocks" / "key"
+    block.mkdir(parents=True)
+    (block / "records").write_bytes(b"1")
+    write_sums(block, ["records"])
+    first, second = (StoredCache(s3.place("meanwhile"), block.parent) for _ in range(2))
+    first.send([], [block])
+    s3.put("meanwhile/blocks/key/mark", b"")  # a folder that is sent again loses it
+    second.send([], [block])
+    assert "meanwhile/blocks/key/mark" in s3.names("meanwhile/")
 
 
 def test_the_shards_of_many_machines_are_put_together(s3, prepare, machine, log_text, monkeypatch):

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from moi_jax.common.checksums import SUMS
 from moi_jax.common.locations import is_url
 from moi_jax.data.cache.domain import BLOCKS
 from moi_jax.data.cache.writer import COUNTS
@@ -51,6 +52,7 @@ class StoredCache(LocalCache):
           folder: the local folder of the blocks.
         """
         self._folder = folder
+        self._damaged: set[Path] = set()  # the local places of those that are damaged in the store
         self._domain_store, self._block_store = Store(place), Store(place / folder.name)
         names, below = self._domain_store.names(), f"{folder.name}/"
         self._domains, _ = folders_among(names)
@@ -83,7 +85,10 @@ class StoredCache(LocalCache):
         ):
             for directory in directories:
                 if directory.name not in stored:
-                    send_folder(store, directory.name, directory)
+                    # Another machine may have sent it meanwhile, and others may be reading it.
+                    sent = store.read(f"{directory.name}/{SUMS}") is not None
+                    if directory in self._damaged or not sent:
+                        send_folder(store, directory.name, directory)
                     stored.add(directory.name)
 
     def _fetch(self, store: Store, stored: set[str], directory: Path) -> None:
@@ -96,6 +101,7 @@ class StoredCache(LocalCache):
                 f"the cache in {store.url}/{directory.name} is damaged ({error}) and is made anew"
             )
             stored.discard(directory.name)
+            self._damaged.add(directory)
 
 
 def _records_sums(directory: Path) -> dict[str, str]:
