@@ -75,7 +75,7 @@ RIGHT = {
         "from collections import Counter, OrderedDict\nletters, default = f('aab')\n"
         "assert letters - Counter('a') == {'a': 1, 'b': 1} and letters['z'] == 0\n"
         "assert default == {'a': 'aab'} and default['z'] == [9]\nrecent, nested = g()\n"
-        "assert recent == OrderedDict(b=2, a=1) != OrderedDict(a=1, b=2)\n"
+        "assert recent == OrderedDict(b=2, a=1) and recent != OrderedDict(a=1, b=2)\n"
         "assert nested == {'nested': [{'c': {'d': 2}}]}",
     ),
     "a named tuple with names that are replaced": (
