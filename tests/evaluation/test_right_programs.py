@@ -93,6 +93,12 @@ RIGHT = {
         "items, seen = [], set()\ntry:\n    f(items, seen)\n    assert False\n"
         "except ValueError:\n    pass\nassert items == [{1}] and items[0] is seen",
     ),
+    "arguments that become too deep to be sent before an exception": (
+        "def f(items):\n    for _ in range(10_000): items[:] = [items[:]]\n"
+        "    raise ValueError('bad')",
+        "try:\n    f([])\n    assert False\nexcept ValueError as error:\n"
+        "    assert str(error) == 'bad'",
+    ),
     "arguments that are changed": (
         "def f(items): items.sort(); items.append([9])\n"
         "def g(rows, named=None):\n    rows[0][0] = 5\n    rows.reverse()\n"
