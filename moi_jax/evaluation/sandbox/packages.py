@@ -78,7 +78,7 @@ def _distribution(name: str) -> Distribution:
     if not any(map(_is_importable, map(Path, _files(dist)))):
         raise UserError(
             f"--code-packages names {name}, but its installation lists no file that can be "
-            "imported, as an editable one; install it as a wheel or leave it out"
+            "imported (is it an editable one?); install it as a wheel or leave it out"
         )
     return dist
 
