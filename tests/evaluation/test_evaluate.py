@@ -443,8 +443,8 @@ def test_provenance_says_what_made_a_score(chat, options):
     folder = options.data / "echo"
     (folder / "dev").mkdir(parents=True)
     (folder / "echo.jsonl").write_text("one\n")
-    (folder / "dev" / "b.csv").write_text("b\n")
-    (folder / "dev" / "a.csv").write_text("a\n")
+    for name in "gcfbhdae":
+        (folder / "dev" / f"{name}.csv").write_text(name)
     listed = subprocess.run(
         "find dev -type f | LC_ALL=C sort | xargs sha256sum | sha256sum",
         shell=True, cwd=folder, capture_output=True, text=True, check=True,
@@ -454,7 +454,7 @@ def test_provenance_says_what_made_a_score(chat, options):
     results = run_benchmarks([(task, task.load())], chat, MADE_BY, options, session)
     made = results["tasks"]["echo"]["run"]
     assert made["data"] == {
-        "dev/ (2 files)": listed.stdout.split()[0],
+        "dev/ (8 files)": listed.stdout.split()[0],
         "echo.jsonl": hashlib.sha256(b"one\n").hexdigest(),
     }
     records = lines(options.out / "answers" / "echo.jsonl")[1:]
@@ -464,7 +464,7 @@ def test_provenance_says_what_made_a_score(chat, options):
     assert datetime.fromisoformat(made["date"]).tzinfo
     assert made["device"] == "1 x cpu (cpu)"
     told = results["tasks"]["echo"]["protocol"]
-    assert told.startswith("echo: 3 items (sha256 of the files: dev/ (2 files)")
+    assert told.startswith("echo: 3 items (sha256 of the files: dev/ (8 files)")
     assert "One greedy answer to each, at most 8 new tokens in a context of 128 tokens" in told
 
 
