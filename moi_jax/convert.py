@@ -7,8 +7,9 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from moi_jax.cli.arguments import add_no_verify
+from moi_jax.cli.arguments import add_base, add_no_verify
 from moi_jax.cli.command import run_command
+from moi_jax.common.errors import UserError
 from moi_jax.config.section import full_dtype
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
@@ -35,6 +36,12 @@ def main() -> int:
         type=Path,
         metavar="DIR",
         help="directory of the tokenizer files, if they are not in SRC",
+    )
+    importer.add_argument(
+        "--base",
+        type=Path,
+        metavar="CKPT",
+        help="of a PEFT adapter in SRC (adapter_config.json): the checkpoint of its base",
     )
     importer.add_argument(
         "--dtype",
@@ -67,6 +74,13 @@ def main() -> int:
         choices=["qwen2"],
         help="write Qwen v1 with the names of Qwen2, for tools that do not know Qwen v1",
     )
+    exporter.add_argument(
+        "--peft",
+        action="store_true",
+        help="write the LoRA adapters alone, as a directory that peft loads, instead of merging "
+        "them into the weights of their base",
+    )
+    add_base(exporter)
     exporter.add_argument(
         "--push", metavar="REPO", help="upload DIR as a new private repository; needs HF_TOKEN"
     )
@@ -131,19 +145,45 @@ def parse_size(text: str) -> int:
 
 def _import(args: argparse.Namespace) -> None:
     from moi_jax.checkpoints.hf.importer import import_checkpoint
+    from moi_jax.checkpoints.hf.peft_importer import import_adapter, is_adapter
 
+    if is_adapter(args.source):
+        if args.base is None or args.tokenizer or args.dtype:
+            raise UserError(
+                f"{args.source} is a PEFT adapter: name the checkpoint of its base with --base, "
+                f"whose tokenizer it takes, and leave out --tokenizer and --dtype"
+            )
+        import_adapter(args.source, args.base, args.out)
+        return
+    if args.base:
+        raise UserError(f"{args.source} is no PEFT adapter; leave out --base")
     import_checkpoint(args.source, args.out, args.tokenizer, args.dtype)
 
 
 def _export(args: argparse.Namespace) -> None:
     from moi_jax.checkpoints.hf.exporter import export_checkpoint
     from moi_jax.checkpoints.hf.hub import check_token, push
+    from moi_jax.checkpoints.hf.peft_exporter import export_adapter
 
     if args.push:
         check_token()  # before an hour of writing
-    export_checkpoint(
-        args.checkpoint, args.out, args.dtype, args.max_shard_size, args.as_family, args.verify
-    )
+    if args.peft:
+        if args.base or args.dtype or args.as_family:
+            raise UserError(
+                "--peft writes adapters in float32 under the names of their family, and reads no "
+                "base; leave out --base, --dtype and --as"
+            )
+        export_adapter(args.checkpoint, args.out, args.verify)
+    else:
+        export_checkpoint(
+            args.checkpoint,
+            args.out,
+            args.dtype,
+            args.max_shard_size,
+            args.as_family,
+            args.verify,
+            args.base,
+        )
     if args.push:
         print(f"uploaded {push(args.out, args.push, private=not args.public)}")
 

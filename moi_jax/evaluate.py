@@ -11,6 +11,7 @@ from moi_jax.cli.arguments import (
     MONEY,
     POSITIVE,
     PROBABILITY,
+    SECONDS,
     TEMPERATURE,
     add_hosts,
     add_model,
@@ -91,6 +92,7 @@ def _request(args: argparse.Namespace) -> EvaluationRequest:
             mesh=args.mesh,
             chat_template=args.chat_template,
             verify=args.verify,
+            base=args.base,
             system_prompt=args.system,
             system_block=not args.no_system,
             slots=args.slots,
@@ -208,8 +210,28 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         default="strict",
         help="weak: run even if this machine cannot enforce every limit",
     )
+    code.add_argument(
+        "--code-timeout",
+        type=SECONDS,
+        default=3.0,
+        metavar="SECONDS",
+        help="for a program with its tests (default: 3, as in openai/human-eval)",
+    )
+    code.add_argument(
+        "--code-packages",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="installed packages that programs may import, such as numpy (default: none)",
+    )
     mmlu = parser.add_argument_group("mmlu")
     mmlu.add_argument("--mmlu-method", choices=("generate", "likelihood"), default="generate")
+    mmlu.add_argument(
+        "--mmlu-errors",
+        choices=("keep", "skip"),
+        default="keep",
+        help="questions whose error_type, a column of MMLU-Redux, is not ok",
+    )
     judge = parser.add_argument_group("mt_bench")
     judge.add_argument(
         "--judge", metavar="MODEL", help="the judge; without one, answers are only written"

@@ -76,6 +76,7 @@ def _generate(args: argparse.Namespace, chats: bool) -> None:
         mesh=args.mesh,
         chat_template=args.chat_template,
         verify=args.verify,
+        base=args.base,
         by_layer=True,
     )
     config = GenerationConfig(

@@ -27,7 +27,9 @@ def main() -> int:
     topology = parse_topology(args.topology, args.slices)
     if args.sweep and args.step != "train":
         raise UserError(f"--sweep searches settings of training; leave out --step {args.step}")
-    prepare_environment(topology.compiles and args.step != "generate")
+    if args.price_list and (args.sweep or args.step != "train"):
+        raise UserError("--price-list plans the train step; leave out --sweep and --step")
+    prepare_environment(topology.compiles and args.step != "generate" and not args.price_list)
     show_logs(stderr=True)  # standard output is for the plan
 
     from moi_jax.accounting.planner import Planner
@@ -35,7 +37,9 @@ def main() -> int:
 
     names = parse_dimensions(args.sweep) if args.sweep else ()
     planner = Planner(config, topology, args.step)
-    if names:
+    if args.price_list:
+        _show_price_list(planner, args.json)
+    elif names:
         train = ["python", "-m", "moi_jax.train", "--config", args.config, *args.overrides]
         found, left = planner.sweep(names, args.max_compiles)
         _show_sweep(found, left, shlex.join(train), args.price, args.json)
@@ -55,6 +59,13 @@ def _show_plan(planner: "Planner", price: float | None, as_json: bool) -> None:
     print(describe_plan(plan, price))
     if plan.step == "train" and plan.fits and (found := planner.faster_remat(plan)):
         print(f"\n{describe_faster(*found)}")
+
+
+def _show_price_list(planner: "Planner", as_json: bool) -> None:
+    from moi_jax.accounting.price_list import describe_offers, offers_json, price_list
+
+    offers = price_list(planner.config, planner.model, planner.topology, planner.work)
+    print(json.dumps(offers_json(offers), indent=2) if as_json else describe_offers(offers))
 
 
 def _show_sweep(
@@ -114,6 +125,11 @@ def _arguments() -> argparse.Namespace:
         default=COMPILES,
         metavar="N",
         help=f"with --sweep: how many settings are compiled at most (default: {COMPILES})",
+    )
+    parser.add_argument(
+        "--price-list",
+        action="store_true",
+        help="full fine-tuning beside LoRA, by arithmetic: memory, time, the smallest that fits",
     )
     parser.add_argument("--price", type=MONEY, metavar="USD", help="dollars for a chip and an hour")
     parser.add_argument(

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moi_jax.accounting.collectives import count_collectives
 from moi_jax.accounting.hlo import Module, largest_array, parse_module
 from moi_jax.accounting.memory import abstract_step
-from moi_jax.accounting.resolved import on_platform
 from moi_jax.accounting.topology import Topology, described_devices
 from moi_jax.config import Config
 from moi_jax.data.loader import Batch
 from moi_jax.evaluation.row_sums import row_sums_step
+from moi_jax.models.compute import resolve_dtypes
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.chips import GIB
 from moi_jax.training.optimizer import make_optimizer, make_schedule
@@ -81,7 +81,7 @@ def compile_step(config: Config, model: ModelConfig, topology: Topology, step: s
 
 def lower_step(config: Config, model: ModelConfig, devices: list[jax.Device], step: str) -> Any:
     """Traces the train step, or a batch of the held-out eval ("eval"), for these devices."""
-    config = on_platform(config, devices[0].platform)
+    config = resolve_dtypes(config, devices[0].platform)
     mesh, bind, _ = model_on_mesh(config, model, devices)
     state, batch = abstract_step(config, model, mesh)
     if step == "eval":

@@ -22,7 +22,7 @@ from moi_jax.training.versions import FLAGS
 
 FOLDER = "plans"  # in data.cache_dir
 # The sections of the config on which the compiled step depends, and what is without effect on it.
-SECTIONS = {"model", "optimizer", "mesh", "train", "loss"}
+SECTIONS = {"model", "lora", "optimizer", "mesh", "train", "loss"}
 NO_EFFECT = {
     "model": {"init_from"},
     "train": {

@@ -30,11 +30,16 @@ from moi_jax.training.state import TrainState, abstract_state
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Bytes a device of what goes into a step and stays: the state is updated in place."""
+    """Bytes a device of what goes into a step and stays: the state is updated in place.
+
+    Attributes:
+      frozen: those of the parameters that no step changes.
+    """
 
     parameters: int
     optimizer: int
     batch: int
+    frozen: int = 0
 
     @property
     def total(self) -> int:
@@ -44,7 +49,7 @@ class Arguments:
 def abstract_step(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[TrainState, Batch]:
     """Returns shapes, dtypes and shardings of the state and of a batch [A, M, S]."""
     optimizer = make_optimizer(config.optimizer, model)
-    state = abstract_state(model, optimizer, config.model.param_dtype, mesh)
+    state = abstract_state(model, optimizer, config.param_dtype, mesh)
     rows = microbatch_rows(config)
     shape = (config.train.global_batch_rows // rows, rows, config.data.sequence_length)
     types = {name: jnp.int32 for name in Batch._fields} | {"loss_weights": jnp.float32}
@@ -66,6 +71,7 @@ def argument_bytes(state: TrainState, batch: Batch | None = None) -> Arguments:
         parameters=_device_bytes((state.trainable, state.frozen)),
         optimizer=_device_bytes((state.step, state.opt_state)),
         batch=_device_bytes(batch),
+        frozen=_device_bytes(state.frozen),
     )
 
 

@@ -10,7 +10,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.models.attention import AUTOMATIC
 from moi_jax.models.attention.refusals import refusal
-from moi_jax.models.compute import resolve_dtype
+from moi_jax.models.compute import resolve_dtypes
 from moi_jax.models.config import ModelConfig
 from moi_jax.parallel.chips import Chip
 
@@ -26,18 +26,13 @@ class _Described:
     compute_capability: str | None
 
 
-def on_platform(config: Config, platform: str) -> Config:
-    """Returns the config with the dtype that `auto` is on the platform."""
-    return _changed(config, compute_dtype=resolve_dtype(config.model.compute_dtype, platform))
-
-
 def on_chip(config: Config, model: ModelConfig, chip: Chip, mesh: Mesh) -> Config:
     """Returns the config with the dtype and the attention that training takes on the chip.
 
     Raises:
       UserError: the attention that the config names cannot compute this model there.
     """
-    config = on_platform(config, chip.platform)
+    config = resolve_dtypes(config, chip.platform)
     named = config.model.attention
     name = AUTOMATIC[chip.platform] if named == "auto" else named
     device = cast(jax.Device, _Described(chip.platform, CAPABILITY.get(chip.name)))

@@ -118,10 +118,10 @@ def hbm_traffic(
 ) -> float:
     """Adds up what a device at least reads and writes in its memory in a step, in bytes.
 
-    The state is read and written once. The gradients are written and read for every microbatch,
-    and so is what the layers keep. The gathered weights of every layer are read in three passes,
-    or in four where rematerialisation computes a product again. What is offloaded is read and
-    written once, on its way to the host and back.
+    What is trained of the state is read and written once. The gradients are written and read for
+    every microbatch, and so is what the layers keep. The gathered weights of every layer are read
+    in three passes, or in four where rematerialisation computes a product again. What is offloaded
+    is read and written once, on its way to the host and back.
 
     Args:
       config: without `auto`, see `resolved.on_chip`.
@@ -131,5 +131,5 @@ def hbm_traffic(
     value = jnp.dtype(config.model.compute_dtype).itemsize
     weights = value * model.num_layers * layer_matrix_size(model) / mesh.shape["tensor"]
     each = 2 * (temporaries["gradients"] + temporaries["saved activations"]) + passes * weights
-    state = 2 * (arguments.parameters + arguments.optimizer)
+    state = 2 * (arguments.parameters - arguments.frozen + arguments.optimizer)
     return state + microbatches * each + host_traffic(config, model, mesh)

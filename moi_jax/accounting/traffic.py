@@ -18,7 +18,7 @@ from moi_jax.accounting.layers import offloaded_width, repeated_products
 from moi_jax.accounting.memory import microbatch_rows
 from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.flops import layer_matrix_size
+from moi_jax.models.flops import layer_adapter_size, layer_matrix_size
 from moi_jax.parallel.placing import batch_shards
 
 # Operands of one kind of collective: (devices of a group, bytes of the operand on each).
@@ -35,6 +35,7 @@ def step_traffic(config: Config, model: ModelConfig, mesh: Mesh) -> dict[str, fl
     data, tensor, context = shape["data"], shape["tensor"], shape.get("context", 1)
     fsdp = shape["fsdp"] * context  # parameters are split over context as they are over fsdp
     weights = _weight_bytes(config, model) / tensor
+    gradients = _gradient_bytes(config, model) / tensor
     states = _token_bytes(config, mesh) * model.hidden_size  # of one layer, [B, S, D]
     keys = _key_bytes(config, model, mesh)
     # Two sums over tensor forward, two backward; one where the output projection is repeated.
@@ -45,13 +46,13 @@ def step_traffic(config: Config, model: ModelConfig, mesh: Mesh) -> dict[str, fl
     operands: dict[str, Operands] = {
         # The loss gathers the final states of all rows, since it splits the vocabulary over fsdp.
         "all-gather": [(fsdp, 2 * weights / fsdp), (fsdp, states), (context, key_gathers * keys)],
-        "reduce-scatter": [(fsdp, weights), (fsdp, 2 * states * fsdp), (context, keys * context)],
+        "reduce-scatter": [(fsdp, gradients), (fsdp, 2 * states * fsdp), (context, keys * context)],
         # Of the lookup in the embedding, and of its gradient.
         "all-to-all": [(fsdp, states), (fsdp, states)],
         # With tensor: of every layer, of the lookup in float32, of the loss's gradient.
         "all-reduce": [
             (tensor, (layer_sums + 2 + fsdp) * states),
-            (data, weights / fsdp),
+            (data, gradients / fsdp),
         ],
     }
     return {
@@ -70,11 +71,12 @@ def network_traffic(config: Config, model: ModelConfig, mesh: Mesh, slices: int)
         return 0
     shape = dict(mesh.shape)
     weights = _microbatches(config) * _weight_bytes(config, model)
+    gradients = _microbatches(config) * _gradient_bytes(config, model)
     if shape["data"] % slices == 0:
         parts = math.prod(shape.values()) / shape["data"]
-        return SENT["all-reduce"](slices) * weights / parts
+        return SENT["all-reduce"](slices) * gradients / parts
     in_slice = math.prod(shape.values()) / slices
-    return 3 * SENT["all-to-all"](slices) * weights / in_slice
+    return SENT["all-to-all"](slices) * (2 * weights + gradients) / in_slice
 
 
 def host_traffic(config: Config, model: ModelConfig, mesh: Mesh) -> float:
@@ -91,6 +93,12 @@ def _microbatches(config: Config) -> int:
 def _weight_bytes(config: Config, model: ModelConfig) -> float:
     """Returns the bytes of the matrices of all layers."""
     return _value_bytes(config) * model.num_layers * layer_matrix_size(model)
+
+
+def _gradient_bytes(config: Config, model: ModelConfig) -> float:
+    """Returns the bytes of their gradients, or of those of their adapters, where these are."""
+    trained = layer_adapter_size(model) if model.adapter else layer_matrix_size(model)
+    return _value_bytes(config) * model.num_layers * trained
 
 
 def _token_bytes(config: Config, mesh: Mesh) -> float:

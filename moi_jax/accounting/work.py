@@ -13,6 +13,7 @@ from moi_jax.data.cache.prepare import are_prepared
 from moi_jax.data.dataset import open_dataset
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.flops import causal_pairs
+from moi_jax.models.lora import adapted
 from moi_jax.models.presets import preset
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def open_model(config: Config) -> ModelConfig:
       UserError: there is none of that name.
     """
     if config.model.preset:
-        return preset(config.model.preset)
+        return adapted(preset(config.model.preset), config.lora)
     return open_experiment(config).model
 
 

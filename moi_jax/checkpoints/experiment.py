@@ -12,8 +12,9 @@ from moi_jax.checkpoints.items import ModelItems, find_step, newest_step, read_i
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.config import Config
-from moi_jax.models.compute import resolve_dtype
+from moi_jax.models.compute import resolve_dtypes
 from moi_jax.models.config import ModelConfig
+from moi_jax.models.lora import adapted
 from moi_jax.models.presets import preset
 from moi_jax.text.jinja.template import FROM_CHECKPOINT
 from moi_jax.text.prompts import (
@@ -46,7 +47,7 @@ class Experiment:
 
     @property
     def items(self) -> ModelItems:
-        """What every checkpoint of the experiment holds beside its parameters."""
+        """What every checkpoint of the experiment holds beside its parameters, but for `base`."""
         data = self.config.data
         prompts = prompts_metadata(data.default_system_prompt, self.tokenizer.template, data)
         provenance = self.start.items.provenance if self.start else {}
@@ -58,16 +59,16 @@ class Experiment:
         Raises:
           UserError: the config asks for float64, which is switched off in jax.
         """
-        section, optimizer = self.config.model, self.config.optimizer
-        dtype = resolve_dtype(section.compute_dtype, platform)
+        config = resolve_dtypes(self.config, platform)
+        optimizer = config.optimizer
         moments = (optimizer.moment_dtype, optimizer.second_moment_dtype)
-        dtypes = (section.param_dtype, dtype, *moments, optimizer.gradient_dtype)
+        computed = config.model.compute_dtype
+        dtypes = (config.param_dtype, computed, *moments, optimizer.gradient_dtype)
         if "float64" in dtypes and not jax.config.read("jax_enable_x64"):
             raise UserError(
                 "float64 is switched off in jax; set the environment variable JAX_ENABLE_X64=1"
             )
-        section = section.model_copy(update={"compute_dtype": dtype})
-        return dataclasses.replace(self, config=self.config.model_copy(update={"model": section}))
+        return dataclasses.replace(self, config=config)
 
 
 def open_experiment(config: Config, run_dir: Path | None = None) -> Experiment:
@@ -116,16 +117,22 @@ def _tokenizer_source(path: Path) -> PublishedSource:
 
 
 def _model(config: Config, start: Start | None) -> tuple[ModelConfig, str | None]:
-    """The architecture and its default system prompt, from a preset or from where a run begins."""
+    """The architecture and its default system prompt, from a preset or from where a run begins.
+
+    Where that has adapters, the architecture is its own.
+    """
     if start is None:
-        model = preset(config.model.preset or "")
+        model = adapted(preset(config.model.preset or ""), config.lora)
         return model, model.default_system_prompt
-    if config.model.preset and preset(config.model.preset) != start.items.model:
+    model = start.items.model
+    if config.model.preset and preset(config.model.preset) != model.base:
         raise UserError(
             f"model.preset {config.model.preset} is not the architecture of "
             f"{config.model.init_from}; leave out preset to use the checkpoint's"
         )
-    return start.items.model, start.items.prompts["default_system_prompt"]
+    if model.adapter is None:
+        model = adapted(model, config.lora)
+    return model, start.items.prompts["default_system_prompt"]
 
 
 def _kept_tokenizer(config: Config, own: Path) -> Tokenizer | None:

@@ -14,15 +14,18 @@ from moi_jax.checkpoints.damage import DamagedCheckpoint
 from moi_jax.checkpoints.hf.importer import published_items, write_checkpoint
 from moi_jax.checkpoints.hf.reader import describe_published, open_published
 from moi_jax.checkpoints.hf.source import HUB_FORM, PublishedSource, find_source
-from moi_jax.checkpoints.items import FORMAT, ModelItems, read_items
+from moi_jax.checkpoints.items import FORMAT, ModelItems, find_step, read_items
 from moi_jax.common.atomic_files import check_writable
 from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.common.home import expand_home
+from moi_jax.common.locations import is_url
 from moi_jax.common.progress import byte_bar
+from moi_jax.config import Data
 from moi_jax.data.cache.digests import Digests
 from moi_jax.data.sources.readers import SourceFile
+from moi_jax.parallel import hosts
 
 IMPORTED = "imported"  # the folder in data.cache_dir
 
@@ -52,7 +55,7 @@ class Start:
           UserError: the weights are missing or damaged, or the cache cannot be written.
         """
         if self.source is None:
-            return self.name
+            return find_step(self.name)
         return _import_once(self.source, self.items, expand_home(cache_dir))
 
 
@@ -65,6 +68,9 @@ def open_start(named: Path, tokenizer: Path | None = None) -> Start:
     Raises:
       UserError: there is nothing of that name, or it is damaged.
     """
+    if is_url(named):
+        step = find_step(named)
+        return Start(named, step, read_items(step))
     source = find_source(named)
     if not source.path.exists():
         raise UserError(
@@ -78,6 +84,25 @@ def open_start(named: Path, tokenizer: Path | None = None) -> Start:
     items = published_items(source, describe_published(source.path), tokenizer)
     name = source.pinned or named
     return Start(name, name, items, source)
+
+
+def whole_checkpoint(named: Path, cache_dir: Path) -> Path:
+    """The checkpoint of moi_jax that `named` is, or that is imported from it into the cache."""
+    with hosts.one_first(cache_dir, "importing the weights"):
+        return open_start(named).checkpoint(cache_dir)
+
+
+def chosen_base(step: Path, items: ModelItems, named: Path | None) -> Path | None:
+    """The checkpoint that a user names as the base of adapters; None for the recorded one.
+
+    Raises:
+      UserError: the checkpoint in `step` needs none, or there is none of that name.
+    """
+    if named is None:
+        return None
+    if items.base is None:
+        raise UserError(f"{step} holds all parameters, so leave out the base ({named})")
+    return whole_checkpoint(named, Data.model_fields["cache_dir"].default)
 
 
 def continued_start(named: Path, own: Path) -> Start:
@@ -94,7 +119,13 @@ def _import_once(source: PublishedSource, items: ModelItems, cache_dir: Path) ->
 
     The end of its name tells the items and the content of the weights.
     """
-    key = json_fingerprint([FORMAT, dataclasses.asdict(items), _weights(source, cache_dir)])
+    content = {
+        "model": items.model.to_json(),
+        "tokenizer": items.tokenizer,
+        "prompts": items.prompts,
+        "provenance": items.provenance,
+    }
+    key = json_fingerprint([FORMAT, content, _weights(source, cache_dir)])
     folder = cache_dir / IMPORTED
     path = folder / f"{Path(source.base).name}-{key}"
     if path.is_dir() and _is_whole(path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moi_jax import config as config_lib
+from moi_jax.checkpoints.init_from import chosen_base
 from moi_jax.checkpoints.items import (
     ModelItems,
     find_step,
@@ -73,6 +74,7 @@ def open_checkpoint(
     mesh: str | None = None,
     chat_template: str | None = None,
     verify: bool = True,
+    base: Path | None = None,
     by_layer: bool = False,
 ) -> OpenCheckpoint:
     """Reads a step directory, or the newest step of a run.
@@ -84,12 +86,14 @@ def open_checkpoint(
         None splits the model over all devices (tensor).
       chat_template: its name or its file; None for the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first.
+      base: of a checkpoint of adapters, see `load`.
       by_layer: give the parameters layer by layer. A sampler then uses them as they are, and holds
         no second copy; nothing else can use them.
 
     Raises:
       UserError: there is no checkpoint, it is damaged or not finite, it has no tokenizer, its chat
-        template is unknown or has changed since, or the mesh does not fit the devices.
+        template is unknown or has changed since, its base is missing or another one, or the mesh
+        does not fit the devices.
     """
     axes = parse_mesh(mesh) if mesh else config_lib.Mesh(data=1, fsdp=1, tensor=-1)
     placed_on = make_mesh(axes, devices)  # refused before the parameters are read
@@ -98,7 +102,7 @@ def open_checkpoint(
     items = read_items(step)
     tokenizer = _tokenizer(step, items, chat_template)
     dtype = resolve_dtype(dtype, devices[0].platform)
-    bind, stacked = _read_model(step, items.model, dtype, devices[0], placed_on, verify)
+    bind, stacked = _read_model(step, items, dtype, devices[0], placed_on, verify, base)
     parameters: Tree | LayerViews = stacked
     if by_layer:
         with jax.set_mesh(placed_on):
@@ -144,6 +148,7 @@ def load(
     mesh: Mesh | None = None,
     chat_template: str | None = None,
     verify: bool = True,
+    base: str | Path | None = None,
 ) -> tuple[Decoder, Tokenizer]:
     """A model in inference mode and its tokenizer, from a checkpoint of moi_jax.
 
@@ -157,10 +162,13 @@ def load(
       chat_template: its name or its file; None for the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first, which reads them once
         more. All other files are always verified.
+      base: of a checkpoint of LoRA adapters: the model beside which they were trained, as a
+        checkpoint or a run, published weights, or OWNER/NAME of the hub. None for where it was
+        then.
 
     Raises:
       UserError: `path` holds no checkpoint, it is damaged or not finite, its chat template has
-        changed since, or the mesh splits rows.
+        changed since, its base is missing or another one, or the mesh splits rows.
     """
     if (shards := context_shards(mesh)) > 1:
         raise UserError(
@@ -172,19 +180,28 @@ def load(
     if chat_template is None and items.prompts["chat_template"] is not None:
         chat_template = saved_template(items.prompts, path, "chat_template")
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    bind, parameters = _read_model(step, items.model, dtype, device, mesh, verify)
+    bind, parameters = _read_model(
+        step, items, dtype, device, mesh, verify, Path(base) if base else None
+    )
     return bind(parameters), Tokenizer.from_files(items.tokenizer, chat_template)
 
 
 def _read_model(
     step: Path,
-    config: ModelConfig,
+    items: ModelItems,
     dtype: jax.typing.DTypeLike,
     device: jax.Device,
     mesh: Mesh | None,
     verify: bool,
+    named: Path | None,
 ) -> tuple[Bind, Tree]:
-    """A function parameters -> model for the device, and the parameters on the mesh."""
+    """A function parameters -> model for the device, and the parameters on the mesh.
+
+    Args:
+      named: the base, see `base` of `load`.
+    """
+    config = items.model
     attention = choose_attention(config_lib.Model(), config, device, mesh, dtype)
     bind = make_model(config, Compute(dtype, attention=attention))
-    return bind, read_parameters(step, config, dtype, mesh, verify)
+    base = chosen_base(step, items, named)
+    return bind, read_parameters(step, config, dtype, mesh, verify, base)

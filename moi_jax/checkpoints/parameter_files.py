@@ -19,9 +19,7 @@ from etils import epath
 
 from moi_jax.checkpoints.damage import reading
 from moi_jax.checkpoints.finite import check_finite_array
-from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
-from moi_jax.models.parameters import Parameter, map_parameters, parameter_specs
 from moi_jax.parallel import hosts
 
 CHUNK_BYTES = 16 << 20
@@ -33,11 +31,12 @@ FILE_BYTES = 64 << 20
 Stream = Iterable[tuple[str, np.ndarray]]  # of (dotted path, parameter)
 
 
-def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype: np.dtype) -> None:
+def save_parameters(directory: Path, tree: Tree, stream: Stream) -> None:
     """Writes the item `parameters` of a step into the new directory `directory`.
 
     Args:
-      stream: each parameter of `config` once, in any order, in `dtype`.
+      tree: what the stream will give, as `Expected`.
+      stream: each parameter once, in any order.
 
     Raises:
       OSError: the files cannot be written.
@@ -46,13 +45,12 @@ def save_parameters(directory: Path, config: ModelConfig, stream: Stream, dtype:
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry, multiprocessing_options=by_this_process()
     )
-    tree = map_parameters(config, lambda _, p: Expected(p.shape, dtype))
     directory.mkdir()
     # The handler is used directly: a checkpointer makes the directory in its own thread, and after
     # an error here the threads of its other items would wait for minutes.
     place = epath.Path(directory.absolute())
     args = ocp.args.PyTreeSave(
-        tree, save_args=save_args(config, dtype), ocdbt_target_data_file_size=FILE_BYTES
+        tree, save_args=save_args(tree), ocdbt_target_data_file_size=FILE_BYTES
     )
     handler.save(place, args=args)
     handler.finalize(place)
@@ -119,27 +117,27 @@ def _blocks(array: np.ndarray, chunk_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, len(array)))
 
 
-def save_args(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Tree:
-    """For each parameter, how orbax cuts it into chunks."""
+def save_args(parameters: Tree) -> Tree:
+    """For each parameter, an array or `Expected`, how orbax cuts it into chunks."""
 
-    def make(path: str, parameter: Parameter) -> ocp.SaveArgs:
-        large = math.prod(parameter.shape) * np.dtype(dtype).itemsize > CHUNK_BYTES
-        layers = (0,) if large and path.startswith("layers.") else ()
+    def make(path: tuple, parameter: Any) -> ocp.SaveArgs:
+        large = parameter.nbytes > CHUNK_BYTES
+        layers = (0,) if large and path[0].key == "layers" else ()
         return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=layers)
 
-    return map_parameters(config, make)
+    return jax.tree_util.tree_map_with_path(make, parameters)
 
 
 class StoredParameters:
-    """The parameters of a step on disk; each is read when it is needed."""
+    """Parameters of a step on disk; each is read when it is needed."""
 
-    def __init__(self, step: Path, config: ModelConfig):
+    def __init__(self, step: Path, paths: Iterable[str]):
         """Raises KeyError, OSError or ValueError when the files are missing or damaged."""
         context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
         directory = epath.Path(step.absolute() / "parameters")
         self.step = step
         self.arrays: dict[str, ts.TensorStore] = {}
-        for path in parameter_specs(config):
+        for path in paths:
             info = ocp.type_handlers.ParamInfo(name=path, parent_dir=directory)
             spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
             self.arrays[path] = ts.open(spec, read=True, context=context).result()
@@ -147,7 +145,11 @@ class StoredParameters:
     @property
     def dtype(self) -> np.dtype:
         """The common dtype of all parameters."""
-        return np.result_type(*(stored.dtype.numpy_dtype for stored in self.arrays.values()))
+        return np.result_type(*map(self.dtype_of, self.arrays))
+
+    def dtype_of(self, path: str) -> np.dtype:
+        """The dtype of a parameter."""
+        return self.arrays[path].dtype.numpy_dtype
 
     def get(self, path: str, layer: int | None = None) -> np.ndarray:
         """A parameter by its dotted path, or one layer of a stacked one.

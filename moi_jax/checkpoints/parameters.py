@@ -9,10 +9,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from moi_jax.checkpoints.arrays import read_arrays
+from moi_jax.checkpoints.base import check_base, find_base, tree_fingerprint
 from moi_jax.checkpoints.checksums import verify_arrays, write_checksums
 from moi_jax.checkpoints.damage import reading
-from moi_jax.checkpoints.items import ModelItems, find_step
+from moi_jax.checkpoints.items import Base, ModelItems, find_step, read_base
 from moi_jax.checkpoints.parameter_files import (
+    Expected,
     StoredParameters,
     Stream,
     by_this_process,
@@ -21,7 +23,15 @@ from moi_jax.checkpoints.parameter_files import (
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
-from moi_jax.models.parameters import abstract_parameters, parameter_shardings, parameter_specs
+from moi_jax.models.parameters import (
+    abstract_parameters,
+    adapters_of,
+    base_of,
+    map_parameters,
+    merge_trees,
+    parameter_shardings,
+    parameter_specs,
+)
 from moi_jax.parallel import hosts
 
 
@@ -30,23 +40,25 @@ def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -
 
     Args:
       path: must not exist. A failed call leaves a part of it: write into an `atomic_directory`.
-      stream: (dotted path, array of `dtype`) of every parameter of the model, in any order.
+      stream: (dotted path, array) of every parameter that the checkpoint holds, in any order.
+      dtype: of the parameters but for adapters, which are float32 or wider.
 
     Raises:
       OSError: `path` cannot be written.
     """
+    held = items.held(map_parameters(items.model, lambda _, p: Expected(p.shape, p.dtype(dtype))))
     alone = by_this_process()
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
     )
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(path.absolute(), ocp.args.Composite(**items.to_args()))
-    save_parameters(path / "parameters", items.model, stream, dtype)
+    save_parameters(path / "parameters", held, stream)
     write_checksums(path)
 
 
 def stored_parameters(step: Path, config: ModelConfig, verify: bool = True) -> StoredParameters:
-    """The parameters of a step, for reading one at a time.
+    """The parameters that a step holds, for reading one at a time; beside a base its adapters.
 
     Args:
       verify: compare the files with their checksums first.
@@ -56,9 +68,12 @@ def stored_parameters(step: Path, config: ModelConfig, verify: bool = True) -> S
     """
     if verify:
         verify_arrays(step, ["parameters"])
+    specs = parameter_specs(config)
+    if read_base(step):
+        specs = {path: spec for path, spec in specs.items() if spec.adapter}
     with reading(step, "parameters"):
-        stored = StoredParameters(step, config)
-    _check_shapes(step, stored.arrays, parameter_specs(config))
+        stored = StoredParameters(step, specs)
+    _check_shapes(step, stored.arrays, specs)
     return stored
 
 
@@ -68,32 +83,87 @@ def read_parameters(
     dtype: jax.typing.DTypeLike,
     mesh: Mesh | None,
     verify: bool = True,
+    base: Path | None = None,
 ) -> Tree:
     """Parameters of a checkpoint, cast to `dtype`, laid out on `mesh` (None: one device).
 
+    Adapters are float32 or wider. Where they alone are in the checkpoint, the others are read from
+    their base.
+
     Args:
       verify: compare the files with their checksums first.
+      base: a checkpoint with the base; None for where it was when the adapters were trained.
 
     Raises:
-      UserError: files are missing or damaged, the stored shapes are not those of `config`, or a
-        value is not finite.
+      UserError: files are missing or damaged, the stored shapes are not those of `config`, a value
+        is not finite, or the base is missing or another one.
     """
     step = find_step(path).absolute()
-    if verify:  # once, not by every process
-        hosts.from_main("the checksums", lambda: verify_arrays(step, ["parameters"]))
+    wanted = _wanted_parameters(config, dtype, mesh)
+    recorded = read_base(step)
+    if recorded is None:
+        return _read_held(step, wanted, verify)
+    adapters = _read_held(step, adapters_of(config, wanted), verify)
+    return merge_trees(adapters, read_beside(step, recorded, config, wanted, verify, base))
+
+
+def read_beside(
+    step: Path,
+    recorded: Base,
+    config: ModelConfig,
+    wanted: Tree,
+    verify: bool = True,
+    given: Path | None = None,
+) -> Tree:
+    """The parameters that the adapters of a step were trained beside.
+
+    Args:
+      wanted: all parameters of `config`, abstract.
+      verify, given: as `verify` and `base` of `read_parameters`.
+    """
+    place = find_base(step, recorded, given)
+    parameters = _read_held(place, base_of(config, wanted), verify)
+    check_base(step, recorded, place, tree_fingerprint(parameters))
+    return parameters
+
+
+def read_state(
+    step: Path, config: ModelConfig, parameters: Tree, optimizer: Any
+) -> tuple[Tree, Any]:
+    """All parameters and the optimizer of a step, as these two trees; checksums are not compared.
+
+    Raises:
+      UserError: see `read_parameters`.
+    """
+    state = read_arrays(step, "optimizer", optimizer)
+    if (recorded := read_base(step)) is None:
+        return read_arrays(step, "parameters", parameters), state
+    adapters = read_arrays(step, "parameters", adapters_of(config, parameters))
+    base = read_beside(step, recorded, config, parameters, verify=False)
+    return merge_trees(adapters, base), state
+
+
+def _wanted_parameters(config: ModelConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None) -> Tree:
+    """Shapes, dtypes and shardings of all parameters on a mesh, or on one device."""
     abstract = abstract_parameters(config, dtype)
     if mesh is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: sharding, abstract)
     else:
         shardings = parameter_shardings(config, mesh)
-    wanted = jax.tree.map(
+    return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
+
+
+def _read_held(step: Path, wanted: Tree, verify: bool) -> Tree:
+    """The item `parameters` of a step, with the dtypes and shardings of the tree `wanted`."""
+    if verify:  # once, not by every process
+        hosts.from_main("the checksums", lambda: verify_arrays(step, ["parameters"]))
     with reading(step, "parameters"):
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(step / "parameters").item_metadata.tree
-        _check_shapes(step, stored, abstract)
+        _check_shapes(step, stored, wanted)
     return read_arrays(step, "parameters", wanted)
 
 

@@ -19,10 +19,11 @@ from moi_jax import config as config_lib
 from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.damage import forget_cut_off, reading
 from moi_jax.checkpoints.finite import check_finite
-from moi_jax.checkpoints.items import Json, ModelItems, newest_step
+from moi_jax.checkpoints.items import Json, ModelItems, newest_step, read_base
 from moi_jax.checkpoints.parameter_files import save_args
 from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.models.decoder import Tree
+from moi_jax.models.parameters import adapters_of
 from moi_jax.parallel import hosts
 
 
@@ -101,7 +102,7 @@ class RunCheckpoints:
             )
             policies.append(best)
         self.directory = directory
-        self._items = items
+        self.items = items  # a run that begins beside a base adds it
         self._last_save = (0, 0)  # its step and its bytes
         self._best_metric = config.best_metric
         self._manager = _Manager(
@@ -137,16 +138,15 @@ class RunCheckpoints:
         Raises:
           UserError: this save or the one before cannot be written.
         """
+        parameters = self.items.held(parameters)
         score = evaluation.get(self._best_metric, math.nan)
         scores = {self._best_metric: score} if math.isfinite(score) else None
         items = ocp.args.Composite(
-            parameters=ocp.args.StandardSave(
-                parameters, save_args(self._items.model, jax.tree.leaves(parameters)[0].dtype)
-            ),
+            parameters=ocp.args.StandardSave(parameters, save_args(parameters)),
             optimizer=ocp.args.StandardSave(optimizer),
             position=ocp.args.JsonSave(position),
             config=ocp.args.JsonSave(config),
-            **self._items.to_args(),
+            **self.items.to_args(),
         )
         self.wait()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((parameters, optimizer)))
@@ -161,14 +161,18 @@ class RunCheckpoints:
     def restore(self, step: int, parameters: Tree, optimizer: Any) -> tuple[Tree, Any]:
         """Parameters and optimizer of a step, with the shardings and dtypes of these two trees.
 
+        Of a step beside a base, the parameters are its adapters alone.
+
         Raises:
           UserError: files of the step are missing or damaged, or a value is not finite.
         """
+        folder = self.directory / str(step)
+        if read_base(folder):
+            parameters = adapters_of(self.items.model, parameters)
         args = ocp.args.Composite(
             parameters=ocp.args.StandardRestore(parameters),
             optimizer=ocp.args.StandardRestore(optimizer),
         )
-        folder = self.directory / str(step)
         with reading(folder, "parameters or optimizer"):
             restored = self._manager.restore(step, args=args)
         for item in ("parameters", "optimizer"):

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from moi_jax.config.section import full_dtype
 from moi_jax.text.templates import CHOICES
@@ -32,6 +33,7 @@ def _number(
 POSITIVE = _number(int, lambda n: 0 < n <= LARGEST, f"whole number from 1 to {LARGEST:,}")
 COUNT = _number(int, lambda n: 0 <= n <= LARGEST, f"whole number from 0 to {LARGEST:,}")
 TEMPERATURE = _number(float, lambda n: 0 <= n < math.inf, "temperature from 0 on")
+SECONDS = _number(float, lambda n: 0 < n < math.inf, "number of seconds above 0")
 MONEY = _number(float, lambda n: 0 <= n < math.inf, "number of dollars")
 PROBABILITY = _number(float, lambda n: 0 < n <= 1, "probability above 0")
 
@@ -101,7 +103,19 @@ def add_model(group: "argparse._ArgumentGroup") -> None:
         metavar="AXES",
         help="devices along the mesh axes, such as fsdp=2,tensor=4 (default: tensor=-1, all)",
     )
+    add_base(group)
     add_no_verify(group)
+
+
+def add_base(group: "argparse._ActionsContainer") -> None:
+    """Adds the option that names the base of a checkpoint of adapters."""
+    group.add_argument(
+        "--base",
+        type=Path,
+        metavar="CKPT",
+        help="of LoRA adapters: the model beside which they were trained, as a checkpoint, "
+        "published weights or OWNER/NAME of the hub (default: where it was then)",
+    )
 
 
 def add_no_verify(group: "argparse._ActionsContainer") -> None:

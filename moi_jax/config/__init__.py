@@ -11,6 +11,7 @@ from moi_jax.config.data import (
 )
 from moi_jax.config.evaluation import Benchmarks, Eval
 from moi_jax.config.experiment import Config
+from moi_jax.config.lora import LoRA
 from moi_jax.config.model import Model, SplashBlocks, TokenizerConfig
 from moi_jax.config.run import Checkpoint, Cluster, Logging
 from moi_jax.config.section import Section
@@ -29,6 +30,7 @@ __all__ = [
     "Domain",
     "Eval",
     "HeldOut",
+    "LoRA",
     "Logging",
     "Loss",
     "Mesh",

@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from moi_jax.config.data import Data
 from moi_jax.config.evaluation import Eval
+from moi_jax.config.lora import LoRA
 from moi_jax.config.model import Model, TokenizerConfig
 from moi_jax.config.run import Checkpoint, Cluster, Logging
 from moi_jax.config.section import Section
@@ -20,6 +21,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: Data = Data()
     loss: Loss = Loss()
+    lora: LoRA = LoRA()
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
     train: Train = Train()
@@ -52,8 +54,20 @@ class Config(Section):
                 "train.early_stopping_patience counts held-out evaluations, and eval.every 0 makes "
                 "none on the way; set eval.every to a number of steps"
             )
+        if self.lora.rank and self.model.param_dtype != "float32":
+            raise ValueError(
+                "model.param_dtype has no effect with lora, whose adapters are float32; remove it, "
+                "or set lora.base_dtype, the dtype of the frozen parameters"
+            )
+        if self.checkpoint.save_base and not self.lora.rank:
+            raise ValueError("checkpoint.save_base has no effect without lora.rank; remove it")
         self._check_names()
         return self
+
+    @property
+    def param_dtype(self) -> str:
+        """The dtype of the parameters but for adapters; `auto` where the platform decides it."""
+        return self.lora.base_dtype if self.lora.rank else self.model.param_dtype
 
     def _check_names(self) -> None:
         """Refuses a metric or a domain that the experiment does not have."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from moi_jax.config.section import Count, Positive, Section
+from moi_jax.config.section import Count, Location, Positive, Section
 
 
 class Checkpoint(Section):
@@ -15,13 +15,14 @@ class Checkpoint(Section):
     best_metric: str = "eval/mean/loss"  # lower is better
     grace_seconds: Positive = 120
     retry_seconds: Count = 60  # for how long a write is tried again when the store fails
+    save_base: bool = False  # with lora: also save the frozen parameters
     verify: bool = True  # compares the arrays with their checksums before they are read
 
 
 class Logging(Section):
     """The run directory, and what is logged there."""
 
-    run_dir: Path = Path("runs/moi")
+    run_dir: Location = Path("runs/moi")
     every: Positive = 10
     trackers: tuple[Literal["tensorboard", "prometheus", "wandb", "trackio"], ...] = (
         "tensorboard",

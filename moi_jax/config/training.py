@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from moi_jax.config.section import Count, FloatType, Positive, Section
+from moi_jax.config.section import Count, FloatType, Location, Positive, Section, listed
 
 # Of commands without a config of the run, too.
 COMPILATION_CACHE = Path("~/.cache/moi_jax/xla")
@@ -27,11 +27,6 @@ UNREAD: dict[str, tuple[str, ...]] = {
 }
 # A bfloat16 has 8 bits: b2 times the moment is rounded back to it if 1 - b2 is less than 1/256.
 LARGEST_BFLOAT16_B2 = 0.996
-
-
-def listed(value: Any) -> Any:
-    """A list of one where a text stands alone; anything else as it is."""
-    return [value] if isinstance(value, str) else value
 
 
 class Optimizer(Section):
@@ -99,7 +94,7 @@ class Train(Section):
     seed: Count = 0
     deterministic: bool = False  # asks the GPU compiler for run-to-run identical results
     # Where jax keeps compiled programs: xla/ in data.cache_dir by default; null: nowhere.
-    compilation_cache: Path | None = COMPILATION_CACHE
+    compilation_cache: Location | None = COMPILATION_CACHE
     sample_prompts: tuple[SamplePrompt, ...] = ()
     sample_every: Count = 0  # 0: before and after training only
     sample_max_new_tokens: Positive = 64

@@ -97,6 +97,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         mesh=options.mesh,
         chat_template=options.chat_template,
         verify=options.verify,
+        base=options.base,
         by_layer=_only_generates(request, opened),
     )
     results = held_out = lm_eval = None

@@ -44,8 +44,11 @@ class BenchmarkOptions:
     # HumanEval and MBPP
     allow_code_execution: bool = False
     sandbox: Literal["strict", "weak"] = "strict"
+    code_timeout: float = 3.0  # seconds of a program with its tests, as in openai/human-eval
+    code_packages: tuple[str, ...] = ()  # installed packages that programs may import
     # MMLU
     mmlu_method: Literal["generate", "likelihood"] = "generate"
+    mmlu_errors: Literal["keep", "skip"] = "keep"  # questions that MMLU-Redux marks as faulty
     # MT-Bench
     judge: str | None = None  # the name of the judge model at the endpoint
     judge_url: str | None = None
@@ -67,6 +70,7 @@ class ModelOptions:
       mesh: devices along the axes, such as "fsdp=2,tensor=4"; None is all devices on tensor.
       chat_template: its name or its file; None is the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first.
+      base: of a checkpoint of adapters; None is where it was when they were trained.
       system_prompt: of chats that bring none; None is the one saved in the checkpoint.
       system_block: False for no system block at all in these chats.
       slots: answers that are generated at the same time.
@@ -77,6 +81,7 @@ class ModelOptions:
     mesh: str | None = None
     chat_template: str | None = None
     verify: bool = True
+    base: Path | None = None
     system_prompt: str | None = None
     system_block: bool = True
     slots: int = 16

@@ -43,6 +43,16 @@ def make_compute(
     return Compute(dtype, remat_policy(settings.remat, settings.remat_tensors), attention)
 
 
+def resolve_dtypes(config: config_lib.Config, platform: str) -> config_lib.Config:
+    """Returns the config with the dtypes that `auto` is on a platform: cpu, gpu or tpu."""
+    dtype = resolve_dtype(config.model.compute_dtype, platform)
+    changes: dict[str, config_lib.Section] = {}
+    changes["model"] = config.model.model_copy(update={"compute_dtype": dtype})
+    if config.lora.rank and config.lora.base_dtype == "auto":
+        changes["lora"] = config.lora.model_copy(update={"base_dtype": dtype})
+    return config.model_copy(update=changes)
+
+
 def resolve_dtype(name: str, platform: str) -> str:
     """Resolves the dtype `auto` for a platform: float32 on a CPU, bfloat16 elsewhere."""
     if name != "auto":

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from moi_jax.common.errors import UserError
+from moi_jax.models.adapter import Adapter
 from moi_jax.models.families import FAMILIES
 from moi_jax.models.families.family import Family
 
@@ -57,23 +58,38 @@ class ModelConfig:
     # The chat template adds this prompt if there is no system turn. It is not part of the
     # architecture and not in config.json: two configs that differ only here are equal.
     default_system_prompt: str = dataclasses.field(compare=False)
+    # LoRA adapters beside the matrices of the layers. They are not in config.json either.
+    adapter: Adapter | None = None
 
     @property
     def rotary_dim(self) -> int:
         """How many of the N numbers of a head are rotated: the first ones."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def base(self) -> "ModelConfig":
+        """The architecture without adapters."""
+        return self.with_adapter(None)
+
+    def with_adapter(self, adapter: Adapter | None) -> "ModelConfig":
+        return dataclasses.replace(self, adapter=adapter)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values, for a checkpoint of ours."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.adapter is None:  # as before there were adapters: runs compare these values
+            del values["adapter"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
         """Makes the config from the values of `to_json`."""
         scaling, layers = values.get("rope_scaling"), values.get("rope_layers")
+        adapter = values.get("adapter")
         typed = {
             "rope_scaling": RopeScaling(**scaling) if scaling else None,
             "rope_layers": tuple(layers) if layers else None,
+            "adapter": Adapter.from_json(adapter) if adapter else None,
         }
         return cls(**{**values, **typed})
 

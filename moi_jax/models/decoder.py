@@ -16,10 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from moi_jax.models import rotary
+from moi_jax.models.adapter import Adapter
 from moi_jax.models.attention import AttentionFn
 from moi_jax.models.compute import Compute
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.product import product
+from moi_jax.models.linear import Dims, Linear, normal, parameter
 from moi_jax.models.rotary import Rotary
 from moi_jax.parallel.axes import constrain
 
@@ -27,75 +28,6 @@ from moi_jax.parallel.axes import constrain
 Tree = dict[str, Any]
 # Keys and values: [B, S, K, N] each of one layer, [L, B, S, K, N] each of all layers.
 KeysAndValues = tuple[jax.Array, jax.Array]
-# Logical axis -> size, in the order of the array. None is never split, see parallel/axes.py.
-Dims = dict[str | None, int]
-
-
-def parameter(
-    value: jax.Array,
-    axes: tuple[str | None, ...],
-    *,
-    decays: bool = False,
-    trainable: bool = True,
-    contracted: int = 0,
-) -> nnx.Param:
-    """Declares a parameter, with its metadata.
-
-    Args:
-      axes: one logical axis for each dimension. flax's `out_sharding` does not fit here: it takes
-        mesh axes, and parallel/axes.py decides which mesh axes a logical axis is split over.
-      decays: whether weight decay applies. It does for matrices, not for norms and biases.
-      trainable: whether it is trained. A frozen parameter has no gradient and no optimizer
-        state.
-      contracted: of a matrix, the number of its axes that a product sums over.
-    """
-    return nnx.Param(
-        value, logical_axes=axes, decays=decays, trainable=trainable, contracted=contracted
-    )
-
-
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: DTypeLike) -> jax.Array:
-    """Draws in float32, so that the values do not depend on the dtype of the result."""
-    return (stddev * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
-
-
-def _cast_in_place(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Casts the kernel of one layer, and keeps XLA from casting those of all layers beforehand.
-
-    XLA would move the cast out of the scan over layers, and hold the copy that long. It does not
-    move the rounding, which changes no bit: the cast rounds the same way.
-    """
-    if kernel.dtype == dtype:
-        return kernel
-    bits = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(kernel, bits.nexp, bits.nmant).astype(dtype)
-
-
-class Linear(nnx.Module):
-    """x @ kernel + bias over one or more axes: every matrix of the decoder, also the head."""
-
-    def __init__(
-        self,
-        inputs: Dims,
-        outputs: Dims,
-        *,
-        stddev: float,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-        bias: bool = False,
-    ):
-        shape = (*inputs.values(), *outputs.values())
-        axes = (*inputs, *outputs)
-        kernel = normal(rngs, shape, stddev, dtype)
-        self.kernel = parameter(kernel, axes, decays=True, contracted=len(inputs))
-        zeros = jnp.zeros(tuple(outputs.values()), dtype)
-        self.bias = parameter(zeros, tuple(outputs)) if bias else None
-        self.contracted = len(inputs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., inputs] to [..., outputs] in x's dtype."""
-        y = product(self.contracted, x, _cast_in_place(self.kernel[...], x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -224,6 +156,14 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
         self.attend = attend
+        if config.adapter is not None:  # drawn last: the others are those of a model without it
+            self._add_adapters(config.adapter, rngs)
+
+    def _add_adapters(self, adapter: Adapter, rngs: nnx.Rngs) -> None:
+        for path, module in nnx.iter_modules(self):
+            named = ".".join(("layers", *map(str, path))) in adapter.targets
+            if named and isinstance(module, Linear):
+                module.add_adapter(adapter.rank, adapter.scale, rngs)
 
     def __call__(
         self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array

@@ -17,10 +17,13 @@ import dataclasses
 import numpy as np
 
 from moi_jax.models.config import ModelConfig
+from moi_jax.models.parameters import parameter_specs
 
 # A forward pass, and a backward pass of two products for each of its products: one for the
 # gradient of the input, one for that of the parameter (Kaplan et al. 2020, section 2.1).
 PASSES = 3
+# Of a frozen matrix, which has no gradient.
+FROZEN_PASSES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +51,29 @@ def layer_matrix_size(config: ModelConfig) -> int:
     return config.hidden_size * (attention * config.head_dim + 3 * config.mlp_width)
 
 
+def layer_adapter_size(config: ModelConfig) -> int:
+    """Counts the parameters of the adapters of one layer."""
+    sizes = [np.prod(p.shape) for p in parameter_specs(config).values() if p.adapter]
+    return int(sum(sizes)) // config.num_layers
+
+
 def step_flops(config: ModelConfig, tokens: int, pairs: int) -> Flops:
-    """Counts the operations of one train step of a full fine-tuning, forward and backward.
+    """Counts the operations of one train step, forward and backward.
+
+    All parameters count as trained; where there are adapters, they alone do.
 
     Args:
       tokens: tokens of the whole batch that go through the model.
       pairs: (query, key) pairs that attention uses in the whole batch, see `causal_pairs`.
     """
-    token = 2 * PASSES * tokens
+    own = FROZEN_PASSES if config.adapter else PASSES
+    matrices = own * layer_matrix_size(config) + PASSES * layer_adapter_size(config)
     # A product of the query with the key, and one of its weight with the value, of H heads each.
     pair = 2 * 2 * PASSES * pairs * config.num_heads * config.head_dim
     return Flops(
-        matmuls=token * config.num_layers * layer_matrix_size(config),
+        matmuls=2 * tokens * config.num_layers * matrices,
         attention=pair * config.num_layers,
-        head=token * config.hidden_size * config.vocab_size,
+        head=2 * own * tokens * config.hidden_size * config.vocab_size,
     )
 
 

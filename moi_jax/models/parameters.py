@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
@@ -29,6 +30,11 @@ class Parameter:
     decays: bool
     trainable: bool
     contracted: int  # of a matrix: the number of its axes that a product sums over; else 0
+    adapter: bool  # whether it is a part of an adapter
+
+    def dtype(self, common: jax.typing.DTypeLike) -> jnp.dtype:
+        """Returns its dtype where that of the parameters is `common`; adapters are float32 then."""
+        return jnp.promote_types(common, jnp.float32) if self.adapter else jnp.dtype(common)
 
 
 @cache
@@ -40,8 +46,11 @@ def parameter_specs(config: ModelConfig) -> dict[str, Parameter]:
             param.shape,
             param.get_metadata("logical_axes"),
             param.get_metadata("decays"),
-            param.get_metadata("trainable"),
+            # Beside adapters all else is frozen.
+            param.get_metadata("trainable")
+            and (config.adapter is None or param.get_metadata("adapter")),
             param.get_metadata("contracted"),
+            param.get_metadata("adapter"),
         )
         for path, param in nnx.to_flat_state(state)
     }
@@ -54,8 +63,12 @@ def map_parameters(config: ModelConfig, make: Callable[[str, Parameter], Any]) -
 
 
 def abstract_parameters(config: ModelConfig, dtype: jax.typing.DTypeLike) -> Tree:
-    """Returns the tree of parameters as `jax.ShapeDtypeStruct`s."""
-    return map_parameters(config, lambda _, p: jax.ShapeDtypeStruct(p.shape, dtype))
+    """Returns the tree of parameters as `jax.ShapeDtypeStruct`s.
+
+    Args:
+      dtype: of all but the adapters.
+    """
+    return map_parameters(config, lambda _, p: jax.ShapeDtypeStruct(p.shape, p.dtype(dtype)))
 
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> Tree:
@@ -76,7 +89,41 @@ def random_parameters(
     return jax.jit(make, out_shardings=shardings)()
 
 
-def merge_trees(trainable: Tree, frozen: Tree) -> Tree:
-    """Merges the two trees of `Trained.split` (trained.py) into one."""
-    flat = {**traverse_util.flatten_dict(trainable), **traverse_util.flatten_dict(frozen)}
+def add_new_adapters(
+    config: ModelConfig,
+    base: Tree,
+    seed: int,
+    dtype: jax.typing.DTypeLike,
+    mesh: Mesh | None = None,
+) -> Tree:
+    """Adds the adapters that `random_parameters` makes to the parameters of `config.base`."""
+
+    def make() -> Tree:
+        model = Decoder(config, param_dtype=dtype, rngs=nnx.Rngs(params=seed))
+        return adapters_of(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+    shardings = None if mesh is None else adapters_of(config, parameter_shardings(config, mesh))
+    return merge_trees(jax.jit(make, out_shardings=shardings)(), base)
+
+
+def adapters_of(config: ModelConfig, parameters: Tree) -> Tree:
+    """Returns the adapters among all parameters of a model."""
+    return _part(config, parameters, adapter=True)
+
+
+def base_of(config: ModelConfig, parameters: Tree) -> Tree:
+    """Returns all parameters of a model but the adapters."""
+    return _part(config, parameters, adapter=False)
+
+
+def _part(config: ModelConfig, parameters: Tree, *, adapter: bool) -> Tree:
+    specs = parameter_specs(config)
+    flat = traverse_util.flatten_dict(parameters, sep=".")
+    part = {path: value for path, value in flat.items() if specs[path].adapter == adapter}
+    return traverse_util.unflatten_dict(part, sep=".")
+
+
+def merge_trees(one: Tree, other: Tree) -> Tree:
+    """Merges two parts of the parameters, such as those of `Trained.split`, into one tree."""
+    flat = {**traverse_util.flatten_dict(one), **traverse_util.flatten_dict(other)}
     return traverse_util.unflatten_dict(flat)

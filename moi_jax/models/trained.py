@@ -1,9 +1,7 @@
 """Which parameters a run trains: those whose modules say so, less the frozen ones."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +12,8 @@ from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import abstract_parameters, parameter_specs
+from moi_jax.models.patterns import LAYERS, matching
 
-# "layers.3", "layers.0-15.mlp": some layers of the stack, before what is below them.
-LAYERS = re.compile(r"layers\.(\d+)(?:-(\d+))?(?=\.|$)")
 Runs = tuple[tuple[int, int], ...]  # of layers, each from the first one to before the second one
 
 
@@ -83,9 +80,8 @@ class Trained:
 def trained_parameters(config: ModelConfig, frozen: Sequence[str] = ()) -> Trained:
     """Returns which parameters of a model are trained if the patterns `frozen` name the others.
 
-    A pattern is a dotted path, in which `*` stands for any text, and names everything below it:
-    `embedding`, `layers.*norm`, `*.bias`. A number or a range after `layers` names some layers,
-    counted from 0: `layers.0-15`, `layers.3.mlp`.
+    A pattern (see `patterns.matching`) is `embedding`, `layers.*norm`, `*.bias` and so on. A number
+    or a range after `layers` names some layers, counted from 0: `layers.0-15`, `layers.3.mlp`.
 
     Raises:
       UserError: a pattern names no parameter, or nothing is left to train.
@@ -97,8 +93,7 @@ def trained_parameters(config: ModelConfig, frozen: Sequence[str] = ()) -> Train
     }
     for pattern in frozen:
         name, layers = _parse(pattern, config.num_layers)
-        matched = [p for p in specs if fnmatchcase(p, name) or fnmatchcase(p, f"{name}.*")]
-        if not matched:
+        if not (matched := matching(specs, name)):
             raise UserError(
                 f"optimizer.frozen: no parameter of the model matches {pattern!r}; "
                 f"--print-sharding optimizer.frozen=[] lists them"

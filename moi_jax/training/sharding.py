@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from rich.table import Table
 
 from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.common.log import LogTable
 from moi_jax.config import Config
+from moi_jax.models.compute import resolve_dtypes
 from moi_jax.models.config import ModelConfig
+from moi_jax.models.lora import adapted
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
 from moi_jax.models.trained import Trained, trained_parameters
@@ -72,13 +73,13 @@ def sharding_table(model: ModelConfig, sizes: Sizes, dtype: DTypeLike, trained: 
     It also tells which are trained, or which layers of them.
 
     Args:
-      dtype: of the parameters.
+      dtype: of the parameters but for adapters.
     """
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     table = Table(title=f"Parameters on {mesh}, {dtype}", title_justify="left", show_footer=True)
-    itemsize = jnp.dtype(dtype).itemsize
-    parameters = split_parameters(model, sizes)
-    on_device = sum(math.prod(p.shard) for p in parameters) * itemsize
+    parameters, specs = split_parameters(model, sizes), parameter_specs(model)
+    held = {p.path: math.prod(p.shard) * specs[p.path].dtype(dtype).itemsize for p in parameters}
+    on_device = sum(held.values())
     for name in ("parameter", "shape", "logical axes", "split over", "trained"):
         table.add_column(name, "all" if name == "parameter" else "")
     table.add_column("bytes a device", f"{on_device:,}", justify="right")
@@ -89,7 +90,7 @@ def sharding_table(model: ModelConfig, sizes: Sizes, dtype: DTypeLike, trained: 
             ", ".join(axis or "-" for axis in p.axes),
             ", ".join(" x ".join(part) or "-" for part in p.split),
             trained.described(p.path),
-            f"{math.prod(p.shard) * itemsize:,}",
+            f"{held[p.path]:,}",
         )
     return table
 
@@ -122,12 +123,14 @@ def print_sharding(config: Config) -> None:
         optimizer.frozen does not fit it.
     """
     named = config.model.preset
-    model = preset(named) if named else open_experiment(config).model
+    model = adapted(preset(named), config.lora) if named else open_experiment(config).model
     trained = trained_parameters(model, config.optimizer.frozen)
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+    dtype = resolve_dtypes(config, "tpu").param_dtype  # as on any accelerator
     if -1 in sizes.values():
         devices = jax.devices()
         sizes = mesh_sizes(config.mesh, len(devices), devices[0].platform)
-    print(LogTable(sharding_table(model, sizes, config.model.param_dtype, trained)))
+        dtype = resolve_dtypes(config, devices[0].platform).param_dtype
+    print(LogTable(sharding_table(model, sizes, dtype, trained)))
     if line := undivided_line(model, sizes):
         print(line)

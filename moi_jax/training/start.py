@@ -1,27 +1,35 @@
 """Starts or resumes a run: builds its `Run` from an experiment and its data."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
 
 from jax.sharding import Mesh
 
+from moi_jax.checkpoints.base import tree_fingerprint
 from moi_jax.checkpoints.experiment import Experiment
-from moi_jax.checkpoints.parameters import read_parameters
+from moi_jax.checkpoints.first_parameters import first_parameters
+from moi_jax.checkpoints.init_from import whole_checkpoint
+from moi_jax.checkpoints.items import Base, find_step, read_base
+from moi_jax.checkpoints.parameters import read_beside
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
+from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset
-from moi_jax.models.decoder import Bind, Tree
+from moi_jax.models.config import ModelConfig
+from moi_jax.models.decoder import Bind
 from moi_jax.models.flops import causal_pairs
-from moi_jax.models.parameters import random_parameters
+from moi_jax.models.lora import adapted
+from moi_jax.models.parameters import base_of, merge_trees
 from moi_jax.parallel import hosts
 from moi_jax.training.batches import placed_batches
 from moi_jax.training.device_figures import DeviceFigures
 from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog, Record, truncate_after
-from moi_jax.training.optimizer import make_optimizer, make_schedule
+from moi_jax.training.optimizer import Optimizer, make_optimizer, make_schedule
 from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.resume import (
     plan_fingerprint,
@@ -68,17 +76,17 @@ def start_run(
     hosts.check_same({"data": dataset.fingerprint, "plan": plan_fingerprint(plan, position["row"])})
     mixture = dataset.log_mixture(plan)  # a plan that is refused is told before weights are read
     optimizer = make_optimizer(config.optimizer, model)
-    if config.optimizer.frozen:
-        counts = optimizer.trained.counts(model)
-        log.info("optimizer.frozen: %s of %s parameters are trained", *map("{:,}".format, counts))
+    if config.optimizer.frozen or config.lora.rank:
+        key = "optimizer.frozen" if config.optimizer.frozen else "lora"
+        counts = map("{:,}".format, optimizer.trained.counts(model))
+        log.info("%s: %s of %s parameters are trained", key, *counts)
     if saved_step is None:
-        state = new_state(model, optimizer, _first_parameters(experiment, mesh), mesh)
+        state, base = _new_state(experiment, optimizer, mesh)
     else:
-        abstract = abstract_state(model, optimizer, config.model.param_dtype, mesh)
-        state = TrainState.from_items(
-            optimizer.trained, *checkpoints.restore(saved_step, *abstract.items())
-        )
+        state, base = _saved_state(experiment, checkpoints, saved_step, optimizer, mesh)
         log.info("resuming from step %d in %s", saved_step, directory)
+    if not config.checkpoint.save_base:
+        checkpoints.items = dataclasses.replace(checkpoints.items, base=base)
 
     # Records past the checkpoint are dropped and logged again; without one, also those of step 0.
     logged = -1 if saved_step is None else saved_step
@@ -156,13 +164,58 @@ def _made_up(step: int, record: Record, answers: list[str]) -> set[str]:
     return made
 
 
-def _first_parameters(experiment: Experiment, mesh: Mesh) -> Tree:
-    """Reads the parameters of model.init_from, or makes random parameters."""
-    config, model = experiment.config, experiment.model
-    dtype = config.model.param_dtype
-    if experiment.start:
+def _new_state(
+    experiment: Experiment, optimizer: Optimizer, mesh: Mesh
+) -> tuple[TrainState, Base | None]:
+    """The state before the first step, and the base of its adapters: see `ModelItems.base`.
+
+    Without model.init_from there is no checkpoint to name, so that adapters have no base.
+    """
+    config, model, start = experiment.config, experiment.model, experiment.start
+    dtype, checkpoint, verify = config.param_dtype, None, config.checkpoint.verify
+    if start:
+        _check_adapters(config, start.items.model)
         with hosts.one_first(config.data.cache_dir, "importing the weights"):
-            checkpoint = experiment.start.checkpoint(config.data.cache_dir)
-        verify = config.checkpoint.verify and experiment.start.source is None  # else verified now
-        return read_parameters(checkpoint, model, dtype, mesh, verify)
-    return random_parameters(model, config.train.seed, dtype, mesh)
+            checkpoint = start.checkpoint(config.data.cache_dir)
+        verify = verify and start.source is None  # else it was verified now
+    parameters = first_parameters(checkpoint, model, config.train.seed, dtype, mesh, verify)
+    base = None
+    if start and checkpoint:
+        base = start.items.base  # where the run goes on with adapters
+        if model.adapter and start.items.model.adapter is None:
+            place = str(find_step(checkpoint).absolute())
+            base = Base(str(start.name), place, tree_fingerprint(base_of(model, parameters)))
+    return new_state(model, optimizer, parameters, mesh), base
+
+
+def _check_adapters(config: Config, begun: ModelConfig) -> None:
+    """Raises UserError where model.init_from has other adapters than the config asks for."""
+    if begun.adapter and begun != adapted(begun.base, config.lora):
+        raise UserError(
+            f"model.init_from {config.model.init_from} has adapters of rank {begun.adapter.rank} "
+            f"(alpha {begun.adapter.alpha:g}, {begun.adapter.scaling}, on "
+            f"{', '.join(begun.adapter.targets)}); set lora to go on with them, or merge them "
+            f"first: python -m moi_jax.convert export, then import"
+        )
+
+
+def _saved_state(
+    experiment: Experiment,
+    checkpoints: RunCheckpoints,
+    saved_step: int,
+    optimizer: Optimizer,
+    mesh: Mesh,
+) -> tuple[TrainState, Base | None]:
+    """The state of a checkpoint, and the base of its adapters with the place where it is now."""
+    config, model = experiment.config, experiment.model
+    abstract = abstract_state(model, optimizer, config.param_dtype, mesh).items()
+    parameters, rest = checkpoints.restore(saved_step, *abstract)
+    step = checkpoints.directory / str(saved_step)
+    base = read_base(step)
+    if base:
+        if not Path(base.path).is_dir() and config.model.init_from:
+            moved = whole_checkpoint(config.model.init_from, config.data.cache_dir)
+            base = dataclasses.replace(base, path=str(find_step(moved).absolute()))
+        beside = read_beside(step, base, model, abstract[0], config.checkpoint.verify)
+        parameters = merge_trees(parameters, beside)
+    return TrainState.from_items(optimizer.trained, parameters, rest), base

@@ -21,6 +21,7 @@ from moi_jax.accounting.layers import kept_width, repeated_flops
 from moi_jax.accounting.memory import Arguments, kv_cache_bytes
 from moi_jax.accounting.plan import make_plan
 from moi_jax.accounting.planner import Planner
+from moi_jax.accounting.price_list import describe_offers, offers_json, price_list
 from moi_jax.accounting.roofline import Executed, flops_of, hbm_traffic, roofline
 from moi_jax.accounting.show import describe_plan, describe_sweep
 from moi_jax.accounting.sweep import candidates, sweep
@@ -31,6 +32,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config, make_config
 from moi_jax.config.model import Model
 from moi_jax.models.flops import step_flops
+from moi_jax.models.lora import adapted
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.presets import preset
 from moi_jax.parallel.axes import MESH_AXES
@@ -647,3 +649,33 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch, environment, argum
     with pytest.raises(UserError, match=message) as error:
         command.main()
     assert "\n" not in str(error.value)
+
+
+def test_lora_holds_the_base_once_in_bfloat16_and_moments_of_adapters_alone():
+    own_config = with_values(lora={"rank": 16})
+    model = adapted(MODEL, own_config.lora)
+    own, full = make_plan(own_config, model, V5P, WORK), make_plan(CONFIG, MODEL, V5P, WORK)
+    adapters = 28 * 16 * (2 * (2 * 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert sum(math.prod(p.shape) for p in parameter_specs(model).values() if p.adapter) == adapters
+    # bfloat16; of A or B the side of the heads or of the MLP is whole on each device of fsdp.
+    base = full.arguments.parameters / 2
+    assert base + 4 * adapters / 8 <= own.arguments.parameters <= base + 4 * adapters
+    assert adapters < own.arguments.optimizer < 8 * adapters
+    assert own.temporaries["gradients"] <= 8 * adapters  # twice: they add up
+    assert own.peak_bytes < full.peak_bytes / 2
+    assert own.flops.executed / full.flops.executed == pytest.approx(0.75, abs=0.02)
+    sent = [plan.collectives["reduce-scatter"]["bytes"] for plan in (own, full)]
+    assert sent[0] < 0.2 * sent[1]
+
+
+def test_the_price_list_has_both_methods_and_the_smallest_chips():
+    topology = parse_topology("v5e:2x2", 1)
+    config = with_values(train={"microbatch_rows": 4}, model={"attention": "auto"})
+    offers = price_list(config, MODEL, topology, WORK)
+    assert [offer.method for offer in offers] == ["full", "LoRA, rank 16"]
+    assert [offer.plan.fits for offer in offers] == [False, True]
+    assert [offer.smallest["v5e"] for offer in offers] == ["v5e:4x4", "v5e:2x2"]
+    table = describe_offers(offers).splitlines()
+    assert table[2].split()[:3] == ["full", "7.09", "14.19"]  # 4 and 8 bytes a parameter of 4 chips
+    assert "yes" in table[3]
+    assert offers_json(offers)[1]["smallest"]["h100"] == "h100:1"

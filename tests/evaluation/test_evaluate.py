@@ -239,7 +239,35 @@ def test_training_asks_a_few_items_and_is_not_kept_waiting(chat, tmp_path, monke
     assert benchmark(chat.parameters, lambda: len(looks) == 2 or looks.append(0)) == {}
 
 
-def test_a_benchmark_without_a_score_of_few_items_is_refused_in_training(chat, tmp_path):
+def test_training_may_measure_likelihoods(chat, tmp_path, monkeypatch):
+    path = tmp_path / "mmlu" / "test" / "law_test.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"Why?,a,b,c,d,{letter}\n" for letter in "ABCD"))
+    settings = config.Benchmarks(tasks=("mmlu",), data=tmp_path, mmlu_method="likelihood")
+    monkeypatch.setattr(chat.sampler, "run", None)  # nothing is generated
+    benchmark = make_benchmark(settings, tmp_path / "out", lambda _: chat)
+    # The same letter is the likeliest for one question with four golds, so one of four is right.
+    assert benchmark(chat.parameters, lambda: False) == {"eval/mmlu/score": 25.0}
+
+
+def test_training_may_measure_slices_of_teval(chat, tmp_path, log_text):
+    (tmp_path / "teval").mkdir()
+    record = {
+        "origin_prompt": [{"role": "user", "content": "Choose."}],
+        "ground_truth": {"answer": "B", "thought": ""},
+        "meta_data": {"response_format": "str"},
+        "template": "",
+    }
+    text = json.dumps({str(number): record for number in range(9)})
+    (tmp_path / "teval" / "review_str_v2.json").write_text(text)
+    settings = config.Benchmarks(tasks=("teval",), data=tmp_path, limit=4, max_new_tokens=4)
+    benchmark = make_benchmark(settings, tmp_path / "out", lambda _: chat)
+    assert benchmark(chat.parameters, lambda: False) == {"eval/teval.review_str.answer/score": 0.0}
+    benchmark(chat.parameters, lambda: False)
+    assert log_text.getvalue().count("eval.benchmarks: teval: not measured, because there is") == 1
+
+
+def test_a_benchmark_that_needs_a_judge_is_refused_in_training(chat, tmp_path):
     with pytest.raises(UserError, match=r"eval.benchmarks.tasks names mt_bench"):
         make_benchmark(config.Benchmarks(tasks=("mt_bench",)), tmp_path, lambda _: chat)
 

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -30,6 +31,8 @@ QUESTIONS = [
     {"question": f"Ann has {n} apples and buys 2. How many has she?", "answer": f"#### {n + 2}"}
     for n in range(5)
 ]
+
+CODE = ["--tasks", "humaneval", "--allow-code-execution", "--sandbox", "weak"]
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +142,34 @@ def test_results_of_another_prompt_are_told_before_anything_is_measured(
         run(place, monkeypatch, "--lm-eval", "any", *arguments, "--system", "Hi.")
 
 
+def test_the_limits_of_programs_are_written_into_the_results(place, monkeypatch, tmp_path):
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(row))
+    out = tmp_path / "out"
+    limits = ["--code-timeout", "7.5", "--code-packages", "numpy", "--max-new-tokens", "4"]
+    assert run(place, monkeypatch, *CODE, *limits, "--data", tmp_path, "--out", out) == 0
+    settings = results(out)["tasks"]["humaneval"]["settings"]
+    told = {key: settings[key] for key in ("sandbox", "code_timeout_s", "code_memory_mib")}
+    assert told == {"sandbox": "weak", "code_timeout_s": 7.5, "code_memory_mib": 512}
+    assert settings["code_packages"] == [f"numpy {version('numpy')}"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tasks", "gsm9k"], r"no benchmark 'gsm9k'; choose among gsm8k, math, humaneval"),
         (["--tasks", "math"], r"nothing in .*math.*; put into the data directory"),
         (["--tasks", "humaneval"], r"--allow-code-execution"),
+        (
+            [*CODE, "--code-packages", "numpy,no_such_one"],
+            r"--code-packages names no_such_one, which is not installed here",
+        ),
         (["--tasks", " , "], r"there is nothing to do"),
         (["--tasks", "held_out", "--no-system"], r"held_out has system prompts of its own"),
         (["--tasks", "gsm8k", "--samples", "3"], r"--samples above 1 needs a --temperature"),

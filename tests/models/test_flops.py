@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moi_jax.config import LoRA
 from moi_jax.models.decoder import make_model
 from moi_jax.models.decoding import view_layers
 from moi_jax.models.flops import causal_pairs, step_flops, usual_flops
-from moi_jax.models.parameters import abstract_parameters
+from moi_jax.models.lora import adapted
+from moi_jax.models.parameters import abstract_parameters, merge_trees
 from moi_jax.models.presets import preset
 from moi_jax.models.rotary import position_angles
+from moi_jax.models.trained import trained_parameters
 
 B, S = 2, 128
 CONFIG = dataclasses.replace(
@@ -21,23 +24,27 @@ CONFIG = dataclasses.replace(
 )  # fmt: skip
 
 
-def test_the_count_is_that_of_xla_for_unrolled_layers():
+@pytest.mark.parametrize("rank", [0, 16])
+def test_the_count_is_that_of_xla_for_unrolled_layers(rank):
     """XLA counts the body of a loop once, so that the layers are called one by one here."""
-    parameters = abstract_parameters(CONFIG, jnp.float32)
-    bind = make_model(CONFIG)
+    config = adapted(CONFIG, LoRA(rank=rank))
+    trained = trained_parameters(config)
+    trainable, frozen = trained.split(abstract_parameters(config, jnp.float32))
+    bind = make_model(config)
     ones = jnp.ones((B, S), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(S), (B, S))
 
-    def loss(parameters):
-        model, layers = view_layers(CONFIG, parameters, jnp.float32).bind(bind, parameters)
-        angles = position_angles(CONFIG, positions, None, jnp.float32, log_n=False)
+    def loss(trainable, frozen):
+        parameters = merge_trees(trainable, frozen)
+        model, layers = view_layers(config, parameters, jnp.float32).bind(bind, parameters)
+        angles = position_angles(config, positions, None, jnp.float32, log_n=False)
         x = model.embedding(ones, jnp.float32)
         for layer in layers:
             x, _ = layer(x, angles, ones, positions)
         return jax.nn.logsumexp(model.logits(model.final_norm(x)), axis=-1).sum()
 
-    by_xla = jax.jit(jax.grad(loss)).lower(parameters).cost_analysis()["flops"]
-    ours = step_flops(CONFIG, tokens=B * S, pairs=B * S * S)  # xla_attention computes all pairs
+    by_xla = jax.jit(jax.grad(loss)).lower(trainable, frozen).cost_analysis()["flops"]
+    ours = step_flops(config, tokens=B * S, pairs=B * S * S)  # xla_attention computes all pairs
     assert ours.total == pytest.approx(by_xla, rel=0.03)
 
 

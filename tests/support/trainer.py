@@ -63,20 +63,20 @@ def plain_loss(parameters, batch):
 
 
 @functools.cache
-def initial_parameters(dtype):
+def initial_parameters(dtype, model=MODEL):
     """As numpy: they are the same on every mesh, and their drawing compiles for long."""
     mesh = make_mesh(config_lib.Mesh(fsdp=1), jax.devices())
-    return jax.device_get(random_parameters(MODEL, 0, dtype, mesh))
+    return jax.device_get(random_parameters(model, 0, dtype, mesh))
 
 
 @functools.cache
-def programs(mesh, dtype, compute, remat, attention, config):
+def programs(mesh, dtype, compute, remat, attention, config, model):
     """Optimizer, train step and row sums on a mesh: traced once for all Trainers alike."""
     if dtype == "float64":
         config = config.model_copy(update={"moment_dtype": "float64"})
-    optimizer, schedule = make_optimizer(config, MODEL), make_schedule(config, STEPS)
-    bind = make_model(MODEL, Compute(compute or dtype, remat_policy(remat, {}), attention(mesh)))
-    step = make_train_step(MODEL, bind, optimizer, schedule, DOMAINS, mesh, config.gradient_dtype)
+    optimizer, schedule = make_optimizer(config, model), make_schedule(config, STEPS)
+    bind = make_model(model, Compute(compute or dtype, remat_policy(remat, {}), attention(mesh)))
+    step = make_train_step(model, bind, optimizer, schedule, DOMAINS, mesh, config.gradient_dtype)
     return optimizer, step, make_row_sums(bind, mesh)
 
 
@@ -93,16 +93,17 @@ class Trainer:
         remat="none",
         attention=lambda mesh: xla_attention,
         optimizer=OPTIMIZER,
+        model=MODEL,
     ):
         self.mesh = make_mesh(config_lib.Mesh(**mesh), jax.devices())
         self.microbatch_rows = microbatch_rows
         self.optimizer, self._step, self._row_sums = programs(
-            self.mesh, dtype, compute, remat, attention, optimizer
+            self.mesh, dtype, compute, remat, attention, optimizer, model
         )
         # Copied: the state donates its arrays, which may lie in the memory of numpy's.
-        parameters = jax.tree.map(np.copy, initial_parameters(dtype))
-        placed = jax.device_put(parameters, parameter_shardings(MODEL, self.mesh))
-        self.state = new_state(MODEL, self.optimizer, placed, self.mesh)
+        parameters = jax.tree.map(np.copy, initial_parameters(dtype, model))
+        placed = jax.device_put(parameters, parameter_shardings(model, self.mesh))
+        self.state = new_state(model, self.optimizer, placed, self.mesh)
 
     def place(self, batch):
         rows = np.arange(len(batch.tokens))

@@ -24,7 +24,7 @@ def companion_files(
 ) -> dict[str, str]:
     """Name -> text of all files except the weights and the card, for a model read from `step`."""
     config = {
-        **to_hf_config(in_family(items.model, as_family or items.model.family)),
+        **to_hf_config(in_family(items.model.base, as_family or items.model.family)),
         "torch_dtype": dtype,
         **items.provenance.get("token_ids", {}),
     }

@@ -1,5 +1,6 @@
 """Exporting a checkpoint in the published layout: safetensors with all files beside them."""
 
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -10,8 +11,9 @@ from moi_jax.checkpoints.hf.companion_files import companion_files, where_exact
 from moi_jax.checkpoints.hf.model_card import model_card
 from moi_jax.checkpoints.hf.safetensors_writer import write_tensors
 from moi_jax.checkpoints.hf.weights import export_tensors, published_shapes
+from moi_jax.checkpoints.init_from import chosen_base
 from moi_jax.checkpoints.items import find_step, read_items
-from moi_jax.checkpoints.parameters import stored_parameters
+from moi_jax.checkpoints.merged import merged_parameters
 from moi_jax.common.atomic_files import atomic_directory, check_new, write_texts
 from moi_jax.common.progress import byte_bar
 from moi_jax.models.config import in_family
@@ -28,6 +30,7 @@ def export_checkpoint(
     max_shard_size: int = MAX_SHARD_SIZE,
     as_family: str | None = None,
     verify: bool = True,
+    base: Path | None = None,
 ) -> None:
     """Writes the parameters of a checkpoint in their family's published layout, with all files.
 
@@ -39,16 +42,18 @@ def export_checkpoint(
       max_shard_size: bytes of a safetensors file; only a single larger tensor exceeds it.
       as_family: "qwen2" writes a Qwen v1 model with the names of Qwen2.
       verify: compare the files of the parameters with their checksums first.
+      base: of a checkpoint of adapters, which are merged, see `moi_jax.load`.
 
     Raises:
-      UserError: `checkpoint` is damaged, or `out` exists or cannot be written. Nothing is left
-        behind.
+      UserError: `checkpoint` is damaged, its base is missing, or `out` exists or cannot be
+        written. Nothing is left behind.
     """
     check_new(out)
     step = find_step(checkpoint)
     items = read_items(step)
+    stored = merged_parameters(step, items, verify, chosen_base(step, items, base))
+    items = dataclasses.replace(items, model=items.model.base)
     model = in_family(items.model, as_family or items.model.family)
-    stored = stored_parameters(step, items.model, verify)
     wanted = np.dtype(dtype or stored.dtype)
     shapes = published_shapes(model)
     total = sum(math.prod(shape) for shape in shapes.values()) * wanted.itemsize

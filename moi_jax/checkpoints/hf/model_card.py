@@ -13,7 +13,7 @@ from moi_jax.text.templates import FROM_CHECKPOINT
 from moi_jax.text.tokenizer import Tokenizer
 
 # The sections of a run's config that the card shows; config.yaml has the rest.
-SETTINGS = ("model", "loss", "optimizer", "train")
+SETTINGS = ("model", "lora", "loss", "optimizer", "train")
 
 # Of parameters that began at random.
 NO_PROVENANCE: dict[str, Any] = {"base": None, "license": None, "files": {}}
@@ -82,7 +82,8 @@ def _training(step: Path) -> dict[str, Any] | None:
         "settings": {
             f"{section}.{key}": value
             for section in SETTINGS
-            for key, value in config[section].items()
+            for key, value in config.get(section, {}).items()
+            if section != "lora" or config["lora"]["rank"]
             if key not in ("init_from", "compilation_cache")  # paths on the trainer's machine
         },
         "mixture": _mixture(run / "mixture.json"),

@@ -40,6 +40,7 @@ def write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     limit: int,
     progress: Callable[[int], None],
+    stem: str = "model",
 ) -> None:
     """Writes the shards, and an index if there are several.
 
@@ -49,15 +50,16 @@ def write_tensors(
       tensors: each tensor of `shapes` once, in any order.
       limit: the largest size of a shard, in bytes.
       progress: called with the number of bytes of each written tensor.
+      stem: how the names of the files begin.
     """
     dtype = np.dtype(dtype)
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, limit)
     places: dict[str, tuple[Path, int]] = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors"
+        file = f"{stem}.safetensors"
         if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         for name, offset in _write_header(directory / file, names, sizes, shapes, dtype).items():
             places[name] = (directory / file, offset)
     waiting = set(shapes)
@@ -76,7 +78,7 @@ def write_tensors(
             "weight_map": {name: path.name for name, (path, _) in sorted(places.items())},
         }
         text = json.dumps(index, indent=2) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (directory / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _write_header(

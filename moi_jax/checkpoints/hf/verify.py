@@ -24,8 +24,8 @@ from moi_jax.checkpoints.hf.gguf import open_gguf
 from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles, read_bytes
 from moi_jax.checkpoints.hf.weights import export_tensors, redundant_tensors
 from moi_jax.checkpoints.items import ModelItems, find_step, read_items
+from moi_jax.checkpoints.merged import merged_parameters
 from moi_jax.checkpoints.opener import load
-from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.common.progress import byte_bar
 from moi_jax.models.config import ModelConfig, in_family, read_hf_config
 from moi_jax.text.tokenizer import Tokenizer
@@ -57,11 +57,11 @@ def verify_checkpoint(checkpoint: Path, against: Path, tensors_only: bool = Fals
     checksums = verify_small_items(step) + verify_arrays(step)
     items = read_items(step)
     theirs, files = _open(against)
-    ours = in_family(items.model, theirs.family)
-    stored = stored_parameters(step, items.model, verify=False)
+    ours = in_family(items.model.base, theirs.family)
+    stored = merged_parameters(step, items, verify=False)
     ignored = redundant_tensors(theirs)
     with byte_bar("comparing", total_bytes(files)) as progress:
-        tensors = export_tensors(items.model, stored.get, theirs.family)
+        tensors = export_tensors(items.model.base, stored.get, theirs.family)
         report = {
             "checkpoint": str(step),
             "against": str(against),
@@ -74,7 +74,7 @@ def verify_checkpoint(checkpoint: Path, against: Path, tensors_only: bool = Fals
     reason = "--tensors-only was given" if tensors_only else _why_no_reference(theirs)
     if reason is None:
         # Under another family's names the models are equal up to seq_length only.
-        longest = PROMPT_TOKENS if ours == items.model else ours.seq_length
+        longest = PROMPT_TOKENS if ours == items.model.base else ours.seq_length
         model, tokenizer = load(step, chat_template=items.prompts["chat_template"], verify=False)
         ids = prompt_ids(tokenizer, longest)
         logits = [

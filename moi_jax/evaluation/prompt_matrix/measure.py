@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from moi_jax.checkpoints.experiment import open_experiment
+from moi_jax.checkpoints.first_parameters import first_parameters
 from moi_jax.checkpoints.init_from import open_start
-from moi_jax.checkpoints.items import parameters_fingerprint, read_json_item
+from moi_jax.checkpoints.items import parameters_fingerprint, read_base, read_json_item
 from moi_jax.checkpoints.opener import OpenCheckpoint
-from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
@@ -33,7 +33,7 @@ from moi_jax.evaluation.prompt_matrix.prompts import (
 from moi_jax.evaluation.prompt_matrix.report import draw_matrix, item_lines, print_matrix
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.models.decoder import Tree
-from moi_jax.models.parameters import random_parameters
+from moi_jax.models.parameters import add_new_adapters, base_of
 from moi_jax.parallel import hosts
 from moi_jax.parallel.placing import batch_shards
 from moi_jax.text.prompts import resolve_prompt
@@ -133,6 +133,10 @@ def _untrained(
 
     Published weights are read from their import in `cache_dir`.
     """
+    beside = read_base(opened.step)
+    if named is None and began and beside and beside.name == str(began.model.init_from):
+        base = base_of(opened.config, opened.stacked)  # read already, and in memory once
+        return beside.name, add_new_adapters(opened.config, base, 0, opened.dtype, opened.mesh)
     source = named
     if source is None and began is not None:
         source = began.model.init_from
@@ -142,8 +146,8 @@ def _untrained(
                 "no untrained model: the start of training is not known; name it with --untrained"
             )
             return None
-        seed, dtype = began.train.seed, began.model.param_dtype
-        parameters = random_parameters(opened.config, seed, dtype, opened.mesh)
+        seed, dtype = began.train.seed, began.param_dtype
+        parameters = first_parameters(None, opened.config, seed, dtype, opened.mesh)
         return f"random parameters, train.seed {seed}", jax.tree.map(
             lambda p: p.astype(opened.dtype), parameters
         )
@@ -159,7 +163,8 @@ def _untrained(
     hosts.check_same({"untrained model": str(source) if checkpoint else "none"})
     if checkpoint is None:
         return None
-    return str(source), read_parameters(checkpoint, opened.config, opened.dtype, opened.mesh)
+    # New adapters change nothing, so their seed plays no part.
+    return str(source), first_parameters(checkpoint, opened.config, 0, opened.dtype, opened.mesh)
 
 
 def _start_checkpoint(
@@ -167,7 +172,10 @@ def _start_checkpoint(
 ) -> Path:
     """The checkpoint of a start, see `open_start`; raises UserError unless it fits `opened`."""
     start = open_start(source, tokenizer)
-    if start.items.model != opened.config or start.items.tokenizer != opened.tokenizer.files:
+    if (
+        start.items.model not in (opened.config, opened.config.base)
+        or start.items.tokenizer != opened.tokenizer.files
+    ):
         raise UserError(
             f"{source} has another architecture or tokenizer than {opened.step}, so its losses "
             f"cannot be compared; name another one"

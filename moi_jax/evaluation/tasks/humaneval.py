@@ -76,7 +76,7 @@ def _parts(prompt: str, entry_point: str) -> tuple[str, str, str] | None:
     taken from the source as it is (backslashes are kept), with each line stripped.
     """
     try:
-        *before, last = ast.parse(prompt).body
+        *before, last = _parse(prompt).body
     except (SyntaxError, ValueError):
         return None
     if not isinstance(last, ast.FunctionDef) or last.name != entry_point:
@@ -93,3 +93,11 @@ def _parts(prompt: str, entry_point: str) -> tuple[str, str, str] | None:
     quoted = QUOTED.search("".join(line for n, line in enumerate(lines) if n not in helpers))
     description = "\n".join(line.strip() for line in quoted[2].split("\n")) if quoted else ""
     return "".join(lines[: last.lineno - 1]), signature, description
+
+
+def _parse(prompt: str) -> ast.Module:
+    """The prompt as a tree; a definition without a docstring gets a body."""
+    try:
+        return ast.parse(prompt)
+    except SyntaxError:
+        return ast.parse(f"{prompt.rstrip()}\n    pass\n")

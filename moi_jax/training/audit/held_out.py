@@ -25,7 +25,7 @@ def check_held_out(
     dataset = dataclasses.replace(data.dataset, config=experiment.config)
     evaluations = make_evaluations(experiment, dataset, run.bind, run.mesh, run.directory)
     assert evaluations.held_out is not None
-    dtype = run.config.model.param_dtype
+    dtype = run.config.param_dtype
     parameters = read_parameters(saved.path, experiment.model, dtype, run.mesh, verify=False)
     worst = 0.0
     for key, loss in evaluations.held_out(parameters, lambda: False).items():

@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
-from moi_jax.checkpoints.arrays import read_arrays
 from moi_jax.checkpoints.checksums import ARRAYS
+from moi_jax.checkpoints.parameters import read_state
 from moi_jax.common.errors import UserError
+from moi_jax.models.config import ModelConfig
 from moi_jax.training.audit.compare import compare
 from moi_jax.training.audit.finding import Finding, NotDone, passed
 from moi_jax.training.audit.records import read_records
@@ -53,7 +54,7 @@ def check_replay(run: SavedRun, data: PlannedRun, most: int) -> Finding:
         worst = max([worst, *losses])
     figures: dict[str, Any] = {"steps": stretch.count, "from": stretch.first, "worst_loss": worst}
     if stretch.whole:
-        compared = _compare_state(stretch, replayed, loose=bool(loosened))
+        compared = _compare_state(stretch, replayed, run.experiment.model, loose=bool(loosened))
         exact = exact and not compared["different"]
         figures |= {"to": stretch.end.step, **compared}
     figures |= {"bit_for_bit": exact, "loosened_by": loosened, "logged": logged}
@@ -111,14 +112,16 @@ def _compare_record(
     return found
 
 
-def _compare_state(stretch: Stretch, replayed: Replayed, *, loose: bool) -> dict[str, Any]:
+def _compare_state(
+    stretch: Stretch, replayed: Replayed, model: ModelConfig, *, loose: bool
+) -> dict[str, Any]:
     """Compares the replayed state with the checkpoint; raises UserError where it is another one."""
     figures: dict[str, Any] = {"different": []}
     bars = [bar * replayed.learning_rates for bar in STATE_BARS[stretch.compute_dtype]]
     wrong = False
-    items = zip(ARRAYS, replayed.state.items(), replayed.abstract, strict=True)
-    for item, now, abstract in items:
-        found = compare(item, now, read_arrays(stretch.end.path, item, abstract))
+    saved = read_state(stretch.end.path, model, *replayed.abstract)
+    for item, now, before in zip(ARRAYS, replayed.state.items(), saved, strict=True):
+        found = compare(item, now, before)
         figures["different"] += found.different
         if item == "parameters":
             figures |= {"worst_value": found.worst, "value_bar": bars[0]}

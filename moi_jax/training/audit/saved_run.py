@@ -9,12 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from moi_jax import config as config_lib
-from moi_jax.checkpoints.arrays import read_arrays
-from moi_jax.checkpoints.checksums import ARRAYS
 from moi_jax.checkpoints.damage import DamagedCheckpoint, cannot_read
 from moi_jax.checkpoints.damaged_steps import check_step
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.items import all_steps, read_items, read_json_item
+from moi_jax.checkpoints.parameters import read_state
 from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
@@ -220,12 +219,11 @@ def read_files(directory: Path) -> dict[str, bytes]:
 
 def check_finite_values(run: SavedRun) -> Finding:
     """All values of all sound checkpoints are finite."""
-    model, dtype = run.experiment.model, run.config.model.param_dtype
+    model, dtype = run.experiment.model, run.config.param_dtype
     optimizer = make_optimizer(run.config.optimizer, model)
     abstract = abstract_state(model, optimizer, dtype, run.mesh).items()
     for saved in run.steps:
-        for item, tree in zip(ARRAYS, abstract, strict=True):
-            read_arrays(saved.path, item, tree)  # refuses a value that is not finite
+        read_state(saved.path, model, *abstract)  # refuses a value that is not finite
     values = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     text = (
         f"{values:,} values of parameters and optimizer are finite in {len(run.steps)} checkpoints"

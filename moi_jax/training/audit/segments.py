@@ -112,9 +112,9 @@ def _stack(segments: Sequence[Batch], size: int, pad: int, rows: int) -> Batch:
 
 def _token_losses(run: SavedRun) -> TokenLosses:
     """A function from a numpy batch [B, S] to its token losses float[B, S]."""
-    config = run.config.model
+    dtype = run.config.param_dtype
     parameters = read_parameters(
-        run.newest.path, run.experiment.model, config.param_dtype, run.mesh, verify=False
+        run.newest.path, run.experiment.model, dtype, run.mesh, verify=False
     )
 
     def step(parameters: Tree, batch: Batch) -> jax.Array:

@@ -5,13 +5,11 @@ from typing import Any
 
 import jax
 
-from moi_jax.checkpoints.arrays import read_arrays
-from moi_jax.checkpoints.checksums import ARRAYS
+from moi_jax.checkpoints.first_parameters import first_parameters
 from moi_jax.checkpoints.init_from import open_start
-from moi_jax.checkpoints.parameters import read_parameters
+from moi_jax.checkpoints.parameters import read_state
 from moi_jax.common.errors import UserError
 from moi_jax.models.decoder import Tree
-from moi_jax.models.parameters import random_parameters
 from moi_jax.training.audit.finding import NotDone
 from moi_jax.training.audit.saved_run import PlannedRun, SavedRun, SavedStep
 from moi_jax.training.audit.windows import Record
@@ -120,13 +118,10 @@ def replay(run: SavedRun, data: PlannedRun, stretch: Stretch, logged: set[int]) 
     """
     config, model, names = run.config, run.experiment.model, data.dataset.corpus.names
     optimizer = make_optimizer(config.optimizer, model)
-    abstract = abstract_state(model, optimizer, config.model.param_dtype, run.mesh).items()
+    abstract = abstract_state(model, optimizer, config.param_dtype, run.mesh).items()
     if stretch.start:
-        path = stretch.start.path
-        items = zip(ARRAYS, abstract, strict=True)
-        state = TrainState.from_items(
-            optimizer.trained, *(read_arrays(path, *item) for item in items)
-        )
+        items = read_state(stretch.start.path, model, *abstract)
+        state = TrainState.from_items(optimizer.trained, *items)
     else:
         state = new_state(model, optimizer, _first_parameters(run), run.mesh)
     schedule = make_schedule(config.optimizer, data.plan.total_steps)
@@ -170,13 +165,13 @@ def _first_parameters(run: SavedRun) -> Tree:
       NotDone: they are published weights, or not there any more.
     """
     config, model = run.config, run.experiment.model
-    dtype = config.model.param_dtype
+    seed, dtype = config.train.seed, config.param_dtype
     if config.model.init_from is None:
-        return random_parameters(model, config.train.seed, dtype, run.mesh)
+        return first_parameters(None, model, seed, dtype, run.mesh)
     try:
         start = open_start(config.model.init_from)
         if start.source is None:
-            return read_parameters(start.name, model, dtype, run.mesh)
+            return first_parameters(start.name, model, seed, dtype, run.mesh)
         reason = "they are published weights"
     except UserError as error:
         reason = str(error)
