@@ -6,12 +6,14 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import moi_jax
+from moi_jax.checkpoints.base import tree_fingerprint
 from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.hf.importer import import_checkpoint
@@ -132,6 +134,22 @@ def test_a_copy_of_the_base_serves_in_any_dtype_and_another_model_does_not(place
     assert str(place / "base") in one_line(different)
     with pytest.raises(UserError, match="holds all parameters"):
         moi_jax.load(place / "base", base=place / "base")
+
+
+def test_a_fingerprint_is_that_of_the_values_in_any_dtype_and_on_any_mesh():
+    values = {"kernel": jax.random.normal(jax.random.key(0), (8, 5, 3)), "bias": jnp.arange(6.0)}
+    own = tree_fingerprint(values)
+    assert own == tree_fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), values))
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    assert own == tree_fingerprint({**values, "kernel": jax.device_put(values["kernel"], split)})
+    others = (
+        values["kernel"].at[3, 1, 2].multiply(1.01),
+        values["kernel"].at[3, 1, 2].multiply(-1),
+        values["kernel"][::-1],
+        values["kernel"].swapaxes(1, 2).reshape(8, 5, 3),
+    )
+    assert len({own, *(tree_fingerprint({**values, "kernel": k}) for k in others)}) == 5
 
 
 def test_a_run_goes_on_with_adapters_only_if_the_config_has_them(place, run):
