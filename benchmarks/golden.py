@@ -35,7 +35,7 @@ def main() -> None:
         model = make_model(config)(parameters)
         segments = jnp.ones(tokens.shape, jnp.int32)
         positions = rotary.segment_positions(segments)
-        hidden, _ = model.hidden_states(tokens, positions, segments, extend_context=False)
+        hidden = model.hidden_states(tokens, positions, segments, extend_context=False)
         hidden = hidden[:, :-1]
         targets = labels[:, 1:]
         weights = (targets >= 0) / np.sum(targets >= 0)

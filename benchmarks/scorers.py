@@ -2,8 +2,8 @@
 
 DATA is the directory of benchmark files. For GSM8K and MATH it prints the score of the gold answers
 (100 %) and of the same answers with another value in the same form (0 %). For MMLU it prints the
-numbers of files, questions and gold letters, and how many letters are read back from an answer
-such as "B. text".
+numbers of files, questions and gold letters, how many letters are read back from an answer such as
+"B. text", and how many choices from an answer that only quotes one.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from moi_jax.evaluation.protocol import Item, Response, Task
 from moi_jax.evaluation.tasks import make_task
 from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
 from moi_jax.evaluation.tasks.math_equivalence import Equivalence
-from moi_jax.evaluation.tasks.mmlu import read_questions
+from moi_jax.evaluation.tasks.mmlu_files import Question, read_questions
 
 
 def main() -> None:
@@ -76,8 +76,8 @@ def another_value(answer: str) -> str:
 
 
 def mmlu(directory: Path) -> Table:
-    """Counts for each part: files, questions, gold letters, and answers in words that are read."""
-    table = Table("MMLU", "files", "questions", *LETTERS, "said and read")
+    """Counts for each part: files, questions, gold letters, and answers that are read."""
+    table = Table("MMLU", "files", "questions", *LETTERS, "said and read", "quoted and read")
     for part in ("dev", "test"):
         files = sorted((directory / part).glob("*.csv"))
         questions = [question for path in files for question in read_questions(path)]
@@ -88,8 +88,22 @@ def mmlu(directory: Path) -> Table:
             for choice in [question.choices[LETTERS.index(question.letter)]]
         )
         counts = [str(letters[letter]) for letter in LETTERS]
-        table.add_row(part, str(len(files)), str(len(questions)), *counts, f"{read}")
+        table.add_row(
+            part, str(len(files)), str(len(questions)), *counts, f"{read}", quoted(questions)
+        )
     return table
+
+
+def quoted(questions: Sequence[Question]) -> str:
+    """How many choices are found that are quoted in full, of questions with four different ones."""
+    found: Counter[bool | None] = Counter()
+    for question in questions:
+        if len({choice.lower().rstrip(".") for choice in question.choices}) < len(LETTERS):
+            continue
+        for letter, choice in zip(LETTERS, question.choices, strict=True):
+            read = find_letter(f"The answer is: {choice}", question.choices)
+            found[None if read is None else read == letter] += 1
+    return f"{found[True]} of {found.total()}; {found[False]} misread, {found[None]} not found"
 
 
 if __name__ == "__main__":

@@ -93,11 +93,17 @@ def main() -> int:
     verifier = commands.add_parser(
         "verify",
         help="compare a checkpoint with published weights",
-        description="Compares every tensor with those in DIR, and logits with transformers' "
-        "model of DIR in float32. Exit status 0: equal, 1: different.",
+        description="Compares every tensor with those in PUBLISHED, and logits with "
+        "transformers' model of it in float32. Exit status 0: equal, 1: different.",
     )
     verifier.add_argument("checkpoint", type=Path, metavar="CKPT")
-    verifier.add_argument("--against", type=Path, required=True, metavar="DIR")
+    verifier.add_argument(
+        "--against",
+        type=Path,
+        required=True,
+        metavar="PUBLISHED",
+        help="directory of safetensors, or a .gguf file",
+    )
     verifier.add_argument("--json", action="store_true", help="print the report as one JSON object")
     verifier.add_argument(
         "--tensors-only",

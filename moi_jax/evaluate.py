@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 
 from moi_jax.cli.arguments import (
@@ -9,6 +11,7 @@ from moi_jax.cli.arguments import (
     MONEY,
     POSITIVE,
     PROBABILITY,
+    SECONDS,
     TEMPERATURE,
     add_hosts,
     add_model,
@@ -42,7 +45,7 @@ def main() -> int:
 
     from moi_jax.common.log import show_logs
     from moi_jax.config import Cluster
-    from moi_jax.evaluation.evaluate import default_directory, evaluate
+    from moi_jax.evaluation.evaluate import default_directory, describe_protocol, evaluate
     from moi_jax.parallel.hosts import process_index
 
     show_logs(warnings_to_stderr=True, process_index=process_index)
@@ -51,8 +54,21 @@ def main() -> int:
     if args.out is None:
         args.out = default_directory(args.checkpoint)
         request = _request(args)
+    if args.print_protocol:
+        print(describe_protocol(request, jax.devices()[0].platform))
+        return 0
     evaluate(request, jax.devices())
     return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The line that repeats this evaluation; an address of a judge is without its password."""
+    line = shlex.join(["python", "-m", "moi_jax.evaluate", *sys.argv[1:]])
+    if args.judge_url:
+        from moi_jax.evaluation.tasks.llm_judge import without_user
+
+        line = line.replace(args.judge_url, without_user(args.judge_url))
+    return line
 
 
 def _request(args: argparse.Namespace) -> EvaluationRequest:
@@ -92,6 +108,7 @@ def _request(args: argparse.Namespace) -> EvaluationRequest:
         lm_eval_tasks=args.lm_eval or (),
         lm_eval_include=args.include_path,
         compare=tuple(args.compare),
+        command=_command(args),
     )
 
 
@@ -128,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="DIR",
         help="results of other checkpoints, shown in report.html for comparison",
+    )
+    parser.add_argument(
+        "--print-protocol",
+        action="store_true",
+        help="print what would be run, as a methods paragraph, and run nothing",
     )
     _add_model(parser.add_argument_group("the model"))
     _add_generation(parser.add_argument_group("generation"))
@@ -188,8 +210,28 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         default="strict",
         help="weak: run even if this machine cannot enforce every limit",
     )
+    code.add_argument(
+        "--code-timeout",
+        type=SECONDS,
+        default=3.0,
+        metavar="SECONDS",
+        help="for a program with its tests (default: 3, as in openai/human-eval)",
+    )
+    code.add_argument(
+        "--code-packages",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="installed packages that programs may import, such as numpy (default: none)",
+    )
     mmlu = parser.add_argument_group("mmlu")
     mmlu.add_argument("--mmlu-method", choices=("generate", "likelihood"), default="generate")
+    mmlu.add_argument(
+        "--mmlu-errors",
+        choices=("keep", "skip"),
+        default="keep",
+        help="questions whose error_type, a column of MMLU-Redux, is not ok",
+    )
     judge = parser.add_argument_group("mt_bench")
     judge.add_argument(
         "--judge", metavar="MODEL", help="the judge; without one, answers are only written"

@@ -77,6 +77,7 @@ def _generate(args: argparse.Namespace, chats: bool) -> None:
         chat_template=args.chat_template,
         verify=args.verify,
         base=args.base,
+        by_layer=True,
     )
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,

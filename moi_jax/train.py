@@ -25,8 +25,8 @@ def main() -> int:
         description="Fine-tunes a model on a mixture of chat data, as the config says.",
         epilog="To resume a run that was stopped, give the same command again. Exit status: 0 "
         "done, 2 your mistake (one line says which), 1 a fault of ours, 128 + the signal's "
-        "number if SIGTERM or SIGINT stopped the run (it saves first), 75 if another host was lost "
-        "or a step was stuck.",
+        "number if SIGTERM or SIGINT stopped the run (it saves first), 75 if another host was "
+        "lost, a step was stuck or an object store did not answer.",
     )
     add_config(parser)
     parser.add_argument(

@@ -25,6 +25,7 @@ python3 -m uv pip install --quiet --python .venv --editable '.[tpu]'
 arguments=("${COMMAND[@]:1}")
 sudo systemd-run --unit=moi_jax --collect --uid="$(id -u)" --gid="$(id -g)" \
   --working-directory="$PWD" --setenv=HOME="$HOME" --setenv=PYTHONUNBUFFERED=1 \
+  --setenv=MOI_JAX_STAGING="${STAGING:-}" \
   --property=Restart=on-abnormal --property=RestartForceExitStatus=75 \
   --property=RestartSec="$RESTART_SECONDS" \
   --property=StartLimitIntervalSec=1d --property=StartLimitBurst="$((MAX_RESTARTS + 1))" \

@@ -14,12 +14,13 @@ from moi_jax.checkpoints.damage import DamagedCheckpoint
 from moi_jax.checkpoints.hf.importer import published_items, write_checkpoint
 from moi_jax.checkpoints.hf.reader import describe_published, open_published
 from moi_jax.checkpoints.hf.source import HUB_FORM, PublishedSource, find_source
-from moi_jax.checkpoints.items import FORMAT, ModelItems, read_items
+from moi_jax.checkpoints.items import FORMAT, ModelItems, find_step, read_items
 from moi_jax.common.atomic_files import check_writable
 from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.common.home import expand_home
+from moi_jax.common.locations import is_url
 from moi_jax.common.progress import byte_bar
 from moi_jax.config import Data
 from moi_jax.data.cache.digests import Digests
@@ -54,7 +55,7 @@ class Start:
           UserError: the weights are missing or damaged, or the cache cannot be written.
         """
         if self.source is None:
-            return self.name
+            return find_step(self.name)
         return _import_once(self.source, self.items, expand_home(cache_dir))
 
 
@@ -67,6 +68,9 @@ def open_start(named: Path, tokenizer: Path | None = None) -> Start:
     Raises:
       UserError: there is nothing of that name, or it is damaged.
     """
+    if is_url(named):
+        step = find_step(named)
+        return Start(named, step, read_items(step))
     source = find_source(named)
     if not source.path.exists():
         raise UserError(

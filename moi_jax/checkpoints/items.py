@@ -20,9 +20,11 @@ from etils import epath
 
 from moi_jax.checkpoints.checksums import verify_small_items
 from moi_jax.checkpoints.damage import DamagedCheckpoint, reading
+from moi_jax.checkpoints.fetched import fetch_step
 from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
+from moi_jax.common.locations import is_url
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import adapters_of
@@ -91,9 +93,13 @@ class ModelItems:
 def find_step(path: Path) -> Path:
     """The directory of one step: `path` itself, or the newest step of a run.
 
+    Of a step in an object store, it is a local copy.
+
     Raises:
       UserError: there is no checkpoint.
     """
+    if is_url(path):
+        return fetch_step(path)
     path = expand_home(path)
     if (path / "parameters").is_dir():
         return path

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moi_jax import config as config_lib
@@ -23,6 +24,7 @@ from moi_jax.models.attention import choose_attention
 from moi_jax.models.compute import Compute, resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, Tree, make_model
+from moi_jax.models.decoding import LayerViews, take_layers
 from moi_jax.parallel import hosts
 from moi_jax.parallel.context import context_shards
 from moi_jax.parallel.mesh import make_mesh, parse_mesh
@@ -36,6 +38,7 @@ class OpenCheckpoint:
 
     Attributes:
       step: the directory that was read.
+      parameters: as `bind` takes them; layer by layer if they were asked for so.
       tokenizer: with the chat template that the checkpoint was made with, or the one asked for.
       prompts: the checkpoint's prompts item, see text/prompts.py.
       bind: parameters -> model.
@@ -44,12 +47,18 @@ class OpenCheckpoint:
 
     step: Path
     config: ModelConfig
-    parameters: Tree
+    parameters: Tree | LayerViews
     tokenizer: Tokenizer
     prompts: dict[str, Any]
     bind: Bind
     mesh: Mesh
     dtype: str
+
+    @property
+    def stacked(self) -> Tree:
+        """The parameters as `bind` takes them."""
+        assert not isinstance(self.parameters, LayerViews)
+        return self.parameters
 
     @property
     def system_prompt(self) -> str | None:
@@ -66,6 +75,7 @@ def open_checkpoint(
     chat_template: str | None = None,
     verify: bool = True,
     base: Path | None = None,
+    by_layer: bool = False,
 ) -> OpenCheckpoint:
     """Reads a step directory, or the newest step of a run.
 
@@ -77,6 +87,8 @@ def open_checkpoint(
       chat_template: its name or its file; None for the one that the checkpoint was made with.
       verify: compare the files of the parameters with their checksums first.
       base: of a checkpoint of adapters, see `load`.
+      by_layer: give the parameters layer by layer. A sampler then uses them as they are, and holds
+        no second copy; nothing else can use them.
 
     Raises:
       UserError: there is no checkpoint, it is damaged or not finite, it has no tokenizer, its chat
@@ -90,7 +102,11 @@ def open_checkpoint(
     items = read_items(step)
     tokenizer = _tokenizer(step, items, chat_template)
     dtype = resolve_dtype(dtype, devices[0].platform)
-    bind, parameters = _read_model(step, items, dtype, devices[0], placed_on, verify, base)
+    bind, stacked = _read_model(step, items, dtype, devices[0], placed_on, verify, base)
+    parameters: Tree | LayerViews = stacked
+    if by_layer:
+        with jax.set_mesh(placed_on):
+            parameters = take_layers(items.model, stacked, jnp.dtype(dtype))
     return OpenCheckpoint(
         step=step,
         config=items.model,

@@ -33,6 +33,7 @@ def _number(
 POSITIVE = _number(int, lambda n: 0 < n <= LARGEST, f"whole number from 1 to {LARGEST:,}")
 COUNT = _number(int, lambda n: 0 <= n <= LARGEST, f"whole number from 0 to {LARGEST:,}")
 TEMPERATURE = _number(float, lambda n: 0 <= n < math.inf, "temperature from 0 on")
+SECONDS = _number(float, lambda n: 0 < n < math.inf, "number of seconds above 0")
 MONEY = _number(float, lambda n: 0 <= n < math.inf, "number of dollars")
 PROBABILITY = _number(float, lambda n: 0 < n <= 1, "probability above 0")
 

@@ -67,7 +67,7 @@ def _outcome(main: Callable[[], int | None]) -> Outcome:
     except KeyboardInterrupt:  # from a chat
         return 128 + signal.SIGINT, stopped_by(signal.SIGINT)
     except UserError as error:
-        return 2, f"error: {error}"
+        return error.exit_status, f"error: {error}"
     except BrokenPipeError:
         if not _reader_has_left():
             raise

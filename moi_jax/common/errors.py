@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-# The exit status of a process that ends because another host is lost, or a step is stuck. The same
-# command, given again, goes on. It is EX_TEMPFAIL of sysexits.h.
+# The exit status of a process that ends because another host is lost, a step is stuck, or an object
+# store does not answer. The same command, given again, goes on. It is EX_TEMPFAIL of sysexits.h.
 LOST = 75
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # How libraries say it: the system, tensorstore and ArrayRecord, and numpy ("9 requested and 4
@@ -16,7 +16,19 @@ FULL_TEXTS = ("No space left", "Disk quota exceeded", "requested and")
 
 
 class UserError(Exception):
-    """A mistake that the user can fix; its one-line message says what is wrong and what to do."""
+    """A mistake that the user can fix; its one-line message says what is wrong and what to do.
+
+    Attributes:
+      exit_status: of a command that ends with it.
+    """
+
+    exit_status = 2
+
+
+class Unreachable(UserError):
+    """What passes without the user: the same command, given again later, goes on."""
+
+    exit_status = LOST
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:

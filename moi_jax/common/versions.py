@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -16,6 +17,25 @@ def code_versions() -> dict[str, str | None]:
         "code": _code_fingerprint(),
         "python": platform.python_version(),
     }
+
+
+def code_commit() -> str | None:
+    """The git commit of this package, "+ changes" if its files differ; None outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changes = " + changes" if git("status", "--porcelain", "--", "moi_jax") else ""
+        return git("rev-parse", "HEAD") + changes
+    except (OSError, subprocess.CalledProcessError):  # no git, or a repository of somebody else
+        return None
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from moi_jax.config.section import Count, Name, Positive, Section
+from moi_jax.config.section import Count, Location, Name, Positive, Section
 from moi_jax.config.strategies import STRATEGIES, Strategy
 
 CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]+\|>")
@@ -78,7 +78,7 @@ class Data(Section):
     """The mixture. A switch that is left unset takes its value from `strategy`."""
 
     root: Path = Path(".")
-    cache_dir: Path = Path("~/.cache/moi_jax")
+    cache_dir: Location = Path("~/.cache/moi_jax")
     strategy: Strategy = "moi"
     default_domain: str = "chat"
     default_system_prompt: str | None = None  # null: the model preset's

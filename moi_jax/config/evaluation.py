@@ -1,6 +1,7 @@
 """The section `eval`: what is measured while a model is trained."""
 
 from pathlib import Path
+from typing import Literal
 
 from moi_jax.config.section import Count, Positive, Section
 
@@ -14,6 +15,7 @@ class Benchmarks(Section):
     limit: Positive = 20  # items of each task, evenly spaced
     max_new_tokens: Positive = 256
     allow_code_execution: bool = False  # for humaneval and mbpp
+    mmlu_method: Literal["generate", "likelihood"] = "generate"
 
 
 class Eval(Section):

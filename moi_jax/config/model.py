@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from moi_jax.config.section import AutoFloatType, FloatType, Section
+from moi_jax.config.section import AutoFloatType, FloatType, Location, Section
 
 # Which tensors of a layer are kept for the backward pass, from the least to the most.
 Remat = Literal[
@@ -59,7 +59,7 @@ class Model(Section):
 
     preset: str | None = None  # null: init_from's architecture; qwen-7b without init_from
     # A checkpoint of ours, published weights, or an id of the hub; null: random weights.
-    init_from: Path | None = None
+    init_from: Location | None = None
     allow_longer: bool = False  # rows longer than the model's seq_length (see docs/method.md)
     remat: Remat = "full"
     # Exceptions from it, by tensor: save, recompute or offload (to the memory of the host).

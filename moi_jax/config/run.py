@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from moi_jax.config.section import Count, Positive, Section
+from moi_jax.config.section import Count, Location, Positive, Section
 
 
 class Checkpoint(Section):
@@ -22,7 +22,7 @@ class Checkpoint(Section):
 class Logging(Section):
     """The run directory, and what is logged there."""
 
-    run_dir: Path = Path("runs/moi")
+    run_dir: Location = Path("runs/moi")
     every: Positive = 10
     trackers: tuple[Literal["tensorboard", "prometheus", "wandb", "trackio"], ...] = (
         "tensorboard",

@@ -1,8 +1,13 @@
 """What every section of a config is made of: strict and frozen models, and types of values."""
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from moi_jax.common.errors import UserError
+from moi_jax.common.locations import SCHEMES, is_url, location_text, url_parts
 
 
 class Section(BaseModel):
@@ -15,6 +20,26 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 # Strict: the text "3" and the value true are not numbers.
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+def _check_location(place: Path) -> Path:
+    """Refuses a URL that is none of ours; pydantic shows the text of a ValueError."""
+    first = place.parts[0] if place.parts else ""
+    if is_url(place):
+        try:
+            url_parts(place)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+    elif re.fullmatch(r"[a-z][a-z0-9]+:", first):
+        stores = " and ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise ValueError(f"{first}// is no store that is supported; these are: {stores}")
+    return place
+
+
+# A local path, or a URL of an object store: see `locations`.
+Location = Annotated[
+    Path, AfterValidator(_check_location), PlainSerializer(location_text, when_used="json")
+]
 
 # What other tools call the dtypes. A config and a command show the full names.
 SHORT_DTYPES = {

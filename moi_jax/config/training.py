@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from moi_jax.config.section import Count, FloatType, Positive, Section, listed
+from moi_jax.config.section import Count, FloatType, Location, Positive, Section, listed
 
 # Of commands without a config of the run, too.
 COMPILATION_CACHE = Path("~/.cache/moi_jax/xla")
@@ -94,7 +94,7 @@ class Train(Section):
     seed: Count = 0
     deterministic: bool = False  # asks the GPU compiler for run-to-run identical results
     # Where jax keeps compiled programs: xla/ in data.cache_dir by default; null: nowhere.
-    compilation_cache: Path | None = COMPILATION_CACHE
+    compilation_cache: Location | None = COMPILATION_CACHE
     sample_prompts: tuple[SamplePrompt, ...] = ()
     sample_every: Count = 0  # 0: before and after training only
     sample_max_new_tokens: Positive = 64

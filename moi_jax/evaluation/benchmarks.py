@@ -3,6 +3,7 @@
 DIR/results.json, DIR/samples/TASK.jsonl    results and samples, for people; written at once
 DIR/answers/TASK.jsonl                      the model's texts, written as they arrive, so that an
                                             evaluation that was killed continues
+DIR/progress.log                            how far the work is, a line a minute
 
 Of the processes of a run, process 0 alone scores, and reads and writes these files.
 """
@@ -14,15 +15,19 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.common.progress import count_bar
+from moi_jax.common.progress_lines import progress_lines
+from moi_jax.evaluation.methods import describe_task
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Response, Score, Task, evenly_spaced
-from moi_jax.evaluation.responses import collect_responses, log_places
-from moi_jax.evaluation.results import Scored, describe, overall, read_results, summarize
+from moi_jax.evaluation.provenance import Session
+from moi_jax.evaluation.responses import collect_responses, count_tokens, log_places
+from moi_jax.evaluation.results import Scored, describe, outcome, overall, read_results, summarize
 from moi_jax.parallel import hosts
 from moi_jax.sampling.chat_model import ChatModel
 from moi_jax.sampling.response_log import ResponseLog, json_line
@@ -40,20 +45,30 @@ def run_task(
     options: BenchmarkOptions,
     log: ResponseLog,
     after_each: Callable[[], None] = lambda: None,
+    progress: Path | None = None,
 ) -> tuple[list[Scored], int]:
     """Responses and scores of the items, and the number of items left out as too long.
 
     Args:
       options: too_long="skip" leaves out items that do not fit the context.
       after_each: called after every answer and every score; an exception from it ends the task.
+      progress: the file of the lines that tell how far the work is; None writes none.
     """
 
     def report(on_progress: Callable[[int], None], count: int) -> None:
         on_progress(count)
         after_each()
 
-    total = sum(len(log_places(item, options)) for item in items)
-    with count_bar(f"{task.name}: answers", total) as on_progress:
+    places = [place for item in items for place in log_places(item, options)]
+
+    def answered() -> tuple[int, int]:
+        done = sum(place in log.found for place in places)
+        return done, count_tokens(places, log)["answer_tokens"]
+
+    with (
+        count_bar(f"{task.name}: answers", len(places)) as on_progress,
+        progress_lines(progress, f"{task.name} answers", len(places), answered),
+    ):
         responses = collect_responses(
             task, items, model, options, log, partial(report, on_progress)
         )
@@ -63,7 +78,10 @@ def run_task(
             (item, response) for item, response in responses if "too_long" not in response.finishes
         ]
     scored: list[Scored] = []
-    with count_bar(f"{task.name}: scores", len(kept)) as on_progress:
+    with (
+        count_bar(f"{task.name}: scores", len(kept)) as on_progress,
+        progress_lines(progress, f"{task.name} scores", len(kept), lambda: (len(scored), 0)),
+    ):
         for (item, response), score in zip(kept, _scores(task, kept), strict=True):
             scored.append((item, response, score))
             report(on_progress, 1)
@@ -86,12 +104,14 @@ def run_benchmarks(
     model: ChatModel,
     made_by: Json,
     options: BenchmarkOptions,
+    session: Session | None = None,
 ) -> Json:
     """Runs the tasks one after another and writes results and samples into options.out.
 
     Args:
       tasks: each with all of its items.
       made_by: what identifies the model in the results: checkpoint, system prompt, template.
+      session: adds to each task what made its figures (`run`), and its protocol in words.
 
     Returns:
       The content of results.json, with the tasks of earlier calls on the same model.
@@ -108,26 +128,25 @@ def run_benchmarks(
         logs = []
         for task, _ in tasks:
             path = options.out / "answers" / f"{task.name}.jsonl"
-            made = {**made_by, **_settings(task, model, options)}
+            made = {**made_by, **answer_settings(task, *_asked_by(model), options)}
             logs.append(opened.enter_context(closing(ResponseLog(path, made))))
         for (task, items), log in zip(tasks, logs, strict=True):
-            asked = evenly_spaced(items, options.limit)
-            scored, skipped = run_task(task, asked, model, options, log)
+            begun, asked = monotonic(), evenly_spaced(items, options.limit)
+            progress = options.out / "progress.log" if hosts.is_main() else None
+            scored, skipped = run_task(task, asked, model, options, log, progress=progress)
             summary = hosts.from_main(
                 "the results of a task",
                 partial(summarize, task, scored, skipped, all_items=options.limit is None),
             )
-            summary["settings"] = {
-                **_settings(task, model, options),
-                "limit": options.limit,
-                "too_long": options.too_long,
-                **summary["settings"],
-            }
+            own = summary["settings"]
+            summary["settings"] = all_settings(task, *_asked_by(model), options, own)
+            if session:
+                summary |= _provenance(task, asked, items, summary["settings"], session, begun, log)
             _tell(task.name, summary, results["tasks"].get(task.name))
             results["tasks"][task.name] = summary
             results["overall"] = overall(results["tasks"])
             if hosts.is_main():
-                _write(options.out / "samples" / f"{task.name}.jsonl", _samples(scored))
+                _write(options.out / "samples" / f"{task.name}.jsonl", _samples(task, scored))
                 _write(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -151,6 +170,25 @@ def results_so_far(out: Path, made_by: Json) -> Json:
     return results
 
 
+def _provenance(
+    task: Task,
+    asked: Sequence[Item],
+    items: Sequence[Item],
+    settings: Json,
+    session: Session,
+    begun: float,
+    log: ResponseLog,
+) -> Json:
+    """`run`, what made the figures of a task that has just ended, and `protocol`, its words."""
+    folder = task.options.data / task.name
+    places = [place for item in asked for place in log_places(item, task.options)]
+    run = hosts.from_main(
+        "the provenance", lambda: session.of_task(folder, begun, count_tokens(places, log))
+    )
+    protocol = describe_task(task, len(asked), len(items), settings, run["data"])
+    return {"run": run, "protocol": protocol}
+
+
 def _tell(name: str, summary: Json, before: Json | None) -> None:
     log.info(f"{name}: {describe(summary)}")
     for note in summary["notes"]:
@@ -160,16 +198,38 @@ def _tell(name: str, summary: Json, before: Json | None) -> None:
         log.info(f"  this replaces an earlier result: {describe(before)} ({differs})")
 
 
-def _settings(task: Task, model: ChatModel, options: BenchmarkOptions) -> Json:
+def _asked_by(model: ChatModel) -> tuple[str | None, int]:
+    return model.system_prompt, model.sampler.context
+
+
+def answer_settings(
+    task: Task, system_prompt: str | None, context: int, options: BenchmarkOptions
+) -> Json:
     """The settings, apart from the model and the items, that determine the answers."""
     return {
-        "system_prompt": model.system_prompt,
+        "system_prompt": system_prompt,
         "samples": options.samples,
         "temperature": options.temperature,
         "top_p": options.top_p,
         "seed": options.seed,
         "max_new_tokens": options.max_new_tokens or task.max_new_tokens,
-        "context": model.sampler.context,
+        "context": context,
+    }
+
+
+def all_settings(
+    task: Task, system_prompt: str | None, context: int, options: BenchmarkOptions, own: Json
+) -> Json:
+    """The settings of a task as results.json has them.
+
+    Args:
+      own: those of `Task.settings`.
+    """
+    return {
+        **answer_settings(task, system_prompt, context, options),
+        "limit": options.limit,
+        "too_long": options.too_long,
+        **own,
     }
 
 
@@ -178,7 +238,7 @@ def _difference(before: Json, now: Json) -> str:
     return ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
 
 
-def _samples(scored: Sequence[Scored]) -> str:
+def _samples(task: Task, scored: Sequence[Scored]) -> str:
     lines = []
     for item, response, score in scored:
         line = {
@@ -192,6 +252,7 @@ def _samples(scored: Sequence[Scored]) -> str:
             "finishes": list(response.finishes),
             "log_likelihoods": list(response.log_likelihoods),
             "gold": item.gold,
+            "outcome": outcome(task, response, score),
             **asdict(score),
         }
         lines.append(json_line(line))

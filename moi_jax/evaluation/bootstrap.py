@@ -1,4 +1,4 @@
-"""Scores over items with bootstrap intervals, for one model and for paired differences."""
+"""Scores over items with 95 % intervals, for one model and for paired differences."""
 
 import numpy as np
 
@@ -48,6 +48,22 @@ def interval(
         return float("nan"), float("nan")
     low, high = np.quantile(known, (0.025, 0.975))
     return float(low), float(high)
+
+
+def share_interval(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the `score` of a share of right items; Clopper and Pearson's if needed.
+
+    The bootstrap's has no width where every item is right (1) or every item is wrong (0). The
+    bounds of Clopper and Pearson (1934) are then simple: 0 of n is at most 1 - 0.025^(1/n), and n
+    of n is at least 0.025^(1/n).
+    """
+    low, high = interval(values, weights)
+    measured, (whole, *others) = values[:, weights != 0], weights[weights != 0]
+    known = measured[~np.isnan(measured)]
+    if others or not len(known) or np.min(known) != np.max(known) or known[0] not in (0, 1):
+        return low, high
+    bound = 0.025 ** (1 / len(known))
+    return (whole * bound, whole) if known[0] else (0.0, whole * (1 - bound))
 
 
 def difference(

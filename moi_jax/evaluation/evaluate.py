@@ -9,21 +9,25 @@ from typing import Any
 
 import jax
 
-from moi_jax.checkpoints.items import find_step, parameters_fingerprint
-from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint
+from moi_jax.checkpoints.items import find_step, parameters_fingerprint, read_items
+from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint, open_tokenizer
 from moi_jax.common.atomic_files import check_writable
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
-from moi_jax.evaluation.benchmarks import results_so_far, run_benchmarks
+from moi_jax.evaluation.benchmarks import all_settings, results_so_far, run_benchmarks
+from moi_jax.evaluation.methods import INTERVALS, describe_model, describe_task
 from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions, check_request
 from moi_jax.evaluation.prompt_matrix.benchmarks import run_under_prompts
 from moi_jax.evaluation.prompt_matrix.measure import measure_held_out
-from moi_jax.evaluation.protocol import Item, Task
+from moi_jax.evaluation.protocol import Item, Task, evenly_spaced
+from moi_jax.evaluation.provenance import data_digests, open_session
 from moi_jax.evaluation.reports.report import write_report
 from moi_jax.evaluation.results import read_results
 from moi_jax.evaluation.tasks import open_task, task_names
+from moi_jax.models.compute import resolve_dtype
 from moi_jax.parallel import hosts
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
+from moi_jax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +98,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         chat_template=options.chat_template,
         verify=options.verify,
         base=options.base,
+        by_layer=_only_generates(request, opened),
     )
     results = held_out = lm_eval = None
     with jax.set_mesh(checkpoint.mesh):
@@ -105,21 +110,37 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         if HELD_OUT in request.tasks:
             held_out = measure_held_out(checkpoint, request.held_out, out)
         if opened.tasks or opened.lm_eval_tasks:
-            log.info(f"{checkpoint.step} in {checkpoint.dtype}; {model.sampler.describe()}")
+            log.info(f"{checkpoint.step} in {checkpoint.dtype}; progress in {out}/progress.log")
+        session = None
+        if opened.tasks or opened.prompt_tasks:
+            session = open_session(checkpoint, request.command)
         if opened.tasks:
-            results = run_benchmarks(opened.tasks, model, made_by, request.benchmarks)
+            results = run_benchmarks(opened.tasks, model, made_by, request.benchmarks, session)
         if opened.lm_eval_tasks:
+            log.info(f"lm-eval: {model.sampler.describe(model.parameters)}")
             from moi_jax.evaluation.harness.run import run_lm_eval
 
             lm_eval = run_lm_eval(opened.lm_eval_tasks, model, made_by, request.benchmarks)
         if opened.prompt_tasks:
             run_under_prompts(
-                opened.prompt_tasks, model, checkpoint.prompts, made_by, request.benchmarks
+                opened.prompt_tasks,
+                model,
+                checkpoint.prompts,
+                made_by,
+                request.benchmarks,
+                session,
             )
     report = hosts.from_main("the report", partial(_report, out, request.compare))
     if report:
         log.info(f"report {report}")
     return EvaluationResult(out, results, held_out, lm_eval, Path(report) if report else None)
+
+
+def _only_generates(request: EvaluationRequest, opened: _Opened) -> bool:
+    """Whether the model is only asked for answers, and for no losses or likelihoods of texts."""
+    items = [item for _, of_task in (*opened.tasks, *opened.prompt_tasks) for item in of_task]
+    losses = HELD_OUT in request.tasks or opened.lm_eval_tasks
+    return not losses and not any(item.choices for item in items)
 
 
 def _report(out: Path, compare: Sequence[Path]) -> str | None:
@@ -162,27 +183,56 @@ def _open_tasks(request: EvaluationRequest) -> _Opened:
 
 def _chat_model(checkpoint: OpenCheckpoint, options: ModelOptions) -> tuple[ChatModel, Json]:
     """The model under its system prompt, and what identifies it in the results."""
-    system_prompt = options.system_prompt
-    if system_prompt is None:
-        system_prompt = checkpoint.prompts["default_system_prompt"]
-    if not options.system_block:
-        system_prompt = None
+    made_by = _made_by(checkpoint.step, checkpoint.tokenizer, checkpoint.dtype, options)
     make_chat = make_chat_model(
         checkpoint.bind,
         checkpoint.config,
         checkpoint.tokenizer,
-        system_prompt,
+        made_by["system_prompt"],
         slots=options.slots,
         context=options.context,
         mesh=checkpoint.mesh,
     )
-    template = checkpoint.tokenizer.template
-    made_by = {
-        "name": checkpoint_name(checkpoint.step),
-        "parameters": parameters_fingerprint(checkpoint.step),
-        "chat_template": template.name,
-        "template_hash": template.fingerprint(),
-        "system_prompt": system_prompt,
-        "dtype": checkpoint.dtype,
-    }
     return make_chat(checkpoint.parameters), made_by
+
+
+def _made_by(step: Path, tokenizer: Tokenizer, dtype: str, options: ModelOptions) -> Json:
+    """What identifies the model of a step in the results."""
+    system_prompt = options.system_prompt
+    if system_prompt is None:
+        system_prompt = read_items(step).prompts["default_system_prompt"]
+    if not options.system_block:
+        system_prompt = None
+    return {
+        "name": checkpoint_name(step),
+        "parameters": parameters_fingerprint(step),
+        "chat_template": tokenizer.template.name,
+        "template_hash": tokenizer.template.fingerprint(),
+        "system_prompt": system_prompt,
+        "dtype": dtype,
+    }
+
+
+def describe_protocol(request: EvaluationRequest, platform: str) -> str:
+    """What the request would run, as a methods paragraph; nothing is run.
+
+    Args:
+      platform: of the devices that would run it.
+
+    Raises:
+      UserError: as in `evaluate`.
+    """
+    check_request(request)
+    tasks, options = _open_tasks(request).tasks, request.benchmarks
+    step = find_step(request.checkpoint)
+    tokenizer, _ = open_tokenizer(step, request.model.chat_template)
+    dtype = resolve_dtype(request.model.dtype, platform)
+    made_by = _made_by(step, tokenizer, dtype, request.model)
+    context = request.model.context or read_items(step).model.seq_length
+    told = [describe_model(made_by, {})]
+    for task, items in tasks:
+        settings = all_settings(task, made_by["system_prompt"], context, options, task.settings())
+        data = data_digests(options.data / task.name)
+        asked = len(evenly_spaced(items, options.limit))
+        told.append(describe_task(task, asked, len(items), settings, data))
+    return "\n\n".join([*told, INTERVALS])

@@ -44,8 +44,11 @@ class BenchmarkOptions:
     # HumanEval and MBPP
     allow_code_execution: bool = False
     sandbox: Literal["strict", "weak"] = "strict"
+    code_timeout: float = 3.0  # seconds of a program with its tests, as in openai/human-eval
+    code_packages: tuple[str, ...] = ()  # installed packages that programs may import
     # MMLU
     mmlu_method: Literal["generate", "likelihood"] = "generate"
+    mmlu_errors: Literal["keep", "skip"] = "keep"  # questions that MMLU-Redux marks as faulty
     # MT-Bench
     judge: str | None = None  # the name of the judge model at the endpoint
     judge_url: str | None = None
@@ -116,6 +119,7 @@ class EvaluationRequest:
       lm_eval_tasks: tasks, groups or tags of lm-evaluation-harness.
       lm_eval_include: a directory of further task files for lm-evaluation-harness.
       compare: directories of other results that report.html shows beside these.
+      command: the line that asked for it, for results.json; None where a program did.
     """
 
     checkpoint: Path
@@ -127,6 +131,7 @@ class EvaluationRequest:
     lm_eval_tasks: tuple[str, ...] = ()
     lm_eval_include: Path | None = None
     compare: tuple[Path, ...] = ()
+    command: str | None = None
 
 
 def check_request(request: EvaluationRequest) -> None:

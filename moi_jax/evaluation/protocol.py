@@ -81,6 +81,9 @@ class Task(ABC):
     Attributes:
       files: the files below the data directory that the task reads, for messages.
       max_new_tokens, stop_strings: the limits of every answer.
+      scoring: what makes an answer right, a sentence without its full stop.
+      own_temperature: of the protocol where it samples, in words.
+      rated: whether metrics are ratings; otherwise they are shares, from 0 (wrong) to 1 (right).
       takes_shots: whether the task can show worked examples before the question.
       published_sizes: the number of items in the benchmark, one for each published form. A score
         over another number of items is not part of the overall score. () allows any number.
@@ -90,6 +93,9 @@ class Task(ABC):
     files: ClassVar[str]
     max_new_tokens: ClassVar[int] = 512
     stop_strings: ClassVar[tuple[str, ...]] = ()
+    scoring: ClassVar[str] = ""
+    own_temperature: ClassVar[str] = ""
+    rated: ClassVar[bool] = False
     takes_shots: ClassVar[bool] = False
     published_sizes: ClassVar[tuple[int, ...]] = ()
 

@@ -1,5 +1,6 @@
 """The model's responses to the items of a task. Each one is written to disk at once."""
 
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from moi_jax.sampling.response_log import ResponseKey, ResponseLog
 from moi_jax.text.answers import read_answer
 from moi_jax.text.conversations import Message
 from moi_jax.text.templates import Template
+
+logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
@@ -38,6 +41,15 @@ def collect_responses(
         _generate(task, in_turn, turn, model, options, log, on_progress)
     template = model.tokenizer.template
     return [(item, _response(item, options, log, template)) for item in items]
+
+
+def count_tokens(places: Sequence[ResponseKey], log: ResponseLog) -> Json:
+    """The tokens of all prompts and of all answers so far; 0 for those of older versions."""
+    records = [log.found[place] for place in places if place in log.found]
+    return {
+        name: sum(record.get(key, 0) for record in records)
+        for name, key in (("prompt_tokens", "prompt_tokens"), ("answer_tokens", "tokens"))
+    }
 
 
 def log_places(item: Item, options: BenchmarkOptions) -> list[ResponseKey]:
@@ -80,12 +92,17 @@ def _generate(
             else:
                 waiting.append(place)
                 requests.append(_request(task, item, place, prompt, options))
+    if requests:
+        memory = model.sampler.describe(model.parameters, requests)
+        logger.info(f"{task.name}: {len(requests)} answers; {memory}")
     for index, completion in model.sampler.run(model.parameters, requests):
         log.add(
             waiting[index],
             requests[index].prompt,
             text=completion.text,
             finish=completion.finish,
+            tokens=len(completion.tokens),
+            prompt_tokens=len(requests[index].prompt),
         )
         on_progress(1)
 
@@ -134,7 +151,7 @@ def _score_choices(
             else:
                 waiting.append(place)
                 pairs.append(pair)
-    for index, likelihood in model.scorer.run(model.parameters, pairs):
+    for index, likelihood in model.scorer.run(model.stacked, pairs):
         log.add(
             waiting[index],
             [*pairs[index][0], *pairs[index][1]],

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from moi_jax.evaluation.tasks import PAPER_TASKS
 
 Json = dict[str, Any]
 Scored = tuple[Item, Response, Score]
+Interval = Callable[[np.ndarray, np.ndarray], tuple[float, float]]
 
 # The keys of a task that a report reads.
 TASK_KEYS = {
@@ -40,7 +41,7 @@ def summarize(task: Task, scored: Sequence[Scored], skipped: int, all_items: boo
     if weights and scored:
         row = 100 * np.array([weights.get(metric, 0.0) for metric in metrics])
         total = bootstrap.score(values, row)
-        interval = bootstrap.interval(values, row)
+        interval = _interval_of(task)(values, row)
     return {
         "score": total,
         "interval": interval,
@@ -49,8 +50,9 @@ def summarize(task: Task, scored: Sequence[Scored], skipped: int, all_items: boo
             total is not None and all_items and not skipped and task.is_complete(items)
         ),
         "weights": weights,
-        "metrics": _metric_table(metrics, values),
+        "metrics": _metric_table(metrics, values, _interval_of(task)),
         "groups": _groups(items, metrics, values),
+        "outcomes": _outcomes(task, scored),
         "failures": _failures(scored),
         "skipped": skipped,
         "notes": _notes(task, scored, items, scores, skipped),
@@ -65,14 +67,19 @@ def metric_values(scores: Sequence[Score]) -> tuple[list[str], np.ndarray]:
     return metrics, np.array(rows, np.float64).reshape(len(scores), len(metrics))
 
 
-def _metric_table(metrics: Sequence[str], values: np.ndarray) -> Json:
+def _interval_of(task: Task) -> Interval:
+    """The interval of a score of the task, a function of values and weights."""
+    return bootstrap.interval if task.rated else bootstrap.share_interval
+
+
+def _metric_table(metrics: Sequence[str], values: np.ndarray, interval: Interval) -> Json:
     table = {}
     for column, metric in enumerate(metrics):
         known = values[~np.isnan(values[:, column]), column, None]
         table[metric] = {
             "mean": bootstrap.score(known, np.ones(1)),
             "items": len(known),
-            "interval": bootstrap.interval(known, np.ones(1)),
+            "interval": interval(known, np.ones(1)),
         }
     return table
 
@@ -91,6 +98,25 @@ def _groups(items: Sequence[Item], metrics: Sequence[str], values: np.ndarray) -
         }
         table[group] = {"items": len(of_group), **means}
     return table
+
+
+def outcome(task: Task, response: Response, score: Score) -> str:
+    """How an item ended, in a few words. Each item has one outcome."""
+    for finish in ("too_long", "not_finite"):
+        if finish in response.finishes:
+            return ENDS[finish]
+    values = list(score.metrics.values())
+    if score.failure:
+        return score.failure
+    if task.rated or not values:
+        return "rated" if values else "not scored"
+    return "right" if min(values) == 1 else "partly right" if max(values) > 0 else "wrong"
+
+
+def _outcomes(task: Task, scored: Sequence[Scored]) -> dict[str, int]:
+    """Outcome -> number of items; the numbers add up to all items."""
+    kinds = Counter(outcome(task, response, score) for _, response, score in scored)
+    return dict(kinds.most_common())
 
 
 def _failures(scored: Sequence[Scored]) -> dict[str, int]:
@@ -137,9 +163,12 @@ def describe(summary: Json) -> str:
         means = ", ".join(f"{name} {metric['mean']:.3f}" for name, metric in metrics)
         return f"no score; {means or 'nothing was measured'} over {summary['items']} items"
     low, high = summary["interval"]
-    failures = ", ".join(f"{count} {kind}" for kind, count in summary["failures"].items())
     line = f"{summary['score']:.1f} ({low:.1f} to {high:.1f}) over {summary['items']} items"
-    return f"{line}; {failures}" if failures else line
+    outcomes = summary.get("outcomes", {})  # results of older versions have none
+    more = {kind: count for kind, count in summary["failures"].items() if kind not in outcomes}
+    for counts in filter(None, (outcomes, more)):
+        line += "; " + ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    return line
 
 
 def read_results(path: Path) -> Json:

@@ -26,7 +26,7 @@ def row_sums_step(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
 
     def step(parameters: Tree, batch: Batch) -> RowSums:
         model = bind(parameters)
-        hidden, _ = model.hidden_states(
+        hidden = model.hidden_states(
             batch.tokens, batch.positions, batch.segment_ids, extend_context=False
         )
         nll, correct = token_scores(hidden, model.head_kernel(), batch.targets)

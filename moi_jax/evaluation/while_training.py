@@ -1,6 +1,7 @@
 """Evaluations during training: held-out losses, benchmarks and sample answers."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from moi_jax.data.dataset import Dataset
 from moi_jax.evaluation.benchmarks import run_task
 from moi_jax.evaluation.held_out import HeldOut
 from moi_jax.evaluation.options import BenchmarkOptions
-from moi_jax.evaluation.protocol import evenly_spaced
+from moi_jax.evaluation.protocol import Json, evenly_spaced
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.row_sums import make_row_sums
 from moi_jax.evaluation.tasks import open_task
@@ -25,8 +26,7 @@ from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 from moi_jax.sampling.response_log import ResponseLog
 from moi_jax.sampling.sample_completions import make_sample_completions
 
-# Benchmarks whose score needs all items, or a judge.
-NEEDS_ALL_ITEMS = {"mt_bench", "teval"}
+log = logging.getLogger(__name__)
 
 
 ShouldStop = Callable[[], bool]
@@ -102,7 +102,8 @@ def make_benchmark(
 ) -> Evaluate:
     """Returns a function (parameters, should_stop) -> {"eval/<task>/score": 0 to 100}.
 
-    The result is {} once should_stop() returns True.
+    A task without a score on a few items gives each of its metrics instead, for example
+    "eval/teval.review_str.answer/score". The result is {} once should_stop() returns True.
 
     Args:
       out: the directory for files that a task keeps for itself.
@@ -110,19 +111,21 @@ def make_benchmark(
     Raises:
       UserError: a task is unknown or cannot run here, or its data is missing or damaged.
     """
-    for name in NEEDS_ALL_ITEMS.intersection(settings.tasks):
+    if "mt_bench" in settings.tasks:
         raise UserError(
-            f"eval.benchmarks.tasks names {name}, which has no score on a few items; run it with "
-            f"python -m moi_jax.evaluate"
+            "eval.benchmarks.tasks names mt_bench, whose answers a judge has to rate, call by "
+            "call; run it with python -m moi_jax.evaluate"
         )
     options = BenchmarkOptions(
         data=settings.data,
         out=out,
         max_new_tokens=settings.max_new_tokens,
         allow_code_execution=settings.allow_code_execution,
+        mmlu_method=settings.mmlu_method,
     )
     opened = [open_task(name, options) for name in settings.tasks]
     asked = [(task, evenly_spaced(items, settings.limit)) for task, items in opened]
+    told: set[str] = set()
 
     def benchmark(parameters: Tree, should_stop: ShouldStop) -> dict[str, float]:
         def after_each() -> None:
@@ -134,18 +137,36 @@ def make_benchmark(
         try:
             for task, items in asked:
                 after_each()
-                log = ResponseLog(None, {})
-                scored, skipped = run_task(task, items, model, options, log, after_each)
+                answers = ResponseLog(None, {})
+                scored, skipped = run_task(task, items, model, options, answers, after_each)
                 summary = hosts.from_main(
                     "the results of a task",
                     partial(summarize, task, scored, skipped, all_items=False),
                 )
-                scores[f"eval/{task.name}/score"] = summary["score"]
+                scores.update(_scores(task.name, summary))
+                _tell_once(f"eval.benchmarks: {task.name}", summary["notes"], told)
         except StopRequested:
             return {}
         return scores
 
     return benchmark
+
+
+def _tell_once(what: str, notes: Sequence[str], told: set[str]) -> None:
+    """Logs notes, such as what cannot be scored here and why, when they first come up."""
+    for line in (f"{what}: {note}" for note in notes):
+        if line not in told:
+            told.add(line)
+            log.info(line)
+
+
+def _scores(name: str, summary: Json) -> dict[str, float]:
+    if summary["score"] is not None:
+        return {f"eval/{name}/score": summary["score"]}
+    return {
+        f"eval/{name}.{metric.replace('/', '.')}/score": 100 * values["mean"]
+        for metric, values in summary["metrics"].items()
+    }
 
 
 class StopRequested(Exception):

@@ -256,8 +256,7 @@ class Decoder(nnx.Module):
         *,
         extend_context: bool,
         rope_alpha: jax.Array | None = None,
-        keep_kv: bool = False,
-    ) -> tuple[jax.Array, KeysAndValues | None]:
+    ) -> jax.Array:
         """Computes the normed final states [B, S, D] in the compute dtype.
 
         Args:
@@ -268,7 +267,6 @@ class Decoder(nnx.Module):
           rope_alpha: NTK factor per token [B, S]. None computes it from the length of the token's
             segment. A sampler passes the factor of the prompt, which stays the same until the
             end of the generation.
-          keep_kv: also return the keys and values of all layers, for a cache; otherwise None.
         """
         config = self.config
         # A row within seq_length needs no scaling; its shape is known at trace time.
@@ -279,16 +277,15 @@ class Decoder(nnx.Module):
             config, positions, rope_alpha, self.compute.dtype, log_n=longer
         )
 
-        layer = DecoderLayer.keeping_kv if keep_kv else DecoderLayer.__call__
-        remat = self.compute.remat
+        layer, remat = DecoderLayer.__call__, self.compute.remat
         run = nnx.scan(
             remat.apply(layer) if remat else layer,
             in_axes=(0, nnx.Carry, rotary.LAYER_AXES, None, None),
             out_axes=(nnx.Carry, 0),
         )
         x = self.embedding(tokens, self.compute.dtype)
-        x, keys_and_values = run(self.layers, x, angles, segment_ids, positions)
-        return self.final_norm(x), keys_and_values
+        x, _ = run(self.layers, x, angles, segment_ids, positions)
+        return self.final_norm(x)
 
     def rope_alpha(self, lengths: jax.Array) -> jax.Array | None:
         """Returns the NTK factor of segments of these lengths; None without dynamic NTK."""
@@ -337,5 +334,5 @@ def _inference(
 ) -> jax.Array:
     """Computes the logits; compiled once for all calls with the same shapes."""
     model = nnx.merge(graph, parameters)
-    hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=True)
+    hidden = model.hidden_states(tokens, positions, segment_ids, extend_context=True)
     return model.logits(hidden).astype(jnp.float32)

@@ -1,18 +1,21 @@
-"""Inference with a cache: whole prompts first, then one token a step, with unrolled layers."""
+"""Inference with a cache: whole prompts first, then one token a step, layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import ArrayLike, DTypeLike
 
 from moi_jax.models.attention.cached import cached_attention
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, DecoderLayer, KeysAndValues, Tree
 from moi_jax.models.kv_cache import Cache, write
-from moi_jax.models.parameters import parameter_specs
-from moi_jax.models.rotary import position_angles
+from moi_jax.models.parameters import abstract_parameters, parameter_specs
+from moi_jax.models.rotary import Rotary, position_angles
 from moi_jax.parallel.axes import constrain
 from moi_jax.parallel.context import (
     context_order,
@@ -41,55 +44,155 @@ class LayerViews(NamedTuple):
 
         Args:
           bind: parameters -> model.
-          parameters: the tree from which the view was made. Only its names are used.
+          parameters: a tree of the model's parameters. Only its names are used.
         """
         model = bind({**parameters, **self.outer})
         graph = nnx.graphdef(model.layers)
         return model, [nnx.merge(graph, layer) for layer in self.layers]
 
 
+def view_layers(config: ModelConfig, parameters: Tree, dtype: DTypeLike) -> LayerViews:
+    """Unstacks the layers of a model and casts all its parameters to `dtype`."""
+    axes = _layer_axes(config)
+    parts = {
+        path: _unstack(stacked, axes[path], dtype)
+        for path, stacked in flatten_dict(parameters["layers"], sep=".").items()
+    }
+    outer = {name: tree for name, tree in parameters.items() if name != "layers"}
+    return LayerViews(jax.tree.map(lambda x: x.astype(dtype), outer), _by_layer(config, parts))
+
+
+def take_layers(config: ModelConfig, parameters: Tree, dtype: DTypeLike) -> LayerViews:
+    """Does the same with arrays that nobody else needs: it deletes each as soon as it is unstacked.
+
+    So the parameters are in memory once, with one stacked parameter more for a moment.
+    """
+    axes, parts = _layer_axes(config), {}
+    unstack = jax.jit(_unstack, static_argnums=(1, 2))
+    for path, stacked in flatten_dict(parameters["layers"], sep=".").items():
+        parts[path] = jax.block_until_ready(unstack(stacked, axes[path], dtype))
+        stacked.delete()
+    outer = {name: tree for name, tree in parameters.items() if name != "layers"}
+    # An array that has the dtype already is not copied.
+    return LayerViews(jax.tree.map(lambda x: x.astype(dtype), outer), _by_layer(config, parts))
+
+
+def _layer_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
+    """Dotted path below `layers` -> the logical axes of the parameter in one layer."""
+    specs = parameter_specs(config).items()
+    return {
+        path.removeprefix("layers."): spec.axes[1:]
+        for path, spec in specs
+        if path.startswith("layers.")
+    }
+
+
+def _unstack(
+    stacked: jax.Array, axes: tuple[str | None, ...], dtype: DTypeLike
+) -> tuple[jax.Array, ...]:
+    return tuple(constrain(layer.astype(dtype), *axes) for layer in stacked)
+
+
+def _by_layer(config: ModelConfig, parts: Mapping[str, Sequence[jax.Array]]) -> tuple[Tree, ...]:
+    return tuple(
+        unflatten_dict({path: layers[number] for path, layers in parts.items()}, sep=".")
+        for number in range(config.num_layers)
+    )
+
+
+class Prompts(NamedTuple):
+    """Prompts on their way through the layers.
+
+    Attributes:
+      x: [B, S, D].
+      angles: of all layers.
+      positions: int32[B, S].
+    """
+
+    x: jax.Array
+    angles: Rotary
+    positions: jax.Array
+
+
+class LayerPrograms:
+    """The programs that run prompts through a model a layer at a time.
+
+    All layers share one program. A program of all layers would take long to compile for each shape
+    of prompts, and a scan over them needs stacked layers, which are the same weights once more.
+    """
+
+    def __init__(self, bind: Bind, config: ModelConfig):
+        """
+        Args:
+          bind: parameters -> model.
+        """
+        self._bind, self.config = bind, config
+        self.names = abstract_parameters(config, jnp.float32)
+        self.begin = jax.jit(self._begin)
+        self.layer = jax.jit(self._layer, static_argnums=4)
+        self.end = jax.jit(self._end)
+
+    def _begin(self, outer: Tree, tokens: jax.Array, lengths: jax.Array) -> Prompts:
+        model = self._bind({**self.names, **outer})
+        given, shards = tokens.shape[1], _shards()
+        length = padded_length(given, shards)
+        order = context_order(length, shards)
+        tokens = jnp.pad(tokens, ((0, 0), (0, length - given)))[:, order]
+        positions = jnp.broadcast_to(jnp.asarray(order, jnp.int32), tokens.shape)
+        alpha = model.rope_alpha(lengths)
+        if alpha is not None:
+            alpha = jnp.broadcast_to(alpha[:, None], tokens.shape)
+        dtype, longer = model.compute.dtype, length > self.config.seq_length
+        angles = position_angles(self.config, positions, alpha, dtype, log_n=longer)
+        return Prompts(model.embedding(tokens, dtype), angles, positions)
+
+    def _layer(
+        self, weights: Tree, x: jax.Array, angles: Rotary, positions: jax.Array, given: int
+    ) -> tuple[jax.Array, KeysAndValues]:
+        """Runs one layer. Keys and values [B, S, K, N] are in the order of the prompt."""
+        layer = nnx.merge(nnx.graphdef(self._bind(self.names).layers), weights)
+        ones = jnp.ones(positions.shape, jnp.int32)
+        x, (keys, values) = layer.keeping_kv(x, angles, ones, positions)
+        if (shards := _shards()) > 1:
+            places = context_places(given, shards)
+            keys, values = keys[:, places], values[:, places]
+        return x, (keys, values)
+
+    def _end(self, outer: Tree, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        model, shards = self._bind({**self.names, **outer}), _shards()
+        places = jnp.asarray(context_places(x.shape[1], shards))[lengths - 1]
+        return model.final_norm(jnp.take_along_axis(x, places[:, None, None], axis=1))
+
+
+def _shards() -> int:
+    return context_shards(jax.sharding.get_abstract_mesh())
+
+
+class BoundPrograms(NamedTuple):
+    """The programs and the parameters that they run with."""
+
+    programs: LayerPrograms
+    views: LayerViews
+
+
 def prefill(
-    model: Decoder, tokens: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, KeysAndValues]:
+    model: BoundPrograms, tokens: ArrayLike, lengths: ArrayLike
+) -> tuple[jax.Array, list[KeysAndValues]]:
     """Computes prompts [B, S] of these lengths [B], which are padded at their ends.
 
     Returns:
-      The normed states [B, S, D], and the keys and values for a cache. Positions past the length
-      of a prompt hold noise.
+      The normed state of the last token of each prompt, [B, 1, D], and for each layer the keys and
+      values [B, S, K, N] for a cache. Places past the length of a prompt hold noise.
     """
-    given, shards = tokens.shape[1], context_shards(jax.sharding.get_abstract_mesh())
-    length = padded_length(given, shards)
-    order = context_order(length, shards)
-    tokens = jnp.pad(tokens, ((0, 0), (0, length - given)))[:, order]
-    positions = jnp.broadcast_to(jnp.asarray(order, jnp.int32), tokens.shape)
-    ones = jnp.ones(tokens.shape, jnp.int32)
-    alpha = model.rope_alpha(lengths)
-    if alpha is not None:
-        alpha = jnp.broadcast_to(alpha[:, None], tokens.shape)
-    hidden, kept = model.hidden_states(
-        tokens, positions, ones, extend_context=True, rope_alpha=alpha, keep_kv=True
-    )
-    assert kept is not None
-    if shards > 1:  # back into the order of the prompt
-        places = context_places(given, shards)
-        hidden, kept = hidden[:, places], (kept[0][:, :, places], kept[1][:, :, places])
-    return hidden, kept
-
-
-def view_layers(config: ModelConfig, parameters: Tree, dtype: jax.typing.DTypeLike) -> LayerViews:
-    """Unstacks the layers of a model and casts all its parameters to `dtype`."""
-    specs = parameter_specs(config)
-
-    def layer(number: int) -> Tree:
-        def part(path: tuple, stacked: jax.Array) -> jax.Array:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            return constrain(stacked[number].astype(dtype), *specs[f"layers.{name}"].axes[1:])
-
-        return jax.tree_util.tree_map_with_path(part, parameters["layers"])
-
-    outer = {name: tree for name, tree in parameters.items() if name != "layers"}
-    outer = jax.tree.map(lambda x: x.astype(dtype), outer)
-    return LayerViews(outer, tuple(layer(number) for number in range(config.num_layers)))
+    programs, (outer, layers) = model
+    given = np.shape(tokens)[1]
+    x, angles, positions = programs.begin(outer, tokens, lengths)
+    kept = []
+    for number, weights in enumerate(layers):
+        of_layer = angles.of_layer(number)
+        x, keys_and_values = programs.layer(weights, x, of_layer, positions, given)
+        kept.append(keys_and_values)
+    return programs.end(outer, x, lengths), kept
 
 
 def decode(

@@ -1,5 +1,6 @@
 """The KV cache: it keeps the keys and values of earlier tokens, so a step computes one token."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -64,14 +65,27 @@ def resize(cache: Cache, length: int) -> Cache:
     return Cache(keys, values, jnp.asarray(length - 1, jnp.int32))
 
 
+def take_rows(cache: Cache, rows: jax.Array) -> Cache:
+    """A cache of some of the rows, int32[m]."""
+
+    def take(layer: jax.Array) -> jax.Array:
+        return constrain(layer[rows], *KV_AXES)
+
+    keys, values = (tuple(map(take, layers)) for layers in (cache.keys, cache.values))
+    return Cache(keys, values, cache.newest)
+
+
 def insert(
-    cache: Cache, rows: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array
+    cache: Cache,
+    rows: jax.Array,
+    kept: Sequence[tuple[jax.Array, jax.Array]],
+    lengths: jax.Array,
 ) -> Cache:
     """Replaces the content of some rows with whole prompts.
 
     Args:
       rows: int32[m], rows of the cache. A row outside the cache is ignored.
-      keys, values: [L, m, S, K, N], as `decoding.prefill` returns them.
+      kept: for each layer the keys and values [m, S, K, N], as `decoding.prefill` returns them.
       lengths: int32[m], the lengths of the prompts; none is longer than the ring.
     """
     index = lengths[:, None] - 1 - cache.ages()
@@ -84,6 +98,7 @@ def insert(
         there = jnp.where(ours, there, 0).transpose(0, 2, 1, 3)
         return constrain(old.at[rows].set(there, mode="drop"), *KV_AXES)
 
+    keys, values = zip(*kept, strict=True)
     return cache._replace(
         keys=tuple(map(put, cache.keys, keys)), values=tuple(map(put, cache.values, values))
     )

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
+from moi_jax.models.decoding import LayerViews
 from moi_jax.sampling.likelihood import LikelihoodScorer
 from moi_jax.sampling.sampler import Sampler, make_sampler
 from moi_jax.text.conversations import Message
@@ -19,14 +20,21 @@ class ChatModel:
     """Parameters with everything that is needed to generate and to score.
 
     Attributes:
+      parameters: stacked, as the scorer needs them; the sampler alone may have `LayerViews`.
       system_prompt: of every conversation without one of its own; None for no system block.
     """
 
     sampler: Sampler
     scorer: LikelihoodScorer
-    parameters: Tree
+    parameters: Tree | LayerViews
     tokenizer: Tokenizer
     system_prompt: str | None
+
+    @property
+    def stacked(self) -> Tree:
+        """The parameters for the scorer."""
+        assert not isinstance(self.parameters, LayerViews)
+        return self.parameters
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[str] = (), *, system_block: bool = True
@@ -45,7 +53,7 @@ def make_chat_model(
     slots: int = 16,
     context: int | None = None,
     mesh: Mesh | None = None,
-) -> Callable[[Tree], ChatModel]:
+) -> Callable[[Tree | LayerViews], ChatModel]:
     """A function parameters -> `ChatModel`; all models that it makes share compiled programs.
 
     Args:

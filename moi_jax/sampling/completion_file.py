@@ -202,12 +202,13 @@ def complete_file(
         log.info(f"{len(rows) - len(waiting)} of {len(rows)} rows were answered before")
     if waiting:
         needed = max(map(len, prompts)) + config.max_new_tokens
+        requests = [make_request(prompts[n], config, n) for n in waiting]
         sampler = open_sampler(
             checkpoint,
             slots=min(slots, len(waiting)),
             context=context or default_context(checkpoint, needed),
+            requests=requests,
         )
-        requests = [make_request(prompts[n], config, n) for n in waiting]
         try:
             with count_bar("answers", len(waiting)) as progress:
                 for index, completion in sampler.run(checkpoint.parameters, requests):

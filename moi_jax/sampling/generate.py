@@ -43,8 +43,9 @@ def generate(
                 f"the prompt has the token id {token}; the model knows 0 to {vocab_size - 1:,}"
             )
     length = context or default_context(checkpoint, len(prompt) + config.max_new_tokens)
-    sampler = open_sampler(checkpoint, context=length)
-    completion = complete(checkpoint, sampler, make_request(prompt, config), on_text)
+    request = make_request(prompt, config)
+    sampler = open_sampler(checkpoint, context=length, requests=[request])
+    completion = complete(checkpoint, sampler, request, on_text)
     if completion.finish == "too_long":
         raise UserError(
             f"the prompt has {len(prompt):,} tokens and the context {length:,}, which leaves no "
@@ -54,8 +55,18 @@ def generate(
     return completion
 
 
-def open_sampler(checkpoint: OpenCheckpoint, *, slots: int = 1, context: int) -> Sampler:
-    """A sampler for a checkpoint; logs what its cache takes before anything is allocated."""
+def open_sampler(
+    checkpoint: OpenCheckpoint,
+    *,
+    slots: int = 1,
+    context: int,
+    requests: Sequence[Request] = (),
+) -> Sampler:
+    """A sampler for a checkpoint; logs what its cache takes before anything is allocated.
+
+    Args:
+      requests: those that it will run, where they are known.
+    """
     sampler = make_sampler(
         checkpoint.bind,
         checkpoint.config,
@@ -66,7 +77,8 @@ def open_sampler(checkpoint: OpenCheckpoint, *, slots: int = 1, context: int) ->
     )
     limit = checkpoint.config.seq_length
     longer = f"; the model was made for {limit:,} tokens" if context > limit else ""
-    log.info(f"{checkpoint.step} in {checkpoint.dtype}; {sampler.describe()}{longer}")
+    memory = sampler.describe(checkpoint.parameters, requests)
+    log.info(f"{checkpoint.step} in {checkpoint.dtype}; {memory}{longer}")
     return sampler
 
 

@@ -76,7 +76,7 @@ class LikelihoodScorer:
             index = jnp.broadcast_to(jnp.asarray(context_order(*split), jnp.int32), tokens.shape)
             place_of = jnp.asarray(context_places(*split))
             real = (index < lengths[:, None]).astype(jnp.int32)
-            hidden, _ = model.hidden_states(tokens, index, real, extend_context=True)
+            hidden = model.hidden_states(tokens, index, real, extend_context=True)
             last = jnp.take_along_axis(hidden, place_of[lengths - 1][:, None, None], axis=1)
             log_probs = jax.nn.log_softmax(model.logits(last)[:, 0])
             likeliest = jnp.argmax(log_probs, axis=-1)

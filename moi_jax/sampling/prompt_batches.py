@@ -41,7 +41,7 @@ class RunningRequest:
 def prefill_batches(
     requests: Mapping[int, RunningRequest], multiple: int, slots: int, greedy: bool, context: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Slots]]:
-    """Yields what `slots.prefill` needs to put requests into their slots.
+    """Yields (slots, prompts, new): what `slots.enter` needs, and the tokens of `decoding.prefill`.
 
     Widths and numbers of rows are a power of two times the smallest, so few shapes are compiled.
 

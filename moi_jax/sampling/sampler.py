@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from rich import filesize
 
 from moi_jax.common.errors import UserError
+from moi_jax.models import decoding
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
-from moi_jax.models.decoding import LayerViews, view_layers
+from moi_jax.models.decoding import BoundPrograms, LayerPrograms, LayerViews, view_layers
 from moi_jax.models.kv_cache import KV_AXES, Cache, cache_shape, empty_cache, resize
 from moi_jax.models.parameters import abstract_parameters, parameter_specs
 from moi_jax.parallel.placing import batch_shards, bucket, named_sharding, round_up
@@ -31,8 +32,9 @@ from moi_jax.sampling.slots import (
     Slots,
     Vocabulary,
     empty_slots,
+    enter,
     generate_tokens,
-    prefill,
+    keep,
 )
 from moi_jax.sampling.text_stream import TextStream
 from moi_jax.text.tokenizer import Tokenizer
@@ -89,16 +91,18 @@ class Sampler:
         self._view_layers = jax.jit(lambda parameters: view_layers(config, parameters, self._dtype))
         self._new = jax.jit(new, static_argnums=(0, 1, 2))
         self._resize = jax.jit(resize, static_argnums=1)
-        self._prefill = jax.jit(
-            lambda parameters, *given: prefill(bind(parameters), vocabulary, *given),
+        self._programs = LayerPrograms(bind, config)
+        names = self._programs.names
+        self._keep = jax.jit(keep)
+        self._enter = jax.jit(
+            lambda outer, *given: enter(bind({**names, **outer}), vocabulary, *given),
             donate_argnums=(1, 2),
         )
 
-        def generate(parameters: Tree, views: LayerViews, *given: Any) -> Any:
-            model, layers = views.bind(bind, parameters)
-            return generate_tokens(model, layers, vocabulary, *given)
+        def generate(views: LayerViews, *given: Any) -> Any:
+            return generate_tokens(*views.bind(bind, names), vocabulary, *given)
 
-        self._generate = jax.jit(generate, donate_argnums=(2, 3))
+        self._generate = jax.jit(generate, donate_argnums=(1, 2))
 
     @property
     def cache_bytes(self) -> int:
@@ -109,28 +113,33 @@ class Sampler:
         """
         return self._bytes(self.slots, self.context)
 
-    def describe(self) -> str:
-        """The memory of the cache in words, for a message before anything is allocated."""
+    def describe(self, parameters: Tree | LayerViews, requests: Sequence[Request] = ()) -> str:
+        """The memory that a run allocates in words, for a message before that.
+
+        Args:
+          requests: of the run; without them the figure is that of the largest possible cache.
+        """
+        rows, length = self._largest(requests) if requests else (self.slots, self.context)
         devices = 1 if self._mesh is None else self._mesh.size
-        size = filesize.decimal(self.cache_bytes)
+        size = filesize.decimal(self._bytes(rows, length))
+        most = "" if requests else "at most "
         each = f" on each of {devices} devices" if devices > 1 else ""
-        return (
-            f"cache of {self.slots} x {self.context:,} tokens: at most {size}{each}, and "
-            f"{filesize.decimal(self._layers_bytes())} for the layers' weights once more"
-        )
+        told = f"cache of {rows} x {length:,} tokens: {most}{size}{each}"
+        if more := self._copy_bytes(parameters):
+            told += f", and {filesize.decimal(more)} for the weights once more"
+        return told
 
     def run(
         self,
-        parameters: Tree,
+        parameters: Tree | LayerViews,
         requests: Sequence[Request],
         on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Yields (index of the request, its completion) in the order in which they finish.
 
-        Besides the cache, a run holds the layers' parameters a second time, in the compute dtype.
-
         Args:
-          parameters: the model's, as `bind` takes them.
+          parameters: the model's, as `bind` takes them; then a run holds them a second time, layer
+            by layer and in the compute dtype. `LayerViews` are used as they are.
           on_text: called with a request's index and new text as soon as no later token can change
             that text.
 
@@ -139,44 +148,43 @@ class Sampler:
         """
         waiting: deque[RunningRequest] = deque()
         for index, request in enumerate(requests):
-            length = len(request.prompt)
-            if not length:
+            if not request.prompt:
                 raise UserError(f"request {index} has an empty prompt; it needs at least one token")
-            if length >= self.context:
+            if not self._fits(request):
                 yield index, Completion((), "", "too_long")
             elif request.max_new_tokens < 1:
                 yield index, Completion((), "", "length")
             else:
-                limit = min(length + request.max_new_tokens, self.context)
                 show = partial(on_text, index) if on_text else None
                 stream = TextStream(request, self._decode, show)
-                waiting.append(RunningRequest(index, request, limit, stream))
+                waiting.append(RunningRequest(index, request, self._limit(request), stream))
         if not waiting:
             return
-        longest = self._cache_length(max(one.limit for one in waiting))
-        count = bucket(len(waiting), self._shards, self.slots)
+        # The longest first: prompts of one batch are then of similar length, which pads them least.
+        waiting = deque(sorted(waiting, key=lambda one: one.limit, reverse=True))
+        count, longest = self._largest([one.request for one in waiting])
         greedy = all(one.request.temperature <= 0 for one in waiting)
-        self._check_memory(count, longest)
+        self._check_memory(count, longest, parameters)
         with self._on_mesh():
-            views = self._view_layers(parameters)
+            views = self._views(parameters)
             cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
-
         steps = STREAMING_STEPS if on_text else MAX_STEPS
         running: dict[int, RunningRequest] = {}  # by their slots
         while waiting or running:
+            if not waiting and (fewer := self._fewer(len(running), count)):
+                count, kept = fewer, _padded(list(running), fewer)
+                running = dict(enumerate(running.values()))
+                with self._on_mesh():
+                    cache, slots = self._keep(cache, slots, kept)
             free = (slot for slot in range(count) if slot not in running)
             fresh = {slot: waiting.popleft() for slot in islice(free, len(waiting))}
             running |= fresh
-            reach = max(min(one.length + steps, one.limit) for one in running.values())
             max_finished = count // 16 + 1 if waiting else count
             with self._on_mesh():
-                if cache.length != self._cache_length(reach):
-                    cache = self._resize(cache, self._cache_length(reach))
-                for prompts in prefill_batches(fresh, self._shards, count, greedy, self.context):
-                    cache, slots = self._prefill(parameters, cache, slots, *prompts)
+                cache, slots = self._admit(views, cache, slots, running, fresh, steps, greedy)
                 live = np.isin(np.arange(count), list(running))
                 cache, slots, written = self._generate(
-                    parameters, views, cache, slots, live, np.int32(steps), np.int32(max_finished)
+                    views, cache, slots, live, np.int32(steps), np.int32(max_finished)
                 )
                 written, finish = jax.device_get((written, slots.finish))
             for slot, one in list(running.items()):
@@ -186,6 +194,54 @@ class Sampler:
                     del running[slot]
                     reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
                     yield one.index, one.stream.complete(reason)
+
+    def _admit(
+        self,
+        views: LayerViews,
+        cache: Cache,
+        slots: Slots,
+        running: Mapping[int, RunningRequest],
+        fresh: Mapping[int, RunningRequest],
+        steps: int,
+        greedy: bool,
+    ) -> tuple[Cache, Slots]:
+        """Makes room for `steps` more tokens of all running requests, and enters the fresh ones."""
+        reach = max(min(one.length + steps, one.limit) for one in running.values())
+        if cache.length != self._cache_length(reach):
+            cache = self._resize(cache, self._cache_length(reach))
+        count = slots.token.shape[0]
+        for rows, tokens, new in prefill_batches(fresh, self._shards, count, greedy, self.context):
+            bound = BoundPrograms(self._programs, views)
+            prompts = decoding.prefill(bound, tokens, new.length)
+            cache, slots = self._enter(views.outer, cache, slots, rows, new, *prompts)
+        return cache, slots
+
+    def _fewer(self, running: int, count: int) -> int:
+        """The number of slots for the last requests, a quarter of `count`; 0 while more run.
+
+        Every number of slots is a program of its own, so there are few.
+        """
+        fewer = round_up(count // 4, self._mesh)
+        return fewer if running and running <= fewer < count else 0
+
+    def _views(self, parameters: Tree | LayerViews) -> LayerViews:
+        if isinstance(parameters, LayerViews):
+            return parameters
+        return self._view_layers(parameters)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether the context has room for an answer."""
+        return len(request.prompt) < self.context
+
+    def _limit(self, request: Request) -> int:
+        """The most tokens that prompt and completion may have together."""
+        return min(len(request.prompt) + request.max_new_tokens, self.context)
+
+    def _largest(self, requests: Sequence[Request]) -> tuple[int, int]:
+        """Rows and length of the largest cache in a run of these requests."""
+        limits = [self._limit(request) for request in requests if self._fits(request)]
+        rows = bucket(len(limits), self._shards, self.slots)
+        return rows, self._cache_length(max(limits, default=1))
 
     def _cache_length(self, tokens: int) -> int:
         """The length of a cache for so many tokens: one of a few, so few shapes are compiled."""
@@ -199,8 +255,13 @@ class Sampler:
         layer = self._elements(cache_shape(self._config, rows, length), KV_AXES)
         return 2 * self._config.num_layers * layer * self._dtype.itemsize
 
-    def _layers_bytes(self) -> int:
-        """Bytes of the layers' parameters in the compute dtype, on each device."""
+    def _copy_bytes(self, parameters: Tree | LayerViews) -> int:
+        """Bytes of a second copy of the layers in the compute dtype on each device, if one is made.
+
+        It is made of stacked layers, as training has them.
+        """
+        if isinstance(parameters, LayerViews):
+            return 0
         specs = parameter_specs(self._config)
         layers = [p for path, p in specs.items() if path.startswith("layers.")]
         return sum(self._elements(p.shape, p.axes) for p in layers) * self._dtype.itemsize
@@ -211,23 +272,28 @@ class Sampler:
             return math.prod(shape)
         return math.prod(named_sharding(names, shape, self._mesh).shard_shape(shape))
 
-    def _check_memory(self, rows: int, length: int) -> None:
+    def _check_memory(self, rows: int, length: int, parameters: Tree | LayerViews) -> None:
         """Raises UserError when cache and layers do not fit the free memory of a device."""
         # While a cache grows, the one of half its length is still there.
         cache = self._bytes(rows, length) + self._bytes(rows, length // 2)
-        needed = cache + self._layers_bytes()
+        copy = self._copy_bytes(parameters)
         devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
         for device in devices:
             memory = device.memory_stats() or {}
             if {"bytes_limit", "bytes_in_use"} <= memory.keys():
                 free = memory["bytes_limit"] - memory["bytes_in_use"]
-                if needed > free:
+                if cache + copy > free:
+                    weights = f", and the weights once more {copy / 2**30:.1f} GiB" if copy else ""
                     raise UserError(
                         f"{rows} answers of up to {length} tokens need a KV cache of "
-                        f"{cache / 2**30:.1f} GiB, and the layers' weights once more "
-                        f"{self._layers_bytes() / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} "
-                        f"GiB free. Lower slots, context or max_new_tokens"
+                        f"{cache / 2**30:.1f} GiB{weights}; {device} has {free / 2**30:.1f} GiB "
+                        f"free. Lower slots, context or max_new_tokens"
                     )
+
+
+def _padded(rows: Sequence[int], count: int) -> np.ndarray:
+    """int32[count]: the rows, and the first of them as often as is needed."""
+    return np.array([*rows, *[rows[0]] * (count - len(rows))], np.int32)
 
 
 def make_sampler(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from moi_jax.models import decoding
-from moi_jax.models.decoder import Decoder, DecoderLayer
-from moi_jax.models.kv_cache import Cache, insert
+from moi_jax.models.decoder import Decoder, DecoderLayer, KeysAndValues
+from moi_jax.models.kv_cache import Cache, insert, take_rows
 from moi_jax.parallel.axes import constrain
 from moi_jax.sampling.requests import Finish
 from moi_jax.sampling.token_sampling import SamplingParams, sample_tokens
@@ -49,26 +49,30 @@ def empty_slots(rows: int, greedy: bool) -> Slots:
     return _replicated(slots)
 
 
-def prefill(
+def keep(cache: Cache, slots: Slots, rows: jax.Array) -> tuple[Cache, Slots]:
+    """The slots `rows`, int32[m], in this order."""
+    return take_rows(cache, rows), _replicated(jax.tree.map(lambda x: x[rows], slots))
+
+
+def enter(
     model: Decoder,
     vocabulary: Vocabulary,
     cache: Cache,
     slots: Slots,
     rows: jax.Array,
-    tokens: jax.Array,
     new: Slots,
+    last: jax.Array,
+    kept: Sequence[KeysAndValues],
 ) -> tuple[Cache, Slots]:
     """Puts prompts into slots and generates the first token of each.
 
     Args:
       rows: int32[m], the slots; a number that is no slot is left out.
-      tokens: int32[m, S], the prompts, padded at their ends.
       new: [m], with the prompt's length as `length`; `token` is not used.
+      last, kept: of the prompts, as `decoding.prefill` returns them.
     """
-    hidden, heads = decoding.prefill(model, tokens, new.length)
-    last = jnp.take_along_axis(hidden, (new.length - 1)[:, None, None], axis=1)
     new = _accept(new, model.logits(last)[:, 0], vocabulary)
-    cache = insert(cache, rows, *heads, new.prompt)
+    cache = insert(cache, rows, kept, new.prompt)
     slots = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), slots, new)
     return cache, _replicated(slots)
 

@@ -10,25 +10,31 @@ import filelock
 
 from moi_jax.common.errors import UserError, is_full, reason
 from moi_jax.common.home import expand_home
+from moi_jax.common.locations import STAGING_VARIABLE, is_url
 from moi_jax.common.retry import PASSING
 from moi_jax.parallel import hosts
 
 # The lock file in every run directory. A directory without it is not a run directory.
 LOCK = ".moi_jax.lock"
+# In the local copy of a run that is in an object store: identifies the copy.
+OWNER = ".moi_jax.owner"
 
 
 @contextmanager
 def run_directory(run_dir: Path, fresh: bool) -> Iterator[Path]:
     """Locks the directory of a run while the block runs; of many processes, process 0 does it.
 
+    It yields the directory; of one in an object store, its local copy.
+
     Raises:
       UserError: another run trains in it; it holds files but no run (and `fresh` is false); it
         cannot be written, now or later in the block; or the hosts do not share it.
     """
+    key = f"the local copy (${STAGING_VARIABLE}) of " * is_url(run_dir) + "logging.run_dir"
     run_dir = expand_home(run_dir)
     lock = _lock(run_dir, fresh) if hosts.is_main() else None
     try:
-        hosts.check_shared(run_dir, "logging.run_dir")
+        hosts.check_shared(run_dir, key)
         with _writing(run_dir):
             yield run_dir
     finally:
@@ -91,5 +97,6 @@ def _writing(run_dir: Path) -> Iterator[None]:
 
 
 def _entries(run_dir: Path) -> set[str]:
-    """Returns the names in a run directory except its lock; none if it does not exist."""
-    return {entry.name for entry in run_dir.iterdir()} - {LOCK} if run_dir.exists() else set()
+    """The names in a run directory except those that stay there; none if it does not exist."""
+    names = {entry.name for entry in run_dir.iterdir()} if run_dir.exists() else set()
+    return names - {LOCK, OWNER}

@@ -98,7 +98,7 @@ def microbatch_sums(
     They are sums, never means: over microbatches and devices they add up to those of the batch.
     """
     model = bind(trainable, frozen)
-    hidden, _ = model.hidden_states(
+    hidden = model.hidden_states(
         batch.tokens, batch.positions, batch.segment_ids, extend_context=False
     )
     weighted, nll = weighted_nll(hidden, model.head_kernel(), batch.targets, batch.loss_weights)

@@ -37,6 +37,7 @@ from moi_jax.training.run_directory import move_aside, run_directory
 from moi_jax.training.sharding import undivided_line
 from moi_jax.training.start import start_run
 from moi_jax.training.state import TrainState
+from moi_jax.training.stored_run import stored_run
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def train(
     with (
         Clock().running() as clock,
         run_directory(config.logging.run_dir, fresh) as directory,
+        stored_run(config, directory, fresh, strict_resume) as stored,
     ):
         if not fresh:
             hosts.from_main(
@@ -148,9 +150,10 @@ def train(
                 )  # fmt: skip
             with stop or nullcontext(lambda: False) as should_stop:
                 try:
-                    fit(run, should_stop)
-                finally:
-                    checkpoints.wait()  # while a signal is still noted: it must not cut this off
+                    fit(run, stored.checked(should_stop))
+                finally:  # while a signal is still noted: it must not cut this off
+                    checkpoints.wait()
+                    stored.send()
                 report = directory / "report.html"
                 hosts.from_main("the report", lambda: _report(report, config))
         return TrainResult(

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from moi_jax.checkpoints.hf.gguf import open_gguf
+from moi_jax.checkpoints.hf.importer import import_checkpoint
+from moi_jax.checkpoints.hf.verify import verify_checkpoint
 from moi_jax.checkpoints.init_from import open_start
 from moi_jax.common.errors import UserError
 from moi_jax.text.conversations import Message
@@ -79,11 +81,11 @@ def model(architecture, **settings):
     import transformers
 
     kind = {"llama": "Llama", "qwen2": "Qwen2"}[architecture]
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=64, max_position_embeddings=128,
-        initializer_range=0.3, **settings,
-    )  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**{
+        "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128,
+        "initializer_range": 0.3, **settings,
+    })  # fmt: skip
     torch.manual_seed(0)
     made = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     heads = {"q_proj": 4, "k_proj": 2} if architecture == "llama" else {}
@@ -328,6 +330,28 @@ def test_an_unknown_tokenizer_is_refused_but_not_the_weights(tmp_path, kind):
     assert checkpoint.read("model.norm.weight").shape == (32,)
     with pytest.raises(UserError, match="a-new-split, which is not built"):
         _ = checkpoint.tokenizer_files
+
+
+def test_a_checkpoint_is_verified_against_the_gguf_file_it_came_from(tmp_path):
+    """transformers reads the file by code of its own, so its logits are a second opinion."""
+    metadata, tokens = bpe("qwen2", CHATML)
+    settings = {"tie_word_embeddings": False, "rms_norm_eps": 1e-5}
+    _, _, tensors = model("llama", vocab_size=len(tokens), **settings)
+    path = write(tmp_path / "m.gguf", "llama", tensors, tokenizer=metadata)
+    import_checkpoint(path, tmp_path / "ckpt")
+    report = verify_checkpoint(tmp_path / "ckpt", path)
+    assert report["tensors"]["matched"] == len(tensors)
+    assert report["logits"]["max_abs"] < 1e-3
+    assert report["verdict"] == "equal", report
+    assert "chat template" in report["not_checked"][0]
+
+    tensors["blk.1.ffn_up.weight"] = tensors["blk.1.ffn_up.weight"].copy()
+    tensors["blk.1.ffn_up.weight"][3, 5] += 1
+    other = write(tmp_path / "other.gguf", "llama", tensors, tokenizer=metadata)
+    report = verify_checkpoint(tmp_path / "ckpt", other, tensors_only=True)
+    (found,) = report["tensors"]["mismatched"]
+    assert (found["name"], found["count"]) == ("model.layers.1.mlp.up_proj.weight", 1)
+    assert report["verdict"] == "different"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from moi_jax.evaluation.bootstrap import difference, interval, score
+from moi_jax.evaluation.bootstrap import difference, interval, score, share_interval
 
 NAN = math.nan
 WEIGHTS = np.array([0.25, 0.75, 0.0])
@@ -98,3 +98,25 @@ def test_difference_is_over_what_both_measured():
     assert gap == 0.5
     assert (low, high) == (0.0, 1.0)
     assert difference(b, a, np.ones(1))[0] == -0.5
+
+
+@pytest.mark.parametrize("items", [1, 7, 164])
+def test_where_all_items_are_alike_the_interval_is_clopper_and_pearsons(items):
+    """The bounds are where the outcome that was seen has a probability of 2.5 %."""
+    weights = np.array([0.0, 100.0])
+    wrong, right = (np.tile([0.5, value], (items, 1)) for value in (0.0, 1.0))
+    low, high = share_interval(wrong, weights)
+    assert low == 0
+    assert (1 - high / 100) ** items == pytest.approx(0.025)
+    low, high = share_interval(right, weights)
+    assert high == 100
+    assert (low / 100) ** items == pytest.approx(0.025)
+
+
+def test_where_items_differ_the_interval_is_the_bootstraps():
+    weights = np.array([100.0])
+    for values in ([0, 0, 1, 0], [0.5, 0.5, 0.5]):
+        rows = np.array(values, float)[:, None]
+        assert share_interval(rows, weights) == interval(rows, weights)
+    both = np.zeros((4, 2))  # the score of several metrics is no share of right items
+    assert share_interval(both, np.array([50.0, 50.0])) == (0, 0)

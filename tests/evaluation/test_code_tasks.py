@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
@@ -76,11 +77,21 @@ NODE_ROW = {
     "test_list": ["assert depth(root) == 2", "assert depth(root.next) == 1"],
     "challenge_test_list": [],
 }
+SETTINGS = {
+    "sandbox": "weak",
+    "code_timeout_s": 60.0,
+    "code_memory_mib": 512,
+    "code_packages": [],
+}
 SHOWN_ROW = {**SQUARE_ROW, "task_id": 2, "text": "Write a function to cube."}
 
 
 def options(tmp_path: Path, **given) -> BenchmarkOptions:
-    """The weak sandbox runs on every machine, and these programs mean no harm."""
+    """The weak sandbox runs on every machine, and these programs mean no harm.
+
+    They have more time than a busy machine needs, where a test does not choose another time.
+    """
+    given = {"code_timeout": 60.0, **given}
     return BenchmarkOptions(tmp_path, tmp_path, allow_code_execution=True, sandbox="weak", **given)
 
 
@@ -113,7 +124,63 @@ def test_the_weak_sandbox_is_said_loudly(tmp_path: Path, log_text: io.StringIO):
     task = humaneval(tmp_path, DOUBLE_ROW)
     assert WEAK in log_text.getvalue()
     assert task.notes([], []) == [WEAK]
-    assert task.settings() == {"sandbox": "weak"}
+    assert task.settings() == SETTINGS
+
+
+# data/example_problem.jsonl and the completions of data/example_samples.jsonl of openai/human-eval,
+# for which its evaluate_functional_correctness gives pass@1 = 0.5.
+EXAMPLE_PROBLEM = {
+    "task_id": "test/0",
+    "prompt": "def return1():\n",
+    "canonical_solution": "    return 1",
+    "test": "def check(candidate):\n    assert candidate() == 1",
+    "entry_point": "return1",
+}
+EXAMPLE_SAMPLES = (
+    "    import subprocess\n    subprocess.check_output('rm -rf tmp')",
+    "    import time\n    time.sleep(10)\n    return 1",
+    "    return input('enter a number')",
+    "    return 1",
+    "  return 1",
+    "\treturn 1",
+)
+
+
+def test_the_example_of_human_eval_has_its_official_score(tmp_path: Path):
+    seconds = BenchmarkOptions(tmp_path, tmp_path).code_timeout  # when none is chosen
+    task = humaneval(tmp_path, EXAMPLE_PROBLEM, samples=6, temperature=0.8, code_timeout=seconds)
+    assert task.settings()["code_timeout_s"] == 3.0
+    (item,) = task.load()
+    assert item.messages[0].content == (
+        "Write a Python function `return1()` to solve the following problem:\n\ndef return1():\n"
+    )
+    (score,) = task.score([(item, Response(EXAMPLE_SAMPLES, ("stop",) * 6))])
+    assert score.metrics == {"pass@1": 0.5}
+    failures = [sample["failure"] for sample in score.details["samples"]]
+    assert failures == ["error", "timeout", "error", None, None, None]
+    assert score.details["samples"][1]["error"] == "not done after 3 seconds"
+
+
+def test_the_time_of_a_program_can_be_chosen(tmp_path: Path):
+    waits = "import time\n    time.sleep({})\n    return x // 2"
+    task = humaneval(tmp_path, HALVE_ROW, code_timeout=0.5)
+    (item,) = task.load()
+    (score,) = scores(task, (item, waits.format(60)))
+    assert (score.failure, score.details["error"]) == ("timeout", "not done after 0.5 seconds")
+    assert task.settings()["code_timeout_s"] == 0.5
+    # The time is that of the program with its tests, and of no other program or process.
+    task = humaneval(tmp_path, HALVE_ROW)
+    assert [score.failure for score in scores(task, (item, waits.format(0.6)))] == [None]
+
+
+def test_programs_may_use_the_packages_that_are_allowed(tmp_path: Path):
+    body = "import numpy as np\n    return np.floor(x / 2)"
+    task = humaneval(tmp_path, HALVE_ROW, code_packages=("numpy",))
+    (item,) = task.load()
+    assert [score.failure for score in scores(task, (item, body))] == [None]
+    assert task.settings()["code_packages"] == [f"numpy {version('numpy')}"]
+    (score,) = scores(humaneval(tmp_path, HALVE_ROW), (item, body))
+    assert score.details["error"] == "ModuleNotFoundError: No module named 'numpy'"
 
 
 def test_humaneval_asks_for_the_entry_point_and_not_its_helper(tmp_path: Path):
@@ -218,7 +285,7 @@ def test_mbpp_reads_the_sanitized_file_where_it_is_alone(tmp_path: Path):
     file.write_text(json.dumps([row, {**row, "task_id": 900}], indent=1))
     task = MBPP(options(tmp_path))
     (item,) = task.load()
-    assert task.settings() == {"sandbox": "weak", "file": file.name, "shots": 0}
+    assert task.settings() == {**SETTINGS, "file": file.name, "shots": 0}
     answers = ["def root(x): return math.sqrt(x)", "def root(x): return x"]
     got = [score.metrics["pass@1"] for score in scores(task, *((item, a) for a in answers))]
     assert got == [1.0, 0.0]

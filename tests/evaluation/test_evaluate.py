@@ -1,8 +1,11 @@
 """Benchmarks on a real tiny model: answers kept and gone on with, scores, results, the command."""
 
+import hashlib
 import json
 import resource
+import subprocess
 from collections.abc import Iterator
+from datetime import datetime
 
 import jax
 import numpy as np
@@ -12,8 +15,10 @@ from moi_jax import config
 from moi_jax.checkpoints.items import parameters_fingerprint
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.benchmarks import run_benchmarks
+from moi_jax.evaluation.methods import describe_sampling
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Response, Score, Task, evenly_spaced
+from moi_jax.evaluation.provenance import Session
 from moi_jax.evaluation.responses import collect_responses
 from moi_jax.evaluation.results import overall, read_results, summarize
 from moi_jax.evaluation.tasks import open_task
@@ -234,7 +239,35 @@ def test_training_asks_a_few_items_and_is_not_kept_waiting(chat, tmp_path, monke
     assert benchmark(chat.parameters, lambda: len(looks) == 2 or looks.append(0)) == {}
 
 
-def test_a_benchmark_without_a_score_of_few_items_is_refused_in_training(chat, tmp_path):
+def test_training_may_measure_likelihoods(chat, tmp_path, monkeypatch):
+    path = tmp_path / "mmlu" / "test" / "law_test.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"Why?,a,b,c,d,{letter}\n" for letter in "ABCD"))
+    settings = config.Benchmarks(tasks=("mmlu",), data=tmp_path, mmlu_method="likelihood")
+    monkeypatch.setattr(chat.sampler, "run", None)  # nothing is generated
+    benchmark = make_benchmark(settings, tmp_path / "out", lambda _: chat)
+    # The same letter is the likeliest for one question with four golds, so one of four is right.
+    assert benchmark(chat.parameters, lambda: False) == {"eval/mmlu/score": 25.0}
+
+
+def test_training_may_measure_slices_of_teval(chat, tmp_path, log_text):
+    (tmp_path / "teval").mkdir()
+    record = {
+        "origin_prompt": [{"role": "user", "content": "Choose."}],
+        "ground_truth": {"answer": "B", "thought": ""},
+        "meta_data": {"response_format": "str"},
+        "template": "",
+    }
+    text = json.dumps({str(number): record for number in range(9)})
+    (tmp_path / "teval" / "review_str_v2.json").write_text(text)
+    settings = config.Benchmarks(tasks=("teval",), data=tmp_path, limit=4, max_new_tokens=4)
+    benchmark = make_benchmark(settings, tmp_path / "out", lambda _: chat)
+    assert benchmark(chat.parameters, lambda: False) == {"eval/teval.review_str.answer/score": 0.0}
+    benchmark(chat.parameters, lambda: False)
+    assert log_text.getvalue().count("eval.benchmarks: teval: not measured, because there is") == 1
+
+
+def test_a_benchmark_that_needs_a_judge_is_refused_in_training(chat, tmp_path):
     with pytest.raises(UserError, match=r"eval.benchmarks.tasks names mt_bench"):
         make_benchmark(config.Benchmarks(tasks=("mt_bench",)), tmp_path, lambda _: chat)
 
@@ -387,3 +420,103 @@ def test_the_overall_figure_needs_all_seven_in_full():
     assert overall(tasks) == 30.0
     assert overall({**tasks, "mmlu": {"score": 40.0, "complete": False}}) is None
     assert overall({name: tasks[name] for name in names[1:]}) is None
+
+
+def test_the_outcomes_of_items_add_up(options):
+    """Unlike failures: an answer that was cut and is wrong fails twice."""
+    scored = [
+        (Item(str(n), (), 0), Response(("",), (finish,)), Score(metrics, failure))
+        for n, (finish, metrics, failure) in enumerate(
+            [
+                ("stop", {"accuracy": 1.0}, None),
+                ("length", {"accuracy": 0.0}, None),
+                ("length", {"accuracy": 0.0}, "no answer"),
+                ("too_long", {"accuracy": 0.0}, "no answer"),
+                ("stop", {"accuracy": 0.25}, None),
+                ("stop", {}, None),
+            ]
+        )
+    ]
+    found = summarize(Echo(options), scored, skipped=0, all_items=True)
+    assert found["outcomes"] == dict.fromkeys(
+        ["right", "wrong", "no answer", "too long", "partly right", "not scored"], 1
+    )
+    assert sum(found["outcomes"].values()) == found["items"]
+
+
+def test_ratings_are_neither_right_nor_wrong(options, monkeypatch):
+    monkeypatch.setattr(Echo, "rated", True)
+    monkeypatch.setattr(Echo, "weights", lambda task, counts: {"rating_1": 0.1})
+    scored = [(Item("0", (), 0), Response(("",), ("stop",)), Score({"rating_1": 1.0}))]
+    found = summarize(Echo(options), scored, skipped=0, all_items=True)
+    assert found["outcomes"] == {"rated": 1}
+    assert found["interval"] == pytest.approx((10, 10))  # a rating of 1 is not "all right"
+
+
+def test_each_answer_has_its_tokens_and_progress_is_told(chat, options):
+    run(chat, options)
+    records = lines(options.out / "answers" / "echo.jsonl")[1:]
+    for record in records:
+        prompt = chat.prompt([Message("user", f"Say {record['id']}.")])
+        assert record["prompt_tokens"] == len(prompt)
+        assert 0 <= record["tokens"] <= Echo.max_new_tokens
+    told = (options.out / "progress.log").read_text().splitlines()
+    assert "echo answers: 0 of 3" in told[0]
+    assert "echo answers: 3 of 3" in told[1]
+    assert "echo scores: 3 of 3" in told[-1]
+
+
+def test_provenance_says_what_made_a_score(chat, options):
+    """Seconds and tokens, the digests of the files, and the protocol in words."""
+    folder = options.data / "echo"
+    (folder / "dev").mkdir(parents=True)
+    (folder / "echo.jsonl").write_text("one\n")
+    (folder / "dev" / "b.csv").write_text("b\n")
+    (folder / "dev" / "a.csv").write_text("a\n")
+    listed = subprocess.run(
+        "find dev -type f | LC_ALL=C sort | xargs sha256sum | sha256sum",
+        shell=True, cwd=folder, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    task = Echo(options)
+    session = Session({"device": "1 x cpu (cpu)"})
+    results = run_benchmarks([(task, task.load())], chat, MADE_BY, options, session)
+    made = results["tasks"]["echo"]["run"]
+    assert made["data"] == {
+        "dev/ (2 files)": listed.stdout.split()[0],
+        "echo.jsonl": hashlib.sha256(b"one\n").hexdigest(),
+    }
+    records = lines(options.out / "answers" / "echo.jsonl")[1:]
+    assert made["prompt_tokens"] == sum(record["prompt_tokens"] for record in records)
+    assert made["answer_tokens"] == sum(record["tokens"] for record in records)
+    assert made["seconds"] > 0
+    assert datetime.fromisoformat(made["date"]).tzinfo
+    assert made["device"] == "1 x cpu (cpu)"
+    told = results["tasks"]["echo"]["protocol"]
+    assert told.startswith("echo: 3 items (sha256 of the files: dev/ (2 files)")
+    assert "One greedy answer to each, at most 8 new tokens in a context of 128 tokens" in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "One greedy answer to each"),
+        ({"temperature": 0.0}, "One greedy answer to each"),
+        (
+            {"temperature": 0.8, "samples": 10, "top_p": 0.9, "seed": 3},
+            "10 answers to each at temperature 0.8, top-p 0.9, seed 3",
+        ),
+        ({"method": "likelihood"}, "The likeliest of the given choices"),
+    ],
+)
+def test_sampling_is_told_in_words(options, settings, told):
+    own = {"samples": 1, "temperature": None, "top_p": 1.0, "seed": 0, **settings}
+    assert describe_sampling(Echo(options), own) == told
+
+
+def test_a_protocol_that_samples_says_so(options, monkeypatch):
+    monkeypatch.setattr(Echo, "own_temperature", "at the temperature of its category")
+    own = {"samples": 1, "temperature": None, "top_p": 1.0, "seed": 0}
+    assert describe_sampling(Echo(options), own) == (
+        "One answer to each at the temperature of its category, seed 0"
+    )
+    assert describe_sampling(Echo(options), {**own, "temperature": 0.0}).startswith("One greedy")

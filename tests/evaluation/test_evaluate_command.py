@@ -1,13 +1,19 @@
 """python -m moi_jax.evaluate on a run that was trained with benchmarks, and what it refuses."""
 
+import hashlib
 import json
+import re
+import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import pytest
+from safetensors.numpy import load_file
 
 from moi_jax import evaluate
+from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation import evaluate as evaluation
 from moi_jax.evaluation.evaluate import evaluate as evaluate_checkpoint
@@ -25,6 +31,8 @@ QUESTIONS = [
     {"question": f"Ann has {n} apples and buys 2. How many has she?", "answer": f"#### {n + 2}"}
     for n in range(5)
 ]
+
+CODE = ["--tasks", "humaneval", "--allow-code-execution", "--sandbox", "weak"]
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +139,34 @@ def test_results_of_another_prompt_are_told_before_anything_is_measured(
         run(place, monkeypatch, "--lm-eval", "any", *arguments, "--system", "Hi.")
 
 
+def test_the_limits_of_programs_are_written_into_the_results(place, monkeypatch, tmp_path):
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(row))
+    out = tmp_path / "out"
+    limits = ["--code-timeout", "7.5", "--code-packages", "numpy", "--max-new-tokens", "4"]
+    assert run(place, monkeypatch, *CODE, *limits, "--data", tmp_path, "--out", out) == 0
+    settings = results(out)["tasks"]["humaneval"]["settings"]
+    told = {key: settings[key] for key in ("sandbox", "code_timeout_s", "code_memory_mib")}
+    assert told == {"sandbox": "weak", "code_timeout_s": 7.5, "code_memory_mib": 512}
+    assert settings["code_packages"] == [f"numpy {version('numpy')}"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tasks", "gsm9k"], r"no benchmark 'gsm9k'; choose among gsm8k, math, humaneval"),
         (["--tasks", "math"], r"nothing in .*math.*; put into the data directory"),
         (["--tasks", "humaneval"], r"--allow-code-execution"),
+        (
+            [*CODE, "--code-packages", "numpy,no_such_one"],
+            r"--code-packages names no_such_one, which is not installed here",
+        ),
         (["--tasks", " , "], r"there is nothing to do"),
         (["--tasks", "held_out", "--no-system"], r"held_out has system prompts of its own"),
         (["--tasks", "gsm8k", "--samples", "3"], r"--samples above 1 needs a --temperature"),
@@ -210,3 +240,80 @@ def test_the_harness_is_refused_on_many_hosts(monkeypatch, tmp_path):
     request = EvaluationRequest(tmp_path, options, (), lm_eval_tasks=("any",))
     with pytest.raises(UserError, match=r"give --lm-eval to a command on one host"):
         evaluate_checkpoint(request, jax.devices())
+
+
+def test_results_say_what_made_them(place, monkeypatch, tmp_path):
+    arguments = ["--tasks", "gsm8k", "--limit", "2", "--max-new-tokens", "4", "--out", tmp_path]
+    assert run(place, monkeypatch, *arguments) == 0
+    made = results(tmp_path)["tasks"]["gsm8k"]["run"]
+    assert made["command"] == shlex.join(["python", "-m", "moi_jax.evaluate", *sys.argv[1:]])
+    assert made["versions"]["jax"] == jax.__version__
+    assert made["commit"] is None or re.match(r"[0-9a-f]{40}", made["commit"])
+    assert made["device"] == "1 x cpu (cpu)"
+    data = (place / "data" / "gsm8k" / "test.jsonl").read_bytes()
+    assert made["data"] == {"test.jsonl": hashlib.sha256(data).hexdigest()}
+    # Anyone can find the digest of the parameters from exported safetensors.
+    export_checkpoint(place / "run", tmp_path / "exported")
+    tensors = load_file(tmp_path / "exported" / "model.safetensors")
+    listed = "".join(
+        f"{hashlib.sha256(tensors[name].tobytes()).hexdigest()}  {name}\n"
+        for name in sorted(tensors)
+    )
+    assert made["values"] == hashlib.sha256(listed.encode()).hexdigest()
+    page = (tmp_path / "report.html").read_text()
+    assert made["values"] in page
+    assert "2 of 5 items, evenly spaced" in page
+
+
+def test_a_password_in_the_address_of_a_judge_is_not_kept(place, monkeypatch, tmp_path):
+    url = "http://me:secret@localhost:1/v1"
+    arguments = ["--tasks", "gsm8k", "--limit", "1", "--max-new-tokens", "2", "--out", tmp_path]
+    assert run(place, monkeypatch, *arguments, "--judge-url", url) == 0
+    command = results(tmp_path)["tasks"]["gsm8k"]["run"]["command"]
+    assert command.endswith("--judge-url http://localhost:1/v1")
+
+
+def test_the_protocol_is_printed_and_nothing_is_run(place, monkeypatch, tmp_path, capsys):
+    """It is what the results say afterwards, but for what only the run knows."""
+    arguments = ["--tasks", "gsm8k", "--limit", "2", "--max-new-tokens", "4", "--out", tmp_path]
+    assert run(place, monkeypatch, *arguments, "--print-protocol") == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert run(place, monkeypatch, *arguments) == 0
+    model, task, intervals = printed.strip().split("\n\n")
+    assert task == results(tmp_path)["tasks"]["gsm8k"]["protocol"]
+    for words in (
+        "run-2 was evaluated in float32",
+        "chat template chatml",
+        'under the system prompt "You are a helpful assistant."',
+    ):
+        assert words in model
+    for words in (
+        "gsm8k: 2 of 5 items, evenly spaced",
+        "One greedy answer to each, at most 4 new tokens",
+        "without worked examples",
+        "its last number equals the gold one",
+    ):
+        assert words in task
+    assert "Clopper and Pearson" in intervals
+
+
+def test_losses_and_likelihoods_need_the_stacked_layers(place, monkeypatch, tmp_path):
+    """Everything else holds the weights once: the sampler uses them layer by layer."""
+    opened = []
+    open_checkpoint = evaluation.open_checkpoint
+
+    def watched(*given, **options):
+        opened.append(options["by_layer"])
+        return open_checkpoint(*given, **options)
+
+    monkeypatch.setattr(evaluation, "open_checkpoint", watched)
+    arguments = ["--limit", "1", "--max-new-tokens", "2"]
+    run(place, monkeypatch, "--tasks", "gsm8k", *arguments, "--out", tmp_path / "a")
+    run(place, monkeypatch, "--tasks", "held_out,gsm8k", *arguments, "--out", tmp_path / "b")
+    assert opened == [True, False]
+    before, after = (results(tmp_path / name)["tasks"]["gsm8k"] for name in "ab")
+    assert before["score"] == after["score"]
+    assert (tmp_path / "a" / "samples" / "gsm8k.jsonl").read_text() == (
+        tmp_path / "b" / "samples" / "gsm8k.jsonl"
+    ).read_text()

@@ -13,6 +13,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.evaluation import bootstrap
 from moi_jax.evaluation.reports.charts import bars, radar
 from moi_jax.evaluation.reports.comparison import PUBLISHED, compare, read_evaluations
+from moi_jax.evaluation.reports.items import Value, values
 from moi_jax.evaluation.reports.report import write_report
 from moi_jax.evaluation.tasks import TASKS
 from moi_jax.reports.page import PALETTE
@@ -97,7 +98,7 @@ def edit(directory: Path, task: str, **changes) -> None:
 class Page(HTMLParser):
     """Texts of cells, by row; elements that load something; whether all elements are closed."""
 
-    VOID = ("meta", "br", "link", "img")  # never closed
+    VOID = ("meta", "br", "link", "img", "input")  # never closed
 
     def __init__(self, path: Path):
         super().__init__()
@@ -322,3 +323,104 @@ def test_damaged_directories_are_named(two, tmp_path: Path, damage: str):
     with pytest.raises(UserError, match=re.escape(str(path))):
         write_report(two, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+PROGRAM = "def f(x):\n    return x < 2\n"
+
+
+def code_sample(n: int, failure: str | None, **details) -> dict:
+    return {
+        **sample("humaneval", n, float(failure is None)),
+        "gold": {"entry_point": "f", "test": "def check(f):\n    assert f(1)\n"},
+        "outcome": failure or "right",
+        "failure": failure,
+        "details": {"code": PROGRAM, "failure": failure, "error": "", **details},
+    }
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """Four programs: one right, two wrong, one cut; the results are as `summarize` gives them."""
+    samples = [
+        code_sample(0, None),
+        code_sample(1, "wrong", error="AssertionError in: assert f(3) == 1"),
+        code_sample(2, "wrong", why="f(4) is False, not True"),
+        code_sample(3, "error", error="NameError: name 'g' is not defined"),
+    ]
+    outcomes = {"wrong": 2, "right": 1, "error": 1}
+    found = result("humaneval", [1, 0, 0, 0], outcomes=outcomes)
+    found["failures"] = {"wrong": 2, "error": 1, "cut at its length": 1}
+    results = {"checkpoint": made_by("coder"), "tasks": {"humaneval": found}, "overall": None}
+    return write(tmp_path / "coder", results, {"humaneval": samples})
+
+
+def test_a_page_has_every_item_with_why_before_program_before_prompt(programs, tmp_path: Path):
+    write_report([programs], tmp_path / "report.html")
+    page = Page(tmp_path / "items" / "humaneval.html")
+    assert page.loads == []
+    texts = page.text.split("humaneval/")[1:]
+    assert len(texts) == 4
+    for text, why in zip(
+        texts,
+        ("right", "assert f(3) == 1", "f(4) is False, not True", "name 'g' is not defined"),
+        strict=True,
+    ):
+        places = [text.index(part) for part in (why, PROGRAM.strip(), "< 3 & why?")]
+        assert places == sorted(places)
+    assert "entry_point: f" in page.text
+    assert "def check(f):\n    assert f(1)\n" in page.text
+
+
+def test_items_are_filtered_by_outcomes_that_add_up(programs, tmp_path: Path):
+    report = write_report([programs], tmp_path / "report.html")
+    text = (tmp_path / "items" / "humaneval.html").read_text()
+    labels = re.findall(r'id="(f0-\d)"> (\w+) (\d+)</label>', text)
+    assert labels == [("f0-0", "wrong", "2"), ("f0-1", "right", "1"), ("f0-2", "error", "1")]
+    classes = re.findall(r'<article class="sample (f0-\d)">', text)
+    assert classes == ["f0-1", "f0-0", "f0-0", "f0-2"]
+    for name, _, _ in labels:
+        assert f"body:has(#{name}:checked) .sample:not(.{name}) {{ display: none; }}" in text
+    page = Page(report)
+    rows = {row[0]: row[1] for row in page.rows if row and row[0].startswith(("outcome", "among"))}
+    assert rows == {
+        "outcome: wrong": "2",
+        "outcome: right": "1",
+        "outcome: error": "1",
+        "among them: cut at its length": "1",
+    }
+    assert text.count('href="../report.html#humaneval"') == 1
+    assert report.read_text().count('href="items/humaneval.html"') == 2  # summary and section
+
+
+def test_gold_and_what_was_found_are_readable():
+    assert values({"letter": "B", "choices": ["2 x", "x^2"]}) == [
+        Value("letter", "B", False),
+        Value("choices", "2 x, x^2", False),
+    ]
+    assert values(["18", None]) == [Value("", "18, none", False)]
+    assert values({"test": "a\nb"}) == [Value("test", "a\nb", True)]
+    long = ["x" * 60, "y" * 60]
+    assert values(long) == [Value("", "\n".join(long), True)]
+
+
+def test_the_table_names_all_seven(two, tmp_path: Path):
+    page = Page(write_report(two, tmp_path / "report.html"))
+    names = [row[0] for row in page.rows if row][1:8]
+    assert sorted(names) == sorted(TASKS)
+    assert page.row("humaneval") == ["humaneval", "not run", "not run", ""]
+
+
+def test_methods_and_provenance_are_shown_where_results_have_them(two, tmp_path: Path):
+    run = {
+        **{"date": "2026-01-02T03:04:05+00:00", "seconds": 61.5, "command": "python -m x"},
+        **{"versions": {"moi_jax": "1.2", "jax": "0.10", "code": "cc"}, "commit": "c0ffee"},
+        **{"device": "2 x TPU v5p (tpu)", "base": "Qwen/Qwen2.5-7B@77", "values": "f00d"},
+        "data": {"test.jsonl": "aa", "dev/ (57 files)": "bb"},
+    }
+    edit(two[0], "gsm8k", run=run, protocol="gsm8k: 4 items.")
+    page = Page(write_report(two, tmp_path / "report.html"))
+    assert "on 2 x TPU v5p (tpu) with moi_jax 1.2 (commit c0ffee) and jax 0.10." in page.text
+    assert "which began from Qwen/Qwen2.5-7B@77, is f00d." in page.text
+    assert "gsm8k: 4 items." in page.text
+    assert page.row("data")[1] == "test.jsonl aadev/ (57 files) bb"
+    assert page.row("command")[1:] == ["python -m x", "–"]

@@ -18,6 +18,7 @@ from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Response
 from moi_jax.evaluation.results import summarize
 from moi_jax.evaluation.tasks import make_task
+from moi_jax.evaluation.tasks.judgments import MISSING
 from moi_jax.evaluation.tasks.llm_judge import TRIES, Judge, read_rating
 
 from support.judge_endpoint import judge_endpoint
@@ -247,6 +248,28 @@ def test_only_what_changed_is_asked_again(evaluate, endpoint, data):
     task, _, _ = evaluate(judge="other")
     assert endpoint.calls == before + 5 + 16 + 16
     assert task.settings()["judge_version"] == "stub-2025"
+
+
+def test_judgments_of_fastchat_are_scored_as_they_are(evaluate, endpoint, tmp_path):
+    """Rows with the fields that FastChat's gen_judgment.py writes: no hash, no system prompt."""
+    evaluate()
+    fields = ("question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp")
+    rows = [{field: row[field] for field in fields} for row in read_lines(judgments(tmp_path))]
+    for row in rows:
+        row["score"] = MISSING if row["turn"] == 2 and row["question_id"] == 81 else row["turn"] + 5
+    pair = {"judge": ["org/judge", "pair-v2"], "g1_user_prompt": "Compare."}
+    text = "\n".join(map(json.dumps, [*rows, pair]))  # the last line without its end
+    judgments(tmp_path).write_text(text)
+    calls = endpoint.calls
+    # No key and no endpoint are needed, since nothing is asked.
+    task, _, scores = evaluate(url=None)
+    assert endpoint.calls == calls
+    assert scores[0].metrics == {"rating_1": 6.0}
+    assert [score.metrics for score in scores[1:]] == [{"rating_1": 6.0, "rating_2": 7.0}] * 7
+    assert task.settings()["judge_version"] == "not recorded"
+    assert judgments(tmp_path).read_text() == text + "\n"
+    with pytest.raises(UserError, match="needs the environment variable OPENAI_API_KEY"):
+        evaluate("another answer {}.{}", url=None)
 
 
 def test_a_killed_run_asks_only_the_rest(evaluate, endpoint, tmp_path):

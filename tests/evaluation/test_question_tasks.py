@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from statistics import fmean
@@ -349,6 +350,13 @@ def equivalence():
         yield equivalence
 
 
+def test_ctrl_c_does_not_reach_the_process_that_compares(equivalence: Equivalence):
+    """A terminal sends it to all processes of a session; this one would print a traceback."""
+    assert equivalence.equal("3", "6/2") is True
+    assert equivalence._worker is not None
+    assert os.getsid(equivalence._worker.pid) == equivalence._worker.pid
+
+
 # MMLU
 
 QUESTION = '"Which, of these\r\nis best?",None, two ,"x,\u2028y",4,'
@@ -379,6 +387,61 @@ def test_mmlu_asks_the_question_with_its_choices(tmp_path: Path):
 def test_mmlu_header_and_numbered_answers(tmp_path: Path):
     write_mmlu(tmp_path, "law", f"question,A,B,C,D,answer\n{QUESTION}0\n{QUESTION}3\n")
     assert [item.gold["letter"] for item in task("mmlu", tmp_path).load()] == ["A", "D"]
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        (",question,A,B,C,D,answer", "0,Why?,w,x,y,z,2"),
+        ("question,subject,choices,answer", "Why?,law,\"['w' 'x'\n 'y' 'z']\",2"),
+        ("question,choices,answer,error_type", "Why?,\"['w', \"\"x\"\", 'y', 'z']\",2,ok"),
+        ("answer,D,C,B,A,question", "C,z,y,x,w,Why?"),
+    ],
+)
+def test_mmlu_columns_are_found_by_the_header(tmp_path: Path, header: str, row: str):
+    write_mmlu(tmp_path, "law", f"{header}\n{row}\n")
+    [item] = task("mmlu", tmp_path).load()
+    assert item.messages[0].content.endswith("\n\nWhy?\nA. w\nB. x\nC. y\nD. z\n")
+    assert item.gold["letter"] == "C"
+
+
+def test_mmlu_redux_errors_are_kept_or_left_out_and_told(tmp_path: Path):
+    rows = "Why?,\"['w', 'x', 'y', 'z']\",2,{}\n"
+    kinds = ("ok", "wrong_groundtruth", "ok", "bad_question_clarity")
+    header = "question,choices,answer,error_type\n"
+    write_mmlu(tmp_path, "law", header + "".join(map(rows.format, kinds)))
+    mmlu = task("mmlu", tmp_path)
+    assert [item.id for item in mmlu.load()] == ["law/1", "law/2", "law/3", "law/4"]
+    assert mmlu.notes([], [])[1:] == [
+        "MMLU-Redux: 2 questions with an error_type count as their file says"
+    ]
+    mmlu = task("mmlu", tmp_path, mmlu_errors="skip")
+    assert [item.id for item in mmlu.load()] == ["law/1", "law/3"]
+    assert mmlu.notes([], [])[1:] == ["MMLU-Redux: 2 questions with an error_type are left out"]
+    assert mmlu.settings()["faulty_questions"] == "skip"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("question,answer\n", "line 1: the header names question, answer; there must be"),
+        ("question,choices,answer\nWhy?,none,A\n", "line 2: there must be a row of the header"),
+        ("question,choices,answer\nWhy?,\"['w']\"\n", "line 2: there must be 3 cells"),
+        ('question,choices,answer\nWhy?,"[\'",A\n', "line 2: there must be a row of the"),
+    ],
+)
+def test_mmlu_header_or_row_that_cannot_be_read_is_named(tmp_path: Path, text: str, told: str):
+    write_mmlu(tmp_path, "law", text)
+    with pytest.raises(UserError, match=rf"law_test\.csv, {told}"):
+        task("mmlu", tmp_path).load()
+
+
+def test_mmlu_in_another_format_is_named_with_what_to_do(tmp_path: Path):
+    arrow = tmp_path / "mmlu/test/law/data-00000-of-00001.arrow"
+    arrow.parent.mkdir(parents=True)
+    arrow.touch()
+    with pytest.raises(UserError, match=r"\.arrow is not a CSV file; write each subject.*to_csv"):
+        task("mmlu", tmp_path).load()
 
 
 @pytest.mark.parametrize(
@@ -457,6 +520,34 @@ def test_mmlu_generation_is_read(tmp_path: Path):
 )
 def test_letter_is_read_from_free_text(text: str, letter: str | None):
     assert find_letter(text, ["Paris.", "London", "4", "Greater London"]) == letter
+
+
+LOGIC = ["(E ⊃ F) ∨ (~S ≡ C)", "A • B", "(~C ≡ S)", "(E ⊃ F) ∨ (~C ≡ S)"]
+HEPATITIS = ["Hepatitis B", "Hepatitis C", "Both A and B are right.", "$3k (A) * B"]
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "letter"),
+    [
+        ("The answer is: (E ⊃ F) ∨ (~C ≡ S)", LOGIC, "D"),
+        ("(E ⊃ F) ∨ (~S ≡ C).", LOGIC, "A"),
+        ("I think that A • B follows.", LOGIC, "B"),
+        ("The answer is: A", LOGIC, "A"),
+        ("This is hepatitis  C.", HEPATITIS, "B"),
+        ("The answer is Hepatitis B, not Hepatitis C.", HEPATITIS, "A"),
+        ("Hepatitis B causes it.", HEPATITIS, "A"),
+        ("Both A and B are right", HEPATITIS, "C"),
+        ("The answer is **$3k (A) * B**", HEPATITIS, "D"),
+        ("The answer is London. Option A is smaller.", ["Paris", "London", "Rome", "Bonn"], "B"),
+        ("The answer is B", ["B", "A", "O", "AB"], "B"),
+        ("The answer is C, as 4 is too few", ["4", "5", "6", "7"], "C"),
+        ("The answer is 10, although D has more", ["10", "11", "12", "13"], "A"),
+    ],
+)
+def test_a_choice_quoted_in_full_wins_over_a_letter_inside_it(
+    text: str, choices: list[str], letter: str
+):
+    assert find_letter(text, choices) == letter
 
 
 def test_letter_of_choices_that_are_the_same_is_none():

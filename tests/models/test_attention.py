@@ -30,7 +30,7 @@ def model():
 @partial(jax.jit, static_argnames="extend_context")
 def forward(model, tokens, segment_ids, extend_context):
     positions = rotary.segment_positions(segment_ids)
-    hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=extend_context)
+    hidden = model.hidden_states(tokens, positions, segment_ids, extend_context=extend_context)
     return model.logits(hidden)
 
 

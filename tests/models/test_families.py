@@ -143,7 +143,7 @@ def test_loss_and_gradients_equal_transformers(case):
 
     def mean_loss(parameters):
         decoder = make_model(config, Compute(remat=RematPolicy()))(parameters)
-        hidden, _ = decoder.hidden_states(tokens, positions, segment_ids, extend_context=False)
+        hidden = decoder.hidden_states(tokens, positions, segment_ids, extend_context=False)
         targets = tokens[:, 1:]
         weights = jnp.full(targets.shape, 1 / targets.size)
         return loss.weighted_nll(hidden[:, :-1], decoder.head_kernel(), targets, weights)[0]
@@ -572,7 +572,7 @@ def program_and_gradients(config, mesh_axes):
         decoder = make_model(config)(parameters)
         segment_ids = jnp.ones_like(tokens)
         positions = rotary.segment_positions(segment_ids)
-        hidden, _ = decoder.hidden_states(tokens, positions, segment_ids, extend_context=False)
+        hidden = decoder.hidden_states(tokens, positions, segment_ids, extend_context=False)
         weights = jnp.full(tokens.shape, 1 / tokens.size)
         return loss.weighted_nll(hidden, decoder.head_kernel(), tokens, weights)[0]
 

@@ -73,7 +73,7 @@ def test_loss_and_gradients_equal_transformers_qwen2(golden, fixture, length):
         model = make_model(config)(parameters)
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
         positions = rotary.segment_positions(segment_ids)
-        hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
+        hidden = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
         targets = tokens[:, 1:]
         weights = jnp.full(targets.shape, 1 / targets.size)
         return weighted_nll(hidden[:, :-1], model.head_kernel(), targets, weights)[0]

@@ -41,7 +41,7 @@ def fixture_b(golden):
 def training_logits(model: Decoder, tokens: np.ndarray) -> jax.Array:
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
     positions = rotary.segment_positions(segment_ids)
-    hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
+    hidden = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
     return model.logits(hidden)
 
 
@@ -96,7 +96,7 @@ def mean_loss(config, parameters, tokens, labels, remat="none"):
     model = make_model(config, Compute(remat=remat_policy(remat, {})))(parameters)
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
     positions = rotary.segment_positions(segment_ids)
-    hidden, _ = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
+    hidden = model.hidden_states(tokens, positions, segment_ids, extend_context=False)
     targets = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
     weights = (targets != -100).astype(np.float32)
     targets = np.maximum(targets, 0).astype(np.int32)

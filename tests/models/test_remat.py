@@ -24,7 +24,7 @@ def kept_by_the_layers(name, tensors=None, model=MODEL) -> list[tuple[int, ...]]
     batch = random_batch(0)
 
     def loss(parameters):
-        hidden, _ = bind(parameters).hidden_states(
+        hidden = bind(parameters).hidden_states(
             batch.tokens, batch.positions, batch.segment_ids, extend_context=False
         )
         return jnp.sum(hidden)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from rich import filesize
 
 from moi_jax import config as config_lib
 from moi_jax.checkpoints.hf.reader import read_published
@@ -75,9 +76,7 @@ def plain_greedy(config, parameters, requests, width=128):
         alpha = None
         if config.dynamic_ntk:
             alpha = jnp.broadcast_to(rotary.ntk_alpha(length, config.seq_length), (1, width))
-        hidden, _ = model.hidden_states(
-            tokens, positions, ones, extend_context=True, rope_alpha=alpha
-        )
+        hidden = model.hidden_states(tokens, positions, ones, extend_context=True, rope_alpha=alpha)
         return jnp.argmax(model.logits(hidden)[0, end - 1])
 
     answers = []
@@ -427,6 +426,71 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
     assert len(tokens_of(sampler, parameters, [Request([1], max_new_tokens=40)])[0]) == 40
     with pytest.raises(UserError, match=r"6 answers of up to 500 tokens .* device 0 has .* Lower"):
         list(sampler.run(parameters, [Request([1], max_new_tokens=600)] * 6))
+
+
+def test_layers_taken_apart_give_the_same_tokens_and_are_held_once(parameters):
+    requests = [Request(p, max_new_tokens=20) for p in random_prompts((5, 9, 30))]
+    sampler = sampler_of(MODEL)
+    expected = tokens_of(sampler, parameters, requests)
+    own = jax.tree.map(jnp.copy, parameters)
+    views = decoding.take_layers(MODEL, own, jnp.float32)
+    assert all(stacked.is_deleted() for stacked in jax.tree.leaves(own["layers"]))
+    assert tokens_of(sampler, views, requests) == expected
+    assert "for the weights once more" in sampler.describe(parameters)
+    assert "once more" not in sampler.describe(views)
+
+
+def test_the_last_answers_run_in_fewer_slots_and_their_tokens_are_the_same(parameters, monkeypatch):
+    asked = zip(random_prompts((9, 30, 2, 17, 5, 44, 8, 21, 3)), (9, 70, 4, 8, 60, 3, 2, 5, 6),
+                strict=True)  # fmt: skip
+    requests = [Request(prompt, max_new_tokens=count) for prompt, count in asked]
+    sampler = sampler_of(MODEL, slots=8)
+    kept = []
+    keep = sampler._keep
+
+    def watched(cache, slots, rows):
+        kept.append(len(rows))
+        return keep(cache, slots, rows)
+
+    monkeypatch.setattr(sampler, "_keep", watched)
+    assert tokens_of(sampler, parameters, requests) == plain_greedy(MODEL, parameters, requests)
+    assert kept == [2]
+
+
+def test_the_longest_requests_go_first(parameters, monkeypatch):
+    """Their prompts are then of similar length, so that the batches have little padding."""
+    shapes = []
+    prefill = decoding.prefill
+
+    def watched(model, tokens, lengths):
+        shapes.append((tokens.shape, lengths.tolist()))
+        return prefill(model, tokens, lengths)
+
+    monkeypatch.setattr(decoding, "prefill", watched)
+    prompts = random_prompts((10, 100, 20, 90))
+    requests = [Request(p, max_new_tokens=5) for p in prompts]
+    answers = completions(sampler_of(MODEL, slots=2), parameters, requests)
+    assert shapes == [((2, 128), [100, 90]), ((2, 64), [20, 10])]
+    assert [list(a.tokens) for a in answers] == plain_greedy(MODEL, parameters, requests)
+
+
+def test_the_cache_that_is_told_is_the_one_that_is_made(parameters, monkeypatch):
+    """With few and short requests it is far smaller than slots and context allow."""
+    sampler = sampler_of(MODEL, slots=16, context=32_768)
+    requests = [Request(p, max_new_tokens=150) for p in random_prompts((5, 60, 100))]
+    made = []
+    resize = sampler._resize
+
+    def watched(cache, length):
+        made.append((length, cache.keys[0].shape[0]))
+        return resize(cache, length)
+
+    monkeypatch.setattr(sampler, "_resize", watched)
+    tokens_of(sampler, parameters, requests)
+    assert max(made) == (256, 4)
+    # Keys and values x layers x slots x heads x tokens x width x bytes.
+    size = filesize.decimal(2 * 2 * 4 * 2 * 256 * MODEL.head_dim * 4)
+    assert f"cache of 4 x 256 tokens: {size}," in sampler.describe(parameters, requests)
 
 
 def bytes_as_text(ids):

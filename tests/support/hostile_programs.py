@@ -204,6 +204,20 @@ def attempt():
         os._exit(0)
     os.wait()
 """,
+    "limits_of_the_whole_machine": """
+import ctypes, os
+libc = ctypes.CDLL(None)
+CALLS = {"x86_64": {"io_setup": 206, "inotify_init": 253, "inotify_init1": 294, "fanotify": 300}}
+CALLS["aarch64"] = {"io_setup": 0, "inotify_init1": 26, "fanotify": 262}
+def attempt():
+    context = ctypes.c_ulong(0)
+    args = {"io_setup": (128, ctypes.byref(context))}
+    numbers = CALLS[os.uname().machine]
+    return [
+        name for name, number in numbers.items()
+        if libc.syscall(number, *args.get(name, (0, 0))) >= 0
+    ]
+""",
     "keep_files_open": """
 import os
 def attempt():
@@ -417,5 +431,47 @@ def f(x):
         except OSError:
             pass
     os._exit(0)
+""",
+    "fraction_that_is_none": """
+import pickle
+from moi_jax.evaluation.sandbox.inside import rpc
+def body(value):
+    return pickle.dumps(value, 2)[2:-1]
+state = (None, {"_numerator": 0, "_denominator": 0})
+forged = b"\\x80\\x02N" + body(("fraction", 4, 1)) + b"Q" + body(state) + b"b\\x86."
+send = rpc.send
+def f(x):
+    if x < 9:
+        return x * x
+    rpc.send = lambda fd, frame: send(fd, forged)
+""",
+    "calls_functions_of_the_runner": """
+from moi_jax.evaluation.sandbox.inside import rpc
+send = rpc.send
+def f(x):
+    def call_back(fd, frame):
+        rpc.send = send
+        send(fd, rpc.pack(("call back", -1, ("__import__('os')._exit(0)",), {}), id))
+    rpc.send = call_back
+""",
+    "changes_what_it_was_not_given": """
+from moi_jax.evaluation.sandbox.inside import rpc
+send = rpc.send
+def f(x):
+    changes = {place: [{"x": x * x}] for place in range(-3, 9)}
+    rpc.send = lambda fd, frame: send(fd, rpc.pack((None, -1, changes), id))
+""",
+    "compares_itself_through_what_a_test_may_ask": """
+class Number:
+    def __sub__(self, other): return self
+    __rsub__ = __add__ = __mul__ = __sub__
+    def __abs__(self): return 0
+    def __float__(self): return 0.0
+    __int__ = __index__ = __len__ = __hash__ = lambda self: 4
+    def __bool__(self): return True
+    def __eq__(self, other): return True
+    __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __eq__
+def f(x):
+    return Number()
 """,
 }

@@ -54,7 +54,7 @@ def random_batch(seed: int) -> Batch:
 def plain_loss(parameters, batch):
     """Computes the loss of the whole batch at once: whole logits, no remat, no mesh."""
     model = make_model(MODEL)(parameters)
-    hidden, _ = model.hidden_states(
+    hidden = model.hidden_states(
         batch.tokens, batch.positions, batch.segment_ids, extend_context=False
     )
     log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)

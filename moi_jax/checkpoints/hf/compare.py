@@ -1,12 +1,12 @@
 """Comparing a checkpoint with published weights: tensors bit by bit, logits with transformers."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles
+from moi_jax.checkpoints.hf.safetensors_reader import Header
 from moi_jax.models.config import ModelConfig
 from moi_jax.text.tokenizer import Tokenizer
 
@@ -30,6 +30,15 @@ def fib(n: int) -> int:
 its result to a reader who has never seen JSON. Name two things which it does not tell you.
 5. Write a short, friendly letter to a neighbour whose dog barks at night; do not accuse anybody.
 """
+
+
+class PublishedTensors(Protocol):
+    """Published tensors by their names, read one at a time: `TensorFiles`, `GgufCheckpoint`."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
 
 
 def prompt_ids(tokenizer: Tokenizer, longest: int) -> np.ndarray:
@@ -62,7 +71,7 @@ def compare_configs(ours: ModelConfig, theirs: ModelConfig) -> Report:
     }
 
 
-def total_bytes(files: TensorFiles) -> int:
+def total_bytes(files: PublishedTensors) -> int:
     """Bytes of all tensors, for a progress bar."""
     return sum(
         int(np.prod(header.shape)) * header.dtype.itemsize for header in files.headers.values()
@@ -71,7 +80,7 @@ def total_bytes(files: TensorFiles) -> int:
 
 def compare_tensors(
     ours: Iterable[tuple[str, np.ndarray]],
-    files: TensorFiles,
+    files: PublishedTensors,
     ignored: Collection[str],
     progress: Callable[[int], None],
 ) -> Report:
@@ -125,19 +134,20 @@ def _different(ours: np.ndarray, theirs: np.ndarray) -> Report | None:
 
 
 def compare_logits(
-    ours: list[np.ndarray], ids: np.ndarray, directory: Path, dtype: np.dtype
+    ours: list[np.ndarray], ids: np.ndarray, published: Path, dtype: np.dtype
 ) -> Report:
-    """Compares logits of both batches with transformers' model of `directory`, all in float32.
+    """Compares logits of both batches with transformers' model of `published`, all in float32.
 
     Args:
       ours: float32 logits [B, S, V] of each of `batches(ids)`.
+      published: a directory, or a .gguf file.
       dtype: our stored dtype; the published weights are rounded to it first.
 
     Returns:
       max_abs and mean_kl over all, and of `prompt` and `packed` alone; `largest` (absolute logit);
       `top5` (the likeliest next tokens of the prompt).
     """
-    reference = _reference(directory, dtype)
+    reference = _reference(published, dtype)
     theirs = []
     for tokens, segment_ids in batches(ids):
         logits = [
@@ -173,7 +183,7 @@ def compare_logits(
     }
 
 
-def _reference(directory: Path, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
+def _reference(published: Path, dtype: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
     """transformers' model: int32[S] -> float32 logits [S, V]."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -181,10 +191,14 @@ def _reference(directory: Path, dtype: np.dtype) -> Callable[[np.ndarray], np.nd
 
     logging.disable_progress_bar()
     rounded = getattr(torch, str(dtype))
+    place: dict[str, Any] = {"pretrained_model_name_or_path": published}
+    if published.is_file():  # transformers reads and dequantises GGUF by code of its own
+        place = {"pretrained_model_name_or_path": published.parent, "gguf_file": published.name}
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=rounded, attn_implementation="eager", local_files_only=True
+        **place, dtype=rounded, attn_implementation="eager", local_files_only=True
     )
-    model = model.float().eval()
+    # Its own float() refuses weights that came from GGUF, though they are dequantised.
+    model = torch.nn.Module.float(model).eval()
 
     def logits(tokens: np.ndarray) -> np.ndarray:
         with torch.no_grad():

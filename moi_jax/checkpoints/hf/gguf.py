@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moi_jax.checkpoints.hf.safetensors_reader import Header
 from moi_jax.common.errors import UserError
 from moi_jax.text.byte_level import SPLITS, tokenizer_json
 
@@ -84,6 +85,7 @@ class GgufCheckpoint:
     Attributes:
       config_json: the values of config.json.
       names: the published names of the tensors.
+      headers: name -> file, dtype and shape, as in `safetensors_reader.TensorFiles`.
     """
 
     def __init__(self, path: Path, metadata: Json, tensors: Mapping[str, Any]):
@@ -103,6 +105,11 @@ class GgufCheckpoint:
             if name != _ROPE_FACTORS
         }  # fmt: skip
         self.names = set(self._tensors)
+        self.headers = {
+            # GGUF counts dimensions from the innermost one.
+            name: Header(path, np.dtype(np.float32), tuple(map(int, tensor.shape[::-1])))
+            for name, tensor in self._tensors.items()
+        }
         self.config_json = self._config()
 
     def read(self, name: str) -> np.ndarray:
@@ -115,8 +122,8 @@ class GgufCheckpoint:
 
         tensor = self._tensors[name]
         try:
-            # GGUF counts dimensions from the innermost one.
-            values = dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+            values = dequantize(tensor.data, tensor.tensor_type)
+            values = values.reshape(self.headers[name].shape)
         except NotImplementedError:
             raise UserError(
                 f"{self._path}: {name} is quantised as {tensor.tensor_type.name}, which the "

@@ -1,6 +1,7 @@
 """Verifying that a checkpoint is the published model: the parity report and its verdict."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from moi_jax.checkpoints.checksums import verify_arrays, verify_small_items
 from moi_jax.checkpoints.hf.compare import (
     PROMPT_TOKENS,
+    PublishedTensors,
     Report,
     batches,
     compare_configs,
@@ -18,6 +20,7 @@ from moi_jax.checkpoints.hf.compare import (
     total_bytes,
 )
 from moi_jax.checkpoints.hf.compare_templates import compare_templates, why_not_compared
+from moi_jax.checkpoints.hf.gguf import open_gguf
 from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles, read_bytes
 from moi_jax.checkpoints.hf.weights import export_tensors, redundant_tensors
 from moi_jax.checkpoints.items import ModelItems, find_step, read_items
@@ -33,11 +36,12 @@ LOGITS_BAR = 2e-5
 KL_BAR = 1e-7
 
 
-def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = False) -> Report:
-    """Compares a checkpoint with the published weights in `directory`.
+def verify_checkpoint(checkpoint: Path, against: Path, tensors_only: bool = False) -> Report:
+    """Compares a checkpoint with published weights.
 
     Args:
       checkpoint: a step, or a run (its newest step).
+      against: a directory of safetensors, or a .gguf file, whose weights are dequantised.
       tensors_only: leaves the logits out, which need a whole model in memory.
 
     Returns:
@@ -52,22 +56,21 @@ def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = Fa
     step = find_step(checkpoint)
     checksums = verify_small_items(step) + verify_arrays(step)
     items = read_items(step)
-    path = directory / "config.json"
-    theirs = read_hf_config(read_bytes(path), str(path))
+    theirs, files = _open(against)
     ours = in_family(items.model.base, theirs.family)
     stored = merged_parameters(step, items, verify=False)
-    files, ignored = TensorFiles(directory), redundant_tensors(theirs)
+    ignored = redundant_tensors(theirs)
     with byte_bar("comparing", total_bytes(files)) as progress:
         tensors = export_tensors(items.model.base, stored.get, theirs.family)
         report = {
             "checkpoint": str(step),
-            "against": str(directory),
+            "against": str(against),
             "checksums": checksums,
             "config": compare_configs(ours, theirs),
             "tensors": compare_tensors(tensors, files, ignored, progress),
             "logits": {"max_abs": None, "mean_kl": None},
         }
-    report["template"], no_template = _template(items, directory)
+    report["template"], no_template = _template(items, against)
     reason = "--tensors-only was given" if tensors_only else _why_no_reference(theirs)
     if reason is None:
         # Under another family's names the models are equal up to seq_length only.
@@ -79,16 +82,27 @@ def verify_checkpoint(checkpoint: Path, directory: Path, tensors_only: bool = Fa
             for tokens, segment_ids in batches(ids)
         ]
         del model  # two models at a time would need twice the memory
-        report["logits"] = compare_logits(logits, ids, directory, stored.dtype)
+        report["logits"] = compare_logits(logits, ids, against, stored.dtype)
     unchecked = {"logits": reason, "chat template": no_template}
     report["not_checked"] = [f"{what}: {why}" for what, why in unchecked.items() if why]
     report["verdict"] = verdict(report)
     return report
 
 
+def _open(published: Path) -> tuple[ModelConfig, PublishedTensors]:
+    """The architecture and the tensors of a directory or a .gguf file."""
+    if published.suffix == ".gguf":
+        file = open_gguf(published)
+        return read_hf_config(json.dumps(file.config_json), str(published)), file
+    path = published / "config.json"
+    return read_hf_config(read_bytes(path), str(path)), TensorFiles(published)
+
+
 def _template(items: ModelItems, directory: Path) -> tuple[Report | None, str | None]:
     """The comparison of the chat templates, and why there is none."""
     name = items.prompts["chat_template"]
+    if directory.is_file():
+        return None, "transformers reads no chat template from a .gguf file"
     reason = why_not_compared(directory)
     if reason is not None or name is None:
         return None, reason

@@ -36,6 +36,7 @@ from moi_jax.data.cache.digests import Digests
 from moi_jax.data.cache.domain import DomainCache, open_domain, write_domain
 from moi_jax.data.cache.leftovers import running
 from moi_jax.data.cache.notices import counts_text, log_notices, no_usable_row
+from moi_jax.data.cache.stored import open_stored
 from moi_jax.data.cache.workers import run_work
 from moi_jax.data.cache.writer import BY_CONFIG, bad_row_error, changes
 from moi_jax.data.decontamination import Benchmarks
@@ -62,8 +63,14 @@ def prepare(data: config.Data, tokenizer: Tokenizer) -> list[DomainCache]:
     jobs, builder = _remembering_jobs(data, tokenizer)
     if builder.benchmarks:
         _log_benchmarks(builder.benchmarks)
+    stored = open_stored(data.cache_dir, builder.folder)
+    for job in jobs:
+        with domain_errors(job.domain.name, builder.folder.parent):
+            stored.fetch(job.directory, job.block_keys)
     opened = [job.open(builder) for job in jobs]
     caches = _with_missing(jobs, opened, builder)
+    for cache in caches:
+        stored.send([cache.directory], cache.blocks)
     for job, known, cache in zip(jobs, opened, caches, strict=True):
         how = "cached" if known else "prepared"
         if data.on_bad_row == "error":
@@ -86,8 +93,12 @@ def prepare_shard(data: config.Data, tokenizer: Tokenizer, shard: int, shards: i
     jobs, builder = _remembering_jobs(data, tokenizer)
     items = [item for job in jobs for item in chain(*job.items)]
     mine = items[shard - 1 :: shards]
+    stored = open_stored(data.cache_dir, builder.folder)
     with _running(jobs, builder):
+        for job in jobs:
+            stored.fetch(job.directory, lambda: {b.key for item in mine for b in item.blocks})
         _build(mine, builder)
+        stored.send([], [b.directory for item in mine for b in builder.finished(item) or ()])
     log.info(f"shard {shard} of {shards}: {len(mine)} of {len(items)} blocks are prepared")
 
 
@@ -163,6 +174,9 @@ class _Job:
                     [WorkItem(self.domain.name, self.prompt, part, max_rows) for part in split]
                 )
         return by_source
+
+    def block_keys(self) -> list[str]:
+        return [block.key for item in chain(*self.items) for block in item.blocks]
 
     def _blocks(self, file: SourceFile, digest: str, form: str | None) -> list[Block]:
         if form == "auto":

@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from moi_jax import config
-from moi_jax.common.checksums import write_sums
+from moi_jax.common.checksums import digests, write_sums
 from moi_jax.common.errors import UserError
 from moi_jax.data.cache.records import to_record
 from moi_jax.data.sources.rows import SourceRow
@@ -290,6 +290,8 @@ class BlockWriter:
             "examples": sorted(chain(*self.examples.values()), key=lambda row: row["line"]),
             # Shows whether the folder is complete.
             "bytes": {name: (self.directory / name).stat().st_size for name in (RECORDS, *arrays)},
+            # For copies elsewhere. Here each record is verified when it is read.
+            "sha256": dict(digests(self.directory, [RECORDS])),
         }
         (self.directory / COUNTS).write_text(json.dumps(counts) + "\n", encoding="utf-8")
         write_sums(self.directory, (*arrays, COUNTS))

@@ -116,7 +116,7 @@ class CheckpointLM(TemplateLM):
             # A context of white space is empty here: the harness moves it to the continuation.
             pairs.append((context[-room:] or [self.prefix_token_id], continuation))
         answers = [(0.0, False)] * len(pairs)
-        scoring = self._model.scorer.run(self._model.parameters, pairs)
+        scoring = self._model.scorer.run(self._model.stacked, pairs)
         for index, found in tqdm(scoring, "likelihoods", len(pairs), disable=disable_tqdm):
             _check_finite(found.finish, requests[index][0])
             answers[index] = (found.log_likelihood, found.greedy)

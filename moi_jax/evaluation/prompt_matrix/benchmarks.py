@@ -10,6 +10,7 @@ from moi_jax.evaluation.benchmarks import run_benchmarks
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.prompt_matrix.prompts import distinct_prompts
 from moi_jax.evaluation.protocol import Item, Task
+from moi_jax.evaluation.provenance import Session
 from moi_jax.evaluation.reports.report import write_report
 from moi_jax.evaluation.tasks import make_task
 from moi_jax.parallel import hosts
@@ -24,15 +25,18 @@ def run_under_prompts(
     prompts: Mapping[str, Any],
     made_by: dict[str, Any],
     options: BenchmarkOptions,
+    session: Session | None = None,
 ) -> Path:
     """Runs the tasks under each prompt and writes a report that compares the prompts.
 
-    The results of a prompt are in options.out/prompts/NAME, the report is beside them.
+    The results of a prompt are in options.out/prompts/NAME, the report is beside them, and the
+    pages of all items are in options.out/prompt_items.
 
     Args:
       tasks: each with all of its items.
       prompts: the prompts item of the checkpoint, see text/prompts.py.
       made_by: what identifies the model in the results.
+      session: see `run_benchmarks`.
 
     Returns:
       The path of the report.
@@ -46,10 +50,11 @@ def run_under_prompts(
         # New tasks: a task may keep files of its own beside the results.
         own_tasks = [(make_task(task.name, own_options), items) for task, items in tasks]
         own_model = dataclasses.replace(model, system_prompt=prompt)
-        run_benchmarks(own_tasks, own_model, {**made_by, "system_prompt": prompt}, own_options)
+        own_made_by = {**made_by, "system_prompt": prompt}
+        run_benchmarks(own_tasks, own_model, own_made_by, own_options, session)
         directories.append(own_options.out)
     report = options.out / "prompts" / "report.html"
     if hosts.is_main():
-        write_report(directories, report)
+        write_report(directories, report, items="../prompt_items")
     log.info(f"report {report}")
     return report

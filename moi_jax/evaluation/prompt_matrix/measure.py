@@ -73,7 +73,7 @@ def measure_held_out(opened: OpenCheckpoint, options: HeldOutOptions, out: Path)
     dataset = _open_dataset(opened, config)
     table = _prompt_table(dataset, options.paraphrases)
     matrix = _make_matrix(opened, dataset, table, options)
-    models = {TRAINED: opened.parameters}
+    models = {TRAINED: opened.stacked}
     if untrained:
         models[UNTRAINED] = untrained[1]
     sums = _measure(opened, matrix, models)
@@ -135,7 +135,7 @@ def _untrained(
     """
     beside = read_base(opened.step)
     if named is None and began and beside and beside.name == str(began.model.init_from):
-        base = base_of(opened.config, opened.parameters)  # read already, and in memory once
+        base = base_of(opened.config, opened.stacked)  # read already, and in memory once
         return beside.name, add_new_adapters(opened.config, base, 0, opened.dtype, opened.mesh)
     source = named
     if source is None and began is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from moi_jax.evaluation.sandbox.inside import namespaces
+from moi_jax.evaluation.sandbox.packages import NONE, Packages
 
 Backend = Literal["bubblewrap", "namespaces", "weak"]
 
@@ -23,7 +24,8 @@ class Limits:
     """The limits of one program.
 
     Attributes:
-      wall: seconds for everything.
+      wall: seconds from the start of the program to the end of its tests. 3 as in
+        openai/human-eval.
       cpu: seconds of processor time of each process.
       memory: bytes of address space of each process.
       processes: number of processes and threads; three belong to the sandbox. The program can use
@@ -33,8 +35,8 @@ class Limits:
       open_files: number for each process.
     """
 
-    wall: float = 20.0
-    cpu: int = 10
+    wall: float = 3.0
+    cpu: int = 4
     memory: int = 512 << 20
     processes: int = 8
     file_size: int = 16 << 20
@@ -49,11 +51,15 @@ def candidates() -> list[Backend]:
     return ["bubblewrap", "namespaces"] if shutil.which("bwrap") else ["namespaces"]
 
 
-def read_only() -> list[str]:
-    """The paths that a program can read: libraries of Python and the system, and links to them."""
+def read_only(packages: Packages = NONE) -> list[str]:
+    """The paths that a program can read: libraries of Python and the system, and links to them.
+
+    The files of the packages are among them.
+    """
     prefix = Path(sys.base_prefix)
     paths = [prefix / "lib", prefix / "lib64"]
     paths += [Path(p) for p in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache")]
+    paths += [Path(path) for path in packages.files]
     return [str(path) for path in dict.fromkeys(paths) if path.exists()]
 
 
@@ -66,11 +72,19 @@ def environment(directory: str) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "LD_LIBRARY_PATH": libraries,
         "PYTHONHASHSEED": "0",
+        # Linear algebra in one thread: threads count as processes.
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
     }
 
 
-def command(backend: Backend) -> list[str]:
-    """The command that starts a runner, see inside.runner.main."""
+def command(backend: Backend, packages: Packages = NONE) -> list[str]:
+    """The command that starts a runner, see inside.runner.main.
+
+    Raises:
+      FileNotFoundError: bubblewrap is not installed.
+    """
     top = CODE if backend == "bubblewrap" else str(_TOP)
     start = (
         f"import sys; sys.path.append({top!r}); "
@@ -80,7 +94,10 @@ def command(backend: Backend) -> list[str]:
     python = [_PYTHON, "-s", "-S", "-P", "-B", "-c", start]
     if backend != "bubblewrap":
         return python
-    bwrap = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session"]
+    path = shutil.which("bwrap")
+    if path is None:
+        raise FileNotFoundError("bwrap is not on PATH")
+    bwrap = [path, "--unshare-all", "--die-with-parent", "--new-session"]
     bwrap += [
         "--uid",
         str(namespaces.NOBODY),
@@ -91,7 +108,7 @@ def command(backend: Backend) -> list[str]:
     ]
     # The runner needs it to mount a directory with a limit on its files, then drops it.
     bwrap += ["--cap-add", "CAP_SYS_ADMIN"]
-    for path in (*read_only(), _PYTHON):
+    for path in (*read_only(packages), _PYTHON):
         if os.path.islink(path):
             bwrap += ["--symlink", os.readlink(path), path]
         else:

@@ -6,7 +6,6 @@ import secrets
 import signal
 import struct
 import subprocess
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -14,6 +13,11 @@ from moi_jax.common.errors import UserError
 from moi_jax.evaluation.sandbox import backends
 from moi_jax.evaluation.sandbox.backends import Backend, Limits
 from moi_jax.evaluation.sandbox.inside.namespaces import DIRECTORY, NOBODY
+from moi_jax.evaluation.sandbox.packages import NONE, Packages
+from moi_jax.evaluation.sandbox.scratch import scratch_directory
+
+# Seconds for the sandbox to start, in which a program cannot run; more than a busy machine needs.
+START = 60.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,13 @@ class Verdict:
         return self.failure is None
 
 
-def execute(backend: Backend, limits: Limits, program: Program) -> Verdict:
+def execute(
+    backend: Backend, limits: Limits, program: Program, packages: Packages = NONE
+) -> Verdict:
     """Runs a program and its tests. When it returns, all their processes are killed.
+
+    Args:
+      packages: what the program and its tests can import beside Python's own modules.
 
     Raises:
       UserError: the sandbox itself does not start.
@@ -61,14 +70,38 @@ def execute(backend: Backend, limits: Limits, program: Program) -> Verdict:
     if not program.code.strip():
         return Verdict("no code")
     nonce = secrets.token_hex(16)
-    setup = {"limits": asdict(limits), "read_only": backends.read_only()}
+    setup = {
+        "limits": asdict(limits),
+        "read_only": backends.read_only(packages),
+        "packages": packages.directories,
+    }
     asked = {"trusted": program.trusted, "code": program.code, "names": program.names}
     tests = {"trusted": program.trusted, "tests": program.tests, "nonce": nonce}
     frames = b"".join(_frame(part) for part in (setup, asked, tests))
+    with scratch_directory() as scratch:
+        process = _start(backend, packages, scratch)
+        try:
+            out, err = process.communicate(frames, timeout=START + limits.wall)
+        except subprocess.TimeoutExpired:
+            return Verdict("timeout", f"not done after {limits.wall:g} seconds")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    ready, _, line = out.partition(b"\n")
+    reason = err.decode(errors="replace").strip().split("\n")[-1]
+    if ready != b"ready":
+        raise _no_start(backend, reason or "killed")
+    if not line:
+        return Verdict("killed", f"the runner of the tests was killed: {reason}".rstrip(": "))
+    return _verdict(json.loads(line), nonce)
+
+
+def _start(backend: Backend, packages: Packages, scratch: str) -> subprocess.Popen[bytes]:
     as_nobody = backend == "bubblewrap" and os.geteuid() == 0
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        process = subprocess.Popen(
-            backends.command(backend),
+    try:
+        return subprocess.Popen(
+            backends.command(backend, packages),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -80,21 +113,12 @@ def execute(backend: Backend, limits: Limits, program: Program) -> Verdict:
             group=NOBODY if as_nobody else None,
             extra_groups=() if as_nobody else None,
         )
-        try:
-            out, err = process.communicate(frames, timeout=limits.wall)
-        except subprocess.TimeoutExpired:
-            return Verdict("timeout", f"not done after {limits.wall:g} seconds")
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    ready, _, line = out.partition(b"\n")
-    reason = err.decode(errors="replace").strip().split("\n")[-1]
-    if ready != b"ready":
-        raise UserError(f"the sandbox ({backend}) does not start here: {reason or 'killed'}")
-    if not line:
-        return Verdict("killed", f"the runner of the tests was killed: {reason}".rstrip(": "))
-    return _verdict(json.loads(line), nonce)
+    except OSError as error:
+        raise _no_start(backend, str(error)) from None
+
+
+def _no_start(backend: Backend, reason: str) -> UserError:
+    return UserError(f"the sandbox ({backend}) does not start here: {reason}")
 
 
 def _frame(part: object) -> bytes:

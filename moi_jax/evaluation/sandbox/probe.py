@@ -11,6 +11,10 @@ from typing import Any
 from moi_jax.evaluation.sandbox.backends import Limits, environment, read_only
 from moi_jax.evaluation.sandbox.execution import Program, Verdict
 from moi_jax.evaluation.sandbox.inside.namespaces import FILES
+from moi_jax.evaluation.sandbox.packages import NONE, Packages
+
+# Seconds that a probe may take: on a busy machine, one second of processor time can take long.
+PATIENCE = 120.0
 
 # Each function returns True if its limit held, and removes what it created.
 _CODE = """
@@ -108,18 +112,22 @@ def cpu():
 """
 
 
-def unenforced(execute: Callable[[Limits, Program], Verdict], limits: Limits) -> str | None:
+def unenforced(
+    execute: Callable[[Limits, Program], Verdict], limits: Limits, packages: Packages = NONE
+) -> str | None:
     """The name of the first limit that does not hold; None where all of them hold.
 
     Args:
       execute: runs a program within limits.
     """
+    limits = replace(limits, wall=max(limits.wall, PATIENCE))
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         tempfile.NamedTemporaryFile() as secret,
     ):
         home = str(Path.home())
-        hidden = [secret.name, "/etc/passwd", "/proc/self", "/dev/shm", "/sys/kernel", *_at_home()]
+        hidden = [secret.name, "/etc/passwd", "/proc/self", "/dev/shm", "/sys/kernel"]
+        hidden += _at_home(packages)
         pieces = limits.disk // limits.file_size + 1
         attempts: dict[str, tuple[Any, ...]] = {
             "network access": ("network", server.getsockname()[1]),
@@ -142,17 +150,16 @@ def unenforced(execute: Callable[[Limits, Program], Verdict], limits: Limits) ->
     if not verdict.passed:
         # The message of the assertion is the name of the limit.
         return verdict.error.removeprefix("AssertionError: ").split(" in: ")[0]
-    # On a busy machine, one second of processor time can take long.
-    verdict = execute(replace(limits, cpu=1, wall=120.0), Program(_CODE, ("cpu",), ("cpu()",)))
+    verdict = execute(replace(limits, cpu=1), Program(_CODE, ("cpu",), ("cpu()",)))
     if verdict != Verdict("timeout", "out of processor time"):
         return f"processor time ({verdict.error})"
     return None
 
 
-def _at_home() -> list[str]:
-    """The entries of the user's home directory, except those that lead to Python."""
+def _at_home(packages: Packages) -> list[str]:
+    """The entries of the user's home directory, except those that lead to Python or packages."""
     try:
         entries = [str(path) for path in Path.home().iterdir()]
     except OSError:
         return []
-    return [e for e in entries if not any(path.startswith(e) for path in read_only())]
+    return [e for e in entries if not any(path.startswith(e) for path in read_only(packages))]

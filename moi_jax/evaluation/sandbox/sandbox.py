@@ -10,6 +10,7 @@ from typing import Literal
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.sandbox.backends import Backend, Limits, candidates
 from moi_jax.evaluation.sandbox.execution import Program, Verdict, execute
+from moi_jax.evaluation.sandbox.packages import NONE, Packages
 from moi_jax.evaluation.sandbox.probe import unenforced
 
 WEAK = (
@@ -22,27 +23,32 @@ WEAK = (
 class Sandbox:
     """Runs programs. `backend` is the name of the isolation that is used."""
 
+    packages: Packages = NONE
+
     def __init__(
         self,
         mode: Literal["strict", "weak"] = "strict",
         limits: Limits | None = None,
         workers: int | None = None,
+        packages: Packages = NONE,
     ):
         """The strict sandbox tests every limit first, once per process.
 
         Args:
+          packages: what programs can import beside Python's own modules.
           workers: number of programs at the same time; None is one for each core.
 
         Raises:
           UserError: a limit of the strict sandbox does not hold here. The message names it.
         """
         self.limits = limits or Limits()
-        self.backend: Backend = "weak" if mode == "weak" else strict_backend(self.limits)
+        self.packages = packages
+        self.backend: Backend = "weak" if mode == "weak" else strict_backend(self.limits, packages)
         self.workers = workers or os.cpu_count() or 1
 
     def run(self, program: Program) -> Verdict:
         """Runs one program; raises UserError where the sandbox itself does not start."""
-        return execute(self.backend, self.limits, program)
+        return execute(self.backend, self.limits, program, self.packages)
 
     def run_all(self, programs: Iterable[Program]) -> Iterator[Verdict]:
         """Yields the verdicts in order. A program is taken only when it is about to run."""
@@ -60,7 +66,7 @@ class Sandbox:
 
 
 @lru_cache
-def strict_backend(limits: Limits) -> Backend:
+def strict_backend(limits: Limits, packages: Packages = NONE) -> Backend:
     """The first backend that enforces every limit.
 
     Raises:
@@ -69,7 +75,7 @@ def strict_backend(limits: Limits) -> Backend:
     failures = []
     for backend in candidates():
         try:
-            failure = unenforced(partial(execute, backend), limits)
+            failure = unenforced(partial(execute, backend, packages=packages), limits, packages)
         except UserError as error:
             failure = str(error)
         if failure is None:

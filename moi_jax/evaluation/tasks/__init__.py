@@ -40,7 +40,14 @@ def make_task(name: str, options: "BenchmarkOptions") -> "Task":
     if name not in TASKS:
         raise UserError(f"there is no benchmark {name!r}; choose among {', '.join(TASKS)}")
     if not hosts.is_main():  # it does not score, so it needs no sandbox, judge or embedder
-        options = replace(options, sandbox="weak", judge=None, judge_url=None, teval_embedder=None)
+        options = replace(
+            options,
+            sandbox="weak",
+            code_packages=(),
+            judge=None,
+            judge_url=None,
+            teval_embedder=None,
+        )
     module, kind = TASKS[name]
     return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(options)
 

@@ -5,12 +5,14 @@ from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from math import comb
+from math import ceil, comb
 
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
+from moi_jax.evaluation.sandbox.backends import Limits
 from moi_jax.evaluation.sandbox.execution import Program, Verdict
+from moi_jax.evaluation.sandbox.packages import find_packages
 from moi_jax.evaluation.sandbox.sandbox import WEAK, Sandbox
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,13 @@ class CodeTask(Task):
                 f"{self.name} runs the programs that the model writes, in a sandbox on this "
                 f"machine; allow it with --allow-code-execution"
             )
-        self.sandbox = Sandbox(options.sandbox)
+        wall = options.code_timeout
+        self.sandbox = Sandbox(
+            options.sandbox,
+            # A second of processor time more, so that the wall time decides.
+            Limits(wall=wall, cpu=ceil(wall) + 1),
+            packages=find_packages(options.code_packages),
+        )
         if options.sandbox == "weak":
             log.warning(f"{self.name}: {WEAK}")
 
@@ -59,7 +67,14 @@ class CodeTask(Task):
         return {"pass@1": 1.0}
 
     def settings(self) -> Json:
-        return {"sandbox": self.sandbox.backend}
+        """The limits are those of one program with its tests; memory is that of each process."""
+        limits = self.sandbox.limits
+        return {
+            "sandbox": self.sandbox.backend,
+            "code_timeout_s": limits.wall,
+            "code_memory_mib": limits.memory >> 20,
+            "code_packages": list(self.sandbox.packages.versions),
+        }
 
     def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
         return [WEAK] if self.options.sandbox == "weak" else []

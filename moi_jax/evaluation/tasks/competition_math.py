@@ -36,6 +36,7 @@ class CompetitionMath(Task):
         "math/test500.jsonl (MATH-500, from huggingface.co/datasets/HuggingFaceH4/MATH-500) or "
         "math/test/SUBJECT/N.json (the whole MATH, from github.com/hendrycks/math)"
     )
+    scoring = "An answer is right if math-verify finds its last box equal to the gold answer"
     max_new_tokens = 1024
     published_sizes = (500, 5000)
 

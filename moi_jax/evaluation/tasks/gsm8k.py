@@ -60,6 +60,7 @@ class GSM8K(Task):
         "gsm8k/test.jsonl from github.com/openai/grade-school-math, and gsm8k/train.jsonl for its "
         "own worked examples"
     )
+    scoring = "An answer is right if its last number equals the gold one within 1e-4"
     takes_shots = True
     published_sizes = (1319,)
 

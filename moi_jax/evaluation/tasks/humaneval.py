@@ -25,6 +25,7 @@ class HumanEval(CodeTask):
 
     name = "humaneval"
     files = "humaneval/HumanEval.jsonl.gz (or HumanEval.jsonl) from github.com/openai/human-eval"
+    scoring = "An answer is right if its program passes all tests in the sandbox (pass@1)"
     published_sizes = (164,)
 
     def load(self) -> list[Item]:
@@ -75,7 +76,7 @@ def _parts(prompt: str, entry_point: str) -> tuple[str, str, str] | None:
     taken from the source as it is (backslashes are kept), with each line stripped.
     """
     try:
-        *before, last = ast.parse(prompt).body
+        *before, last = _parse(prompt).body
     except (SyntaxError, ValueError):
         return None
     if not isinstance(last, ast.FunctionDef) or last.name != entry_point:
@@ -92,3 +93,11 @@ def _parts(prompt: str, entry_point: str) -> tuple[str, str, str] | None:
     quoted = QUOTED.search("".join(line for n, line in enumerate(lines) if n not in helpers))
     description = "\n".join(line.strip() for line in quoted[2].split("\n")) if quoted else ""
     return "".join(lines[: last.lineno - 1]), signature, description
+
+
+def _parse(prompt: str) -> ast.Module:
+    """The prompt as a tree; a definition without a docstring gets a body."""
+    try:
+        return ast.parse(prompt)
+    except SyntaxError:
+        return ast.parse(f"{prompt.rstrip()}\n    pass\n")

@@ -26,9 +26,16 @@ ALONE = re.compile(r"\(?([a-dA-D])\)?\.?")
 BOXED = re.compile(r"\\boxed\{\s*(?:\\text\w*\{)?\s*\(?([A-D])\b")
 NEGATED = re.compile(r"\b(?:not|never|neither|wrong|incorrect|false)\b|n['’]t\b", re.IGNORECASE)
 
+# Words that are not a part of a longer word or number.
+WHOLE = r"(?<![\w-])(?<!\d[.,]){}(?!\w|[.,]\d)"
+
 
 def find_letter(text: str, choices: Sequence[str]) -> str | None:
-    """The letter; None where no rule finds one. The rules are tried in this order:
+    """The letter; None where no rule finds one.
+
+    Letters within the words of a choice are not letters: where the text has all words of a choice
+    that has such letters, or has them right behind "the answer is", the choice's own letter takes
+    their place. Then the rules are tried in this order:
 
     1. the last \\boxed{B};
     2. stated: the last "answer is B", "choice: (B)" or "I choose B" without a "not";
@@ -39,7 +46,10 @@ def find_letter(text: str, choices: Sequence[str]) -> str | None:
     6. the words of exactly one choice are in the text, in upper or lower case; words that occur
        only within those of a longer choice do not count.
     """
-    text = re.sub(r"[*`$]", "", text).strip()
+    full = _unmarked(text)
+    text = _unmarked(_with_letters(text, choices))  # the marks may tell choices apart
+    choices = [_unmarked(choice) for choice in choices]
+    text = _with_letters(text, choices)
     if boxed := BOXED.findall(text):
         return boxed[-1]
     letters = list(LETTER.finditer(text))
@@ -60,7 +70,34 @@ def find_letter(text: str, choices: Sequence[str]) -> str | None:
     if first := LEADING.match(text) or ALONE.fullmatch(text):
         return first.group(1).upper()
     different = {letter.group(1) for letter in letters} - set(denied)
-    return different.pop() if len(different) == 1 else _quoted(text, choices)
+    return different.pop() if len(different) == 1 else _quoted(full, choices)
+
+
+def _unmarked(text: str) -> str:
+    """The text without marks of Markdown and of formulas."""
+    return re.sub(r"[*`$]", "", text).strip()
+
+
+def _with_letters(text: str, choices: Sequence[str]) -> str:
+    """The text with letters in place of words of choices, the longest choice first."""
+    plain = [choice.rstrip(".").rstrip() for choice in choices]
+    pairs = zip(plain, LETTERS, strict=True)
+    for words, letter in sorted(pairs, key=lambda pair: len(pair[0]), reverse=True):
+        is_unique = [other.lower() for other in plain].count(words.lower()) == 1
+        if words and is_unique and not ALONE.fullmatch(words):
+            text = _replace(text, words, letter)
+    return text
+
+
+def _replace(text: str, words: str, letter: str) -> str:
+    has_letter = LETTER.search(words)
+
+    def replacement(match: re.Match[str]) -> str:
+        stated = has_letter or STATED.search(text[max(0, match.start() - 120) : match.start()])
+        return letter if stated else match.group()
+
+    whole = r"\s+".join(map(re.escape, words.split()))
+    return re.sub(WHOLE.format(whole), replacement, text, flags=re.IGNORECASE)
 
 
 def _quoted(text: str, choices: Sequence[str]) -> str | None:
@@ -72,8 +109,7 @@ def _quoted(text: str, choices: Sequence[str]) -> str | None:
         by_words[words] = by_words.get(words, "") + letter
     found = ""
     for words in sorted(filter(None, by_words), key=len, reverse=True):
-        whole = rf"(?<![\w-])(?<!\d[.,]){re.escape(words)}(?!\w|[.,]\d)"
-        text, count = re.subn(whole, "\0", text)
+        text, count = re.subn(WHOLE.format(re.escape(words)), "\0", text)
         found += by_words[words] if count else ""
     return found if len(found) == 1 else None
 

@@ -1,17 +1,11 @@
-"""Ratings by a judge model at any OpenAI-compatible endpoint. Each one is stored as it arrives.
+"""Ratings by a judge model at any OpenAI-compatible endpoint. Each one is stored as it arrives."""
 
-The files have the layout of FastChat (lm-sys/FastChat, fastchat/llm_judge), whose tools can read
-them.
-"""
-
-import hashlib
 import importlib.util
 import json
 import logging
 import math
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +17,7 @@ from urllib.parse import urlsplit
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.tasks.judge_cost import CostLimit, CostLimitExceeded
+from moi_jax.evaluation.tasks.judgments import MISSING, JudgeRequest, Judgments, judgments_path
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +30,6 @@ Json = dict[str, Any]
 OPENAI = "https://api.openai.com/v1"
 MAX_TOKENS = 2048  # the length of a judgment
 TRIES = 3  # calls for one rating before it counts as missing
-MISSING = -1  # the score of a missing rating in the file; FastChat's tools ignore it
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII)
 FALLBACK = re.compile(r"\[(\d+\.?\d*)\]", re.ASCII)
 
@@ -44,64 +38,6 @@ def read_rating(judgment: str) -> float | None:
     """The rating in the first [[x]], else in the first [x]; None without one from 0 to 10."""
     match = RATING.search(judgment) or FALLBACK.search(judgment)
     return float(match[1]) if match and float(match[1]) <= 10 else None
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeRequest:
-    """One answer to rate: its question and turn, and the prompt that shows it to the judge."""
-
-    question_id: int
-    turn: int
-    prompt_name: str
-    system: str
-    user: str
-
-    @property
-    def hash(self) -> str:
-        """A hash of the question, the answers, the reference and the instructions."""
-        text = json.dumps([self.system, self.user])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Judgments:
-    """A file of judgments, one JSON object per line. An incomplete line is dropped.
-
-    Lines without a "prompt_hash", such as those of FastChat, stay in the file and are not used.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._lock = threading.Lock()
-        self._found: dict[tuple[str, str], Json] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if self._take(line)]
-        if len(whole) < len(lines):
-            beside = path.with_name(f".{path.name}")
-            beside.write_bytes(b"".join(whole))
-            beside.replace(path)
-
-    def _take(self, line: bytes) -> bool:
-        """Stores the judgment of a line; False where the line is incomplete."""
-        if not line.endswith(b"\n"):
-            return False
-        try:
-            record = json.loads(line)
-            judge, _ = record["judge"]
-            self._found[judge, record.get("prompt_hash")] = record
-        except (ValueError, TypeError, KeyError):
-            return False
-        return True
-
-    def find(self, judge: str, request: JudgeRequest) -> Json | None:
-        return self._found.get((judge, request.hash))
-
-    def append(self, record: Json) -> None:
-        """Adds a record to the file. May be called from any thread."""
-        line = json.dumps(record) + "\n"
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            self._found[record["judge"][0], record["prompt_hash"]] = record
 
 
 class JudgeError(Exception):
@@ -138,7 +74,7 @@ class Judge:
     @property
     def shown_url(self) -> str:
         """The address for logs, messages and results: without a user name and password."""
-        return _without_user(self.url)
+        return without_user(self.url)
 
     def rate(
         self, requests: Sequence[JudgeRequest], answered_by: str, path: Path
@@ -159,6 +95,7 @@ class Judge:
         kept = Judgments(path)
         to_ask = [request for request in requests if kept.find(self.model, request) is None]
         if to_ask:
+            _check_key(self.url)
             self._check_cost(to_ask, len(requests))
         try:
             yield from self._ask_all(requests, answered_by, kept)
@@ -313,12 +250,21 @@ _HINTS = {
 }
 
 
-def _without_user(url: str) -> str:
+def without_user(url: str) -> str:
+    """An address without a user name and password."""
     return re.sub(r"^([^/]*://)?[^/?#]*@", r"\1", url)
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:200]
+
+
+def _check_key(url: str) -> None:
+    if url == OPENAI and not os.environ.get("OPENAI_API_KEY"):
+        raise UserError(
+            f"the judge at {OPENAI} needs the environment variable OPENAI_API_KEY; for another "
+            "endpoint use --judge-url"
+        )
 
 
 def make_judge(options: BenchmarkOptions) -> Judge | None:
@@ -337,13 +283,10 @@ def make_judge(options: BenchmarkOptions) -> Judge | None:
     address = urlsplit(url)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise UserError(
-            f"--judge-url {_without_user(url)} is not an address such as http://localhost:8000/v1"
+            f"--judge-url {without_user(url)} is not an address such as http://localhost:8000/v1"
         )
-    if url == OPENAI and not os.environ.get("OPENAI_API_KEY"):
-        raise UserError(
-            f"the judge at {OPENAI} needs the environment variable OPENAI_API_KEY; for another "
-            "endpoint use --judge-url"
-        )
+    if not judgments_path(options.out, options.judge).is_file():  # else nothing may be to ask
+        _check_key(url)
     if options.judge_max_cost is not None and options.judge_price is None:
         raise UserError(
             "--judge-max-cost needs --judge-price: US dollars per million prompt tokens and per "

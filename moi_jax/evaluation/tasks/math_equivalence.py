@@ -55,8 +55,13 @@ class Equivalence:
 
 def _start() -> "subprocess.Popen[bytes]":
     # -P: nothing is imported from this file's folder, so its modules cannot shadow others.
+    # In a session of its own, Ctrl-C does not reach it. It ends when its input is closed.
     worker = subprocess.Popen(
-        [sys.executable, "-P", __file__], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-P", __file__],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert worker.stdout
     if not worker.stdout.readline():

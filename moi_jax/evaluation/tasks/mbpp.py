@@ -27,6 +27,7 @@ class MBPP(CodeTask):
         "mbpp/mbpp.jsonl from github.com/google-research/google-research, mbpp/ (or "
         "mbpp/sanitized-mbpp.json, which is used where the first is missing)"
     )
+    scoring = "An answer is right if its program passes all tests in the sandbox (pass@1)"
     takes_shots = True
     published_sizes = (500, 257)
 

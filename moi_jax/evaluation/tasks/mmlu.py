@@ -1,8 +1,6 @@
 """MMLU: questions of 57 subjects with four choices, by generated letter or by likelihood."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -10,8 +8,9 @@ import numpy as np
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
-from moi_jax.evaluation.tasks.data_files import csv_rows, malformed, missing
+from moi_jax.evaluation.tasks.data_files import missing
 from moi_jax.evaluation.tasks.letters import LETTERS, find_letter
+from moi_jax.evaluation.tasks.mmlu_files import Question, check_format, read_questions
 from moi_jax.text.conversations import Message
 
 SUBJECTS = 57
@@ -23,15 +22,6 @@ INSTRUCTION = (
 )
 
 
-@dataclass(frozen=True)
-class Question:
-    """A row of a file; `letter` is the gold answer."""
-
-    text: str
-    choices: tuple[str, ...]
-    letter: str
-
-
 class MMLU(Task):
     """The prompt is the one of the official chat evaluation of Qwen.
 
@@ -41,22 +31,24 @@ class MMLU(Task):
     letters right after the assistant's header. The score is the mean over all questions.
 
     Upstream finds the choice in another way. First it replaces the words of every choice by its
-    letter. It takes the first statement (we take the last), else the first letter that stands
-    alone, else the choice that is most similar to the text. So it always finds one, and we may
-    find none.
+    letter; we do so only where they hold a letter or are stated as the answer. It takes the first
+    statement (we take the last), else the first letter that stands alone, else the choice that is
+    most similar to the text. So it always finds one, and we may find none.
     """
 
     name = "mmlu"
     files = (
         "mmlu/test/SUBJECT_test.csv, and for --shots mmlu/dev/SUBJECT_dev.csv, from data.tar of "
-        "github.com/hendrycks/test"
+        "github.com/hendrycks/test; or the subjects of MMLU-Redux as CSV with a header"
     )
+    scoring = "An answer is right if the letter that it chooses is the gold one"
     takes_shots = True
     published_sizes = (14042,)
 
     def __init__(self, options: BenchmarkOptions):
         super().__init__(options)
         self.shots = options.shots or 0
+        self._faulty = 0  # questions that the data marks as faulty
         if self.shots > MOST_SHOTS:
             raise UserError(
                 f"mmlu: --shots {self.shots}, but a subject has {MOST_SHOTS} worked examples; use "
@@ -66,16 +58,26 @@ class MMLU(Task):
     def load(self) -> list[Item]:
         directory = self.options.data / "mmlu" / "test"
         items = []
+        self._faulty = 0
         for path in sorted(directory.glob("*.csv")):
             subject = path.stem.removesuffix("_test")
             examples = self._examples(subject)
             choices = tuple(LETTERS) if self.options.mmlu_method == "likelihood" else ()
             for number, question in enumerate(read_questions(path), 1):
+                self._faulty += question.faulty
+                if question.faulty and self.options.mmlu_errors == "skip":
+                    continue
                 messages = (*examples, Message("user", format_question(question)))
                 gold = {"letter": question.letter, "choices": list(question.choices)}
                 name = f"{subject}/{number}"
                 items.append(Item(name, messages, gold, group=subject, choices=choices))
         if not items:
+            if self._faulty:
+                raise UserError(
+                    f"mmlu: all {self._faulty} questions in {directory} have an error_type; "
+                    f"use --mmlu-errors keep"
+                )
+            check_format(directory)
             raise missing(self, directory)
         return items
 
@@ -112,11 +114,17 @@ class MMLU(Task):
         return {"accuracy": 1.0}
 
     def settings(self) -> Json:
-        return {"shots": self.shots, "method": self.options.mmlu_method}
+        settings = {"shots": self.shots, "method": self.options.mmlu_method}
+        return settings | ({"faulty_questions": self.options.mmlu_errors} if self._faulty else {})
 
     def notes(self, items: Sequence[Item], scores: Sequence[Score]) -> list[str]:
         subjects = len({item.group for item in items})
-        return [f"{subjects} of {SUBJECTS} subjects"] if subjects < SUBJECTS else []
+        notes = [f"{subjects} of {SUBJECTS} subjects"] if subjects < SUBJECTS else []
+        if self._faulty:
+            skip = self.options.mmlu_errors == "skip"
+            done = "are left out" if skip else "count as their file says"
+            notes.append(f"MMLU-Redux: {self._faulty} questions with an error_type {done}")
+        return notes
 
 
 def format_question(question: Question) -> str:
@@ -125,29 +133,6 @@ def format_question(question: Question) -> str:
         f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)
     )
     return "\n".join([INSTRUCTION, "", question.text, *choices, ""])
-
-
-def read_questions(path: Path) -> list[Question]:
-    """The questions of a CSV file: question, four choices, the answer as A to D or 0 to 3.
-
-    A first row whose last cell is "answer" is a header.
-
-    Raises:
-      UserError: a row has another form.
-    """
-    questions = []
-    for number, (where, row) in enumerate(csv_rows(path)):
-        cells = [cell.strip() for cell in row]
-        text, choices, answer = cells[0], cells[1:-1], cells[-1]
-        if not number and answer.lower() == "answer":
-            continue
-        letter = dict(zip("0123", LETTERS, strict=True)).get(answer, answer.upper())
-        if len(choices) != len(LETTERS) or not text or letter not in tuple(LETTERS):
-            raise malformed(
-                where, "there must be six cells: a question, four choices, and A to D or 0 to 3"
-            )
-        questions.append(Question(text, tuple(choices), letter))
-    return questions
 
 
 def _likeliest(log_likelihoods: Sequence[float]) -> str | None:

@@ -16,7 +16,8 @@ from moi_jax.common.errors import UserError, cannot_write
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Json, Response, Score, Task
 from moi_jax.evaluation.tasks.data_files import json_rows, missing
-from moi_jax.evaluation.tasks.llm_judge import MISSING, TRIES, JudgeRequest, make_judge
+from moi_jax.evaluation.tasks.judgments import MISSING, JudgeRequest, judgments_path
+from moi_jax.evaluation.tasks.llm_judge import TRIES, make_judge
 from moi_jax.text.conversations import Message
 
 QUESTIONS = 80
@@ -47,6 +48,9 @@ class MTBench(Task):
         f"mt_bench/question.jsonl, mt_bench/judge_prompts.jsonl and mt_bench/{REFERENCES}, all "
         "from lm-sys/FastChat, fastchat/llm_judge/data"
     )
+    scoring = "A judge rates both answers from 1 to 10; the score is ten times the mean rating"
+    rated = True
+    own_temperature = "at the temperature of its category (0 to 0.7)"
     max_new_tokens = 1024
     published_sizes = (QUESTIONS,)
 
@@ -111,8 +115,8 @@ class MTBench(Task):
         requests = [
             self._judge_request(item, turns, turn) for item, turns in pairs for turn in PROMPTS
         ]
-        file = self.judge.model.replace("/", "_") + "_single.jsonl"
-        records = self.judge.rate(requests, self._model, self._out / "model_judgment" / file)
+        path = judgments_path(self.options.out, self.judge.model)
+        records = self.judge.rate(requests, self._model, path)
         for both in zip(records, records, strict=True):  # the two turns of an item
             self._versions.update(record["judge_version"] for record in both)
             ratings = {

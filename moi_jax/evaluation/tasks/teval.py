@@ -32,6 +32,7 @@ class TEval(Task):
 
     name = "teval"
     files = "teval/*.json"
+    scoring = "The score is the mean of the six abilities of T-Eval"
     stop_strings: ClassVar[tuple[str, ...]] = (
         "<eoa>", "<|im_end|>", "\nuser", "\nassistant", "[INST]",
     )  # fmt: skip

@@ -119,7 +119,7 @@ def _token_losses(run: SavedRun) -> TokenLosses:
 
     def step(parameters: Tree, batch: Batch) -> jax.Array:
         model = run.bind(parameters)
-        hidden, _ = model.hidden_states(
+        hidden = model.hidden_states(
             batch.tokens, batch.positions, batch.segment_ids, extend_context=False
         )
         return token_scores(hidden, model.head_kernel(), batch.targets)[0]

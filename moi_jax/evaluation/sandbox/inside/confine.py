@@ -3,18 +3,19 @@
 import ctypes
 import os
 import resource
+import signal
 from collections.abc import Mapping
 from contextlib import suppress
 
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
 
 # System calls that are refused with EPERM: memory that no limit counts, memory of other processes,
 # new namespaces (with an unlimited tmpfs), sockets (a namespace does not block those to the host of
-# a virtual machine), and calls that are only useful to attack the kernel. Numbers on x86_64 and
-# aarch64.
-REFUSED = {
+# a virtual machine), what the kernel counts for the whole user or machine, and calls that are only
+# useful to attack the kernel. Numbers on x86_64 and aarch64; None where there is no such call.
+REFUSED: dict[str, tuple[int, int | None]] = {
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -35,6 +36,10 @@ REFUSED = {
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
 }
 CLONE = (56, 220)
 CLONE3 = 435
@@ -96,6 +101,27 @@ def confine(limits: Mapping[str, int], strict: bool) -> None:
         _filter_system_calls()
 
 
+def adopt_orphans() -> None:
+    """Makes what the program's processes leave running children of this process, on Linux."""
+    if hasattr(libc, "prctl"):
+        call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_children() -> None:
+    """Kills the children of this process, and theirs, where the system lists them."""
+    path = f"/proc/self/task/{os.getpid()}/children"
+    with suppress(OSError):
+        while children := _words(path):
+            for child in map(int, children):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def _words(path: str) -> list[str]:
+    with open(path) as file:
+        return file.read().split()
+
+
 def _limit(name: str, soft: int, hard: int, strict: bool) -> None:
     with suppress(*() if strict else (AttributeError, ValueError, OSError)):
         resource.setrlimit(getattr(resource, name), (soft, hard))
@@ -121,7 +147,8 @@ def _filter_system_calls() -> None:
     if machine == "x86_64":  # x32 calls have other numbers
         program += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _EPERM)]
     for numbers in REFUSED.values():
-        program += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _EPERM)]
+        if (number := numbers[column]) is not None:
+            program += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _EPERM)]
     program += [
         # A filter cannot read its flags, which are in memory; libraries fall back to clone.
         (_EQUAL, 0, 1, CLONE3),

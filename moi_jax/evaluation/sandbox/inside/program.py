@@ -1,14 +1,60 @@
-"""The program's process: runs the code, then answers the runner's calls until it is killed."""
+"""The program's process: runs the code, then answers the runner's requests until it is killed."""
 
+import io
+import operator
 import os
+import pickle
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from moi_jax.evaluation.sandbox.inside import rpc
+from moi_jax.evaluation.sandbox.inside.arguments import Watched
+from moi_jax.evaluation.sandbox.inside.values import build
 
 LONGEST_ERROR = 500
+
+
+def _items(obj: Any) -> list[Any] | None:
+    """The items of a collection; None of an iterator."""
+    items = iter(obj)
+    return None if items is obj else list(items)
+
+
+def _next(iterator: Any) -> tuple[Any] | None:
+    """The next item; None at the end."""
+    try:
+        return (next(iterator),)
+    except StopIteration:
+        return None
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": lambda target, args, kwargs: target(*args, **kwargs),
+    "getattr": getattr,
+    "setattr": setattr,
+    "items": _items,
+    "next": _next,
+    "len": len,
+    "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
+    "isinstance": isinstance,
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "index": operator.index,
+    "str": str,
+    "repr": repr,
+    "hash": hash,
+    "eq": operator.eq,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
 
 
 def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[str]) -> None:
@@ -21,17 +67,22 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
       requests, replies: file descriptors.
     """
     objects: list[Any] = []
+    handles: dict[int, int] = {}  # id of an object -> its handle
 
     def handle_of(obj: Any) -> int:
-        objects.append(obj)
-        return len(objects) - 1
+        if id(obj) not in handles:
+            handles[id(obj)] = len(objects)
+            objects.append(obj)
+        return handles[id(obj)]
 
-    def reply(work: Any) -> None:
+    def reply(work: Callable[[], Any], watched: Watched) -> None:
         try:
-            frame = rpc.pack((None, work()), handle_of)
+            said = None, work(), watched.changes()
+            frame = rpc.pack(said, handle_of, watched.places)
         except BaseException as error:
             kind = "syntax error" if isinstance(error, _NoProgram) else "error"
-            frame = rpc.pack((kind, describe(error)), handle_of)
+            kinds = [base.__name__ for base in type(error).__mro__]
+            frame = rpc.pack((kind, describe(error), kinds), handle_of)
         rpc.send(replies, frame)
 
     def start() -> dict[str, Any]:
@@ -46,10 +97,53 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
         exec(compiled, vars(module))
         return {name: vars(module)[name] for name in names if name in vars(module)}
 
-    reply(start)
+    def answer_until_returned() -> tuple[Any, ...]:
+        """Answers requests. Returns what a function of the tests returned."""
+        while True:
+            what, *rest = _Unpacker(rpc.receive(requests), objects, call_back).load()
+            if what == "returned":
+                return tuple(rest)
+            watched = Watched(rest[1:] if what == "call" else None)
+            reply(partial(OPERATIONS[what], *rest), watched)
+
+    def call_back(number: int, args: Any, kwargs: Any) -> Any:
+        """Calls a function of the tests, which runs in the runner."""
+        rpc.send(replies, rpc.pack(("call back", number, args, kwargs), handle_of))
+        error, value = answer_until_returned()
+        if error is not None:
+            raise error(value)
+        return value
+
+    reply(start, Watched(None))
+    answer_until_returned()
+
+
+class _Unpacker(pickle.Unpickler):
+    """Reads the runner's requests. This process trusts them."""
+
+    def __init__(self, frame: bytes, objects: Sequence[Any], call_back: Callable[..., Any]):
+        super().__init__(io.BytesIO(frame))
+        self._objects, self._call_back = objects, call_back
+
+    def persistent_load(self, reference: Any) -> Any:
+        kind, value = reference
+        if kind == "object":
+            return self._objects[value]
+        if kind == "function":
+            return lambda *args, **kwargs: self._call_back(value, args, kwargs)
+        if kind == "value":
+            return build(*value)
+        return _iterate(lambda: self._call_back(value, (), {}))
+
+
+def _iterate(following: Callable[[], Any]) -> Iterator[Any]:
+    """The items of a generator of the tests."""
     while True:
-        what, target, *rest = rpc.unpack(rpc.receive(requests), objects.__getitem__)
-        reply(lambda what=what, target=target, rest=rest: _do(what, target, *rest))
+        try:
+            item = following()
+        except StopIteration:
+            return
+        yield item
 
 
 class _NoProgram(Exception):
@@ -57,19 +151,6 @@ class _NoProgram(Exception):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-def _do(what: str, target: Any, *rest: Any) -> Any:
-    match what:
-        case "call":
-            args, kwargs = rest
-            return target(*args, **kwargs)
-        case "list":
-            return list(target)
-        case "get":
-            return getattr(target, *rest)
-        case "set":
-            return setattr(target, *rest)
 
 
 def describe(error: BaseException) -> str:

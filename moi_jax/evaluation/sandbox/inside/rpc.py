@@ -1,14 +1,17 @@
 """Remote calls between the runner and the program: plain data by value, the rest by handle.
 
-The runner receives only values of built-in types and `Remote` objects. So no method of the program
-ever runs in the runner, not even its `__eq__` or `__bool__`.
+The runner makes only values of built-in types and of a few types of the standard library (with
+numpy allowed, also arrays), and `Remote` objects. So no method of the program ever runs in the
+runner, not even its `__eq__` or `__bool__`.
 """
 
 import io
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from moi_jax.evaluation.sandbox.inside.values import build, form_of
 
 LARGEST = 1 << 26  # bytes of a frame at most
 
@@ -25,11 +28,15 @@ BUILT_IN: tuple[Any, ...] = (
     set,
     frozenset,
 )
-# Other types that are passed by value. The runner makes their instances by these names. All of them
-# are written in C: a forged pickle could set any attribute of a type in Python, such as Fraction.
+# Other types that the runner makes by their names. A forged pickle can set the attributes of an
+# instance whose type is written in Python. Those of a Counter only hide its methods and do not
+# change how it is compared. Those of a fraction would: see `values.Fraction`.
 VALUE_TYPES = {
     ("builtins", "bytearray"),
     ("builtins", "range"),
+    ("collections", "Counter"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
     ("collections", "deque"),
     ("datetime", "date"),
     ("datetime", "datetime"),
@@ -39,10 +46,7 @@ VALUE_TYPES = {
     ("decimal", "Decimal"),
 }
 _CONSTRUCTORS = VALUE_TYPES | {("builtins", kind.__name__) for kind in BUILT_IN}
-
-
-def _name(kind: type) -> tuple[str, str]:
-    return kind.__module__, kind.__qualname__
+_PLAIN = frozenset({*BUILT_IN, type(None)})
 
 
 class Closed(Exception):
@@ -50,7 +54,7 @@ class Closed(Exception):
 
 
 def send(fd: int, frame: bytes) -> None:
-    """Writes a frame: its length in four bytes, then its content."""
+    """Writes a frame."""
     whole = memoryview(len(frame).to_bytes(4, "big") + frame)
     try:
         while whole:
@@ -78,49 +82,21 @@ def _exactly(fd: int, count: int) -> bytes:
     return b"".join(chunks)
 
 
-class Remote:
-    """A handle of an object of the program. It can be called and iterated.
-
-    Calls and attributes are requests to the program. A `Remote` equals only itself.
-    """
-
-    __slots__ = ("_ask", "_handle")
-
-    def __init__(self, ask: Callable[..., Any], handle: int):
-        object.__setattr__(self, "_ask", ask)
-        object.__setattr__(self, "_handle", handle)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask("call", self, args, kwargs)
-
-    def __iter__(self) -> Any:
-        return iter(self._ask("list", self))
-
-    def __getattr__(self, name: str) -> Any:
-        # Copying and pickling look for these methods; the program must not define them.
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._ask("get", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ask("set", self, name, value)
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, handle_of: Callable[[Any], int]):
+    def __init__(self, file: io.BytesIO, reference: Callable[[Any], Any]):
         super().__init__(file, protocol=5)
-        self._handle_of = handle_of
+        self._reference = reference
 
-    def persistent_id(self, obj: Any) -> int | None:
-        if obj is None or isinstance(obj, BUILT_IN) or _name(type(obj)) in VALUE_TYPES:
-            return None
-        if isinstance(obj, type) and _name(obj) in _CONSTRUCTORS:
-            return None
-        return self._handle_of(obj)
+    def persistent_id(self, obj: Any) -> Any:
+        return self._reference(obj)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Sends an instance of a subclass of a built-in type, e.g. a named tuple, as that type."""
-        if type(obj) in BUILT_IN:
+        """Sends an instance of a subclass of a built-in type as that type."""
+        if type(obj) in BUILT_IN or _name(type(obj)) in VALUE_TYPES:
             return NotImplemented
         for base in BUILT_IN:
             if isinstance(obj, base):
@@ -129,12 +105,12 @@ class _Packer(pickle.Pickler):
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, frame: bytes, object_of: Callable[[int], Any]):
+    def __init__(self, frame: bytes, resolve: Callable[[Any], Any]):
         super().__init__(io.BytesIO(frame))
-        self._object_of = object_of
+        self._resolve = resolve
 
-    def persistent_load(self, handle: int) -> Any:
-        return self._object_of(handle)
+    def persistent_load(self, reference: Any) -> Any:
+        return self._resolve(reference)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _CONSTRUCTORS:
@@ -142,13 +118,40 @@ class _Unpacker(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def pack(value: Any, handle_of: Callable[[Any], int]) -> bytes:
-    """A value as bytes. `handle_of` gives the handle of an object that is not a plain value."""
+def pack(
+    value: Any, handle_of: Callable[[Any], int], places: Mapping[int, int] | None = None
+) -> bytes:
+    """A value as bytes, for the runner.
+
+    Args:
+      handle_of: gives the handle, from 0, of an object that is not passed by value.
+      places: id of an argument of the call -> its place; it is passed as the handle -1 - place.
+    """
+    places = places or {}
+
+    def reference(obj: Any) -> Any:
+        if id(obj) in places:
+            return -1 - places[id(obj)]
+        if type(obj) in _PLAIN:  # nearly all objects
+            return None
+        form = form_of(obj)
+        if form is not None:
+            return form
+        if isinstance(obj, BUILT_IN) or _name(type(obj)) in VALUE_TYPES:
+            return None
+        if isinstance(obj, type) and _name(obj) in _CONSTRUCTORS:
+            return None
+        return handle_of(obj)
+
     file = io.BytesIO()
-    _Packer(file, handle_of).dump(value)
+    _Packer(file, reference).dump(value)
     return file.getvalue()
 
 
-def unpack(frame: bytes, object_of: Callable[[int], Any]) -> Any:
+def unpack(frame: bytes, object_of: Callable[[Any], Any]) -> Any:
     """The value that `pack` wrote. `object_of` gives the object of a handle."""
-    return _Unpacker(frame, object_of).load()
+
+    def resolve(reference: Any) -> Any:
+        return build(*reference) if type(reference) is tuple else object_of(reference)
+
+    return _Unpacker(frame, resolve).load()

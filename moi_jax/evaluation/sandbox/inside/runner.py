@@ -9,10 +9,12 @@ program can pass a test only with a function that returns the right result.
 import json
 import os
 import signal
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from moi_jax.evaluation.sandbox.inside import confine, namespaces, program, rpc
+from moi_jax.evaluation.sandbox.inside.link import Link, ProgramError
 
 
 def main(backend: str) -> None:
@@ -24,13 +26,25 @@ def main(backend: str) -> None:
         namespaces.mount_directory(namespaces.DIRECTORY, setup["limits"])
         os.chdir(namespaces.DIRECTORY)
     confine.confine(setup["limits"], strict=backend != "weak")
+    if backend == "weak":
+        confine.adopt_orphans()
+    sys.path += setup["packages"]
     os.write(1, b"ready\n")
-    verdict = run(json.loads(rpc.receive(0)))
+    _end_with(run(json.loads(rpc.receive(0)), setup["limits"]["wall"]))
+
+
+def _end_with(verdict: dict[str, str]) -> NoReturn:
+    """Reports the verdict. Ends the program, what it has started, and this process."""
     os.write(1, json.dumps(verdict).encode())
+    confine.end_children()
+    os._exit(0)
 
 
-def run(asked: dict[str, Any]) -> dict[str, str]:
+def run(asked: dict[str, Any], wall: float) -> dict[str, str]:
     """Starts the program, then reads the tests and runs them in order.
+
+    Args:
+      wall: seconds from here on; when they are over, this process reports it and ends.
 
     Returns:
       {"passed": nonce} or {"failure": kind, "error": last line of the error}.
@@ -46,66 +60,44 @@ def run(asked: dict[str, Any]) -> dict[str, str]:
             program.serve(requests_out, replies_in, **asked)
         finally:
             os._exit(1)
+    _end_after(wall)
     os.close(requests_out)
     os.close(replies_in)
     tests = json.loads(rpc.receive(0))
     try:
-        _test(_Link(requests_in, replies_out), asked["names"], tests["trusted"], tests["tests"])
+        _test(Link(requests_in, replies_out), asked["names"], tests["trusted"], tests["tests"])
     except rpc.Closed:
         return _end_of(child)
     except ProgramError as error:
-        return {"failure": error.kind, "error": str(error)}
+        return {"failure": error.kind, "error": error.described}
     except AssertionError as error:
         return {"failure": "wrong", "error": _with_line(error, tests["tests"])}
     except Exception as error:
         return {"failure": "error", "error": _with_line(error, tests["tests"])}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return {"passed": tests["nonce"]}
 
 
-class ProgramError(Exception):
-    """The program raised an exception."""
+def _end_after(wall: float) -> None:
+    """Reports a timeout and ends this process after so many seconds.
 
-    def __init__(self, kind: str, text: str):
-        super().__init__(text)
-        self.kind = kind
-
-
-class _Link:
-    """Sends requests to the program's process."""
-
-    def __init__(self, requests: int, replies: int):
-        self._requests, self._replies = requests, replies
-
-    def ask(self, *request: Any) -> Any:
-        rpc.send(self._requests, rpc.pack(request, _handle_of))
-        return self.reply()
-
-    def reply(self) -> Any:
-        frame = rpc.receive(self._replies)
-        kind, value = rpc.unpack(frame, lambda handle: rpc.Remote(self.ask, handle))
-        if kind is None:
-            return value
-        # The program may have forged this frame.
-        kind = "syntax error" if kind == "syntax error" else "error"
-        raise ProgramError(kind, value if type(value) is str else "no reason given")
+    No exception is raised for this: the tests could catch it.
+    """
+    verdict = {"failure": "timeout", "error": f"not done after {wall:g} seconds"}
+    signal.signal(signal.SIGALRM, lambda *_: _end_with(verdict))
+    signal.setitimer(signal.ITIMER_REAL, wall)
 
 
-def _handle_of(obj: Any) -> int:
-    if type(obj) is not rpc.Remote:
-        raise TypeError(
-            f"a test passes a {type(obj).__name__} to the program, which is not a plain value"
-        )
-    return object.__getattribute__(obj, "_handle")
-
-
-def _test(link: _Link, names: Sequence[str], trusted: str, tests: Sequence[str]) -> None:
+def _test(link: Link, names: Sequence[str], trusted: str, tests: Sequence[str]) -> None:
     """Runs the tests in a namespace with the definitions of the program and the trusted code.
 
     The program can define only the names that are expected from it, and not, for example, that of
     a built-in function. A name that the trusted code defines replaces that of the program.
     """
-    given = link.reply()
-    namespace = {"__name__": "tests", **{name: given[name] for name in names if name in given}}
+    given = link.answer()
+    namespace = link.namespace
+    namespace.update({name: given[name] for name in names if name in given})
     exec(compile(trusted, "<trusted>", "exec"), namespace)
     for number, source in enumerate(tests):
         exec(compile(source, f"<test {number}>", "exec"), namespace)

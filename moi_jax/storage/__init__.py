@@ -1,0 +1,1 @@
+"""Object stores: gs:// and s3://."""
