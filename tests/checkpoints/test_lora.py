@@ -61,10 +61,15 @@ def lora_config(folder: Path, base: Path) -> Path:
     )
 
 
+def train_quickly(config: Path, *overrides: str) -> Path:
+    """Trains without evaluations, and returns the run directory."""
+    return train_here(config, *overrides, make_evaluations=None).directory
+
+
 @pytest.fixture(scope="module")
 def run(place):
     """A run that begins from the base."""
-    return train_here(lora_config(place / "whole", place / "base")).directory
+    return train_quickly(lora_config(place / "whole", place / "base"))
 
 
 def logits(path, **options):
@@ -101,7 +106,7 @@ def test_a_run_that_is_killed_resumes_bit_for_bit_and_may_save_its_base(place, r
     config = lora_config(place / "killed", place / "base")
     # The save of step 8 has waited for that of step 4, from which the run can go on.
     assert train_until(config, 9, signal.SIGKILL) == -signal.SIGKILL
-    again = train_here(config, "checkpoint.save_base=true").directory
+    again = train_quickly(config, "checkpoint.save_base=true")
     same_parameters(parameters(again), parameters(run))
     assert read_items(again).base is None
     assert read_items(run).base is not None
@@ -156,9 +161,9 @@ def test_a_run_goes_on_with_adapters_only_if_the_config_has_them(place, run):
     config = lora_config(place / "further", run)
     assert "has adapters of rank 4" in refusal(config, "lora.rank=8")
     assert "has adapters of rank 4" in refusal(config, "lora.rank=0")
-    further = train_here(config, "train.steps=1", "optimizer.learning_rate=1e-9")
-    assert read_items(further.directory).base == read_items(run).base
-    np.testing.assert_allclose(logits(further.directory), logits(run), atol=1e-4)
+    further = train_quickly(config, "train.steps=1", "optimizer.learning_rate=1e-9")
+    assert read_items(further).base == read_items(run).base
+    np.testing.assert_allclose(logits(further), logits(run), atol=1e-4)
 
 
 def test_another_rank_is_another_run(place, run):
