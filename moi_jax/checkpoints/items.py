@@ -157,7 +157,7 @@ def read_items(path: Path) -> ModelItems:
         if (written := items["model"].pop("format", 1)) not in READABLE:
             raise UserError(
                 f"{step} is of format {written}, this version reads formats "
-                f"{', '.join(map(str, READABLE))}; import the published weights again, or export "
+                f"{READABLE[0]} to {READABLE[-1]}; import the published weights again, or export "
                 f"{step.name} with the version of moi_jax that wrote it and import that"
             )
         if written >= FORMAT and not verified:

@@ -19,7 +19,9 @@ from etils import epath
 
 from moi_jax.checkpoints.damage import reading
 from moi_jax.checkpoints.finite import check_finite_array
+from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
+from moi_jax.models.parameters import map_parameters
 from moi_jax.parallel import hosts
 
 CHUNK_BYTES = 16 << 20
@@ -74,6 +76,11 @@ class Expected:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def expected(config: ModelConfig, dtype: np.dtype) -> Tree:
+    """All parameters of a model where those that are no adapters have `dtype`."""
+    return map_parameters(config, lambda _, p: Expected(p.shape, p.dtype(dtype)))
 
 
 class StreamHandler(ocp.type_handlers.NumpyHandler):

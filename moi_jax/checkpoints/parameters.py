@@ -14,10 +14,10 @@ from moi_jax.checkpoints.checksums import verify_arrays, write_checksums
 from moi_jax.checkpoints.damage import reading
 from moi_jax.checkpoints.items import Base, ModelItems, find_step, read_base
 from moi_jax.checkpoints.parameter_files import (
-    Expected,
     StoredParameters,
     Stream,
     by_this_process,
+    expected,
     save_parameters,
 )
 from moi_jax.common.errors import UserError
@@ -27,7 +27,6 @@ from moi_jax.models.parameters import (
     abstract_parameters,
     adapters_of,
     base_of,
-    map_parameters,
     merge_trees,
     parameter_shardings,
     parameter_specs,
@@ -46,7 +45,7 @@ def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -
     Raises:
       OSError: `path` cannot be written.
     """
-    held = items.held(map_parameters(items.model, lambda _, p: Expected(p.shape, p.dtype(dtype))))
+    held = items.held(expected(items.model, dtype))
     alone = by_this_process()
     handler = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(multiprocessing_options=alone)

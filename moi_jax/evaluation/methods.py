@@ -11,6 +11,7 @@ Json = dict[str, Any]
 # Settings that the sentences below name in words; all others are listed.
 TOLD = {"system_prompt", "samples", "temperature", "top_p", "seed", "max_new_tokens", "context"}
 TOLD |= {"limit", "too_long", "shots"}
+UNITS = {"s": "s", "mib": "MiB"}
 INTERVALS = (
     f"Scores go from 0 to 100. Their 95 % intervals are percentile bootstraps over items "
     f"({RESAMPLES:,} resamples). Where all items are right, or all are wrong, they are those of "
@@ -57,8 +58,8 @@ def describe_task(task: Task, asked: int, items: int, settings: Json, data: Json
     limit = f"at most {settings['max_new_tokens']:,} new tokens"
     context = f"a context of {settings['context']:,}"
     others = ", ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in settings.items()
-        if name not in TOLD and value is not None
+        _setting(name, value) for name, value in settings.items()
+        if name not in TOLD and value not in (None, "", [])
     )  # fmt: skip
     too_long = {"fail": "counts as wrong", "skip": "is left out"}[settings["too_long"]]
     sentences = [
@@ -69,6 +70,15 @@ def describe_task(task: Task, asked: int, items: int, settings: Json, data: Json
         *([f"Further settings: {others}"] if others else []),
     ]
     return " ".join(f"{sentence}." for sentence in sentences)
+
+
+def _setting(name: str, value: Any) -> str:
+    """ "code timeout 3 s" for code_timeout_s: 3.0, for example."""
+    *words, last = name.split("_")
+    if words and last in UNITS:
+        return f"{' '.join(words)} {value:g} {UNITS[last]}"
+    shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return f"{' '.join([*words, last])} {shown}"
 
 
 def _shots(settings: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from moi_jax.accounting.memory import abstract_step, argument_bytes
-from moi_jax.accounting.resolved import on_platform
 from moi_jax.accounting.traffic import step_traffic
 from moi_jax.config.load import make_config
+from moi_jax.models.compute import resolve_dtypes
 from moi_jax.models.presets import preset
 from moi_jax.parallel.axes import MESH_AXES
 
@@ -78,7 +78,7 @@ def mesh(config=CONFIG):
 
 
 def test_collectives_are_those_of_sharded_data_and_tensor_parallelism(compiled):
-    expected = step_traffic(on_platform(make_config(CONFIG), "tpu"), MODEL, mesh())
+    expected = step_traffic(resolve_dtypes(make_config(CONFIG), "tpu"), MODEL, mesh())
     counted = {kind: values["bytes"] for kind, values in compiled["collectives"].items()}
     assert compiled["unknown_loops"] == 0
     assert counted["all-gather"] == pytest.approx(expected["all-gather"], rel=0.2)
@@ -86,7 +86,7 @@ def test_collectives_are_those_of_sharded_data_and_tensor_parallelism(compiled):
 
 
 def test_keys_and_values_are_gathered_over_context(programs):
-    expected = step_traffic(on_platform(make_config(CONTEXT), "tpu"), MODEL, mesh(CONTEXT))
+    expected = step_traffic(resolve_dtypes(make_config(CONTEXT), "tpu"), MODEL, mesh(CONTEXT))
     counted = {kind: values["bytes"] for kind, values in programs[1]["collectives"].items()}
     assert counted["all-gather"] == pytest.approx(expected["all-gather"], rel=0.05)
     assert sum(counted.values()) == pytest.approx(sum(expected.values()), rel=0.1)

@@ -17,7 +17,7 @@ from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.checkpoints.hf.reader import read_published
 from moi_jax.checkpoints.hf.weights import published_shapes
 from moi_jax.checkpoints.items import read_items
-from moi_jax.checkpoints.parameter_files import save_parameters
+from moi_jax.checkpoints.parameter_files import expected, save_parameters
 from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.models.config import ModelConfig, to_hf_config
@@ -124,7 +124,8 @@ def test_saving_holds_one_parameter_at_a_time(tmp_path):
             yield path, value
             del value
 
-    save_parameters(tmp_path / "parameters", config, stream(), np.dtype(np.float32))
+    whole = expected(config, np.dtype(np.float32))
+    save_parameters(tmp_path / "parameters", whole, stream())
     assert len(alive) == len(parameter_specs(config))
 
 
@@ -381,5 +382,5 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(published, tmp_pa
     (tmp_path / "ckpt" / "SHA256SUMS").unlink()  # the first format had none
     with pytest.raises(UserError) as error:
         moi_jax.load(tmp_path / "ckpt")
-    assert "is of format 1, this version reads formats 2 and 3; import" in str(error.value)
+    assert "is of format 1, this version reads formats 2 to 4; import" in str(error.value)
     assert "\n" not in str(error.value)

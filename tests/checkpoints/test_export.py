@@ -183,15 +183,12 @@ def test_a_trained_checkpoint_exports_its_parameters_with_an_account_of_itself(t
 def test_a_trained_checkpoint_stores_large_parameters_by_layer(trained, monkeypatch):
     """So that an export reads one layer at a time."""
     from moi_jax.checkpoints import parameter_files
-    from moi_jax.models.parameters import map_parameters, parameter_specs
+    from moi_jax.models.parameters import parameter_specs
     from moi_jax.models.presets import preset
 
     monkeypatch.setattr(parameter_files, "CHUNK_BYTES", 10_000)
-    cut = parameter_files.save_args(
-        map_parameters(
-            preset("tiny"), lambda _, p: parameter_files.Expected(p.shape, np.dtype(np.float32))
-        )
-    )
+    whole = parameter_files.expected(preset("tiny"), np.dtype(np.float32))
+    cut = parameter_files.save_args(whole)
     assert cut["layers"]["mlp"]["gate"]["kernel"].shard_axes == (0,)
     assert cut["embedding"]["table"].shard_axes == ()
     assert {

@@ -6,12 +6,14 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import moi_jax
+from moi_jax.checkpoints.base import tree_fingerprint
 from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.hf.importer import import_checkpoint
@@ -59,10 +61,15 @@ def lora_config(folder: Path, base: Path) -> Path:
     )
 
 
+def train_quickly(config: Path, *overrides: str) -> Path:
+    """Trains without evaluations, and returns the run directory."""
+    return train_here(config, *overrides, make_evaluations=None).directory
+
+
 @pytest.fixture(scope="module")
 def run(place):
     """A run that begins from the base."""
-    return train_here(lora_config(place / "whole", place / "base")).directory
+    return train_quickly(lora_config(place / "whole", place / "base"))
 
 
 def logits(path, **options):
@@ -99,7 +106,7 @@ def test_a_run_that_is_killed_resumes_bit_for_bit_and_may_save_its_base(place, r
     config = lora_config(place / "killed", place / "base")
     # The save of step 8 has waited for that of step 4, from which the run can go on.
     assert train_until(config, 9, signal.SIGKILL) == -signal.SIGKILL
-    again = train_here(config, "checkpoint.save_base=true").directory
+    again = train_quickly(config, "checkpoint.save_base=true")
     same_parameters(parameters(again), parameters(run))
     assert read_items(again).base is None
     assert read_items(run).base is not None
@@ -134,13 +141,29 @@ def test_a_copy_of_the_base_serves_in_any_dtype_and_another_model_does_not(place
         moi_jax.load(place / "base", base=place / "base")
 
 
+def test_a_fingerprint_is_that_of_the_values_in_any_dtype_and_on_any_mesh():
+    values = {"kernel": jax.random.normal(jax.random.key(0), (8, 5, 3)), "bias": jnp.arange(6.0)}
+    own = tree_fingerprint(values)
+    assert own == tree_fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), values))
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    assert own == tree_fingerprint({**values, "kernel": jax.device_put(values["kernel"], split)})
+    others = (
+        values["kernel"].at[3, 1, 2].multiply(1.01),
+        values["kernel"].at[3, 1, 2].multiply(-1),
+        values["kernel"][::-1],
+        values["kernel"].swapaxes(1, 2).reshape(8, 5, 3),
+    )
+    assert len({own, *(tree_fingerprint({**values, "kernel": k}) for k in others)}) == 5
+
+
 def test_a_run_goes_on_with_adapters_only_if_the_config_has_them(place, run):
     config = lora_config(place / "further", run)
     assert "has adapters of rank 4" in refusal(config, "lora.rank=8")
     assert "has adapters of rank 4" in refusal(config, "lora.rank=0")
-    further = train_here(config, "train.steps=1", "optimizer.learning_rate=1e-9")
-    assert read_items(further.directory).base == read_items(run).base
-    np.testing.assert_allclose(logits(further.directory), logits(run), atol=1e-4)
+    further = train_quickly(config, "train.steps=1", "optimizer.learning_rate=1e-9")
+    assert read_items(further).base == read_items(run).base
+    np.testing.assert_allclose(logits(further), logits(run), atol=1e-4)
 
 
 def test_another_rank_is_another_run(place, run):

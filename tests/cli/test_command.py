@@ -49,6 +49,15 @@ def outcome(work, *options, environment=None, **streams):
     return done.returncode, done.stdout, done.stderr
 
 
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "pydantic.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = subprocess.run(
+        [sys.executable, "-m", "moi_jax.evaluate", "--help"], cwd=ROOT, text=True, check=False,
+        capture_output=True, env={**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 @pytest.mark.parametrize("environment", ASCII)
 def test_every_character_is_shown_where_the_output_is_ascii(environment):
     work = (

@@ -15,7 +15,7 @@ from moi_jax import config
 from moi_jax.checkpoints.items import parameters_fingerprint
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.benchmarks import run_benchmarks
-from moi_jax.evaluation.methods import describe_sampling
+from moi_jax.evaluation.methods import describe_sampling, describe_task
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Response, Score, Task, evenly_spaced
 from moi_jax.evaluation.provenance import Session
@@ -471,8 +471,8 @@ def test_provenance_says_what_made_a_score(chat, options):
     folder = options.data / "echo"
     (folder / "dev").mkdir(parents=True)
     (folder / "echo.jsonl").write_text("one\n")
-    (folder / "dev" / "b.csv").write_text("b\n")
-    (folder / "dev" / "a.csv").write_text("a\n")
+    for name in "gcfbhdae":
+        (folder / "dev" / f"{name}.csv").write_text(name)
     listed = subprocess.run(
         "find dev -type f | LC_ALL=C sort | xargs sha256sum | sha256sum",
         shell=True, cwd=folder, capture_output=True, text=True, check=True,
@@ -482,7 +482,7 @@ def test_provenance_says_what_made_a_score(chat, options):
     results = run_benchmarks([(task, task.load())], chat, MADE_BY, options, session)
     made = results["tasks"]["echo"]["run"]
     assert made["data"] == {
-        "dev/ (2 files)": listed.stdout.split()[0],
+        "dev/ (8 files)": listed.stdout.split()[0],
         "echo.jsonl": hashlib.sha256(b"one\n").hexdigest(),
     }
     records = lines(options.out / "answers" / "echo.jsonl")[1:]
@@ -492,7 +492,7 @@ def test_provenance_says_what_made_a_score(chat, options):
     assert datetime.fromisoformat(made["date"]).tzinfo
     assert made["device"] == "1 x cpu (cpu)"
     told = results["tasks"]["echo"]["protocol"]
-    assert told.startswith("echo: 3 items (sha256 of the files: dev/ (2 files)")
+    assert told.startswith("echo: 3 items (sha256 of the files: dev/ (8 files)")
     assert "One greedy answer to each, at most 8 new tokens in a context of 128 tokens" in told
 
 
@@ -511,6 +511,22 @@ def test_provenance_says_what_made_a_score(chat, options):
 def test_sampling_is_told_in_words(options, settings, told):
     own = {"samples": 1, "temperature": None, "top_p": 1.0, "seed": 0, **settings}
     assert describe_sampling(Echo(options), own) == told
+
+
+def test_other_settings_are_told_in_words(options):
+    own = {
+        **{"samples": 1, "temperature": None, "top_p": 1.0, "seed": 0, "max_new_tokens": 8},
+        **{"context": 1_024, "limit": None, "too_long": "skip", "shots": 4},
+        **{"code_timeout_s": 3.0, "code_memory_mib": 512, "code_packages": [], "judge": None},
+        **{"method": "generate", "files": ["a.json", "b.json"]},
+    }
+    told = describe_task(Echo(options), 3, 3, own, {"echo.jsonl": "0123456789abcdef0123"})
+    assert told == (
+        "echo: 3 items (sha256 of the files: echo.jsonl 0123456789abcdef). One greedy answer to "
+        "each, at most 8 new tokens in a context of 1,024 tokens, 4 worked examples. An item that "
+        "does not fit the context is left out. Further settings: code timeout 3 s, code memory "
+        "512 MiB, method generate, files a.json, b.json."
+    )
 
 
 def test_a_protocol_that_samples_says_so(options, monkeypatch):

@@ -104,6 +104,9 @@ def test_held_out_crosses_the_prompts_with_a_benchmark_too(place, monkeypatch, c
         "none": None,
     }
     assert "as_maths" in (out / "prompts" / "report.html").read_text()
+    assert 'href="../prompt_items/gsm8k.html"' in (out / "prompts" / "report.html").read_text()
+    items = (out / "prompt_items" / "gsm8k.html").read_text()
+    assert 'href="../prompts/report.html#gsm8k"' in items
 
 
 def test_a_task_keeps_its_own_files_under_each_crossed_prompt(place, monkeypatch, tmp_path):

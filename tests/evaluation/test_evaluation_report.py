@@ -344,7 +344,7 @@ def programs(tmp_path: Path) -> Path:
     samples = [
         code_sample(0, None),
         code_sample(1, "wrong", error="AssertionError in: assert f(3) == 1"),
-        code_sample(2, "wrong", why="f(4) is False, not True"),
+        code_sample(2, "wrong", error="f(4) is False, not True"),
         code_sample(3, "error", error="NameError: name 'g' is not defined"),
     ]
     outcomes = {"wrong": 2, "right": 1, "error": 1}

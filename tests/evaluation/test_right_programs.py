@@ -5,6 +5,7 @@ The oracle is one plain interpreter: it runs a program and its tests in one name
 
 from collections.abc import Iterator
 from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,39 @@ RIGHT = {
         "assert counter.most_common(1) == [('a', 2)] and counter['z'] == default['z'] == 0\n"
         "assert default == {'a': 1, 'z': 0} and ordered == {'b': 3}",
     ),
+    "collections of one's own kind": (
+        "from collections import Counter, OrderedDict, defaultdict\n"
+        "class Letters(Counter): pass\nclass Recent(OrderedDict): pass\n"
+        "def f(text): return Letters(text), defaultdict(lambda: [9], a=text)\n"
+        "def g():\n    recent = Recent(a=1, b=2)\n    recent.move_to_end('a')\n"
+        "    return recent, {'nested': [OrderedDict(c=Counter('dd'))]}",
+        "from collections import Counter, OrderedDict\nletters, default = f('aab')\n"
+        "assert letters - Counter('a') == {'a': 1, 'b': 1} and letters['z'] == 0\n"
+        "assert default == {'a': 'aab'} and default['z'] == [9]\nrecent, nested = g()\n"
+        "assert recent == OrderedDict(b=2, a=1) and recent != OrderedDict(a=1, b=2)\n"
+        "assert nested == {'nested': [{'c': {'d': 2}}]}",
+    ),
+    "a named tuple with names that are replaced": (
+        "from collections import namedtuple\nPair = namedtuple('Pair', 'class x', rename=True)\n"
+        "def f(): return Pair(1, 2)\ndef g(pair): return pair._0 + pair.x",
+        "assert f() == (1, 2) and f()._0 == 1 and f().x == 2 and g(f()) == 3",
+    ),
+    "views of a dict as arguments": (
+        "def f(d): return d.items()\ndef g(*views): return [sorted(view) for view in views]",
+        "d = {2: 5, 1: 6}\nassert g(d.keys(), d.values(), d.items(), f(d)) == "
+        "[[1, 2], [5, 6], [(1, 6), (2, 5)], [(1, 6), (2, 5)]]",
+    ),
+    "arguments that are changed before an exception": (
+        "def f(items, seen):\n    items.append(seen)\n    seen.add(1)\n    raise ValueError('bad')",
+        "items, seen = [], set()\ntry:\n    f(items, seen)\n    assert False\n"
+        "except ValueError:\n    pass\nassert items == [{1}] and items[0] is seen",
+    ),
+    "arguments that become too deep to be sent before an exception": (
+        "def f(items):\n    for _ in range(10_000): items[:] = [items[:]]\n"
+        "    raise ValueError('bad')",
+        "try:\n    f([])\n    assert False\nexcept ValueError as error:\n"
+        "    assert str(error) == 'bad'",
+    ),
     "arguments that are changed": (
         "def f(items): items.sort(); items.append([9])\n"
         "def g(rows, named=None):\n    rows[0][0] = 5\n    rows.reverse()\n"
@@ -101,7 +135,8 @@ RIGHT = {
         "class Mine(ValueError): pass\ndef f(x): raise Mine('bad')\ndef g(x): return {}[x]",
         "try:\n    f(1)\n    assert False\nexcept ValueError as error:\n"
         "    assert str(error) == 'bad'\ntry:\n    g(1)\n    assert False\n"
-        "except LookupError:\n    pass",
+        "except LookupError:\n    pass\ntry:\n    g('key')\n    assert False\n"
+        "except KeyError as error:\n    assert str(error) == \"'key'\"",
     ),
     "numbers of one's own": (
         "class Angle:\n    def __float__(self): return 0.5\n    def __int__(self): return 7\n"
@@ -134,6 +169,19 @@ def test_right_programs_are_judged_right(name: str, backend: Backend):
     assert execute(backend, LIMITS, Program(code, NAMES, (tests,), trusted)) == Verdict(None)
 
 
+# A number of another value at each use could be the root of any polynomial, as in HumanEval 32.
+CHANGING = """
+def f(): return Changing()
+class Changing:
+    last = 0
+    def __index__(self):
+        self.last += 1
+        return self.last
+    __int__ = __index__
+    def __float__(self): return float(self.__index__())
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "test", "failure"),
     [
@@ -145,6 +193,9 @@ def test_right_programs_are_judged_right(name: str, backend: Backend):
         ("def f(work): return work(1)", "f(lambda x: x + 1) == 3", "wrong"),
         ("def f(work): return work(1)", "f(object())", "error"),
         ("def f(x): raise StopIteration", "all(map(int.__eq__, map(f, [1]), [2]))", "error"),
+        (CHANGING, "float(x := f()) != float(x)", "wrong"),
+        (CHANGING, "int(x := f()) != int(x)", "wrong"),
+        (CHANGING, "hex(x := f()) != hex(x)", "wrong"),
         ("def f(items): items.append(1)", "f(items := []) or items == []", "wrong"),
     ],
 )
@@ -190,3 +241,34 @@ def test_packages_bring_what_they_require_and_are_told_with_their_version(numpy_
     assert set(numpy_only.files) < set(jax.files)
     with pytest.raises(UserError, match="--code-packages names no_such_one, which is not"):
         find_packages(["no_such_one"])
+
+
+def test_files_outside_the_installation_are_not_made_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    _install(tmp_path, "manual", "manual/__init__.py,,\n/usr/share/man/man1/manual.1,,\n../up,,\n")
+    (tmp_path / "manual").mkdir()
+    visible = {str(tmp_path / name) for name in ("manual", "manual-1.0.dist-info")}
+    assert set(find_packages(["manual"]).files) == visible
+
+
+@pytest.mark.parametrize("record", [None, "", "__editable__.bare-1.0.pth,,\n__editable___f.py,,\n"])
+def test_a_package_whose_files_are_not_listed_is_refused(
+    record: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    _install(tmp_path, "bare", record)
+    for name in ("__editable__.bare-1.0.pth", "__editable___f.py"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"--code-packages names bare, but .* no file that can be"):
+        find_packages(["bare"])
+
+
+def _install(site: Path, name: str, record: str | None) -> None:
+    """Writes the metadata of a distribution that lists these files, none if None."""
+    metadata = site / f"{name}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    if record is not None:
+        (metadata / "RECORD").write_text(f"{record}{metadata.name}/METADATA,,\n")

@@ -1,6 +1,7 @@
 """The sandbox: what programs may take, what they see, and who says that they passed."""
 
 import ctypes
+import importlib
 import os
 import socket
 import subprocess
@@ -16,9 +17,11 @@ from pathlib import Path
 import pytest
 
 from moi_jax.common.errors import UserError
+from moi_jax.evaluation.sandbox import backends
 from moi_jax.evaluation.sandbox import sandbox as sandbox_module
 from moi_jax.evaluation.sandbox.backends import Backend, Limits, candidates, command
 from moi_jax.evaluation.sandbox.execution import Program, Verdict, execute
+from moi_jax.evaluation.sandbox.inside import rpc
 from moi_jax.evaluation.sandbox.packages import Packages
 from moi_jax.evaluation.sandbox.probe import unenforced
 from moi_jax.evaluation.sandbox.sandbox import Sandbox, strict_backend
@@ -122,6 +125,56 @@ def test_the_attributes_of_a_fraction_cannot_be_forged(run: Execute):
     verdict = run(program(VERDICT_ATTACKS["fraction_that_is_none"], "assert not f(12345) > 1"))
     assert verdict.failure == "error"
     assert verdict.error.startswith("UnpicklingError: a fraction has no state")
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(rpc.CONSTRUCTORS))
+def test_no_attribute_of_a_type_that_a_reply_names_can_be_set(module: str, name: str):
+    kind = getattr(importlib.import_module(module), name)
+    with pytest.raises(TypeError, match="cannot set '__eq__' attribute of immutable type"):
+        kind.__eq__ = kind.__eq__
+
+
+def test_the_end_of_a_program_is_no_exception_that_a_test_expects(run: Execute):
+    test = "try:\n    f(-1)\nexcept Exception:\n    pass"
+    verdict = run(program("import os\ndef f(x):\n    os._exit(7)", test))
+    assert verdict == Verdict("killed", "the program ended with status 7 before its tests")
+
+
+def test_a_forged_error_is_short_and_printable(run: Execute):
+    forged = """
+from moi_jax.evaluation.sandbox.inside import rpc
+send = rpc.send
+def f(x):
+    said = "error", "\\ud800\\n\\x1b" * 9999, {}, ["ValueError"]
+    rpc.send = lambda fd, frame: send(fd, rpc.pack(said, id))
+"""
+    assert run(program(forged, "f(2)")) == Verdict("error", ("???" * 500)[:500])
+
+
+def test_signals_do_not_disturb_the_verdict():
+    """The program can send them. One that arrives while the verdict is written waits."""
+    script = """
+import os, signal
+from moi_jax.evaluation.sandbox.inside import runner
+def interrupt():
+    os.kill(os.getpid(), signal.SIGALRM)
+    os.kill(os.getpid(), signal.SIGINT)
+runner.confine.end_children = interrupt
+runner._end_after(600.0)
+runner._end_with({"failure": "wrong"})
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == (b'{"failure": "wrong"}', b"")
+
+
+@pytest.mark.parametrize("said", ["{", "{}{}", "no verdict"])
+def test_half_a_verdict_is_that_of_a_killed_runner(said: str, monkeypatch: pytest.MonkeyPatch):
+    script = f"print('ready'); print({said!r}, end='')"
+    monkeypatch.setattr(backends, "command", lambda *args: [sys.executable, "-c", script])
+    verdict = execute("weak", LIMITS, program("pass", "pass"))
+    assert verdict == Verdict(
+        "killed", "the runner of the tests was killed while it wrote its verdict"
+    )
 
 
 def test_what_is_caught_here_passes_in_one_interpreter():

@@ -21,6 +21,7 @@ from moi_jax.models.parameters import (
     abstract_parameters,
     adapters_of,
     base_of,
+    merge_trees,
     parameter_specs,
     random_parameters,
 )
@@ -108,13 +109,8 @@ def test_logits_and_gradients_are_those_of_the_sum_of_both_matrices():
     scale = 6.0 / 4
 
     def own_loss(adapters):
-        model = make_model(ADAPTED)(adapters, base_of(ADAPTED, parameters))
-        hidden, _ = model.hidden_states(
-            batch.tokens, batch.positions, batch.segment_ids, extend_context=False
-        )
-        log_probabilities = jax.nn.log_softmax(model.logits(hidden), axis=-1)
-        nll = -jnp.take_along_axis(log_probabilities, batch.targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(batch.loss_weights * nll) / jnp.sum(batch.loss_weights)
+        whole = merge_trees(adapters, base_of(ADAPTED, parameters))
+        return plain_loss(whole, batch, ADAPTED)[0]
 
     def oracle(adapters):
         whole = jax.tree.map(lambda x: x, parameters)

@@ -90,8 +90,9 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# What two runs differ in: names of their files, and time.
+# What two runs differ in: names of their files, time, and the last bits of what was trained.
 DIFFERENT = {"parameters", "untrained", "tokens_per_second", "loss_tokens_per_second"}
+DIFFERENT |= {"command", "date", "seconds", "values"}
 
 
 def same(left, right) -> None:

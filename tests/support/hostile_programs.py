@@ -445,6 +445,42 @@ def f(x):
         return x * x
     rpc.send = lambda fd, frame: send(fd, forged)
 """,
+    "sets_the_comparison_of_a_named_type": """
+from moi_jax.evaluation.sandbox.inside import rpc
+send = rpc.send
+named = b"ccollections\\nCounter\\n"
+state = b"N}X\\x06\\x00\\x00\\x00__eq__cbuiltins\\nstr\\ns\\x86"  # (None, {"__eq__": str})
+def f(x):
+    if x > 9:
+        return x * x
+    def forged(fd, frame):
+        rpc.send = send
+        send(fd, b"\\x80\\x04N" + named + state + b"b)R\\x86.")  # (None, Counter())
+    rpc.send = forged
+""",
+    "sets_functions_of_its_own_in_a_named_type": """
+import sys
+from moi_jax.evaluation.sandbox.inside import rpc
+send = rpc.send
+def true(*args):
+    return True
+def zero(*args):
+    return 0
+def f(x):
+    here = sys._getframe()
+    while "handle_of" not in here.f_locals:
+        here = here.f_back
+    state = b""
+    for name, work in (("__eq__", true), ("__lt__", true), ("__sub__", zero)):
+        handle = here.f_locals["handle_of"](work)
+        state += b"X" + len(name).to_bytes(4, "little") + name.encode()
+        state += b"J" + handle.to_bytes(4, "little") + b"Q"
+    def forged(fd, frame):
+        rpc.send = send
+        forged = b"ccollections\\nCounter\\nN}(" + state + b"u\\x86b)R"
+        send(fd, b"\\x80\\x04N" + forged + b"\\x86.")
+    rpc.send = forged
+""",
     "calls_functions_of_the_runner": """
 from moi_jax.evaluation.sandbox.inside import rpc
 send = rpc.send

@@ -51,9 +51,9 @@ def random_batch(seed: int) -> Batch:
     )
 
 
-def plain_loss(parameters, batch):
+def plain_loss(parameters, batch, config=MODEL):
     """Computes the loss of the whole batch at once: whole logits, no remat, no mesh."""
-    model = make_model(MODEL)(parameters)
+    model = make_model(config)(parameters)
     hidden = model.hidden_states(
         batch.tokens, batch.positions, batch.segment_ids, extend_context=False
     )

@@ -12,7 +12,7 @@ Json = dict[str, Any]
 
 LONGEST_LINE = 100  # characters of a value that stands on one line
 # What a scored program has in a sample's details.
-PROGRAM = {"code", "failure", "error", "why"}
+PROGRAM = {"code", "failure", "error"}
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,7 @@ def answer(sample: Json) -> Answer:
     details = dict(sample["details"])
     runs = details.pop("samples", [details] if "code" in details else [])
     programs = [
-        ScoredProgram(
-            run["failure"] or "passed", run.get("why") or run.get("error") or "", run["code"]
-        )
-        for run in runs
+        ScoredProgram(run["failure"] or "passed", run["error"], run["code"]) for run in runs
     ]
     rest = {key: value for key, value in details.items() if not (programs and key in PROGRAM)}
     likelihoods = sample.get("log_likelihoods")

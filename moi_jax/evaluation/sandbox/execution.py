@@ -94,7 +94,10 @@ def execute(
         raise _no_start(backend, reason or "killed")
     if not line:
         return Verdict("killed", f"the runner of the tests was killed: {reason}".rstrip(": "))
-    return _verdict(json.loads(line), nonce)
+    try:
+        return _verdict(json.loads(line), nonce)
+    except ValueError:
+        return Verdict("killed", "the runner of the tests was killed while it wrote its verdict")
 
 
 def _start(backend: Backend, packages: Packages, scratch: str) -> subprocess.Popen[bytes]:

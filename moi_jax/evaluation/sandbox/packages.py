@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.machinery import all_suffixes
 from importlib.metadata import (
     Distribution,
     PackageNotFoundError,
@@ -40,7 +41,7 @@ def find_packages(names: Iterable[str]) -> Packages:
     """Finds the packages, by the name of the distribution or of the module.
 
     Raises:
-      UserError: a package is not installed.
+      UserError: a package is not installed, or its installation does not list its files.
     """
     asked = [_distribution(name) for name in dict.fromkeys(names)]
     found: dict[str, Distribution] = {}
@@ -65,18 +66,33 @@ def find_packages(names: Iterable[str]) -> Packages:
 
 def _distribution(name: str) -> Distribution:
     try:
-        return distribution(name)
+        dist = distribution(name)
     except PackageNotFoundError:
         owners = packages_distributions().get(name)
-    if not owners:
+        if not owners:
+            raise UserError(
+                f"--code-packages names {name}, which is not installed here; install it or leave "
+                "it out"
+            ) from None
+        dist = distribution(owners[0])
+    if not any(map(_is_importable, map(Path, _files(dist)))):
         raise UserError(
-            f"--code-packages names {name}, which is not installed here; install it or leave it out"
+            f"--code-packages names {name}, but its installation lists no file that can be "
+            "imported (is it an editable one?); install it as a wheel or leave it out"
         )
-    return distribution(owners[0])
+    return dist
+
+
+def _is_importable(path: Path) -> bool:
+    """Whether it is a module or the directory of a package."""
+    if path.name.startswith("__editable__"):  # it only leads to the modules
+        return False
+    return path.name.isidentifier() if path.is_dir() else path.name.endswith(tuple(all_suffixes()))
 
 
 def _files(dist: Distribution) -> set[str]:
     """The top-level files and directories of a distribution within its directory."""
-    tops = {file.parts[0] for file in dist.files or [] if ".." not in file.parts}
+    within = [f for f in dist.files or [] if not f.is_absolute() and ".." not in f.parts]
+    tops = {file.parts[0] for file in within}
     paths = {Path(str(dist.locate_file(top))) for top in tops - {"__pycache__"}}
     return {str(path) for path in paths if path.exists()}

@@ -10,8 +10,9 @@ from typing import Any
 
 from moi_jax.evaluation.sandbox.inside import rpc
 from moi_jax.evaluation.sandbox.inside.arguments import MUTABLE, apply, containers
+from moi_jax.evaluation.sandbox.inside.program import printable
 from moi_jax.evaluation.sandbox.inside.remote import Remote
-from moi_jax.evaluation.sandbox.inside.values import form_of
+from moi_jax.evaluation.sandbox.inside.values import VIEWS, form_of
 
 # The exceptions of a program that its tests can catch, also by their bases. StopIteration is none:
 # it would silently end a loop over map(f, ...) in the tests.
@@ -21,6 +22,8 @@ CATCHABLE = (
     "OSError", "OverflowError", "RecursionError", "RuntimeError", "TypeError", "ValueError",
     "ZeroDivisionError",
 )  # fmt: skip
+
+_BY_FORM = (tuple, *VIEWS.values())
 
 
 class ProgramError(Exception):
@@ -34,6 +37,9 @@ class ProgramError(Exception):
     def __init__(self, kind: str, described: str):
         super().__init__(described.partition(": ")[2])
         self.kind, self.described = kind, described
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would quote it once more
 
 
 @lru_cache
@@ -77,11 +83,12 @@ class Link:
             kind, value, *more = rpc.unpack(frame, lambda handle: self._object(handle, arguments))
             if kind == "call back":
                 self._call_back(value, *more)
-            elif kind is None:
-                apply(more[0] if more else {}, arguments)
+                continue
+            changes, *names = more or [{}]
+            apply(changes, arguments)
+            if kind is None:
                 return value
-            else:
-                raise _program_error(kind, value, *more)
+            raise _program_error(kind, value, *names)
 
     def _send(self, *request: Any) -> None:
         file = io.BytesIO()
@@ -102,8 +109,6 @@ class Link:
     def _call_back(self, number: int, args: Any, kwargs: Any) -> None:
         try:
             result = self._functions[number](*args, **kwargs)
-        except rpc.Closed:
-            raise
         except Exception as error:
             name = _first_catchable([kind.__name__ for kind in type(error).__mro__])
             kind = StopIteration if isinstance(error, StopIteration) else getattr(builtins, name)
@@ -117,7 +122,7 @@ def _program_error(kind: Any, described: Any, names: Any = ()) -> ProgramError:
     kind = "syntax error" if kind == "syntax error" else "error"
     if type(described) is not str:
         described = "no reason given"
-    return _raised(_first_catchable(names))(kind, described)
+    return _raised(_first_catchable(names))(kind, printable(described))
 
 
 def _first_catchable(names: Any) -> str:
@@ -143,8 +148,8 @@ class _Packer(pickle.Pickler):
         if kind is types.GeneratorType:
             self._functions.append(obj.__next__)
             return "generator", len(self._functions) - 1
-        # A named tuple that the program returned: its type cannot be imported there.
-        if isinstance(obj, tuple) and kind is not tuple and (form := form_of(obj)):
+        # A view, or a named tuple that the program returned: its type cannot be imported there.
+        if isinstance(obj, _BY_FORM) and kind is not tuple and (form := form_of(obj)):
             return "value", form
         return None
 

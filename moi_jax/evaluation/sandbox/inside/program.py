@@ -80,9 +80,7 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
             said = None, work(), watched.changes()
             frame = rpc.pack(said, handle_of, watched.places)
         except BaseException as error:
-            kind = "syntax error" if isinstance(error, _NoProgram) else "error"
-            kinds = [base.__name__ for base in type(error).__mro__]
-            frame = rpc.pack((kind, describe(error), kinds), handle_of)
+            frame = _failure(error, watched, handle_of)
         rpc.send(replies, frame)
 
     def start() -> dict[str, Any]:
@@ -116,6 +114,17 @@ def serve(requests: int, replies: int, trusted: str, code: str, names: Sequence[
 
     reply(start, Watched(None))
     answer_until_returned()
+
+
+def _failure(error: BaseException, watched: Watched, handle_of: Callable[[Any], int]) -> bytes:
+    """The reply to a request that raised an exception."""
+    kind = "syntax error" if isinstance(error, _NoProgram) else "error"
+    kinds = [base.__name__ for base in type(error).__mro__]
+    said = describe(error)
+    try:
+        return rpc.pack((kind, said, watched.changes(), kinds), handle_of, watched.places)
+    except BaseException:  # the changes may be what cannot be sent
+        return rpc.pack((kind, said, {}, kinds), handle_of)
 
 
 class _Unpacker(pickle.Unpickler):
@@ -159,6 +168,11 @@ def describe(error: BaseException) -> str:
         return str(error)
     said = str(error).strip().split("\n")[-1]
     text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """A text on one line, not longer than LONGEST_ERROR."""
     return "".join(c if c.isprintable() else "?" for c in text[:LONGEST_ERROR])
 
 

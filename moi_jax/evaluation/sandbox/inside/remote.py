@@ -13,6 +13,18 @@ def _asks(operation: str) -> Callable[..., Any]:
     return method
 
 
+def _asks_once(operation: str) -> Callable[..., Any]:
+    """As `_asks`, but the first answer holds. A number that changed from one use to the next could
+    fulfil any equation."""
+
+    def method(self: "Remote") -> Any:
+        if operation not in self._numbers:
+            self._numbers[operation] = self._ask(operation, self)
+        return self._numbers[operation]
+
+    return method
+
+
 def _compares(operation: str) -> Callable[..., Any]:
     def method(self: "Remote", other: Any) -> Any:
         return self._ask(operation, self, other) if type(other) is Remote else NotImplemented
@@ -28,11 +40,12 @@ class Remote:
     the program are compared by the program: it could as well return equal values.
     """
 
-    __slots__ = ("_ask", "_handle")
+    __slots__ = ("_ask", "_handle", "_numbers")
 
     def __init__(self, ask: Callable[..., Any], handle: int):
         object.__setattr__(self, "_ask", ask)
         object.__setattr__(self, "_handle", handle)
+        object.__setattr__(self, "_numbers", {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._ask("call", self, args, kwargs)
@@ -65,9 +78,9 @@ class Remote:
     __setitem__ = _asks("setitem")
     __delitem__ = _asks("delitem")
     __bool__ = _asks("bool")
-    __int__ = _asks("int")
-    __float__ = _asks("float")
-    __index__ = _asks("index")
+    __int__ = _asks_once("int")
+    __float__ = _asks_once("float")
+    __index__ = _asks_once("index")
     __str__ = _asks("str")
     __repr__ = _asks("repr")
     __hash__ = _asks("hash")

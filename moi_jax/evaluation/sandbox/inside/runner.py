@@ -35,6 +35,8 @@ def main(backend: str) -> None:
 
 def _end_with(verdict: dict[str, str]) -> NoReturn:
     """Reports the verdict. Ends the program, what it has started, and this process."""
+    # The program can send these signals. Their handlers would report a second verdict, or none.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGINT])
     os.write(1, json.dumps(verdict).encode())
     confine.end_children()
     os._exit(0)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_VIEWS: dict[str, Any] = {
+VIEWS: dict[str, Any] = {
     "keys": type({}.keys()),
     "values": type({}.values()),
     "items": type({}.items()),
@@ -30,9 +30,15 @@ def form_of(obj: Any) -> tuple[Any, ...] | None:
     kind = type(obj)
     if isinstance(obj, fractions.Fraction):
         return "fraction", obj.numerator, obj.denominator
+    if isinstance(obj, collections.Counter):
+        return "counter", dict(obj)
+    if isinstance(obj, collections.OrderedDict):
+        return "ordered", dict(obj)
+    if isinstance(obj, collections.defaultdict):
+        return "default", obj.default_factory, dict(obj)
     if isinstance(obj, tuple) and kind is not tuple and hasattr(kind, "_fields"):
         return "record", kind.__name__, tuple(kind._fields), tuple(obj)
-    for name, view in _VIEWS.items():
+    for name, view in VIEWS.items():
         if isinstance(obj, view):
             return "view", name, list(obj)
     for wrapper, base in _WRAPPERS.items():
@@ -70,6 +76,14 @@ def build(form: str, *parts: Any) -> Any:
     match form, *parts:
         case "fraction", int(numerator), int(denominator):
             return Fraction(numerator, denominator)
+        # A forged pickle can set attributes of the next two. They hide methods, but a comparison
+        # does not look them up.
+        case "counter", dict(counts):
+            return collections.Counter(counts)
+        case "ordered", dict(items):
+            return collections.OrderedDict(items)
+        case "default", factory, dict(items):
+            return collections.defaultdict(factory, items)
         case "record", str(name), tuple(fields), tuple(values):
             return _record(name, fields)(*values)
         case "view", "keys", list(keys):
@@ -89,5 +103,9 @@ def build(form: str, *parts: Any) -> Any:
 
 @functools.lru_cache
 def _record(name: str, fields: tuple[str, ...]) -> Any:
-    """A type of named tuples. namedtuple() itself refuses names that are no identifiers."""
-    return collections.namedtuple(name, fields)
+    """A type of named tuples, whose fields cannot hide a method.
+
+    namedtuple() gives a field with an underscore in front the name of its place, such as "_0". The
+    program has such fields only if it asked for these names.
+    """
+    return collections.namedtuple(name, fields, rename=True)
