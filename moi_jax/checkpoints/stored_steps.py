@@ -12,6 +12,7 @@ from moi_jax.storage.folders import (
     delete_folder,
     fetch_folder,
     folders_among,
+    is_sound,
     send_folder,
 )
 from moi_jax.storage.store import Store
@@ -111,7 +112,9 @@ class StoredSteps:
     def _send_step(self, step: Path, sent: dict[str, bytes]) -> None:
         try:
             sums = (step / SUMS).read_bytes()
-            if sent.get(step.name) != sums:
+            if sent.get(step.name) and sent[step.name] != sums and not is_sound(step):
+                log.warning(f"checkpoint {step.name} is damaged here, and is not sent")
+            elif sent.get(step.name) != sums:
                 sent[step.name] = b""
                 send_folder(self._store, step.name, step)
                 sent[step.name] = sums

@@ -41,6 +41,14 @@ def send_folder(store: Store, name: str, folder: Path) -> None:
     store.write(f"{name}/{SUMS}", sums)
 
 
+def is_sound(folder: Path) -> bool:
+    """Whether all files of a local folder are as its checksums say."""
+    try:
+        return not _differing(folder, read_sums(folder))
+    except (OSError, ValueError):  # a file is missing, or this is no list of checksums
+        return False
+
+
 def delete_folder(store: Store, name: str) -> None:
     """Deletes a folder; it is no whole folder from the first moment on."""
     store.delete(f"{name}/{SUMS}")

@@ -165,6 +165,19 @@ def test_a_damaged_step_is_fetched_again(steps, run, s3, log_text):
     assert names() == objects(2)
 
 
+@pytest.mark.parametrize("sums", ["no checksums", f"{'0' * 64}  parameters/data\n"])
+def test_a_damaged_step_does_not_replace_the_one_there(steps, run, sums, log_text):
+    place, names = run
+    StoredSteps(place, 60).send(all_steps(steps(2, 4)))
+    folder = steps(2, 4)
+    (folder / "2" / SUMS).write_text(sums)
+    stored = StoredSteps(place, 60)
+    stored.send(all_steps(folder))
+    assert "checkpoint 2 is damaged here, and is not sent" in log_text.getvalue()
+    assert names() == objects(2, 4)
+    assert stored.fetch_again(folder / "2")
+
+
 def test_a_damaged_step_is_set_aside_only_if_no_sound_one_is_fetched(
     steps, run, monkeypatch, log_text
 ):
