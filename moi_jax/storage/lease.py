@@ -45,7 +45,7 @@ class Lease:
         """
         self._store, self._stale_seconds = store, stale_seconds
         self.owner, self._host, self._beats = owner, platform.node(), 0
-        self.continued = False
+        self.continued, self._before = False, ""
         self._version = self._take()
         self._renewed = monotonic()
         self._failure: Exception | None = None
@@ -70,14 +70,16 @@ class Lease:
             if monotonic() - self._renewed > self._stale_seconds / 2:
                 self._renew()
 
-    def release(self, tell: bool = True) -> None:
+    def release(self, tell: bool = True, written: bool = True) -> None:
         """Lets others write. A lease that was lost stays with its new holder.
 
         Args:
           tell: write it to the store. Without this, the lease becomes stale by itself.
+          written: if not, the holder before this one stays the one who has written last.
         """
         self._released.set()
         self._thread.join()
+        self.owner = self.owner if written else self._before
         if tell and not self._failure:
             with suppress(UserError):  # it becomes stale by itself
                 self._write(self._version, released=True)
@@ -92,7 +94,8 @@ class Lease:
             stale = monotonic() - since > self._stale_seconds
             if not found or found.get("released") or mine or stale:
                 if taken := self._write(version):
-                    self.continued = found.get("owner") == self.owner
+                    self._before = found.get("owner", "")
+                    self.continued = self._before == self.owner
                     return taken
             elif not told:
                 told = True

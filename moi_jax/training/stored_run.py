@@ -139,14 +139,15 @@ def stored_run(
     store = Store(place, patience)
     _check_place(store, fresh)
     log.info(f"{store.url}: the run works in its local copy {directory}")
-    lease, reachable = Lease(store, _owner(directory), STALE_SECONDS), True
+    lease = Lease(store, _owner(directory), STALE_SECONDS)
+    reachable, written = True, False
     try:
         store = Store(place, patience, lease.hold)
         steps = StoredSteps(place, patience, lease.hold)
         if not lease.continued or steps.are_newer(directory / STEPS):
             _fetch(store, steps, directory, strict_resume)
             (directory / OWNER).write_text(lease.owner)
-        run = StoredRun(store, steps, lease, directory)
+        run, written = StoredRun(store, steps, lease, directory), True
         try:
             yield run
         except BaseException:
@@ -161,7 +162,7 @@ def stored_run(
         reachable = False
         raise
     finally:
-        lease.release(tell=reachable)
+        lease.release(reachable, written)
 
 
 def _check_place(store: Store, fresh: bool) -> None:
@@ -185,13 +186,13 @@ def _owner(directory: Path) -> str:
 
 def _fetch(store: Store, steps: StoredSteps, directory: Path, strict: bool) -> None:
     """Makes the local copy anew from the store; the old one goes when the new one is whole."""
+    (directory / OWNER).unlink(missing_ok=True)  # it is not the newest, also if this fails
     new = directory.with_name(f".{directory.name}.fetched")
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     try:
         (new / STEPS).mkdir(parents=True)
         steps.fetch(new / STEPS, strict)
         store.fetch((name, new / name) for name in store.names() if _is_sent(Path(name)))
-        (directory / OWNER).unlink(missing_ok=True)
         if steps.lack_any(directory / STEPS):
             log.warning(
                 f"{directory} has checkpoints that {store.url} has not; it is moved to "

@@ -32,6 +32,17 @@ def test_who_writes_next_knows_whether_somebody_else_has_written(store):
         lease.release()
 
 
+def test_who_has_only_held_it_has_not_written(store):
+    for owner, written, continued in (
+        ("mine", True, False),
+        ("other", False, False),
+        ("mine", True, True),
+    ):
+        lease = Lease(store, owner, STALE)
+        assert lease.continued == continued
+        lease.release(written=written)
+
+
 def test_the_lease_of_a_dead_run_is_taken_when_its_heartbeat_stands_still(store):
     dead = Lease(store, "dead", STALE)
     dead._released.set()  # as after a kill: it neither beats nor releases

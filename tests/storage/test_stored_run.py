@@ -112,6 +112,22 @@ def test_a_local_copy_stays_where_the_store_has_nothing_sound(run, s3):
         work_in(local_steps)
     assert local_steps(None, expand_home(s3.place(name))) == {"2": "values"}
     assert not list(expand_home(s3.place(name)).parent.glob(".*fetched"))
+    s3.put(f"{name}/checkpoints/2/f0", b"values")
+    # Newer, but of a copy that was not the last one to write.
+    write_step(expand_home(s3.place(name)), 4)
+    assert work_in(local_steps) == {"2": "values"}
+
+
+def test_a_first_checkpoint_that_was_cut_off_is_sent_by_the_machine_that_has_it(run, s3, machine):
+    name, work_in = run
+    work_in(save(2))
+    s3.delete(f"{name}/checkpoints/2/{SUMS}")
+    machine("second")
+    with pytest.raises(UserError, match="go on where the run was written"):
+        work_in(local_steps)
+    machine("first")
+    assert work_in(local_steps) == {"2": "values"}
+    assert stored_steps(s3, name) == ["2"]
 
 
 def test_nothing_is_sent_after_the_lease_was_lost(run, s3, monkeypatch):
