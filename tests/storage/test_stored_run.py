@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from moi_jax.checkpoints.stored_steps import StoredSteps
 from moi_jax.common.checksums import SUMS, write_sums
 from moi_jax.common.errors import Unreachable, UserError
 from moi_jax.common.home import expand_home
@@ -116,6 +117,23 @@ def test_a_local_copy_stays_where_the_store_has_nothing_sound(run, s3):
     # Newer, but of a copy that was not the last one to write.
     write_step(expand_home(s3.place(name)), 4)
     assert work_in(local_steps) == {"2": "values"}
+
+
+def test_a_copy_whose_fetch_was_cut_off_is_fetched_again(run, s3, monkeypatch):
+    name, work_in = run
+    work_in(save(2))
+    write_step(expand_home(s3.place(name)), 4)
+    s3.put(f"{name}/{LEASE}", json.dumps({"owner": "other", "released": True}).encode())
+    monkeypatch.setattr(stored_run_lib, "STALE_SECONDS", 1)
+    with monkeypatch.context() as gone:
+        gone.setattr(StoredSteps, "fetch", _unreachable)
+        with pytest.raises(Unreachable):
+            work_in(local_steps)
+    assert work_in(local_steps) == {"2": "values"}
+
+
+def _unreachable(*_):
+    raise Unreachable("gone")
 
 
 def test_a_first_checkpoint_that_was_cut_off_is_sent_by_the_machine_that_has_it(run, s3, machine):
