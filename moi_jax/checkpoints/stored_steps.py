@@ -44,9 +44,12 @@ class StoredSteps:
         return _sums(folder / whole[0]) != self._store.read(f"{whole[0]}/{SUMS}")
 
     def lack_any(self, folder: Path) -> bool:
-        """Whether a local folder has a step that is not in the store."""
+        """Whether a local folder has a step that the store has not, and none that is newer."""
+        whole, _ = self._steps()
         return any(
-            _sums(step) != self._store.read(f"{step.name}/{SUMS}") for step in all_steps(folder)
+            _sums(step) != self._store.read(f"{step.name}/{SUMS}")
+            for step in all_steps(folder)
+            if not whole or int(step.name) >= int(whole[0])
         )
 
     def fetch(self, folder: Path, strict: bool) -> None:

@@ -137,6 +137,7 @@ def test_the_store_is_compared_with_what_is_here(steps, run):
         ((2, 4), False, False),
         ((4, 6), False, True),
         ((2,), True, False),
+        ((1, 3), True, False),  # no longer kept there
         ((), True, False),
     ):
         assert stored.are_newer(steps(*here)) == newer
