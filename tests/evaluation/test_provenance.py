@@ -69,7 +69,9 @@ def test_results_of_adapters_beside_a_base_have_a_digest_unless_nothing_is_verif
 def test_a_digest_beside_a_base_is_that_of_the_adapters_and_the_fingerprint(place):
     items = read_items(place / "adapters")
     stored = stored_parameters(place / "adapters", items.model)
-    hashes = {name: hashlib.sha256(stored.get(name).tobytes()).hexdigest() for name in stored.arrays}
+    hashes = {
+        name: hashlib.sha256(stored.get(name).tobytes()).hexdigest() for name in stored.arrays
+    }
     hashes["base"] = items.base.fingerprint
     listed = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
     assert digest(place / "adapters") == hashlib.sha256(listed.encode()).hexdigest()
