@@ -87,20 +87,30 @@ def verify_checkpoint(
     if reason is None:
         # Under another family's names the models are equal up to seq_length only.
         longest = PROMPT_TOKENS if ours == items.model.base else ours.seq_length
-        template = items.prompts["chat_template"]
-        model, tokenizer = load(step, chat_template=template, verify=False, base=place)
-        ids = prompt_ids(tokenizer, longest)
-        logits = [
-            np.asarray(model(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids)))
-            for tokens, segment_ids in batches(ids)
-        ]
-        del model  # two models at a time would need twice the memory
+        ids, logits = _our_logits(step, items, longest, place)
         dtype = np.result_type(stored.dtype, np.float32) if merged else stored.dtype
         report["logits"] = compare_logits(logits, ids, against, dtype)
     unchecked = {"logits": reason, "chat template": no_template}
     report["not_checked"] = [f"{what}: {why}" for what, why in unchecked.items() if why]
     report["verdict"] = verdict(report)
     return report
+
+
+def _our_logits(
+    step: Path, items: ModelItems, longest: int, base: Path | None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The ids of the prompt and the logits of `batches`; the model leaves the memory again.
+
+    Two models at a time, with the one that it is compared with, would need twice the memory.
+    """
+    template = items.prompts["chat_template"]
+    model, tokenizer = load(step, chat_template=template, verify=False, base=base)
+    ids = prompt_ids(tokenizer, longest)
+    logits = [
+        np.asarray(model(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids)))
+        for tokens, segment_ids in batches(ids)
+    ]
+    return ids, logits
 
 
 def _rounded(
