@@ -126,7 +126,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
             log.info(f"{checkpoint.step} in {checkpoint.dtype}; progress in {out}/progress.log")
         session = None
         if opened.tasks or opened.prompt_tasks:
-            session = open_session(checkpoint, request.command)
+            session = open_session(checkpoint, request.command, options.verify)
         if opened.tasks:
             results = run_benchmarks(opened.tasks, model, made_by, request.benchmarks, session)
         if opened.lm_eval_tasks:

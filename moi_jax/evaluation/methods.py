@@ -48,7 +48,8 @@ def describe_model(made_by: Json, run: Json, *, own_prompt: bool = True) -> str:
             f"{versions['jax']}"
         )
         began = f", which began from {run['base']}" if run["base"] else ""
-        parts.append(f"The sha256 of its parameters{began}, is {run['values']}")
+        found = f"is {run['values']}" if run["values"] else "was not taken (--no-verify)"
+        parts.append(f"The sha256 of its parameters{began}, {found}")
     parts.append(
         f"Prompts are rendered by the chat template {made_by['chat_template']} "
         f"({made_by['template_hash'][:16]}){prompt}"
