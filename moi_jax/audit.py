@@ -4,7 +4,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from moi_jax.cli.arguments import COUNT, POSITIVE, local_path, text
+from moi_jax.cli.arguments import COUNT, POSITIVE, add_base, local_path, text
 from moi_jax.cli.command import run_command
 from moi_jax.cli.jax_environment import prepare_jax
 from moi_jax.common.deterministic import ask_for_determinism
@@ -41,6 +41,7 @@ def main() -> int:
         rows=args.rows,
         steps=args.steps,
         seed=args.seed,
+        base=args.base,
     )
     result = audit(options, jax.devices(), make_evaluations)
     log.info(f"{'passed' if result.verdict == OK else result.verdict}: {result.summary}")
@@ -108,6 +109,7 @@ def _arguments() -> argparse.Namespace:
         help="steps that are replayed at most (default: 20)",
     )
     parser.add_argument("--seed", type=COUNT, default=0, metavar="N", help="chooses the rows")
+    add_base(parser)
     parser.add_argument(
         "--check",
         type=local_path,

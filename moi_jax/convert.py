@@ -111,6 +111,7 @@ def main() -> int:
         metavar="PUBLISHED",
         help="directory of safetensors, or a .gguf file",
     )
+    add_base(verifier)
     verifier.add_argument("--json", action="store_true", help="print the report as one JSON object")
     verifier.add_argument(
         "--tensors-only",
@@ -198,7 +199,7 @@ def _export(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from moi_jax.checkpoints.hf.verify import describe, verify_checkpoint
 
-    report = verify_checkpoint(args.checkpoint, args.against, args.tensors_only)
+    report = verify_checkpoint(args.checkpoint, args.against, args.tensors_only, args.base)
     print(json.dumps(report, indent=1) if args.json else describe(report))
     return 0 if report["verdict"] == "equal" else 1
 

@@ -63,13 +63,15 @@ def main() -> int:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The line that repeats this evaluation; an address of a judge is without its password."""
-    line = shlex.join(["python", "-m", "moi_jax.evaluate", *sys.argv[1:]])
+    """The line that repeats this evaluation; an address of a judge is without its secrets."""
+    words = sys.argv[1:]
     if args.judge_url:
-        from moi_jax.evaluation.tasks.llm_judge import without_user
+        from moi_jax.evaluation.tasks.llm_judge import without_secrets
 
-        line = line.replace(args.judge_url, without_user(args.judge_url))
-    return line
+        # Before the words are joined, since that may quote a part of the address.
+        shown = without_secrets(args.judge_url)
+        words = [word.replace(args.judge_url, shown) for word in words]
+    return shlex.join(["python", "-m", "moi_jax.evaluate", *words])
 
 
 def _request(args: argparse.Namespace) -> EvaluationRequest:

@@ -16,7 +16,7 @@ from moi_jax.accounting.traffic import host_traffic
 from moi_jax.accounting.work import Work
 from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.flops import layer_matrix_size, step_flops, usual_flops
+from moi_jax.models.flops import FROZEN_PASSES, PASSES, layer_matrix_size, step_flops, usual_flops
 from moi_jax.parallel.chips import Chip
 
 
@@ -120,14 +120,16 @@ def hbm_traffic(
 
     What is trained of the state is read and written once. The gradients are written and read for
     every microbatch, and so is what the layers keep. The gathered weights of every layer are read
-    in three passes, or in four where rematerialisation computes a product again. What is offloaded
-    is read and written once, on its way to the host and back.
+    in three passes, or in two where they are frozen beside adapters, and in one more where
+    rematerialisation computes a product again. What is offloaded is read and written once, on its
+    way to the host and back.
 
     Args:
       config: without `auto`, see `resolved.on_chip`.
     """
     microbatches = config.train.global_batch_rows // microbatch_rows(config)
-    passes = 3 + bool(repeated_products(model, config.model))
+    passes = FROZEN_PASSES if model.adapter else PASSES
+    passes += bool(repeated_products(model, config.model))
     value = jnp.dtype(config.model.compute_dtype).itemsize
     weights = value * model.num_layers * layer_matrix_size(model) / mesh.shape["tensor"]
     each = 2 * (temporaries["gradients"] + temporaries["saved activations"]) + passes * weights

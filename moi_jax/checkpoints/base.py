@@ -15,6 +15,10 @@ PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)
 EXPONENT = 0x7F80  # of a bfloat16
 
 
+class OtherBase(UserError):
+    """The parameters at a place are not those that adapters were trained beside."""
+
+
 def find_base(step: Path, base: Base, given: Path | None) -> Path:
     """The step with the base of the adapters in `step`: `given`, or where it was in training.
 
@@ -31,9 +35,9 @@ def find_base(step: Path, base: Base, given: Path | None) -> Path:
 
 
 def check_base(step: Path, base: Base, place: Path, fingerprint: str) -> None:
-    """Raises UserError where the parameters at `place` are not those that were trained beside."""
+    """Raises OtherBase where the parameters at `place` are not those that were trained beside."""
     if fingerprint != base.fingerprint:
-        raise UserError(
+        raise OtherBase(
             f"{place} is not the base of the adapters in {step} (fingerprint {fingerprint}, theirs "
             f"is {base.fingerprint}); give {base.name}, from which they were trained"
         )

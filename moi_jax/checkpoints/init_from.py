@@ -9,6 +9,7 @@ from pathlib import Path
 
 import filelock
 
+from moi_jax.checkpoints.base import find_base
 from moi_jax.checkpoints.checksums import verify_arrays
 from moi_jax.checkpoints.damage import DamagedCheckpoint
 from moi_jax.checkpoints.hf.importer import published_items, write_checkpoint
@@ -86,10 +87,37 @@ def open_start(named: Path, tokenizer: Path | None = None) -> Start:
     return Start(name, name, items, source)
 
 
-def whole_checkpoint(named: Path, cache_dir: Path) -> Path:
-    """The checkpoint of moi_jax that `named` is, or that is imported from it into the cache."""
+def whole_checkpoint(named: Path, cache_dir: Path, tokenizer: Path | None = None) -> Path:
+    """The checkpoint of moi_jax that `named` is, or that is imported from it into the cache.
+
+    Args:
+      tokenizer: see `open_start`.
+    """
     with hosts.one_first(cache_dir, "importing the weights"):
-        return open_start(named).checkpoint(cache_dir)
+        return open_start(named, tokenizer).checkpoint(cache_dir)
+
+
+def base_checkpoint(named: Path, cache_dir: Path, tokenizer: Path | None = None) -> Path:
+    """The step with the base of adapters that `named` leads to.
+
+    Of a checkpoint that holds adapters alone, it is the base of these.
+
+    Args:
+      named, cache_dir, tokenizer: see `whole_checkpoint`.
+
+    Raises:
+      UserError: there is none, or it holds other adapters beside its base.
+    """
+    step = find_step(whole_checkpoint(named, cache_dir, tokenizer)).absolute()
+    items = read_items(step)
+    if items.base:
+        return find_base(step, items.base, None)
+    if items.model.adapter:
+        raise UserError(
+            f"{step} has adapters of its own, so it is the base of no others; name the checkpoint "
+            f"or the published weights from which they were trained"
+        )
+    return step
 
 
 def chosen_base(step: Path, items: ModelItems, named: Path | None) -> Path | None:
@@ -102,7 +130,7 @@ def chosen_base(step: Path, items: ModelItems, named: Path | None) -> Path | Non
         return None
     if items.base is None:
         raise UserError(f"{step} holds all parameters, so leave out the base ({named})")
-    return whole_checkpoint(named, Data.model_fields["cache_dir"].default)
+    return base_checkpoint(named, Data.model_fields["cache_dir"].default)
 
 
 def continued_start(named: Path, own: Path) -> Start:

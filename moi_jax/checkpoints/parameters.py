@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
@@ -121,25 +122,38 @@ def read_beside(
       verify, given: as `verify` and `base` of `read_parameters`.
     """
     place = find_base(step, recorded, given)
-    parameters = _read_held(place, base_of(config, wanted), verify)
+    base = base_of(config, wanted)
+    # The fingerprint is that of bfloat16, whose values float16 does not hold.
+    exact = jax.tree.map(lambda x: x.update(dtype=jnp.promote_types(x.dtype, jnp.bfloat16)), base)
+    parameters = _read_held(place, exact, verify)
     check_base(step, recorded, place, tree_fingerprint(parameters))
-    return parameters
+    return jax.tree.map(lambda x, as_asked: x.astype(as_asked.dtype), parameters, base)
 
 
 def read_state(
-    step: Path, config: ModelConfig, parameters: Tree, optimizer: Any
+    step: Path, config: ModelConfig, parameters: Tree, optimizer: Any, base: Path | None = None
 ) -> tuple[Tree, Any]:
     """All parameters and the optimizer of a step, as these two trees; checksums are not compared.
+
+    Args:
+      base: as `base` of `read_parameters`.
 
     Raises:
       UserError: see `read_parameters`.
     """
-    state = read_arrays(step, "optimizer", optimizer)
+    held, state = read_held_state(step, config, parameters, optimizer)
     if (recorded := read_base(step)) is None:
-        return read_arrays(step, "parameters", parameters), state
-    adapters = read_arrays(step, "parameters", adapters_of(config, parameters))
-    base = read_beside(step, recorded, config, parameters, verify=False)
-    return merge_trees(adapters, base), state
+        return held, state
+    beside = read_beside(step, recorded, config, parameters, verify=False, given=base)
+    return merge_trees(held, beside), state
+
+
+def read_held_state(
+    step: Path, config: ModelConfig, parameters: Tree, optimizer: Any
+) -> tuple[Tree, Any]:
+    """As `read_state`, but beside a base the adapters alone."""
+    wanted = adapters_of(config, parameters) if read_base(step) else parameters
+    return read_arrays(step, "parameters", wanted), read_arrays(step, "optimizer", optimizer)
 
 
 def _wanted_parameters(config: ModelConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None) -> Tree:

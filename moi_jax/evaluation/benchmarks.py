@@ -26,7 +26,12 @@ from moi_jax.evaluation.methods import describe_task
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Response, Score, Task, evenly_spaced
 from moi_jax.evaluation.provenance import Session
-from moi_jax.evaluation.responses import collect_responses, count_tokens, log_places
+from moi_jax.evaluation.responses import (
+    collect_responses,
+    count_tokens,
+    forget_changed,
+    log_places,
+)
 from moi_jax.evaluation.results import Scored, describe, outcome, overall, read_results, summarize
 from moi_jax.parallel import hosts
 from moi_jax.sampling.chat_model import ChatModel
@@ -59,11 +64,12 @@ def run_task(
         on_progress(count)
         after_each()
 
+    forget_changed(items, model, options, log)
     places = [place for item in items for place in log_places(item, options)]
 
     def answered() -> tuple[int, int]:
-        done = sum(place in log.found for place in places)
-        return done, count_tokens(places, log)["answer_tokens"]
+        done = [log.found[place] for place in places if place in log.found]
+        return len(done), sum(record.get("tokens", 0) for record in done)
 
     with (
         count_bar(f"{task.name}: answers", len(places)) as on_progress,

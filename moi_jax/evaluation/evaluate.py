@@ -15,10 +15,23 @@ from moi_jax.common.atomic_files import check_writable
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
 from moi_jax.evaluation.benchmarks import all_settings, results_so_far, run_benchmarks
-from moi_jax.evaluation.methods import INTERVALS, describe_model, describe_task
-from moi_jax.evaluation.options import HELD_OUT, EvaluationRequest, ModelOptions, check_request
+from moi_jax.evaluation.methods import (
+    INTERVALS,
+    describe_held_out,
+    describe_lm_eval,
+    describe_model,
+    describe_task,
+)
+from moi_jax.evaluation.options import (
+    HELD_OUT,
+    BenchmarkOptions,
+    EvaluationRequest,
+    ModelOptions,
+    check_request,
+)
 from moi_jax.evaluation.prompt_matrix.benchmarks import run_under_prompts
 from moi_jax.evaluation.prompt_matrix.measure import measure_held_out
+from moi_jax.evaluation.prompt_matrix.prompts import distinct_prompts
 from moi_jax.evaluation.protocol import Item, Task, evenly_spaced
 from moi_jax.evaluation.provenance import data_digests, open_session
 from moi_jax.evaluation.reports.report import write_report
@@ -113,7 +126,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
             log.info(f"{checkpoint.step} in {checkpoint.dtype}; progress in {out}/progress.log")
         session = None
         if opened.tasks or opened.prompt_tasks:
-            session = open_session(checkpoint, request.command)
+            session = open_session(checkpoint, request.command, options.verify)
         if opened.tasks:
             results = run_benchmarks(opened.tasks, model, made_by, request.benchmarks, session)
         if opened.lm_eval_tasks:
@@ -223,16 +236,37 @@ def describe_protocol(request: EvaluationRequest, platform: str) -> str:
       UserError: as in `evaluate`.
     """
     check_request(request)
-    tasks, options = _open_tasks(request).tasks, request.benchmarks
+    opened, options = _open_tasks(request), request.benchmarks
     step = find_step(request.checkpoint)
     tokenizer, _ = open_tokenizer(step, request.model.chat_template)
     dtype = resolve_dtype(request.model.dtype, platform)
     made_by = _made_by(step, tokenizer, dtype, request.model)
-    context = request.model.context or read_items(step).model.seq_length
-    told = [describe_model(made_by, {})]
+    stored = read_items(step)
+    context = request.model.context or stored.model.seq_length
+    own_prompt = bool(opened.tasks or opened.lm_eval_tasks)
+    told = [describe_model(made_by, {}, own_prompt=own_prompt)]
+    if HELD_OUT in request.tasks:
+        told.append(describe_held_out(request.held_out))
+    told += _describe_tasks(opened.tasks, context, options)
+    if opened.lm_eval_tasks:
+        told.append(describe_lm_eval(request.lm_eval_tasks, options))
+    prompts = distinct_prompts(stored.prompts, tokenizer)
+    for words in _describe_tasks(opened.prompt_tasks, context, options):
+        told.append(f"Under each of {len(prompts)} system prompts ({', '.join(prompts)}), {words}")
+    if opened.tasks or opened.prompt_tasks:
+        told.append(INTERVALS)
+    return "\n\n".join(told)
+
+
+def _describe_tasks(
+    tasks: Sequence[tuple[Task, Sequence[Item]]], context: int, options: BenchmarkOptions
+) -> list[str]:
+    """The protocol of each task in words."""
+    told = []
     for task, items in tasks:
-        settings = all_settings(task, made_by["system_prompt"], context, options, task.settings())
-        data = data_digests(options.data / task.name)
+        # The words do not tell the system prompt, which those about the model do.
+        settings = all_settings(task, None, context, options, task.settings())
         asked = len(evenly_spaced(items, options.limit))
+        data = data_digests(options.data / task.name)
         told.append(describe_task(task, asked, len(items), settings, data))
-    return "\n\n".join([*told, INTERVALS])
+    return told

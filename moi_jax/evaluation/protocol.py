@@ -82,6 +82,7 @@ class Task(ABC):
       files: the files below the data directory that the task reads, for messages.
       max_new_tokens, stop_strings: the limits of every answer.
       scoring: what makes an answer right, a sentence without its full stop.
+      turns: answers to an item, each to a further message of the user.
       own_temperature: of the protocol where it samples, in words.
       rated: whether metrics are ratings; otherwise they are shares, from 0 (wrong) to 1 (right).
       takes_shots: whether the task can show worked examples before the question.
@@ -93,7 +94,8 @@ class Task(ABC):
     files: ClassVar[str]
     max_new_tokens: ClassVar[int] = 512
     stop_strings: ClassVar[tuple[str, ...]] = ()
-    scoring: ClassVar[str] = ""
+    scoring: str = ""
+    turns: ClassVar[int] = 1
     own_temperature: ClassVar[str] = ""
     rated: ClassVar[bool] = False
     takes_shots: ClassVar[bool] = False

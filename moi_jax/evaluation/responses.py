@@ -44,18 +44,55 @@ def collect_responses(
 
 
 def count_tokens(places: Sequence[ResponseKey], log: ResponseLog) -> Json:
-    """The tokens of all prompts and of all answers so far; 0 for those of older versions."""
+    """The tokens of all prompts and of all answers so far.
+
+    A figure is left out where a record has no count: likelihoods, and answers of older versions.
+    """
     records = [log.found[place] for place in places if place in log.found]
     return {
-        name: sum(record.get(key, 0) for record in records)
+        name: sum(record[key] for record in records)
         for name, key in (("prompt_tokens", "prompt_tokens"), ("answer_tokens", "tokens"))
+        if all(key in record for record in records)
     }
+
+
+def forget_changed(
+    items: Sequence[Item], model: ChatModel, options: BenchmarkOptions, log: ResponseLog
+) -> None:
+    """Takes the responses to prompts that have changed since out of `log.found`."""
+    known = {item for item, _ in log.found}
+    for item in items:
+        if item.id not in known:
+            continue
+        if item.choices:
+            for n, (prompt, choice) in enumerate(_choice_pairs(item, model)):
+                _forget_unless_same([(item.id, n)], [*prompt, *choice], log)
+            continue
+        for turn in range(1 + len(item.follow_ups)):
+            if turn and (item.id, turn - 1) not in log.found:
+                log.found.pop((item.id, turn), None)  # it continues an answer that is gone
+            else:
+                places = _places_of_turn(item, turn, options)
+                _forget_unless_same(places, _prompt(item, turn, model, log), log)
+
+
+def _forget_unless_same(
+    places: Sequence[ResponseKey], prompt: Sequence[int], log: ResponseLog
+) -> None:
+    for place in places:
+        if not log.has(place, prompt):
+            log.found.pop(place, None)
 
 
 def log_places(item: Item, options: BenchmarkOptions) -> list[ResponseKey]:
     """The places of an item's texts or likelihoods in the log."""
     count = len(item.choices) or (options.samples if not item.follow_ups else 0)
     return [(item.id, n) for n in range(count or 1 + len(item.follow_ups))]
+
+
+def _places_of_turn(item: Item, turn: int, options: BenchmarkOptions) -> list[ResponseKey]:
+    """The places of an item's texts in this turn: several where there are several samples."""
+    return [(item.id, turn)] if item.follow_ups else log_places(item, options)
 
 
 def _response(
@@ -82,11 +119,10 @@ def _generate(
     on_progress: Callable[[int], None],
 ) -> None:
     """Generates one turn of all items in one call, so that the sampler keeps its slots full."""
-    requests, waiting, template = [], [], model.tokenizer.template
+    requests, waiting = [], []
     for item in items:
-        so_far = _so_far(item, turn, log, template)
-        prompt = model.prompt(so_far, item.tools, system_block=item.system_block)
-        for place in [(item.id, turn)] if item.follow_ups else log_places(item, options):
+        prompt = _prompt(item, turn, model, log)
+        for place in _places_of_turn(item, turn, options):
             if log.has(place, prompt):
                 on_progress(1)
             else:
@@ -105,6 +141,12 @@ def _generate(
             prompt_tokens=len(requests[index].prompt),
         )
         on_progress(1)
+
+
+def _prompt(item: Item, turn: int, model: ChatModel, log: ResponseLog) -> list[int]:
+    """The ids of the prompt of this turn; the log has the answers to the turns before."""
+    so_far = _so_far(item, turn, log, model.tokenizer.template)
+    return model.prompt(so_far, item.tools, system_block=item.system_block)
 
 
 def _so_far(item: Item, turn: int, log: ResponseLog, template: Template) -> list[Message]:
@@ -143,10 +185,9 @@ def _score_choices(
 ) -> None:
     pairs, waiting = [], []
     for item in items:
-        prompt = model.prompt(item.messages, system_block=item.system_block)
-        for n, choice in enumerate(item.choices):
-            place, pair = (item.id, n), (prompt, model.tokenizer.encode(choice))
-            if log.has(place, [*prompt, *pair[1]]):
+        for n, pair in enumerate(_choice_pairs(item, model)):
+            place = (item.id, n)
+            if log.has(place, [*pair[0], *pair[1]]):
                 on_progress(1)
             else:
                 waiting.append(place)
@@ -159,3 +200,9 @@ def _score_choices(
             finish=likelihood.finish,
         )
         on_progress(1)
+
+
+def _choice_pairs(item: Item, model: ChatModel) -> list[tuple[list[int], list[int]]]:
+    """The ids of the prompt and of the choice, for each choice of an item."""
+    prompt = model.prompt(item.messages, system_block=item.system_block)
+    return [(prompt, model.tokenizer.encode(choice)) for choice in item.choices]

@@ -132,6 +132,17 @@ def from_main(what: str, make: Callable[[], T]) -> T:
     return json.loads(text)
 
 
+def in_all(what: str, true_here: bool) -> bool:
+    """Whether something is true in every process; all get the same answer.
+
+    Args:
+      what: what is asked in a few words, for messages.
+    """
+    if _hosts is None:
+        return true_here
+    return all(map(json.loads, _hosts.gather(what, json.dumps(true_here))))
+
+
 def check_same_code(settings: Mapping[str, Any]) -> None:
     """Checks that all processes run the same code, with the same settings; see `check_same`."""
     # Also alone: a checkpoint records the code as it was at the start, not as it is edited later.

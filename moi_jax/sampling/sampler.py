@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from rich import filesize
 
@@ -256,15 +257,19 @@ class Sampler:
         return 2 * self._config.num_layers * layer * self._dtype.itemsize
 
     def _copy_bytes(self, parameters: Tree | LayerViews) -> int:
-        """Bytes of a second copy of the layers in the compute dtype on each device, if one is made.
+        """Bytes of the second copy that `view_layers` makes on each device; 0 for `LayerViews`.
 
-        It is made of stacked layers, as training has them.
+        It copies all layers, and outside them what has another dtype than the computation.
         """
         if isinstance(parameters, LayerViews):
             return 0
-        specs = parameter_specs(self._config)
-        layers = [p for path, p in specs.items() if path.startswith("layers.")]
-        return sum(self._elements(p.shape, p.axes) for p in layers) * self._dtype.itemsize
+        stored = flatten_dict(parameters, sep=".")
+        copied = [
+            p
+            for path, p in parameter_specs(self._config).items()
+            if path.startswith("layers.") or stored[path].dtype != self._dtype
+        ]
+        return sum(self._elements(p.shape, p.axes) for p in copied) * self._dtype.itemsize
 
     def _elements(self, shape: tuple[int, ...], names: Sequence[str | None]) -> int:
         """Elements on each device of an array with these logical axes."""

@@ -10,9 +10,8 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.base import tree_fingerprint
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.first_parameters import first_parameters
-from moi_jax.checkpoints.init_from import whole_checkpoint
 from moi_jax.checkpoints.items import Base, find_step, read_base
-from moi_jax.checkpoints.parameters import read_beside
+from moi_jax.checkpoints.moved_base import read_base_again
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError
@@ -213,9 +212,6 @@ def _saved_state(
     step = checkpoints.directory / str(saved_step)
     base = read_base(step)
     if base:
-        if not Path(base.path).is_dir() and config.model.init_from:
-            moved = whole_checkpoint(config.model.init_from, config.data.cache_dir)
-            base = dataclasses.replace(base, path=str(find_step(moved).absolute()))
-        beside = read_beside(step, base, model, abstract[0], config.checkpoint.verify)
+        beside, base = read_base_again(step, base, config, model, abstract[0])
         parameters = merge_trees(parameters, beside)
     return TrainState.from_items(optimizer.trained, parameters, rest), base

@@ -172,6 +172,15 @@ def test_weights_are_read_again_only_where_a_product_is_repeated(dtype, size):
         )
 
 
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("full", 3)])
+def test_frozen_weights_beside_adapters_are_read_once_less(remat, passes):
+    settings = {"remat": remat, "compute_dtype": "bfloat16"}
+    config = with_values(model=settings, train={"microbatch_rows": 64}, lora={"rank": 16})
+    model = adapted(MODEL, config.lora)
+    read = hbm_traffic(config, model, mesh_of(), Arguments(0, 0, 0), NOTHING)
+    assert read == passes * 28 * 2 * WEIGHTS
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
 def test_collectives_carry_numbers_of_the_compute_dtype(dtype, size):
     """Of 8 microbatches: two gathers of the weights, and one of the states of 4,096 tokens."""

@@ -21,9 +21,12 @@ from moi_jax.checkpoints.hf.peft_exporter import export_adapter
 from moi_jax.checkpoints.hf.peft_importer import import_adapter
 from moi_jax.checkpoints.items import find_step, read_items
 from moi_jax.checkpoints.opener import open_checkpoint
-from moi_jax.checkpoints.parameters import stored_parameters
+from moi_jax.checkpoints.parameters import read_beside, stored_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.models.parameters import parameter_specs
+from moi_jax.training.audit import saved_run
+from moi_jax.training.audit.audit import AuditOptions, audit
+from moi_jax.training.audit.finding import FAILED, OK
 
 from support.adapters import save_adapters
 from support.published import tensors, tiny_published
@@ -164,6 +167,32 @@ def test_a_run_goes_on_with_adapters_only_if_the_config_has_them(place, run):
     further = train_quickly(config, "train.steps=1", "optimizer.learning_rate=1e-9")
     assert read_items(further).base == read_items(run).base
     np.testing.assert_allclose(logits(further), logits(run), atol=1e-4)
+
+
+def test_an_audit_reads_a_base_that_has_moved_once(place, run, tmp_path, monkeypatch):
+    moved = place / "moved"
+    (place / "base").rename(moved)
+    reads = []
+
+    def counted(*arguments, **options):
+        reads.append(options["given"])
+        return read_beside(*arguments, **options)
+
+    monkeypatch.setattr(saved_run, "read_beside", counted)
+
+    def findings(base):
+        options = AuditOptions(run, out=tmp_path / "out", rows=1, steps=4, base=base)
+        return audit(options, jax.devices()[:1]).findings
+
+    try:
+        without, found = findings(None), findings(moved)
+    finally:
+        moved.rename(place / "base")
+    assert without["values"].verdict == FAILED
+    assert "name a copy or the published weights: --base" in without["values"].text
+    assert {found[name].verdict for name in ("values", "segments", "replay")} == {OK}
+    assert len(list((run / "checkpoints").iterdir())) > 1
+    assert reads == [None, moved]
 
 
 def test_another_rank_is_another_run(place, run):

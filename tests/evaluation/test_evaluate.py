@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 
 import jax
@@ -19,7 +20,7 @@ from moi_jax.evaluation.methods import describe_sampling, describe_task
 from moi_jax.evaluation.options import BenchmarkOptions
 from moi_jax.evaluation.protocol import Item, Response, Score, Task, evenly_spaced
 from moi_jax.evaluation.provenance import Session
-from moi_jax.evaluation.responses import collect_responses
+from moi_jax.evaluation.responses import collect_responses, count_tokens, forget_changed
 from moi_jax.evaluation.results import overall, read_results, summarize
 from moi_jax.evaluation.tasks import open_task
 from moi_jax.evaluation.while_training import make_benchmark
@@ -159,6 +160,53 @@ def test_an_item_that_changed_is_asked_again(chat, options):
     changed = [*items[:2], Item("2", (Message("user", "Speak."),), 2)]
     run(chat, options, changed)
     assert len(lines(options.out / "answers" / "echo.jsonl")) == 1 + 3 + 1
+
+
+def test_progress_counts_no_answer_to_a_prompt_that_changed(chat, options):
+    run(chat, options)
+    changed = [*Echo(options).load()[:2], Item("2", (Message("user", "Speak."),), 2)]
+    (options.out / "progress.log").unlink()
+    run(chat, options, changed)
+    told = (options.out / "progress.log").read_text().splitlines()
+    assert "echo answers: 2 of 3" in told[0]
+    assert "echo answers: 3 of 3" in told[1]
+
+
+def test_responses_to_prompts_that_changed_are_forgotten(chat, options):
+    """Texts of several turns, and likelihoods."""
+    first, other = (Message("user", text) for text in ("Say 0.", "Say 1."))
+    turns = [Item(name, (first,), 0, follow_ups=("And?", "Then?")) for name in "abc"]
+    choices = [Item(name, (first,), 0, choices=("A", "B")) for name in "de"]
+    log = ResponseLog(None, {})
+    collect_responses(Echo(options), [*turns, *choices], chat, options, log, lambda count: None)
+    before = set(log.found)
+    forget_changed([*turns, *choices], chat, options, log)
+    assert set(log.found) == before
+    changed = [
+        replace(turns[0], messages=(other,)),
+        replace(turns[1], follow_ups=("But?", "Then?")),
+        turns[2],
+        replace(choices[0], choices=("A", "C")),
+        replace(choices[1], messages=(other,)),
+    ]
+    forget_changed(changed, chat, options, log)
+    kept = {("b", 0), ("c", 0), ("c", 1), ("c", 2), ("d", 0)}
+    assert set(log.found) == kept
+    assert count_tokens([("c", 0), ("c", 1)], log).keys() == {"prompt_tokens", "answer_tokens"}
+
+
+def test_tokens_that_were_not_counted_are_left_out(chat, options):
+    """An older version counted no tokens of prompts; 0 would be false."""
+    run(chat, options)
+    path = options.out / "answers" / "echo.jsonl"
+    head, *records = lines(path)
+    del records[1]["prompt_tokens"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in (head, *records)))
+    task = Echo(options)
+    results = run_benchmarks([(task, task.load())], chat, MADE_BY, options, Session({}))
+    made = results["tasks"]["echo"]["run"]
+    assert "prompt_tokens" not in made
+    assert made["answer_tokens"] == sum(record["tokens"] for record in records)
 
 
 def test_answers_made_otherwise_are_not_gone_on_with(chat, options, tmp_path):
@@ -518,14 +566,15 @@ def test_other_settings_are_told_in_words(options):
         **{"samples": 1, "temperature": None, "top_p": 1.0, "seed": 0, "max_new_tokens": 8},
         **{"context": 1_024, "limit": None, "too_long": "skip", "shots": 4},
         **{"code_timeout_s": 3.0, "code_memory_mib": 512, "code_packages": [], "judge": None},
-        **{"method": "generate", "files": ["a.json", "b.json"]},
+        **{"method": "generate", "judge_version": "", "files": ["a.json", "b.json"]},
     }
     told = describe_task(Echo(options), 3, 3, own, {"echo.jsonl": "0123456789abcdef0123"})
     assert told == (
         "echo: 3 items (sha256 of the files: echo.jsonl 0123456789abcdef). One greedy answer to "
         "each, at most 8 new tokens in a context of 1,024 tokens, 4 worked examples. An item that "
-        "does not fit the context is left out. Further settings: code timeout 3 s, code memory "
-        "512 MiB, method generate, files a.json, b.json."
+        "does not fit the context is left out. Where a metric is 1 for all items, or 0 for all, "
+        "its interval is that of Clopper and Pearson. Further settings: code timeout 3 s, code "
+        "memory 512 MiB, method generate, files a.json, b.json."
     )
 
 

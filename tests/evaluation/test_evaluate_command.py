@@ -276,6 +276,22 @@ def test_a_password_in_the_address_of_a_judge_is_not_kept(place, monkeypatch, tm
     assert command.endswith("--judge-url http://localhost:1/v1")
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--judge-url", "http://me:p'w@host/v1"], "--judge-url http://host/v1"),
+        (["--judge-url=http://me:p w@host/v1"], "--judge-url=http://host/v1"),
+        (["--judge-url", "https://h/v1?api_key=secret"], "--judge-url https://h/v1"),
+        (["--judge-u", "https://me@h/v1?k='a b'#c"], "--judge-u https://h/v1"),
+    ],
+)
+def test_no_secret_of_a_judge_is_in_the_command(monkeypatch, words, shown):
+    monkeypatch.setattr(sys, "argv", ["evaluate", "run", "--system", "it's", *words])
+    command = evaluate._command(evaluate._parser().parse_args())
+    quoted = shlex.quote("it's")
+    assert command == f"python -m moi_jax.evaluate run --system {quoted} {shown}"
+
+
 def test_the_protocol_is_printed_and_nothing_is_run(place, monkeypatch, tmp_path, capsys):
     """It is what the results say afterwards, but for what only the run knows."""
     arguments = ["--tasks", "gsm8k", "--limit", "2", "--max-new-tokens", "4", "--out", tmp_path]
@@ -298,7 +314,33 @@ def test_the_protocol_is_printed_and_nothing_is_run(place, monkeypatch, tmp_path
         "its last number equals the gold one",
     ):
         assert words in task
-    assert "Clopper and Pearson" in intervals
+    assert "Clopper and Pearson" in task
+    assert "95 % intervals are percentile bootstraps" in intervals
+
+
+def test_the_protocol_tells_everything_that_would_run(place, monkeypatch, tmp_path, capsys):
+    """Held-out losses run by default, and benchmarks under each prompt and lm-eval tasks may."""
+
+    def printed(*arguments):
+        assert run(place, monkeypatch, *arguments, "--out", tmp_path, "--print-protocol") == 0
+        return capsys.readouterr().out.strip().split("\n\n")
+
+    model, held_out = printed()
+    assert "under the system prompt" not in model  # it has prompts of its own
+    assert held_out.startswith("held_out: ")
+    _, held_out, crossed, intervals = printed("--generate", "gsm8k", "--limit", "2")
+    assert held_out.startswith("held_out: ")
+    assert crossed.startswith(
+        "Under each of 4 system prompts (default, as maths, unrelated, none), gsm8k: 2 of 5 items"
+    )
+    assert "95 % intervals" in intervals
+    monkeypatch.setattr(
+        evaluation, "_open_tasks", lambda request: evaluation._Opened([], [], lm_eval_tasks=[None])
+    )
+    monkeypatch.setattr(evaluation, "describe_lm_eval", lambda names, options: f"lm-eval {names}")
+    model, harness = printed("--lm-eval", "piqa,arc_easy")
+    assert "under the system prompt" in model
+    assert harness == "lm-eval ('piqa', 'arc_easy')"
 
 
 def test_losses_and_likelihoods_need_the_stacked_layers(place, monkeypatch, tmp_path):

@@ -440,6 +440,16 @@ def test_layers_taken_apart_give_the_same_tokens_and_are_held_once(parameters):
     assert "once more" not in sampler.describe(views)
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_the_copy_of_the_weights_that_is_told_is_the_one_that_is_made(parameters, stored):
+    """Outside the layers only what has another dtype than the computation is copied."""
+    own = jax.tree.map(lambda p: p.astype(stored), parameters)
+    sampler = sampler_of(MODEL, make_model(MODEL, Compute(jnp.bfloat16)))
+    copied = own if stored == "float32" else own["layers"]
+    size = filesize.decimal(2 * sum(p.size for p in jax.tree.leaves(copied)))
+    assert sampler.describe(own).endswith(f", and {size} for the weights once more")
+
+
 def test_the_last_answers_run_in_fewer_slots_and_their_tokens_are_the_same(parameters, monkeypatch):
     asked = zip(random_prompts((9, 30, 60, 70, 5, 80, 8, 65, 3)), (9, 70, 4, 8, 60, 3, 2, 5, 6),
                 strict=True)  # fmt: skip

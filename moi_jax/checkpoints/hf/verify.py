@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from moi_jax.checkpoints.hf.compare_templates import compare_templates, why_not_
 from moi_jax.checkpoints.hf.gguf import open_gguf
 from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles, read_bytes
 from moi_jax.checkpoints.hf.weights import export_tensors, redundant_tensors
+from moi_jax.checkpoints.init_from import chosen_base
 from moi_jax.checkpoints.items import ModelItems, find_step, read_items
 from moi_jax.checkpoints.merged import merged_parameters
 from moi_jax.checkpoints.opener import load
@@ -36,13 +38,17 @@ LOGITS_BAR = 2e-5
 KL_BAR = 1e-7
 
 
-def verify_checkpoint(checkpoint: Path, against: Path, tensors_only: bool = False) -> Report:
+def verify_checkpoint(
+    checkpoint: Path, against: Path, tensors_only: bool = False, base: Path | None = None
+) -> Report:
     """Compares a checkpoint with published weights.
 
     Args:
       checkpoint: a step, or a run (its newest step).
       against: a directory of safetensors, or a .gguf file, whose weights are dequantised.
       tensors_only: leaves the logits out, which need a whole model in memory.
+      base: of a checkpoint of adapters, see `moi_jax.load`. Their sums with the base are rounded
+        to the dtype of the published tensors, as an export rounds them.
 
     Returns:
       checkpoint and against (paths), checksums (how many files are as they were written; 0 where
@@ -58,10 +64,14 @@ def verify_checkpoint(checkpoint: Path, against: Path, tensors_only: bool = Fals
     items = read_items(step)
     theirs, files = _open(against)
     ours = in_family(items.model.base, theirs.family)
-    stored = merged_parameters(step, items, verify=False)
+    place = chosen_base(step, items, base)
+    stored = merged_parameters(step, items, verify=False, base=place)
+    merged = items.model.adapter is not None
     ignored = redundant_tensors(theirs)
     with byte_bar("comparing", total_bytes(files)) as progress:
         tensors = export_tensors(items.model.base, stored.get, theirs.family)
+        if merged:
+            tensors = _rounded(tensors, files)
         report = {
             "checkpoint": str(step),
             "against": str(against),
@@ -72,21 +82,51 @@ def verify_checkpoint(checkpoint: Path, against: Path, tensors_only: bool = Fals
         }
     report["template"], no_template = _template(items, against)
     reason = "--tensors-only was given" if tensors_only else _why_no_reference(theirs)
+    if merged and reason is None:
+        reason = _why_rounded(files)
     if reason is None:
         # Under another family's names the models are equal up to seq_length only.
         longest = PROMPT_TOKENS if ours == items.model.base else ours.seq_length
-        model, tokenizer = load(step, chat_template=items.prompts["chat_template"], verify=False)
-        ids = prompt_ids(tokenizer, longest)
-        logits = [
-            np.asarray(model(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids)))
-            for tokens, segment_ids in batches(ids)
-        ]
-        del model  # two models at a time would need twice the memory
-        report["logits"] = compare_logits(logits, ids, against, stored.dtype)
+        ids, logits = _our_logits(step, items, longest, place)
+        dtype = np.result_type(stored.dtype, np.float32) if merged else stored.dtype
+        report["logits"] = compare_logits(logits, ids, against, dtype)
     unchecked = {"logits": reason, "chat template": no_template}
     report["not_checked"] = [f"{what}: {why}" for what, why in unchecked.items() if why]
     report["verdict"] = verdict(report)
     return report
+
+
+def _our_logits(
+    step: Path, items: ModelItems, longest: int, base: Path | None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The ids of the prompt and the logits of `batches`; the model leaves the memory again.
+
+    Two models at a time, with the one that it is compared with, would need twice the memory.
+    """
+    template = items.prompts["chat_template"]
+    model, tokenizer = load(step, chat_template=template, verify=False, base=base)
+    ids = prompt_ids(tokenizer, longest)
+    logits = [
+        np.asarray(model(jnp.asarray(tokens), segment_ids=jnp.asarray(segment_ids)))
+        for tokens, segment_ids in batches(ids)
+    ]
+    return ids, logits
+
+
+def _rounded(
+    tensors: Iterable[tuple[str, np.ndarray]], files: PublishedTensors
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors in the dtypes of the published ones, where these are narrower."""
+    for name, tensor in tensors:
+        theirs = files.headers[name].dtype if name in files.headers else tensor.dtype
+        yield name, tensor.astype(theirs) if theirs.itemsize < tensor.itemsize else tensor
+
+
+def _why_rounded(files: PublishedTensors) -> str | None:
+    """Why the logits of adapters differ from those of the rounded sums; None if they do not."""
+    if all(header.dtype.itemsize >= 4 for header in files.headers.values()):
+        return None
+    return "the adapters are merged and rounded there; export with --dtype float32 to compare"
 
 
 def _open(published: Path) -> tuple[ModelConfig, PublishedTensors]:

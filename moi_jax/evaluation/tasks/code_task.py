@@ -35,6 +35,8 @@ class CodeTask(Task):
                 f"{self.name} runs the programs that the model writes, in a sandbox on this "
                 f"machine; allow it with --allow-code-execution"
             )
+        if further := [f"pass@{k}" for k in PASS_AT[1:] if k <= options.samples]:
+            self.scoring += f". The results have unbiased estimates of {' and '.join(further)} too"
         wall = options.code_timeout
         self.sandbox = Sandbox(
             options.sandbox,

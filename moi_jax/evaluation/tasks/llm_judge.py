@@ -73,8 +73,8 @@ class Judge:
 
     @property
     def shown_url(self) -> str:
-        """The address for logs, messages and results: without a user name and password."""
-        return without_user(self.url)
+        """The address for logs, messages and results: without password and query."""
+        return without_secrets(self.url)
 
     def rate(
         self, requests: Sequence[JudgeRequest], answered_by: str, path: Path
@@ -250,9 +250,9 @@ _HINTS = {
 }
 
 
-def without_user(url: str) -> str:
-    """An address without a user name and password."""
-    return re.sub(r"^([^/]*://)?[^/?#]*@", r"\1", url)
+def without_secrets(url: str) -> str:
+    """An address without a user name and password, and without its query, which may be a key."""
+    return re.sub(r"[?#].*", "", re.sub(r"^([^/]*://)?[^/?#]*@", r"\1", url), flags=re.DOTALL)
 
 
 def _one_line(text: str) -> str:
@@ -283,7 +283,7 @@ def make_judge(options: BenchmarkOptions) -> Judge | None:
     address = urlsplit(url)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise UserError(
-            f"--judge-url {without_user(url)} is not an address such as http://localhost:8000/v1"
+            f"--judge-url {without_secrets(url)} is not an address such as http://localhost:8000/v1"
         )
     if not judgments_path(options.out, options.judge).is_file():  # else nothing may be to ask
         _check_key(url)

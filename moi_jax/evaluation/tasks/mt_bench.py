@@ -50,6 +50,7 @@ class MTBench(Task):
     )
     scoring = "A judge rates both answers from 1 to 10; the score is ten times the mean rating"
     rated = True
+    turns = len(PROMPTS)
     own_temperature = "at the temperature of its category (0 to 0.7)"
     max_new_tokens = 1024
     published_sizes = (QUESTIONS,)
@@ -59,6 +60,8 @@ class MTBench(Task):
         if options.samples > 1:
             raise UserError("MT-Bench rates one answer to each question; use --samples 1")
         self.judge = make_judge(options)
+        if self.judge is None:
+            self.scoring = "No judge rates the answers, so there is no score"
         self._data = options.data / "mt_bench"
         self._out = options.out / "mt_bench"
         self._prompts: dict[str, Json] = {}

@@ -63,6 +63,7 @@ class AuditOptions:
       rows: rows that are run segment by segment.
       steps: the most steps that are replayed.
       seed: chooses the rows.
+      base: of a run of adapters, see `moi_jax.load`.
     """
 
     run: Path
@@ -71,6 +72,7 @@ class AuditOptions:
     rows: int = 32
     steps: int = 20
     seed: int = 0
+    base: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _check_all(
         return finding.value
 
     steps = check("checkpoints", check_checkpoints, directory)
-    run = open_run(directory, steps, devices, options.overrides) if steps else None
+    run = open_run(directory, steps, devices, options.overrides, options.base) if steps else None
     with jax.set_mesh(run.mesh) if run else nullcontext():
         check("values", check_finite_values, run)
         check("config", check_config, run)

@@ -26,7 +26,9 @@ def check_held_out(
     evaluations = make_evaluations(experiment, dataset, run.bind, run.mesh, run.directory)
     assert evaluations.held_out is not None
     dtype = run.config.param_dtype
-    parameters = read_parameters(saved.path, experiment.model, dtype, run.mesh, verify=False)
+    parameters = read_parameters(
+        saved.path, experiment.model, dtype, run.mesh, verify=False, base=run.base
+    )
     worst = 0.0
     for key, loss in evaluations.held_out(parameters, lambda: False).items():
         recorded = records[saved.step].get(key)

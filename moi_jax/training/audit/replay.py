@@ -6,7 +6,6 @@ from typing import Any
 from moi_jax.checkpoints.checksums import ARRAYS
 from moi_jax.checkpoints.parameters import read_state
 from moi_jax.common.errors import UserError
-from moi_jax.models.config import ModelConfig
 from moi_jax.training.audit.compare import compare
 from moi_jax.training.audit.finding import Finding, NotDone, passed
 from moi_jax.training.audit.records import read_records
@@ -54,7 +53,7 @@ def check_replay(run: SavedRun, data: PlannedRun, most: int) -> Finding:
         worst = max([worst, *losses])
     figures: dict[str, Any] = {"steps": stretch.count, "from": stretch.first, "worst_loss": worst}
     if stretch.whole:
-        compared = _compare_state(stretch, replayed, run.experiment.model, loose=bool(loosened))
+        compared = _compare_state(run, stretch, replayed, loose=bool(loosened))
         exact = exact and not compared["different"]
         figures |= {"to": stretch.end.step, **compared}
     figures |= {"bit_for_bit": exact, "loosened_by": loosened, "logged": logged}
@@ -113,13 +112,14 @@ def _compare_record(
 
 
 def _compare_state(
-    stretch: Stretch, replayed: Replayed, model: ModelConfig, *, loose: bool
+    run: SavedRun, stretch: Stretch, replayed: Replayed, *, loose: bool
 ) -> dict[str, Any]:
     """Compares the replayed state with the checkpoint; raises UserError where it is another one."""
     figures: dict[str, Any] = {"different": []}
     bars = [bar * replayed.learning_rates for bar in STATE_BARS[stretch.compute_dtype]]
     wrong = False
-    saved = read_state(stretch.end.path, model, *replayed.abstract)
+    model = run.experiment.model
+    saved = read_state(stretch.end.path, model, *replayed.abstract, run.base)
     for item, now, before in zip(ARRAYS, replayed.state.items(), saved, strict=True):
         found = compare(item, now, before)
         figures["different"] += found.different

@@ -12,8 +12,9 @@ from moi_jax import config as config_lib
 from moi_jax.checkpoints.damage import DamagedCheckpoint, cannot_read
 from moi_jax.checkpoints.damaged_steps import check_step
 from moi_jax.checkpoints.experiment import Experiment
-from moi_jax.checkpoints.items import all_steps, read_items, read_json_item
-from moi_jax.checkpoints.parameters import read_state
+from moi_jax.checkpoints.init_from import chosen_base
+from moi_jax.checkpoints.items import all_steps, read_base, read_items, read_json_item
+from moi_jax.checkpoints.parameters import read_beside, read_held_state
 from moi_jax.common.checksums import SUMS
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
@@ -67,6 +68,7 @@ class SavedRun:
       steps: the sound checkpoints, the newest first.
       records: the files of RECORDS that are there, read once: what is checked is what is signed.
       experiment: of the newest one, all from its own items.
+      base: the checkpoint with the base of adapters; None for the recorded ones.
       mesh: that of the run if these devices allow it.
       bind: parameters -> model, on the mesh.
       unchanged_since: the step since which optimizer, batch and length are those of the newest
@@ -77,6 +79,7 @@ class SavedRun:
     steps: list[SavedStep]
     records: dict[str, bytes]
     experiment: Experiment
+    base: Path | None
     mesh: Mesh
     bind: Bind
     microbatch_rows: int
@@ -171,15 +174,18 @@ def open_run(
     steps: list[SavedStep],
     devices: Sequence[jax.Device],
     overrides: Sequence[str] = (),
+    base: Path | None = None,
 ) -> SavedRun:
     """Opens a run from its sound checkpoints.
 
     Args:
       overrides: settings, as `section.key=value`, that may differ in a resumed run, such as paths.
+      base: of a run of adapters, see `moi_jax.load`.
 
     Raises:
       UserError: an override would make it another run, the mesh does not fit the devices, or this
-        version cannot render the run's chat template; or a record cannot be read.
+        version cannot render the run's chat template; a record cannot be read, or there is no such
+        base.
     """
     newest = steps[0]
     items = read_items(newest.path)
@@ -199,6 +205,7 @@ def open_run(
         steps=steps,
         records=read_files(directory),
         experiment=experiment,
+        base=chosen_base(newest.path, items, base),
         mesh=mesh,
         bind=make_model(items.model, compute),
         microbatch_rows=rows,
@@ -222,8 +229,13 @@ def check_finite_values(run: SavedRun) -> Finding:
     model, dtype = run.experiment.model, run.config.param_dtype
     optimizer = make_optimizer(run.config.optimizer, model)
     abstract = abstract_state(model, optimizer, dtype, run.mesh).items()
-    for saved in run.steps:
-        read_state(saved.path, model, *abstract)  # refuses a value that is not finite
+    bases = {}
+    for saved in reversed(run.steps):  # reading refuses a value that is not finite
+        read_held_state(saved.path, model, *abstract)
+        if recorded := read_base(saved.path):
+            bases[recorded.fingerprint] = (saved.path, recorded)
+    for step, recorded in bases.values():
+        read_beside(step, recorded, model, abstract[0], verify=False, given=run.base)
     values = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     text = (
         f"{values:,} values of parameters and optimizer are finite in {len(run.steps)} checkpoints"

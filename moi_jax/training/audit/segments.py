@@ -114,7 +114,7 @@ def _token_losses(run: SavedRun) -> TokenLosses:
     """A function from a numpy batch [B, S] to its token losses float[B, S]."""
     dtype = run.config.param_dtype
     parameters = read_parameters(
-        run.newest.path, run.experiment.model, dtype, run.mesh, verify=False
+        run.newest.path, run.experiment.model, dtype, run.mesh, verify=False, base=run.base
     )
 
     def step(parameters: Tree, batch: Batch) -> jax.Array:

@@ -120,7 +120,7 @@ def replay(run: SavedRun, data: PlannedRun, stretch: Stretch, logged: set[int]) 
     optimizer = make_optimizer(config.optimizer, model)
     abstract = abstract_state(model, optimizer, config.param_dtype, run.mesh).items()
     if stretch.start:
-        items = read_state(stretch.start.path, model, *abstract)
+        items = read_state(stretch.start.path, model, *abstract, run.base)
         state = TrainState.from_items(optimizer.trained, *items)
     else:
         state = new_state(model, optimizer, _first_parameters(run), run.mesh)
