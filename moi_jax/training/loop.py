@@ -32,6 +32,7 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
         while not (run.at_end or run.missed):
             if run.profiler.starts_before(run.step + 1):
                 reader.read_previous()
+                run.checkpoints.wait()  # a save in the background is no part of a step
                 run.profiler.start(run.step + 1)
             first_row = run.row
             with run.profiler.annotation(run.step + 1):
