@@ -1,7 +1,8 @@
 """Useful tokens/s on the public sets: MoI rows beside padded batches of TRL, on a CPU, in turns.
 
     pip install '.[peers]'
-    python benchmarks/padded_peer.py DIR    # data.root of configs/public_sets.yaml
+    python benchmarks/padded_peer.py DIR        # data.root of configs/public_sets.yaml
+    python benchmarks/padded_peer.py DIR xla    # with another model.attention than auto
 
 Both train the model of torch_peer.py, with a vocabulary of 8,192, on text in the tokens of the
 sample set. We take batches of 4 MoI rows of 2,048 tokens from the loader. The peer gets the
@@ -36,7 +37,7 @@ OURS, PEER = "moi_jax, MoI rows", f"transformers, batches of TRL {trl.__version_
 TorchBatch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
-def main(root: str) -> None:
+def main(root: str, attention: str = "auto") -> None:
     rows = public_batches(root, "chunk")
     padded = padded_batches(instructions(public_batches(root, "instruction")))
     useful = {
@@ -48,7 +49,9 @@ def main(root: str) -> None:
         PEER: [targets.numel() for _, targets in padded],
     }
     model = small_qwen(VOCABULARY)
-    took = take_turns({OURS: our_step(model, rows), PEER: torch_step(model, padded)}, ROUNDS)
+    took = take_turns(
+        {OURS: our_step(model, rows, attention), PEER: torch_step(model, padded)}, ROUNDS
+    )
     speed = {}
     for name, seconds in took.items():
         tokens, computed = (sum(counts[name][1 : 1 + ROUNDS]) for counts in (useful, places))
@@ -91,4 +94,4 @@ def padded_batches(examples: Iterable[tuple[list[int], list[int]]]) -> list[Torc
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

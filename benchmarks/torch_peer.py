@@ -113,13 +113,13 @@ def take_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
     return {name: times[1:] for name, times in took.items()}
 
 
-def our_step(model: ModelConfig, batches: Sequence[Batch]) -> Step:
-    """Our train step, which takes the batches again and again."""
+def our_step(model: ModelConfig, batches: Sequence[Batch], attention: str = "auto") -> Step:
+    """Our train step, which takes the batches again and again; `attention` as in the config."""
     mesh = make_mesh(config_lib.Mesh(), jax.devices()[:1])
     optimizer, schedule = make_optimizer(OPTIMIZER, model), make_schedule(OPTIMIZER, 100)
-    settings = config_lib.Model()
-    attention = choose_attention(settings, model, jax.devices()[0], mesh, "float32")
-    bind = make_model(model, Compute("float32", attention=attention))
+    settings = config_lib.Model.model_validate({"attention": attention})
+    attend = choose_attention(settings, model, jax.devices()[0], mesh, "float32")
+    bind = make_model(model, Compute("float32", attention=attend))
     state = new_state(model, optimizer, random_parameters(model, 0, "float32", mesh), mesh)
     domains = 1 + max(int(batch.domain_ids.max()) for batch in batches)
     train_step = make_train_step(model, bind, optimizer, schedule, domains, mesh)
