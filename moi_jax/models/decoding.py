@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from moi_jax.models.attention.cached import cached_attention
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, DecoderLayer, KeysAndValues, Tree
-from moi_jax.models.kv_cache import Cache, write
+from moi_jax.models.kv_cache import Cache, write_key, write_value
 from moi_jax.models.parameters import abstract_parameters, parameter_specs
 from moi_jax.models.rotary import Rotary, position_angles
 from moi_jax.parallel.axes import constrain
@@ -223,8 +223,8 @@ def decode(
     each = zip(layers, cache.keys, cache.values, strict=True)
     for number, (layer, old_keys, old_values) in enumerate(each):
         query, key, value = layer.before_attention(x, angles.of_layer(number))
-        keys.append(write(old_keys, key, cache.newest))
-        values.append(write(old_values, value, cache.newest))
+        keys.append(write_key(old_keys, key, cache.newest))
+        values.append(write_value(old_values, value, cache.newest))
         x = layer.after_attention(x, cached_attention(query, keys[-1], values[-1], visible))
     cache = cache._replace(keys=tuple(keys), values=tuple(values))
     return model.logits(model.final_norm(x))[:, 0], cache

@@ -125,3 +125,11 @@ def bucket(size: int, shortest: int, longest: int | None = None) -> int:
     while width < size:
         width *= 2
     return width if longest is None else min(width, longest)
+
+
+def length_bucket(tokens: int, shortest: int, longest: int) -> int:
+    """Rounds up to `shortest` times 1, 2, 4, ... or 1.5, 3, 6, ..., but to `longest` at most.
+
+    For lengths that cost much work. `shortest` is even.
+    """
+    return min(bucket(tokens, shortest, longest), bucket(tokens, 3 * shortest // 2, longest))

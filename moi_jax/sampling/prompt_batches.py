@@ -1,5 +1,6 @@
 """Running requests on the host, and their prompts as batches of a few shapes."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from moi_jax.parallel.placing import bucket
+from moi_jax.parallel.placing import length_bucket
 from moi_jax.sampling.requests import Request
 from moi_jax.sampling.slots import RUNNING, Slots
 from moi_jax.sampling.text_stream import TextStream
@@ -43,7 +44,8 @@ def prefill_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Slots]]:
     """Yields (slots, prompts, new): what `slots.enter` needs, and the tokens of `decoding.prefill`.
 
-    Widths and numbers of rows are a power of two times the smallest, so few shapes are compiled.
+    Prompts of similar length are together. There are few widths, see `length_bucket`, and numbers
+    of rows are a power of two times `multiple`, so few shapes are compiled.
 
     Args:
       requests: by their slots.
@@ -51,19 +53,34 @@ def prefill_batches(
       slots: the number of slots; a padding row is sent to this number, which is no slot.
       context: the longest possible prompt.
     """
-    longest = max((len(running.request.prompt) for running in requests.values()), default=0)
-    width = bucket(longest, SHORTEST_PROMPT, context)
-    most = max(PREFILL_TOKENS // width, multiple)
-    taken = list(requests)
-    for group in (taken[n : n + most] for n in range(0, len(taken), most)):
-        count = bucket(len(group), multiple)
-        tokens = np.zeros((count, width), np.int32)
-        for line, slot in zip(tokens, group, strict=False):
-            prompt = requests[slot].request.prompt
-            line[: len(prompt)] = prompt
-        nowhere = [slots] * (count - len(group))
-        new = _slots([requests[slot] for slot in group], count, greedy)
-        yield np.array(group + nowhere, np.int32), tokens, new
+    by_width = defaultdict(list)
+    for slot, running in requests.items():
+        length = len(running.request.prompt)
+        by_width[length_bucket(length, SHORTEST_PROMPT, context)].append(slot)
+    for width, taken in by_width.items():
+        for group, count in _groups(taken, multiple, PREFILL_TOKENS // width):
+            tokens = np.zeros((count, width), np.int32)
+            for line, slot in zip(tokens, group, strict=False):
+                prompt = requests[slot].request.prompt
+                line[: len(prompt)] = prompt
+            nowhere = [slots] * (count - len(group))
+            new = _slots([requests[slot] for slot in group], count, greedy)
+            yield np.array(group + nowhere, np.int32), tokens, new
+
+
+def _groups(taken: list[int], multiple: int, most: int) -> Iterator[tuple[list[int], int]]:
+    """Splits slots into groups that need no padding rows, unless fewer than `multiple` are left.
+
+    Yields:
+      A group, and its number of rows: `multiple` times a power of two, and no more than `most`
+      unless that is `multiple`.
+    """
+    while taken:
+        count = multiple
+        while 2 * count <= min(len(taken), most):
+            count *= 2
+        yield taken[:count], count
+        taken = taken[count:]
 
 
 def _slots(running: Sequence[RunningRequest], count: int, greedy: bool) -> Slots:

@@ -20,9 +20,9 @@ from moi_jax.models import decoding
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.decoding import BoundPrograms, LayerPrograms, LayerViews, view_layers
-from moi_jax.models.kv_cache import KV_AXES, Cache, cache_shape, empty_cache, resize
+from moi_jax.models.kv_cache import KV_AXES, Cache, empty_cache, resize, value_shape
 from moi_jax.models.parameters import abstract_parameters, parameter_specs
-from moi_jax.parallel.placing import batch_shards, bucket, named_sharding, round_up
+from moi_jax.parallel.placing import batch_shards, bucket, length_bucket, named_sharding, round_up
 from moi_jax.sampling.prompt_batches import RunningRequest, prefill_batches
 from moi_jax.sampling.requests import Completion, Finish, Request
 from moi_jax.sampling.slots import (
@@ -42,7 +42,7 @@ from moi_jax.text.tokenizer import Tokenizer
 
 # The same as MAX_STEPS, where the text is read while it is generated.
 STREAMING_STEPS = 4
-# The cache has this length times a power of two, or the length of the context.
+# The shortest cache; the others are as `length_bucket` says.
 SHORTEST_CACHE = 128
 
 
@@ -246,14 +246,14 @@ class Sampler:
 
     def _cache_length(self, tokens: int) -> int:
         """The length of a cache for so many tokens: one of a few, so few shapes are compiled."""
-        return bucket(tokens, SHORTEST_CACHE, self.context)
+        return length_bucket(tokens, SHORTEST_CACHE, self.context)
 
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
 
     def _bytes(self, rows: int, length: int) -> int:
         """Bytes of a cache of so many rows of this length, on each device."""
-        layer = self._elements(cache_shape(self._config, rows, length), KV_AXES)
+        layer = self._elements(value_shape(self._config, rows, length), KV_AXES)
         return 2 * self._config.num_layers * layer * self._dtype.itemsize
 
     def _copy_bytes(self, parameters: Tree | LayerViews) -> int:
@@ -279,8 +279,8 @@ class Sampler:
 
     def _check_memory(self, rows: int, length: int, parameters: Tree | LayerViews) -> None:
         """Raises UserError when cache and layers do not fit the free memory of a device."""
-        # While a cache grows, the one of half its length is still there.
-        cache = self._bytes(rows, length) + self._bytes(rows, length // 2)
+        # While a cache grows, the one of at most three quarters of its length is still there.
+        cache = self._bytes(rows, length) + self._bytes(rows, 3 * length // 4)
         copy = self._copy_bytes(parameters)
         devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
         for device in devices:

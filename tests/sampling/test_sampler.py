@@ -477,10 +477,16 @@ def test_the_longest_requests_go_first(parameters, monkeypatch):
         return prefill(model, tokens, lengths)
 
     monkeypatch.setattr(decoding, "prefill", watched)
-    prompts = random_prompts((10, 100, 20, 90))
+    prompts = random_prompts((10, 100, 20, 98))
     requests = [Request(p, max_new_tokens=5) for p in prompts]
     answers = completions(sampler_of(MODEL, slots=2), parameters, requests)
-    assert shapes == [((2, 128), [100, 90]), ((2, 64), [20, 10])]
+    assert shapes == [((2, 128), [100, 98]), ((2, 64), [20, 10])]
+    shapes.clear()
+    # One long prompt does not widen the others, and three rows are not padded to four.
+    prompts = random_prompts((10, 12, 110, 11))
+    requests = [Request(p, max_new_tokens=5) for p in prompts]
+    answers = completions(sampler_of(MODEL, slots=4), parameters, requests)
+    assert shapes == [((1, 128), [110]), ((2, 64), [12, 11]), ((1, 64), [10])]
     assert [list(a.tokens) for a in answers] == plain_greedy(MODEL, parameters, requests)
 
 

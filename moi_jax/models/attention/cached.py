@@ -12,7 +12,7 @@ def cached_attention(
     """Computes grouped-query attention of one token in each row over its cache.
 
     Args:
-      query: [B, 1, H, N]; keys, values: [B, K, T, N].
+      query: [B, 1, H, N]; keys: [B, K, N, T]; values: [B, K, T, N].
       visible: bool[B, T], the places that the row owns.
 
     Returns:
@@ -22,7 +22,7 @@ def cached_attention(
     k = keys.shape[1]
     wide = jnp.promote_types(query.dtype, jnp.float32)
     query = query.reshape(b, k, h // k, n)
-    scores = jnp.einsum("bkgn,bktn->bkgt", query, keys, preferred_element_type=wide)
+    scores = jnp.einsum("bkgn,bknt->bkgt", query, keys, preferred_element_type=wide)
     scores = jnp.where(visible[:, None, None], scores / math.sqrt(n), -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
