@@ -60,11 +60,22 @@ def main() -> int:
         "export",
         help="checkpoint -> published layout",
         description="Writes the parameters of a checkpoint, or of the newest step of a run, as "
-        "safetensors with config.json, tokenizer, chat template and model card.",
+        "safetensors with config.json, tokenizer, chat template and model card, or as one GGUF "
+        "file. LoRA adapters are merged into their base.",
     )
     exporter.add_argument("checkpoint", type=Path, metavar="CKPT")
+    place = exporter.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=local_path, metavar="DIR", help="must not exist")
+    place.add_argument(
+        "--gguf",
+        type=local_path,
+        metavar="FILE",
+        help="write one GGUF file for llama.cpp and Ollama instead; must not exist",
+    )
     exporter.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="must not exist"
+        "--type",
+        choices=["F32", "F16", "Q8_0"],
+        help="with --gguf: type of the matrices (default: F16); norms and biases are F32",
     )
     exporter.add_argument(
         "--dtype",
@@ -173,6 +184,11 @@ def _export(args: argparse.Namespace) -> None:
     from moi_jax.checkpoints.hf.hub import check_token, push
     from moi_jax.checkpoints.hf.peft_exporter import export_adapter
 
+    if args.gguf:
+        _export_gguf(args)
+        return
+    if args.type:
+        raise UserError("--type is for GGUF files; name one with --gguf, or use --dtype")
     if args.push:
         check_token()  # before an hour of writing
     if args.peft:
@@ -194,6 +210,17 @@ def _export(args: argparse.Namespace) -> None:
         )
     if args.push:
         print(f"uploaded {push(args.out, args.push, private=not args.public)}")
+
+
+def _export_gguf(args: argparse.Namespace) -> None:
+    from moi_jax.checkpoints.hf.gguf_exporter import export_gguf
+
+    if args.peft or args.dtype or args.as_family or args.push or args.public:
+        raise UserError(
+            "--gguf writes merged weights into one file, in the type of --type; leave out --peft, "
+            "--dtype, --as, --push and --public"
+        )
+    export_gguf(args.checkpoint, args.gguf, args.type or "F16", args.verify, args.base)
 
 
 def _verify(args: argparse.Namespace) -> int:
