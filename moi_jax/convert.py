@@ -1,13 +1,14 @@
-"""python -m moi_jax.convert import|export|verify: import, export and check published weights."""
+"""python -m moi_jax.convert: import, export and check published weights; average and merge."""
 
 import argparse
 import ctypes
 import json
+import math
 import re
 from contextlib import suppress
 from pathlib import Path
 
-from moi_jax.cli.arguments import add_base, add_no_verify, local_path
+from moi_jax.cli.arguments import COUNT, PROBABILITY, add_base, add_no_verify, local_path
 from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 from moi_jax.config.section import full_dtype
@@ -131,6 +132,8 @@ def main() -> int:
     )
     verifier.set_defaults(run=_verify)
 
+    _add_average(commands)
+    _add_merge(commands)
     args = parser.parse_args()
 
     from moi_jax.common.log import show_logs
@@ -138,6 +141,73 @@ def main() -> int:
     show_logs(stderr=True)  # standard output is for reports
     _return_freed_memory()
     return args.run(args) or 0
+
+
+def _add_average(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    average = commands.add_parser(
+        "average",
+        help="average the parameters of checkpoints",
+        description="Writes the average of checkpoints of one model, or of adapters of one kind on "
+        "one base. A single run stands for all of its checkpoints.",
+    )
+    average.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT")
+    _add_combined(average)
+    average.add_argument(
+        "--ema",
+        type=PROBABILITY,
+        metavar="DECAY",
+        help="exponential moving average in the order of the checkpoints: each one counts 1 - "
+        "DECAY, and what was averaged before DECAY",
+    )
+    average.set_defaults(run=_average)
+
+
+def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="merge fine-tuned runs of one base",
+        description="Adds what each run has changed in the base, its task vector, to the base: "
+        "averaged, by TIES, or by DARE. Runs may be fully fine-tuned or have adapters.",
+    )
+    merge.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    merge.add_argument(
+        "--base", type=Path, required=True, metavar="CKPT", help="from which all runs began"
+    )
+    merge.add_argument("--method", choices=("average", "ties", "dare"), required=True)
+    merge.add_argument(
+        "--density",
+        type=PROBABILITY,
+        default=0.2,
+        metavar="SHARE",
+        help="of the values of a matrix that ties and dare keep (default: 0.2)",
+    )
+    merge.add_argument("--seed", type=COUNT, default=0, metavar="N", help="of what dare drops")
+    _add_combined(merge)
+    merge.set_defaults(run=_merge)
+
+
+def _add_combined(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out", type=local_path, required=True, metavar="CKPT", help="must not exist"
+    )
+    command.add_argument(
+        "--weights",
+        type=parse_weights,
+        metavar="W,W",
+        help="one number for each, which are divided by their sum (default: equal)",
+    )
+    add_no_verify(command)
+
+
+def parse_weights(given: str) -> list[float]:
+    """The finite numbers of a comma-separated list."""
+    try:
+        weights = [float(number) for number in given.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(map(math.isfinite, weights)):
+        raise argparse.ArgumentTypeError(f"{given!r} is no list of numbers such as 1,0.5")
+    return weights
 
 
 def _return_freed_memory() -> None:
@@ -229,6 +299,21 @@ def _verify(args: argparse.Namespace) -> int:
     report = verify_checkpoint(args.checkpoint, args.against, args.tensors_only, args.base)
     print(json.dumps(report, indent=1) if args.json else describe(report))
     return 0 if report["verdict"] == "equal" else 1
+
+
+def _average(args: argparse.Namespace) -> None:
+    from moi_jax.checkpoints.average import average_checkpoints
+
+    if args.ema and args.weights:
+        raise UserError("--ema gives the weights; leave out --weights")
+    average_checkpoints(args.checkpoints, args.out, args.weights, args.ema, args.verify)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from moi_jax.checkpoints.merge import MergeOptions, merge_runs
+
+    options = MergeOptions(args.method, args.weights, args.density, args.seed)
+    merge_runs(args.runs, args.base, args.out, options, args.verify)
 
 
 if __name__ == "__main__":
