@@ -134,6 +134,7 @@ def main() -> int:
 
     _add_average(commands)
     _add_merge(commands)
+    _add_ema(commands)
     args = parser.parse_args()
 
     from moi_jax.common.log import show_logs
@@ -184,6 +185,19 @@ def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     merge.add_argument("--seed", type=COUNT, default=0, metavar="N", help="of what dare drops")
     _add_combined(merge)
     merge.set_defaults(run=_merge)
+
+
+def _add_ema(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    ema = commands.add_parser(
+        "ema",
+        help="the moving average that a run has kept (optimizer.ema_decay)",
+        description="Writes a checkpoint with the moving average of the parameters that a run with "
+        "optimizer.ema_decay keeps. evaluate, generate and convert export read it as any other.",
+    )
+    ema.add_argument("checkpoint", type=Path, metavar="CKPT")
+    ema.add_argument("--out", type=local_path, required=True, metavar="CKPT", help="must not exist")
+    add_no_verify(ema)
+    ema.set_defaults(run=_ema)
 
 
 def _add_combined(command: argparse.ArgumentParser) -> None:
@@ -314,6 +328,12 @@ def _merge(args: argparse.Namespace) -> None:
 
     options = MergeOptions(args.method, args.weights, args.density, args.seed)
     merge_runs(args.runs, args.base, args.out, options, args.verify)
+
+
+def _ema(args: argparse.Namespace) -> None:
+    from moi_jax.checkpoints.moving_average import write_moving_average
+
+    write_moving_average(args.checkpoint, args.out, args.verify)
 
 
 if __name__ == "__main__":
