@@ -84,9 +84,7 @@ def main() -> int:
         choices=DTYPES,
         help="dtype of the published tensors (default: as stored)",
     )
-    exporter.add_argument(
-        "--max-shard-size", type=parse_size, default=5 * 10**9, metavar="SIZE", help="default: 5GB"
-    )
+    exporter.add_argument("--max-shard-size", type=parse_size, metavar="SIZE", help="default: 5GB")
     exporter.add_argument(
         "--as",
         dest="as_family",
@@ -264,7 +262,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from moi_jax.checkpoints.hf.exporter import export_checkpoint
+    from moi_jax.checkpoints.hf.exporter import MAX_SHARD_SIZE, export_checkpoint
     from moi_jax.checkpoints.hf.hub import check_token, push
     from moi_jax.checkpoints.hf.peft_exporter import export_adapter
 
@@ -287,7 +285,7 @@ def _export(args: argparse.Namespace) -> None:
             args.checkpoint,
             args.out,
             args.dtype,
-            args.max_shard_size,
+            args.max_shard_size or MAX_SHARD_SIZE,
             args.as_family,
             args.verify,
             args.base,
@@ -299,10 +297,11 @@ def _export(args: argparse.Namespace) -> None:
 def _export_gguf(args: argparse.Namespace) -> None:
     from moi_jax.checkpoints.hf.gguf_exporter import export_gguf
 
-    if args.peft or args.dtype or args.as_family or args.push or args.public:
+    of_folders = (args.peft, args.dtype, args.as_family, args.max_shard_size)
+    if any((*of_folders, args.push, args.public)):
         raise UserError(
             "--gguf writes merged weights into one file, in the type of --type; leave out --peft, "
-            "--dtype, --as, --push and --public"
+            "--dtype, --as, --max-shard-size, --push and --public"
         )
     export_gguf(args.checkpoint, args.gguf, args.type or "F16", args.verify, args.base)
 

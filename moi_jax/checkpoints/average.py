@@ -53,7 +53,7 @@ def average_checkpoints(
         total = None
         for share, parameters in zip(counts, stored, strict=True):
             value = parameters.get(path, layer)
-            term = value.astype(np.result_type(value, np.float32)) * np.float32(share)
+            term = value.astype(np.result_type(value, np.float32)) * share
             total = term if total is None else total + term
         assert total is not None
         return total

@@ -68,6 +68,8 @@ def merge_runs(
     check_alike(steps, all_items)
     _check_base(steps, all_items, place, beside)
     counts = shares(options.weights, len(steps))
+    if options.method == "ties" and min(counts) < 0:
+        raise UserError("--weights must not be below zero for ties, whose votes they are")
     start = stored_parameters(place, beside.model, verify)
     tuned = [_open(s, i, verify, place) for s, i in zip(steps, all_items, strict=True)]
     merge = _method(options)
@@ -102,7 +104,8 @@ def _check_base(
         if items.model.base != base.model:
             raise UserError(f"{step} has another architecture than the base {place}")
         theirs, ours = (i.provenance.get("base") for i in (items, base))
-        if theirs != ours:
+        # The base of adapters is known by its fingerprint, whatever its name.
+        if items.base is None and theirs != ours:
             raise UserError(
                 f"{step} began from {theirs or 'random parameters'}, and the base {place} is "
                 f"{ours or 'of random parameters'}; give the base of all runs"
@@ -148,7 +151,7 @@ def weighted(vectors: Vectors, weights: Sequence[float]) -> np.ndarray:
     """The weighted sum of arrays of one shape."""
     total = np.zeros_like(vectors[0])
     for vector, weight in zip(vectors, weights, strict=True):
-        total += vector * np.float32(weight)
+        total += vector * weight
     return total
 
 
@@ -163,8 +166,8 @@ def ties(vectors: Vectors, weights: Sequence[float], density: float) -> np.ndarr
     total, agreeing = np.zeros_like(sign), np.zeros_like(sign)
     for vector, weight in zip(trimmed, weights, strict=True):
         agrees = (np.sign(vector) == sign) & (sign != 0)
-        total += np.where(agrees, vector, 0) * np.float32(weight)
-        agreeing += agrees * np.float32(weight)
+        total += np.where(agrees, vector, 0) * weight
+        agreeing += np.where(agrees, weight, 0)
     return np.divide(total, agreeing, out=np.zeros_like(total), where=agreeing > 0)
 
 
@@ -185,5 +188,5 @@ def dropped(vector: np.ndarray, density: float, seed: Sequence[int]) -> np.ndarr
       density: the probability of each value to stay.
       seed: of the generator.
     """
-    stays = np.random.default_rng(seed).random(vector.shape, np.float32) < np.float32(density)
-    return np.where(stays, vector, 0) * np.float32(1 / density)
+    stays = np.random.default_rng(seed).random(vector.shape, np.float32) < density
+    return np.where(stays, vector, 0) * (1 / density)

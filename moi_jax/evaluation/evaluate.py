@@ -112,6 +112,7 @@ def evaluate(
             read_results(directory / "results.json")
     opened = _open_tasks(request)
     options = request.model
+    shares = bases is not None and read_items(request.checkpoint).base is not None
     checkpoint = open_checkpoint(
         request.checkpoint,
         devices=devices,
@@ -120,7 +121,7 @@ def evaluate(
         chat_template=options.chat_template,
         verify=options.verify,
         base=options.base,
-        by_layer=bases is None and _only_generates(request, opened),
+        by_layer=not shares and _only_generates(request, opened),
         bases=bases,
     )
     results = held_out = lm_eval = None

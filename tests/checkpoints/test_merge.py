@@ -1,6 +1,8 @@
 """Averages and merges of checkpoints, against slow versions written from the papers."""
 
+import dataclasses
 import errno
+import json
 import sys
 
 import ml_dtypes
@@ -11,6 +13,7 @@ import moi_jax
 from moi_jax import convert
 from moi_jax.checkpoints import combined
 from moi_jax.checkpoints.average import average_checkpoints
+from moi_jax.checkpoints.hf.exporter import export_checkpoint
 from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.merge import MergeOptions, dropped, merge_runs
@@ -202,8 +205,8 @@ def test_what_does_not_belong_together_is_refused_in_one_line(place, tmp_path, m
     ties = MergeOptions("ties")
     refused("another architecture", merge_runs, [run, tmp_path / "deep"], base, out, ties)
     refused("began from Tiny, and the base", merge_runs, [run], tmp_path / "other", out, ties)
-    monkeypatch.setattr("moi_jax.checkpoints.merge._check_base", lambda *_: None)
     refused("is not the base of", merge_runs, [adapters, foreign], base, out, ties)
+    refused("below zero for ties", merge_runs, [run, run], base, out, MergeOptions("ties", [2, -1]))
     refused("3 numbers for 1", merge_runs, [run], base, out, MergeOptions(weights=[1, 1, 1]))
     refused("another architecture", average_checkpoints, [run, tmp_path / "deep"], out)
     refused("another base", average_checkpoints, [adapters, foreign], out)
@@ -233,3 +236,16 @@ def test_arguments_that_are_wrong_are_refused(arguments, message, monkeypatch, c
     with pytest.raises((SystemExit, UserError)) as error:
         convert.main()
     assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_an_export_ends_turns_as_the_runs_were_trained_to(place, tmp_path):
+    """The published base may be no chat model, and name another end."""
+    items = read_items(place / "base")
+    source = {**items.provenance, "generation_config": {"eos_token_id": 7}}
+    ended = dataclasses.replace(items, provenance=source)
+    steps = [tuned(place / "base", tmp_path / f"{n}", n, items=ended) for n in range(2)]
+    average_checkpoints(steps, tmp_path / "out")
+    export_checkpoint(tmp_path / "out", tmp_path / "exported")
+    written = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    _, tokenizer = moi_jax.load(steps[0])
+    assert written["eos_token_id"] == [*tokenizer.template.stops, 7]

@@ -54,6 +54,8 @@ def export_gguf(
         import gguf
     except ImportError:
         raise UserError("--gguf needs the package gguf: pip install 'moi_jax[gguf]'") from None
+    if out.suffix != ".gguf":
+        raise UserError(f"{out} must end in .gguf, by which other programs know such a file")
     check_new(out)
     step = find_step(checkpoint)
     items = read_items(step)

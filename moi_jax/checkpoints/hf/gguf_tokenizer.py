@@ -56,10 +56,11 @@ def _add_special(writer: Any, files: Mapping[str, str], rows: Mapping[str, int])
         token = settings.get(f"{name}_token") or ""
         return rows.get(token["content"] if isinstance(token, dict) else token)
 
-    ends = generation.get("eos_token_id", row("eos"))
+    ends = generation.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else ends
     found = {
         "bos": row("bos"),
-        "eos": ends[0] if isinstance(ends, list) else ends,
+        "eos": end if isinstance(end, int) else row("eos"),
         "pad": row("pad"),
         "unk": row("unk"),
     }
@@ -73,7 +74,9 @@ def _split_name(tokenizer: Json) -> str:
     whole = tokenizer["model"].get("ignore_merges", False)
     found = _steps(tokenizer.get("pre_tokenizer") or {})
     byte_fallback = tokenizer["model"].get("byte_fallback", False)
-    if tokenizer["model"].get("type") == "BPE" and not byte_fallback:
+    # llama.cpp composes no characters (NFC), with Qwen's tokenizer neither.
+    normalizer = (tokenizer.get("normalizer") or {"type": "NFC"})["type"]
+    if tokenizer["model"].get("type") == "BPE" and not byte_fallback and normalizer == "NFC":
         for name, split in SPLITS.items():
             if found == [_plain(step) for step in split.steps] and whole == split.whole:
                 return name
