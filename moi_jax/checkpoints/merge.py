@@ -48,9 +48,9 @@ def merge_runs(
         merge_runs([Path("runs/code"), Path("runs/math")], Path("base"), Path("merged"),
                    MergeOptions("ties"))
 
-    One matrix of each run is in memory at a time, and one parameter of the result. Sums are float32 or wider. The dtype of the
-    result is the widest of base and runs. Prompts are those of the first run, with the prompts of
-    the others' domains.
+    One matrix of each run is in memory at a time, and one parameter of the result. Sums are float32
+    or wider. The dtype of the result is the widest of base and runs. Prompts are those of the first
+    run, with the prompts of the others' domains.
 
     Args:
       runs: steps, or runs (their newest steps), of full fine-tuning or with adapters.
