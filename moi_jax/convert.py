@@ -1,13 +1,14 @@
-"""python -m moi_jax.convert import|export|verify: import, export and check published weights."""
+"""python -m moi_jax.convert: import, export and check published weights; average and merge."""
 
 import argparse
 import ctypes
 import json
+import math
 import re
 from contextlib import suppress
 from pathlib import Path
 
-from moi_jax.cli.arguments import add_base, add_no_verify, local_path
+from moi_jax.cli.arguments import COUNT, PROBABILITY, add_base, add_no_verify, local_path
 from moi_jax.cli.command import run_command
 from moi_jax.common.errors import UserError
 from moi_jax.config.section import full_dtype
@@ -60,11 +61,22 @@ def main() -> int:
         "export",
         help="checkpoint -> published layout",
         description="Writes the parameters of a checkpoint, or of the newest step of a run, as "
-        "safetensors with config.json, tokenizer, chat template and model card.",
+        "safetensors with config.json, tokenizer, chat template and model card, or as one GGUF "
+        "file. LoRA adapters are merged into their base.",
     )
     exporter.add_argument("checkpoint", type=Path, metavar="CKPT")
+    place = exporter.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=local_path, metavar="DIR", help="must not exist")
+    place.add_argument(
+        "--gguf",
+        type=local_path,
+        metavar="FILE",
+        help="write one GGUF file for llama.cpp and Ollama instead; must not exist",
+    )
     exporter.add_argument(
-        "--out", type=local_path, required=True, metavar="DIR", help="must not exist"
+        "--type",
+        choices=["F32", "F16", "Q8_0"],
+        help="with --gguf: type of the matrices (default: F16); norms and biases are F32",
     )
     exporter.add_argument(
         "--dtype",
@@ -72,9 +84,7 @@ def main() -> int:
         choices=DTYPES,
         help="dtype of the published tensors (default: as stored)",
     )
-    exporter.add_argument(
-        "--max-shard-size", type=parse_size, default=5 * 10**9, metavar="SIZE", help="default: 5GB"
-    )
+    exporter.add_argument("--max-shard-size", type=parse_size, metavar="SIZE", help="default: 5GB")
     exporter.add_argument(
         "--as",
         dest="as_family",
@@ -120,6 +130,9 @@ def main() -> int:
     )
     verifier.set_defaults(run=_verify)
 
+    _add_average(commands)
+    _add_merge(commands)
+    _add_ema(commands)
     args = parser.parse_args()
 
     from moi_jax.common.log import show_logs
@@ -127,6 +140,86 @@ def main() -> int:
     show_logs(stderr=True)  # standard output is for reports
     _return_freed_memory()
     return args.run(args) or 0
+
+
+def _add_average(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    average = commands.add_parser(
+        "average",
+        help="average the parameters of checkpoints",
+        description="Writes the average of checkpoints of one model, or of adapters of one kind on "
+        "one base. A single run stands for all of its checkpoints.",
+    )
+    average.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT")
+    _add_combined(average)
+    average.add_argument(
+        "--ema",
+        type=PROBABILITY,
+        metavar="DECAY",
+        help="exponential moving average in the order of the checkpoints: each one counts 1 - "
+        "DECAY, and what was averaged before DECAY",
+    )
+    average.set_defaults(run=_average)
+
+
+def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="merge fine-tuned runs of one base",
+        description="Adds what each run has changed in the base, its task vector, to the base: "
+        "averaged, by TIES, or by DARE. Runs may be fully fine-tuned or have adapters.",
+    )
+    merge.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    merge.add_argument(
+        "--base", type=Path, required=True, metavar="CKPT", help="from which all runs began"
+    )
+    merge.add_argument("--method", choices=("average", "ties", "dare"), required=True)
+    merge.add_argument(
+        "--density",
+        type=PROBABILITY,
+        default=0.2,
+        metavar="SHARE",
+        help="of the values of a matrix that ties and dare keep (default: 0.2)",
+    )
+    merge.add_argument("--seed", type=COUNT, default=0, metavar="N", help="of what dare drops")
+    _add_combined(merge)
+    merge.set_defaults(run=_merge)
+
+
+def _add_ema(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    ema = commands.add_parser(
+        "ema",
+        help="the moving average that a run has kept (optimizer.ema_decay)",
+        description="Writes a checkpoint with the moving average of the parameters that a run with "
+        "optimizer.ema_decay keeps. evaluate, generate and convert export read it as any other.",
+    )
+    ema.add_argument("checkpoint", type=Path, metavar="CKPT")
+    ema.add_argument("--out", type=local_path, required=True, metavar="CKPT", help="must not exist")
+    add_no_verify(ema)
+    ema.set_defaults(run=_ema)
+
+
+def _add_combined(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out", type=local_path, required=True, metavar="CKPT", help="must not exist"
+    )
+    command.add_argument(
+        "--weights",
+        type=parse_weights,
+        metavar="W,W",
+        help="one number for each, which are divided by their sum (default: equal)",
+    )
+    add_no_verify(command)
+
+
+def parse_weights(given: str) -> list[float]:
+    """The finite numbers of a comma-separated list."""
+    try:
+        weights = [float(number) for number in given.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(map(math.isfinite, weights)):
+        raise argparse.ArgumentTypeError(f"{given!r} is no list of numbers such as 1,0.5")
+    return weights
 
 
 def _return_freed_memory() -> None:
@@ -169,10 +262,15 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from moi_jax.checkpoints.hf.exporter import export_checkpoint
+    from moi_jax.checkpoints.hf.exporter import MAX_SHARD_SIZE, export_checkpoint
     from moi_jax.checkpoints.hf.hub import check_token, push
     from moi_jax.checkpoints.hf.peft_exporter import export_adapter
 
+    if args.gguf:
+        _export_gguf(args)
+        return
+    if args.type:
+        raise UserError("--type is for GGUF files; name one with --gguf, or use --dtype")
     if args.push:
         check_token()  # before an hour of writing
     if args.peft:
@@ -187,7 +285,7 @@ def _export(args: argparse.Namespace) -> None:
             args.checkpoint,
             args.out,
             args.dtype,
-            args.max_shard_size,
+            args.max_shard_size or MAX_SHARD_SIZE,
             args.as_family,
             args.verify,
             args.base,
@@ -196,12 +294,45 @@ def _export(args: argparse.Namespace) -> None:
         print(f"uploaded {push(args.out, args.push, private=not args.public)}")
 
 
+def _export_gguf(args: argparse.Namespace) -> None:
+    from moi_jax.checkpoints.hf.gguf_exporter import export_gguf
+
+    of_folders = (args.peft, args.dtype, args.as_family, args.max_shard_size)
+    if any((*of_folders, args.push, args.public)):
+        raise UserError(
+            "--gguf writes merged weights into one file, in the type of --type; leave out --peft, "
+            "--dtype, --as, --max-shard-size, --push and --public"
+        )
+    export_gguf(args.checkpoint, args.gguf, args.type or "F16", args.verify, args.base)
+
+
 def _verify(args: argparse.Namespace) -> int:
     from moi_jax.checkpoints.hf.verify import describe, verify_checkpoint
 
     report = verify_checkpoint(args.checkpoint, args.against, args.tensors_only, args.base)
     print(json.dumps(report, indent=1) if args.json else describe(report))
     return 0 if report["verdict"] == "equal" else 1
+
+
+def _average(args: argparse.Namespace) -> None:
+    from moi_jax.checkpoints.average import average_checkpoints
+
+    if args.ema and args.weights:
+        raise UserError("--ema gives the weights; leave out --weights")
+    average_checkpoints(args.checkpoints, args.out, args.weights, args.ema, args.verify)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from moi_jax.checkpoints.merge import MergeOptions, merge_runs
+
+    options = MergeOptions(args.method, args.weights, args.density, args.seed)
+    merge_runs(args.runs, args.base, args.out, options, args.verify)
+
+
+def _ema(args: argparse.Namespace) -> None:
+    from moi_jax.checkpoints.moving_average import write_moving_average
+
+    write_moving_average(args.checkpoint, args.out, args.verify)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python -m moi_jax.evaluate CKPT: benchmarks and held-out losses of a checkpoint."""
+"""python -m moi_jax.evaluate CKPT...: benchmarks and held-out losses of checkpoints."""
 
 import argparse
 import dataclasses
@@ -38,27 +38,30 @@ PROMPT_TASKS = ("gsm8k", "humaneval")
 
 def main() -> int:
     args = _parser().parse_args()
-    request = _request(args)
-    check_request(request)  # before jax starts, which takes long
+    check_request(
+        _request(args, args.checkpoints[0], args.out)
+    )  # before jax starts, which takes long
     prepare_jax(COMPILATION_CACHE)
 
     import jax
 
     from moi_jax.common.log import show_logs
     from moi_jax.config import Cluster
-    from moi_jax.evaluation.evaluate import default_directory, describe_protocol, evaluate
+    from moi_jax.evaluation.evaluate import describe_protocol, evaluate
+    from moi_jax.evaluation.several import evaluate_several
     from moi_jax.parallel.hosts import process_index
 
     show_logs(warnings_to_stderr=True, process_index=process_index)
     join_hosts(args, Cluster())
     check_same_command(args)
-    if args.out is None:
-        args.out = default_directory(args.checkpoint)
-        request = _request(args)
+    requests = _requests(args)
     if args.print_protocol:
-        print(describe_protocol(request, jax.devices()[0].platform))
-        return 0
-    evaluate(request, jax.devices())
+        for request in requests:
+            print(describe_protocol(request, jax.devices()[0].platform))
+    elif len(requests) == 1:
+        evaluate(requests[0], jax.devices())
+    else:
+        evaluate_several(requests, jax.devices(), requests[0].benchmarks.out.parent)
     return 0
 
 
@@ -74,21 +77,34 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join(["python", "-m", "moi_jax.evaluate", *words])
 
 
-def _request(args: argparse.Namespace) -> EvaluationRequest:
-    """The evaluation that the arguments ask for."""
+def _requests(args: argparse.Namespace) -> list[EvaluationRequest]:
+    """The evaluations that the arguments ask for, each with its directory of results."""
+    from moi_jax.checkpoints.items import find_step
+    from moi_jax.evaluation.evaluate import RESULTS, default_directory
+    from moi_jax.evaluation.several import names_of
+
+    if len(args.checkpoints) == 1:
+        (checkpoint,) = args.checkpoints
+        return [_request(args, checkpoint, args.out or default_directory(checkpoint))]
+    names = names_of([find_step(checkpoint) for checkpoint in args.checkpoints])
+    return [
+        _request(args, checkpoint, (args.out or RESULTS) / name)
+        for checkpoint, name in zip(args.checkpoints, names, strict=True)
+    ]
+
+
+def _request(args: argparse.Namespace, checkpoint: Path, out: Path | None) -> EvaluationRequest:
+    """The evaluation of a checkpoint that the arguments ask for."""
     from moi_jax.config.load import load_config
 
     tasks = args.tasks
     if tasks is None:
         tasks = () if args.lm_eval is not None else (HELD_OUT,)
+    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(BenchmarkOptions)}
+    options["out"] = out
     return EvaluationRequest(
-        args.checkpoint,
-        BenchmarkOptions(
-            **{
-                field.name: getattr(args, field.name)
-                for field in dataclasses.fields(BenchmarkOptions)
-            }
-        ),
+        checkpoint,
+        BenchmarkOptions(**options),
         tasks,
         model=ModelOptions(
             dtype=args.dtype,
@@ -124,7 +140,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"tasks: {', '.join(TASKS)} (all: the seven of the paper), and {HELD_OUT}: the "
         "losses of the run's held-out conversations under their own and other system prompts.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a step directory, or a run")
+    parser.add_argument(
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        metavar="CKPT",
+        help="a step directory, or a run; several share the base of their adapters",
+    )
     parser.add_argument(
         "--tasks", type=_names, metavar="A,B", help=f"names of tasks, or all (default: {HELD_OUT})"
     )
@@ -139,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=local_path,
         metavar="DIR",
-        help="directory of results (default: runs/evaluation/ and the checkpoint's name)",
+        help="directory of results (default: runs/evaluation/ and the checkpoint's name); with "
+        "several checkpoints, each has a directory of its name in it",
     )
     parser.add_argument(
         "--compare",

@@ -76,6 +76,7 @@ def open_checkpoint(
     verify: bool = True,
     base: Path | None = None,
     by_layer: bool = False,
+    bases: dict[str, Tree] | None = None,
 ) -> OpenCheckpoint:
     """Reads a step directory, or the newest step of a run.
 
@@ -89,6 +90,7 @@ def open_checkpoint(
       base: of a checkpoint of adapters, see `load`.
       by_layer: give the parameters layer by layer. A sampler then uses them as they are, and holds
         no second copy; nothing else can use them.
+      bases: see `read_parameters`; not with by_layer, which deletes what it takes apart.
 
     Raises:
       UserError: there is no checkpoint, it is damaged or not finite, it has no tokenizer, its chat
@@ -102,7 +104,7 @@ def open_checkpoint(
     items = read_items(step)
     tokenizer = _tokenizer(step, items, chat_template)
     dtype = resolve_dtype(dtype, devices[0].platform)
-    bind, stacked = _read_model(step, items, dtype, devices[0], placed_on, verify, base)
+    bind, stacked = _read_model(step, items, dtype, devices[0], placed_on, verify, base, bases)
     parameters: Tree | LayerViews = stacked
     if by_layer:
         with jax.set_mesh(placed_on):
@@ -194,14 +196,16 @@ def _read_model(
     mesh: Mesh | None,
     verify: bool,
     named: Path | None,
+    bases: dict[str, Tree] | None = None,
 ) -> tuple[Bind, Tree]:
     """A function parameters -> model for the device, and the parameters on the mesh.
 
     Args:
       named: the base, see `base` of `load`.
+      bases: see `read_parameters`.
     """
     config = items.model
     attention = choose_attention(config_lib.Model(), config, device, mesh, dtype)
     bind = make_model(config, Compute(dtype, attention=attention))
     base = chosen_base(step, items, named)
-    return bind, read_parameters(step, config, dtype, mesh, verify, base)
+    return bind, read_parameters(step, config, dtype, mesh, verify, base, bases)

@@ -138,11 +138,15 @@ def save_args(parameters: Tree) -> Tree:
 class StoredParameters:
     """Parameters of a step on disk; each is read when it is needed."""
 
-    def __init__(self, step: Path, paths: Iterable[str]):
-        """Raises KeyError, OSError or ValueError when the files are missing or damaged."""
+    def __init__(self, step: Path, paths: Iterable[str], item: str = "parameters"):
+        """Raises KeyError, OSError or ValueError when the files are missing or damaged.
+
+        Args:
+          item: another item of the step that has arrays with these paths.
+        """
         context = ocp.type_handlers.get_ts_context(use_ocdbt=True)
-        directory = epath.Path(step.absolute() / "parameters")
-        self.step = step
+        directory = epath.Path(step.absolute() / item)
+        self.step, self._item = step, item
         self.arrays: dict[str, ts.TensorStore] = {}
         for path in paths:
             info = ocp.type_handlers.ParamInfo(name=path, parent_dir=directory)
@@ -165,7 +169,7 @@ class StoredParameters:
           UserError: its files are damaged, or a value is not finite.
         """
         stored = self.arrays[path]
-        with reading(self.step, f"parameters/{path}"):
+        with reading(self.step, f"{self._item}/{path}"):
             array = (stored if layer is None else stored[layer]).read().result()
         check_finite_array(self.step, array, path)
         return array

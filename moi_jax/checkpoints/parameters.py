@@ -84,6 +84,7 @@ def read_parameters(
     mesh: Mesh | None,
     verify: bool = True,
     base: Path | None = None,
+    bases: dict[str, Tree] | None = None,
 ) -> Tree:
     """Parameters of a checkpoint, cast to `dtype`, laid out on `mesh` (None: one device).
 
@@ -93,6 +94,8 @@ def read_parameters(
     Args:
       verify: compare the files with their checksums first.
       base: a checkpoint with the base; None for where it was when the adapters were trained.
+      bases: fingerprint -> parameters of bases that were read before with this dtype and mesh. A
+        base among them is taken from there, and another one is added.
 
     Raises:
       UserError: files are missing or damaged, the stored shapes are not those of `config`, a value
@@ -104,7 +107,11 @@ def read_parameters(
     if recorded is None:
         return _read_held(step, wanted, verify)
     adapters = _read_held(step, adapters_of(config, wanted), verify)
-    return merge_trees(adapters, read_beside(step, recorded, config, wanted, verify, base))
+    bases = {} if bases is None else bases
+    if recorded.fingerprint not in bases:
+        beside = read_beside(step, recorded, config, wanted, verify, base)
+        bases[recorded.fingerprint] = beside
+    return merge_trees(adapters, bases[recorded.fingerprint])
 
 
 def read_beside(

@@ -44,6 +44,8 @@ class Optimizer(Section):
     moment_dtype: FloatType = "float32"  # of the first moment
     second_moment_dtype: FloatType = "float32"  # only adamw's
     gradient_dtype: FloatType = "float32"  # while microbatches are added up, and until the update
+    # Of an exponential moving average of the trained parameters; 0: none is kept.
+    ema_decay: float = Field(0.0, ge=0, lt=1)
     # Patterns of parameters that are not trained.
     frozen: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
 

@@ -38,9 +38,12 @@ from moi_jax.evaluation.reports.report import write_report
 from moi_jax.evaluation.results import read_results
 from moi_jax.evaluation.tasks import open_task, task_names
 from moi_jax.models.compute import resolve_dtype
+from moi_jax.models.decoder import Tree
 from moi_jax.parallel import hosts
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 from moi_jax.text.tokenizer import Tokenizer
+
+RESULTS = Path("runs/evaluation")
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +77,11 @@ class _Opened:
     lm_eval_tasks: list[Any]
 
 
-def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> EvaluationResult:
+def evaluate(
+    request: EvaluationRequest,
+    devices: Sequence[jax.Device],
+    bases: dict[str, Tree] | None = None,
+) -> EvaluationResult:
     """Runs everything that the request asks for, and writes it into the directory of results.
 
         options = BenchmarkOptions(data=Path("data/benchmarks"), out=Path("out"), limit=50)
@@ -86,6 +93,8 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
 
     Args:
       devices: the devices that the mesh is made of.
+      bases: of adapters, kept for the next checkpoints: see `read_parameters`. The sampler then
+        holds a copy of them of its own.
 
     Raises:
       UserError: the checkpoint, the data, the options or the machine do not allow it. Everything
@@ -103,6 +112,7 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
             read_results(directory / "results.json")
     opened = _open_tasks(request)
     options = request.model
+    shares = bases is not None and read_items(request.checkpoint).base is not None
     checkpoint = open_checkpoint(
         request.checkpoint,
         devices=devices,
@@ -111,7 +121,8 @@ def evaluate(request: EvaluationRequest, devices: Sequence[jax.Device]) -> Evalu
         chat_template=options.chat_template,
         verify=options.verify,
         base=options.base,
-        by_layer=_only_generates(request, opened),
+        by_layer=not shares and _only_generates(request, opened),
+        bases=bases,
     )
     results = held_out = lm_eval = None
     with jax.set_mesh(checkpoint.mesh):
@@ -169,7 +180,7 @@ def default_directory(checkpoint: Path) -> Path:
     Raises:
       UserError: there is no checkpoint.
     """
-    return Path("runs/evaluation") / checkpoint_name(find_step(checkpoint))
+    return RESULTS / checkpoint_name(find_step(checkpoint))
 
 
 def checkpoint_name(step: Path) -> str:

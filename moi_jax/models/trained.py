@@ -56,6 +56,15 @@ class Trained:
             flat[path] = array
         return traverse_util.unflatten_dict(flat, sep=".")
 
+    def place(self, path: str, layer: int | None) -> int | None:
+        """Returns where `part` has a layer of a parameter; None for one that is not trained."""
+        before = 0
+        for start, end in self.layers.get(path, ()):
+            if layer is not None and start <= layer < end:
+                return before + layer - start
+            before += end - start
+        return None if path in self.layers else layer
+
     def share(self, path: str, num_layers: int) -> float:
         """Returns which share of a parameter of the model is trained, from 0 to 1."""
         if path not in self.layers:

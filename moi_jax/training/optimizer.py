@@ -1,7 +1,7 @@
 """The optimizers and the learning-rate schedules."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,26 @@ class Optimizer(NamedTuple):
       init: the trained part of the parameters -> the optimizer state.
       update: gradients, state and parameters, all of the trained part -> updates and state.
       trained: which parameters these are.
+      follow: the state of `update`, and the parameters after it -> the state that is kept.
     """
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateExtraArgsFn
     trained: Trained
+    follow: Callable[[Any, Tree], Any] = lambda state, parameters: state
+
+
+class Averaged(NamedTuple):
+    """The state of an optimizer with `ema_decay`.
+
+    Attributes:
+      inner: the state of the optimizer itself.
+      average: the exponential moving average of the trained part of the parameters, float32 or
+        wider. It begins with the parameters before the first step.
+    """
+
+    inner: Any
+    average: Tree
 
 
 def make_schedule(config: config_lib.Optimizer, steps: int) -> Schedule:
@@ -71,7 +86,29 @@ def make_optimizer(config: config_lib.Optimizer, model: ModelConfig) -> Optimize
         _direction(config, model, trained),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
-    return Optimizer(chain.init, chain.update, trained)
+    optimizer = Optimizer(chain.init, chain.update, trained)
+    return _averaging(optimizer, config.ema_decay) if config.ema_decay else optimizer
+
+
+def _averaging(optimizer: Optimizer, decay: float) -> Optimizer:
+    """Keeps a moving average of the parameters in the state, so it is sharded and saved with it."""
+
+    def init(parameters: Tree) -> Averaged:
+        return Averaged(optimizer.init(parameters), parameters)
+
+    def update(gradients: Tree, state: Averaged, parameters: Tree) -> tuple[Tree, Averaged]:
+        updates, inner = optimizer.update(gradients, state.inner, parameters)
+        return updates, state._replace(inner=inner)
+
+    def follow(state: Averaged, parameters: Tree) -> Averaged:
+        average = jax.tree.map(
+            lambda mean, p: mean + (1 - decay) * (p.astype(mean.dtype) - mean),
+            state.average,
+            parameters,
+        )
+        return state._replace(average=average)
+
+    return Optimizer(cast(Any, init), cast(Any, update), optimizer.trained, follow)
 
 
 def _direction(

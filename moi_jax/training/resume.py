@@ -65,7 +65,7 @@ MAY_CHANGE = (
 # Keys of a source that may differ: its content is compared, not its place.
 SOURCE_MAY_CHANGE = (".path", ".manual_dir", ".license")
 # The state of another optimizer, or of other parameters, is another tree.
-NEVER = ("optimizer.name", "optimizer.frozen")
+NEVER = ("optimizer.name", "optimizer.frozen", "optimizer.ema_decay")
 MAY_CHANGE_IF_ALLOWED = (
     "optimizer",
     "train.early_stopping_patience",

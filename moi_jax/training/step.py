@@ -77,6 +77,7 @@ def _train_step(
     before = trained.part(state.trainable)
     updates, opt_state = optimizer.update(gradients, state.opt_state, before)
     after = jax.tree.map(lambda p, u: (p - learning_rate * u).astype(p.dtype), before, updates)
+    opt_state = optimizer.follow(opt_state, after)
     after, opt_state = jax.tree.map(
         lambda new, old: jnp.where(applied, new, old), (after, opt_state), (before, state.opt_state)
     )

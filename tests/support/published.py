@@ -36,10 +36,11 @@ def add_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def tiny_published(folder: Path, dtype, **changes) -> Path:
+def tiny_published(folder: Path, dtype, scale: float = 0.02, **changes) -> Path:
     """The preset tiny with random weights, as its publisher would lay it out.
 
     Args:
+      scale: the standard deviation of the weights.
       changes: of the preset, such as num_layers.
     """
     shutil.copytree(SAMPLES / "tokenizer", folder)
@@ -47,7 +48,7 @@ def tiny_published(folder: Path, dtype, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
     shapes = published_shapes(config)
     tensors = (
-        (name, (0.02 * rng.standard_normal(shape)).astype(dtype)) for name, shape in shapes.items()
+        (name, (scale * rng.standard_normal(shape)).astype(dtype)) for name, shape in shapes.items()
     )
     write_tensors(folder, shapes, dtype, tensors, 10**9, lambda _: None)
     return folder

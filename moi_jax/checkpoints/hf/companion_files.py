@@ -28,7 +28,8 @@ def companion_files(
         "torch_dtype": dtype,
         **items.provenance.get("token_ids", {}),
     }
-    trained = (step / "config").is_dir()
+    # What was put together of trained checkpoints is trained, too, though it is no step of a run.
+    trained = (step / "config").is_dir() or "combined" in items.provenance
     files = {
         "config.json": json.dumps(config, indent=2) + "\n",
         "generation_config.json": json.dumps(_generation(items, trained), indent=2) + "\n",

@@ -66,7 +66,7 @@ def export_checkpoint(
     log.info(f"wrote {out}: {len(shapes)} tensors, {total / 1e9:.2f} GB, {wanted}")
     if model != items.model:
         log.info(where_exact(items))
-    if items.provenance and not items.provenance["files"]:
+    if items.provenance.get("base") and not items.provenance["files"]:
         log.warning(
             f"{items.provenance['base']} came without a licence file; find out its terms first"
         )

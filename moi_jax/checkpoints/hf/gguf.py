@@ -22,6 +22,8 @@ _LAYER_TENSORS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -31,7 +33,9 @@ _LAYER_TENSORS = {
 # Llama 3's scaling of RoPE as a factor for each frequency; the file tells nothing else about it.
 _ROPE_FACTORS = "rope_freqs.weight"
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
 # config.json's key -> what follows the architecture's name in the metadata.
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -48,7 +52,7 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
 
 def open_gguf(path: Path) -> "GgufCheckpoint":
-    """Opens a GGUF file of the architectures llama and qwen2; tensors are read when needed.
+    """Opens a GGUF file of the architectures llama, qwen2 and qwen3; tensors are read when needed.
 
     Raises:
       UserError: the package gguf is missing; the file is missing, damaged or cut short; or it has
@@ -94,7 +98,7 @@ class GgufCheckpoint:
         if self._architecture not in _CLASSES:
             raise UserError(
                 f"{path} has the architecture {self._architecture}, which is not built; only "
-                f"{' and '.join(_CLASSES)} can be imported from GGUF"
+                f"{', '.join(_CLASSES)} can be imported from GGUF"
             )
         for key, what in _NOT_BUILT.items():
             if self._setting(key, 0):
@@ -138,6 +142,21 @@ class GgufCheckpoint:
         if self._architecture == "llama" and projection in heads:
             return _half_split(values, heads[projection])
         return values
+
+    def rounded(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Values of a published tensor, float32, as the file would hold them.
+
+        They stay as they are where the package gguf has no quantiser of the file's type.
+        """
+        from gguf import dequantize, quantize
+
+        kind = self._tensors[name].tensor_type
+        values = values.astype(np.float32)
+        try:
+            with np.errstate(over="ignore"):
+                return dequantize(quantize(values, kind), kind).reshape(values.shape)
+        except NotImplementedError:
+            return values
 
     @cached_property
     def tokenizer_files(self) -> dict[str, str]:
@@ -219,8 +238,10 @@ class GgufCheckpoint:
             "torch_dtype": "float32",
         }
         values["rope_scaling"] = self._rope_scaling(values)
+        if self._architecture != "qwen2":
+            values["attention_bias"] = bias
         if self._architecture == "llama":
-            values |= {"attention_bias": bias, "mlp_bias": False}
+            values["mlp_bias"] = False
         else:
             values["use_sliding_window"] = False
         for key in ("bos", "eos"):
@@ -243,7 +264,7 @@ class GgufCheckpoint:
             "rope_type": "llama3", "factor": round(float(factors.max()), 3), "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         }  # fmt: skip
-        expected = _llama3_factors(values["rope_theta"], values["head_dim"], scaling)
+        expected = llama3_factors(values["rope_theta"], values["head_dim"], scaling)
         if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
             raise UserError(
                 f"{self._path} scales RoPE in a way that is not built ({_ROPE_FACTORS})"
@@ -280,7 +301,7 @@ def _half_split(values: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-def _llama3_factors(base: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
+def llama3_factors(base: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
     """float32[N/2]: the divisors of RoPE's frequencies in Llama 3's scaling."""
     length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -38,7 +38,7 @@ def model_card(items: ModelItems, step: Path | None = None) -> str:
         model=items.model,
         prompts=items.prompts,
         template=_template(items),
-        provenance=items.provenance or NO_PROVENANCE,
+        provenance=NO_PROVENANCE | items.provenance,
         training=training,
     )
     return page.rstrip() + "\n"

@@ -1,5 +1,6 @@
 """Verifying that a checkpoint is the published model: the parity report and its verdict."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from moi_jax.checkpoints.hf.compare import (
     total_bytes,
 )
 from moi_jax.checkpoints.hf.compare_templates import compare_templates, why_not_compared
-from moi_jax.checkpoints.hf.gguf import open_gguf
+from moi_jax.checkpoints.hf.gguf import GgufCheckpoint, open_gguf
 from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles, read_bytes
 from moi_jax.checkpoints.hf.weights import export_tensors, redundant_tensors
 from moi_jax.checkpoints.init_from import chosen_base
@@ -64,6 +65,11 @@ def verify_checkpoint(
     items = read_items(step)
     theirs, files = _open(against)
     ours = in_family(items.model.base, theirs.family)
+    rounded = None
+    if isinstance(files, GgufCheckpoint):
+        rounded = files.rounded
+        # No GGUF file tells it.
+        theirs = dataclasses.replace(theirs, initializer_range=ours.initializer_range)
     place = chosen_base(step, items, base)
     stored = merged_parameters(step, items, verify=False, base=place)
     merged = items.model.adapter is not None
@@ -72,18 +78,22 @@ def verify_checkpoint(
         tensors = export_tensors(items.model.base, stored.get, theirs.family)
         if merged:
             tensors = _rounded(tensors, files)
-        report = {
+        report: Report = {
             "checkpoint": str(step),
             "against": str(against),
             "checksums": checksums,
             "config": compare_configs(ours, theirs),
-            "tensors": compare_tensors(tensors, files, ignored, progress),
+            "tensors": compare_tensors(tensors, files, ignored, progress, rounded),
             "logits": {"max_abs": None, "mean_kl": None},
         }
     report["template"], no_template = _template(items, against)
     reason = "--tensors-only was given" if tensors_only else _why_no_reference(theirs)
+    if rounded and reason is None:
+        reason = _why_not_read(theirs)
     if merged and reason is None:
         reason = _why_rounded(files)
+    if report["tensors"]["rounded"] and reason is None:
+        reason = "the weights are rounded there; export with --type F32 to compare"
     if reason is None:
         # Under another family's names the models are equal up to seq_length only.
         longest = PROMPT_TOKENS if ours == items.model.base else ours.seq_length
@@ -166,6 +176,13 @@ def _why_no_reference(config: ModelConfig) -> str | None:
     return None
 
 
+def _why_not_read(config: ModelConfig) -> str | None:
+    """Why transformers reads another model from a GGUF file; None if it does not."""
+    if config.family == "llama" and (config.rope_scaling or config.qkv_bias):
+        return "transformers ignores the biases and the scaling of RoPE of a Llama in a .gguf file"
+    return None
+
+
 def verdict(report: Report) -> str:
     """equal or different, by tensors, configuration, and if compared, logits and template."""
     tensors, logits = report["tensors"], report["logits"]
@@ -189,6 +206,8 @@ def describe(report: Report) -> str:
     cast = ""
     if tensors["cast"]:
         cast = f" ({tensors['cast']} of them cast from {tensors['dtypes']['theirs']} first)"
+    if tensors["rounded"]:
+        cast += f" ({tensors['rounded']} of them once they are rounded as the file's are)"
     lines.append(f"tensors: {tensors['matched']} equal bit by bit{cast}")
     for what, where in (("missing", "only there"), ("unexpected", "only here")):
         lines += [f"  {what} ({where}): {name}" for name in tensors[what]]
