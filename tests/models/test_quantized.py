@@ -36,7 +36,7 @@ ORACLES = {"int8": column_int8, "nf4": column_nf4}
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     blocks=st.integers(1, 3),
     outputs=st.sampled_from([(1,), (3,), (2, 2)]),

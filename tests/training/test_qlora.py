@@ -45,8 +45,6 @@ def test_first_logits_are_those_of_the_dequantised_base_bit_for_bit():
     np.testing.assert_array_equal(
         make_model(NF4)(parameters)(TOKENS), make_model(WIDE)(plain)(TOKENS)
     )
-    exact = make_model(WIDE)(random_parameters(WIDE, 0, "float32"))(TOKENS)
-    assert not np.array_equal(make_model(WIDE)(plain)(TOKENS), exact)
 
 
 def test_gradients_of_adapters_are_those_beside_the_dequantised_base():
