@@ -28,7 +28,7 @@ class Offer:
     """One way to train the model.
 
     Attributes:
-      method: full, or LoRA with its rank.
+      method: full, or LoRA or QLoRA with its rank.
       plan: on the topology that was asked for.
       smallest: chip -> the smallest topology that fits, None where none in the list does. The
         parameters are split over all chips there, and each has one row at a time.
@@ -40,7 +40,7 @@ class Offer:
 
 
 def price_list(config: Config, model: ModelConfig, topology: Topology, work: Work) -> list[Offer]:
-    """Plans full fine-tuning and LoRA on a topology, both by arithmetic.
+    """Plans full fine-tuning and LoRA on a topology, by arithmetic; and QLoRA, if the config is so.
 
     Args:
       model: of the config, with or without adapters.
@@ -50,17 +50,28 @@ def price_list(config: Config, model: ModelConfig, topology: Topology, work: Wor
     """
     chips = dict.fromkeys((topology.chip.name, SMALLEST_GPU))
     offers = []
-    for lora in (LoRA(), config.lora if config.lora.rank else LoRA(rank=RANK)):
+    own_lora = config.lora if config.lora.rank else LoRA(rank=RANK)
+    sections = [LoRA(), own_lora]
+    if own_lora.quantization:
+        sections.insert(1, own_lora.model_copy(update={"base_dtype": "auto"}))
+    for lora in sections:
         changed = _with(config, lora=lora.model_dump(mode="json"))
         own = adapted(model.base, lora)
         offers.append(
             Offer(
-                f"LoRA, rank {lora.rank}" if lora.rank else "full",
+                _method(lora),
                 make_plan(changed, own, topology, work),
                 {chip: _smallest(changed, own, chip) for chip in chips},
             )
         )
     return offers
+
+
+def _method(lora: LoRA) -> str:
+    if not lora.rank:
+        return "full"
+    kind = f"QLoRA {lora.base_dtype}" if lora.quantization else "LoRA"
+    return f"{kind}, rank {lora.rank}"
 
 
 def _smallest(config: Config, model: ModelConfig, chip: str) -> str | None:

@@ -5,11 +5,13 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from moi_jax.checkpoints.base import tree_fingerprint
 from moi_jax.checkpoints.items import read_items
 from moi_jax.checkpoints.parameters import read_parameters
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import add_new_adapters, random_parameters
+from moi_jax.models.quantized_base import quantized_base
 
 
 def first_parameters(
@@ -19,7 +21,7 @@ def first_parameters(
     dtype: jax.typing.DTypeLike,
     mesh: Mesh,
     verify: bool = True,
-) -> Tree:
+) -> tuple[Tree, str | None]:
     """Reads a checkpoint, or makes random parameters; adapters that it lacks are added.
 
     Args:
@@ -28,12 +30,18 @@ def first_parameters(
       dtype: of the parameters but for adapters.
       verify: compare the files with their checksums first.
 
+    Returns:
+      The parameters, and the fingerprint of the base to which adapters were added, before it was
+      quantised.
+
     Raises:
       UserError: see `read_parameters`.
     """
     if checkpoint is None:
-        return random_parameters(config, seed, dtype, mesh)
+        return random_parameters(config, seed, dtype, mesh), None
     if config.adapter is None or read_items(checkpoint).model.adapter:
-        return read_parameters(checkpoint, config, dtype, mesh, verify)
+        return read_parameters(checkpoint, config, dtype, mesh, verify), None
     base = read_parameters(checkpoint, config.base, dtype, mesh, verify)
-    return add_new_adapters(config, base, seed, dtype, mesh)
+    fingerprint = tree_fingerprint(base)
+    base = quantized_base(config, base, mesh)
+    return add_new_adapters(config, base, seed, dtype, mesh), fingerprint

@@ -38,8 +38,9 @@ Json = dict[str, Any]
 # Goes up when what is on disk changes: 1 had a flat table of parameters, 2 has the names of the
 # modules, 3 has checksums.
 # 4 is written for models with adapters alone, which earlier versions do not know.
-FORMAT, ADAPTED = 3, 4
-READABLE = (2, FORMAT, ADAPTED)
+# 5 is written for adapters beside a quantised base.
+FORMAT, ADAPTED, QUANTIZED = 3, 4, 5
+READABLE = (2, FORMAT, ADAPTED, QUANTIZED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,9 @@ class ModelItems:
         return tree if self.base is None else adapters_of(self.model, tree)
 
     def to_args(self) -> dict[str, ocp.args.JsonSave]:
-        written = FORMAT if self.model.adapter is None else ADAPTED
+        adapter, written = self.model.adapter, FORMAT
+        if adapter:
+            written = QUANTIZED if adapter.quantization else ADAPTED
         base = {"base": ocp.args.JsonSave(dataclasses.asdict(self.base))} if self.base else {}
         return {
             **base,

@@ -13,6 +13,7 @@ from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.parameters import parameter_specs
+from moi_jax.models.quantized_base import quantized_once
 
 
 class Parameters(Protocol):
@@ -36,15 +37,15 @@ class MergedParameters:
         """
         assert config.adapter is not None
         self._adapter, self._adapters, self._base = config.adapter, adapters, base
-        self._paths = list(parameter_specs(config.base))
+        self._specs = parameter_specs(config.base)
 
     @property
     def dtype(self) -> np.dtype:
-        return np.result_type(*(self._base.dtype_of(path) for path in self._paths))
+        return np.result_type(*(self._base.dtype_of(path) for path in self._specs))
 
     def get(self, path: str, layer: int | None = None) -> np.ndarray:
         """A parameter, or one layer of a stacked one; merged ones are float32 or wider."""
-        value = self._base.get(path, layer)
+        value = self._trained_beside(path, layer)
         module, _, name = path.rpartition(".")
         if name != "kernel" or module not in self._adapter.targets:
             return value
@@ -53,6 +54,16 @@ class MergedParameters:
         product = a.reshape(*leading, -1, rank) @ b.reshape(*leading, rank, -1)
         wide = np.result_type(value.dtype, np.float32)
         return value.astype(wide) + self._adapter.scale * product.reshape(value.shape)
+
+    def _trained_beside(self, path: str, layer: int | None) -> np.ndarray:
+        """A parameter of the base as training had it: quantised and back, where it was so."""
+        value, spec = self._base.get(path, layer), self._specs[path]
+        scheme = self._adapter.quantization
+        if scheme is None or not (path.startswith("layers.") and spec.contracted):
+            return value
+        layers = value if layer is None else value[None]
+        flat = layers.reshape(len(layers), -1, *layers.shape[1 + spec.contracted :])
+        return np.stack([quantized_once(scheme, matrix) for matrix in flat]).reshape(value.shape)
 
 
 def merged_parameters(

@@ -27,11 +27,11 @@ from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import (
     abstract_parameters,
     adapters_of,
-    base_of,
     merge_trees,
     parameter_shardings,
     parameter_specs,
 )
+from moi_jax.models.quantized_base import quantized_base
 from moi_jax.parallel import hosts
 
 
@@ -129,12 +129,15 @@ def read_beside(
       verify, given: as `verify` and `base` of `read_parameters`.
     """
     place = find_base(step, recorded, given)
-    base = base_of(config, wanted)
+    table = wanted["embedding"]["table"]
+    mesh = getattr(table.sharding, "mesh", None)
+    base = _wanted_parameters(config.base, table.dtype, mesh)
     # The fingerprint is that of bfloat16, whose values float16 does not hold.
     exact = jax.tree.map(lambda x: x.update(dtype=jnp.promote_types(x.dtype, jnp.bfloat16)), base)
     parameters = _read_held(place, exact, verify)
     check_base(step, recorded, place, tree_fingerprint(parameters))
-    return jax.tree.map(lambda x, as_asked: x.astype(as_asked.dtype), parameters, base)
+    as_asked = jax.tree.map(lambda x, asked: x.astype(asked.dtype), parameters, base)
+    return quantized_base(config, as_asked, mesh)
 
 
 def read_state(

@@ -61,12 +61,22 @@ class Config(Section):
             )
         if self.checkpoint.save_base and not self.lora.rank:
             raise ValueError("checkpoint.save_base has no effect without lora.rank; remove it")
+        if self.checkpoint.save_base and self.lora.quantization:
+            raise ValueError(
+                f"checkpoint.save_base cannot save a base in {self.lora.base_dtype}; remove it: a "
+                f"checkpoint names the base, which is quantised again when it is read"
+            )
         self._check_names()
         return self
 
     @property
     def param_dtype(self) -> str:
-        """The dtype of the parameters but for adapters; `auto` where the platform decides it."""
+        """The dtype of the parameters but for adapters and quantised matrices.
+
+        It is `auto` where the platform decides it.
+        """
+        if self.lora.quantization:
+            return self.model.compute_dtype
         return self.lora.base_dtype if self.lora.rank else self.model.param_dtype
 
     def _check_names(self) -> None:

@@ -4,7 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from moi_jax.config.section import AutoFloatType, Count, Section, listed
+from moi_jax.config.section import Count, Section, full_dtype, listed
+
+BaseType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float64", "int8", "nf4"], BeforeValidator(full_dtype)
+]
 
 
 class LoRA(Section):
@@ -17,7 +21,14 @@ class LoRA(Section):
     targets: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         ("layers.*.kernel",), min_length=1
     )
-    base_dtype: AutoFloatType = "auto"  # of the frozen parameters; auto: model.compute_dtype
+    # Of the frozen parameters; auto: model.compute_dtype. int8 and nf4 quantise the matrices of the
+    # layers; the other frozen parameters then have model.compute_dtype.
+    base_dtype: BaseType = "auto"
+
+    @property
+    def quantization(self) -> Literal["int8", "nf4"] | None:
+        """The scheme of the matrices of the layers; None where they are plain numbers."""
+        return self.base_dtype if self.base_dtype in ("int8", "nf4") else None
 
     @model_validator(mode="after")
     def check(self) -> "LoRA":

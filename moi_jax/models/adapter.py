@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from moi_jax.models.quantized import Scheme
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
@@ -14,12 +16,15 @@ class Adapter:
       scaling: standard is alpha / r; rslora is alpha / sqrt(r) (Kalajdzievski 2023, arXiv
         2312.03732).
       targets: the dotted paths of the adapted modules, such as layers.attention.query, sorted.
+      quantization: of all matrices of the layers, the targets or not (Dettmers et al. 2023, QLoRA,
+        arXiv 2305.14314); None where they are plain numbers.
     """
 
     rank: int
     alpha: float
     scaling: str
     targets: tuple[str, ...]
+    quantization: Scheme | None = None
 
     @property
     def scale(self) -> float:

@@ -71,6 +71,13 @@ class ModelConfig:
         """The architecture without adapters."""
         return self.with_adapter(None)
 
+    @property
+    def unquantized(self) -> "ModelConfig":
+        """The architecture whose matrices are plain numbers, with the same adapters."""
+        if self.adapter is None:
+            return self
+        return self.with_adapter(dataclasses.replace(self.adapter, quantization=None))
+
     def with_adapter(self, adapter: Adapter | None) -> "ModelConfig":
         return dataclasses.replace(self, adapter=adapter)
 
@@ -79,6 +86,8 @@ class ModelConfig:
         values = dataclasses.asdict(self)
         if self.adapter is None:  # as before there were adapters: runs compare these values
             del values["adapter"]
+        elif self.adapter.quantization is None:
+            del values["adapter"]["quantization"]
         return values
 
     @classmethod

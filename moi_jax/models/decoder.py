@@ -164,6 +164,10 @@ class DecoderLayer(nnx.Module):
             named = ".".join(("layers", *map(str, path))) in adapter.targets
             if named and isinstance(module, Linear):
                 module.add_adapter(adapter.rank, adapter.scale, rngs)
+        if adapter.quantization:
+            for _, module in list(nnx.iter_modules(self)):
+                if isinstance(module, Linear):
+                    module.quantize(adapter.quantization)
 
     def __call__(
         self, x: jax.Array, angles: Rotary, segment_ids: jax.Array, positions: jax.Array

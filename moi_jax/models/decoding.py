@@ -14,7 +14,7 @@ from moi_jax.models.attention.cached import cached_attention
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, DecoderLayer, KeysAndValues, Tree
 from moi_jax.models.kv_cache import Cache, write_key, write_value
-from moi_jax.models.parameters import abstract_parameters, parameter_specs
+from moi_jax.models.parameters import Parameter, abstract_parameters, parameter_specs
 from moi_jax.models.rotary import Rotary, position_angles
 from moi_jax.parallel.axes import constrain
 from moi_jax.parallel.context import (
@@ -52,10 +52,10 @@ class LayerViews(NamedTuple):
 
 
 def view_layers(config: ModelConfig, parameters: Tree, dtype: DTypeLike) -> LayerViews:
-    """Unstacks the layers of a model and casts all its parameters to `dtype`."""
-    axes = _layer_axes(config)
+    """Unstacks the layers of a model and casts all its parameters but codes to `dtype`."""
+    specs = _layer_specs(config)
     parts = {
-        path: _unstack(stacked, axes[path], dtype)
+        path: _unstack(stacked, specs[path].axes[1:], specs[path].own_dtype or dtype)
         for path, stacked in flatten_dict(parameters["layers"], sep=".").items()
     }
     outer = {name: tree for name, tree in parameters.items() if name != "layers"}
@@ -67,22 +67,22 @@ def take_layers(config: ModelConfig, parameters: Tree, dtype: DTypeLike) -> Laye
 
     So the parameters are in memory once, with one stacked parameter more for a moment.
     """
-    axes, parts = _layer_axes(config), {}
+    specs, parts = _layer_specs(config), {}
     unstack = jax.jit(_unstack, static_argnums=(1, 2))
     for path, stacked in flatten_dict(parameters["layers"], sep=".").items():
-        parts[path] = jax.block_until_ready(unstack(stacked, axes[path], dtype))
+        kept, axes = specs[path].own_dtype or dtype, specs[path].axes[1:]
+        parts[path] = jax.block_until_ready(unstack(stacked, axes, kept))
         stacked.delete()
     outer = {name: tree for name, tree in parameters.items() if name != "layers"}
     # An array that has the dtype already is not copied.
     return LayerViews(jax.tree.map(lambda x: x.astype(dtype), outer), _by_layer(config, parts))
 
 
-def _layer_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
-    """Dotted path below `layers` -> the logical axes of the parameter in one layer."""
-    specs = parameter_specs(config).items()
+def _layer_specs(config: ModelConfig) -> dict[str, Parameter]:
+    """Dotted path below `layers` -> the stacked parameter."""
     return {
-        path.removeprefix("layers."): spec.axes[1:]
-        for path, spec in specs
+        path.removeprefix("layers."): spec
+        for path, spec in parameter_specs(config).items()
         if path.startswith("layers.")
     }
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from moi_jax.models.product import product
+from moi_jax.models.product import cast_in_place, product, quantized_product
+from moi_jax.models.quantized import Scheme, quantize
 
 # Logical axis -> size, in the order of the array. None is never split, see parallel/axes.py.
 Dims = dict[str | None, int]
@@ -25,6 +26,7 @@ def parameter(
     trainable: bool = True,
     contracted: int = 0,
     adapter: bool = False,
+    keeps_dtype: bool = False,
 ) -> nnx.Param:
     """Declares a parameter, with its metadata.
 
@@ -36,6 +38,7 @@ def parameter(
         state.
       contracted: of a matrix, the number of its axes that a product sums over.
       adapter: whether it is a part of an adapter. The others are then frozen.
+      keeps_dtype: whether its dtype is its own, whatever that of the other parameters is.
     """
     return nnx.Param(
         value,
@@ -44,24 +47,13 @@ def parameter(
         trainable=trainable,
         contracted=contracted,
         adapter=adapter,
+        keeps_dtype=keeps_dtype,
     )
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype: DTypeLike) -> jax.Array:
     """Draws in float32, so that the values do not depend on the dtype of the result."""
     return (stddev * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
-
-
-def _cast_in_place(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Casts the kernel of one layer, and keeps XLA from casting those of all layers beforehand.
-
-    XLA would move the cast out of the scan over layers, and hold the copy that long. It does not
-    move the rounding, which changes no bit: the cast rounds the same way.
-    """
-    if kernel.dtype == dtype:
-        return kernel
-    bits = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(kernel, bits.nexp, bits.nmant).astype(dtype)
 
 
 class Linear(nnx.Module):
@@ -88,6 +80,9 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = nnx.data(None)
         self.lora_b: nnx.Param | None = nnx.data(None)
         self.scale = 0.0
+        self.codes: nnx.Param | None = nnx.data(None)
+        self.absmax: nnx.Param | None = nnx.data(None)
+        self.scheme: Scheme = "int8"
 
     def add_adapter(self, rank: int, scale: float, rngs: nnx.Rngs) -> None:
         """Adds the matrices A [inputs, r] and B [r, outputs], float32 or wider.
@@ -108,10 +103,29 @@ class Linear(nnx.Module):
         self.lora_b = declare(zeros, (None, *axes[split:]), contracted=1)
         self.scale = scale
 
+    def quantize(self, scheme: Scheme) -> None:
+        """Puts codes and their absmax in the place of the kernel, see models/quantized.py.
+
+        Its input axes become one, which is split like the first of them.
+        """
+        split, kernel = self.contracted, self.kernel
+        axes = kernel.get_metadata("logical_axes")
+        codes, absmax = quantize(scheme, kernel[...].reshape(-1, *kernel.shape[split:]))
+        blocks = axes[0] if scheme == "nf4" else None
+        declare = partial(parameter, trainable=False, keeps_dtype=True)
+        self.codes = declare(codes, (axes[0], *axes[split:]))
+        self.absmax = declare(absmax, (blocks, *axes[split:]))
+        self.scheme = scheme
+        del self.kernel
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., inputs] to [..., outputs] in x's dtype."""
-        y = product(self.contracted, x, _cast_in_place(self.kernel[...], x.dtype))
+        if self.codes is not None and self.absmax is not None:
+            codes, absmax = self.codes[...], self.absmax[...]
+            y = quantized_product(self.scheme, self.contracted, x, codes, absmax)
+        else:
+            y = product(self.contracted, x, cast_in_place(self.kernel[...], x.dtype))
         if self.lora_a is not None and self.lora_b is not None:
-            narrow = product(self.contracted, x, _cast_in_place(self.lora_a[...], x.dtype))
-            y += product(1, self.scale * narrow, _cast_in_place(self.lora_b[...], x.dtype))
+            narrow = product(self.contracted, x, cast_in_place(self.lora_a[...], x.dtype))
+            y += product(1, self.scale * narrow, cast_in_place(self.lora_b[...], x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -8,6 +8,7 @@ from moi_jax.models.adapter import Adapter
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.parameters import parameter_specs
 from moi_jax.models.patterns import LAYERS, matching
+from moi_jax.models.quantized import BLOCK
 
 KERNEL = ".kernel"
 
@@ -16,18 +17,21 @@ def adapted(model: ModelConfig, section: config_lib.LoRA) -> ModelConfig:
     """Returns the model with the adapters of the section; itself where the rank is 0.
 
     Raises:
-      UserError: a target names no matrix of the layers, or something else too; or the rank is over
-        the smaller side of a matrix.
+      UserError: a target names no matrix of the layers, or something else too; the rank is over
+        the smaller side of a matrix; or the blocks of nf4 do not divide a matrix.
     """
     if not section.rank:
         return model
     targets = sorted({t for pattern in section.targets for t in _targets(model, pattern)})
+    if section.quantization == "nf4":
+        _check_blocks(model)
     return model.with_adapter(
         Adapter(
             rank=check_rank(model, targets, section.rank, "lora.rank"),
             alpha=section.alpha,
             scaling=section.scaling,
             targets=tuple(targets),
+            quantization=section.quantization,
         )
     )
 
@@ -48,6 +52,17 @@ def check_rank(model: ModelConfig, targets: list[str], rank: int, name: str) -> 
                 f"choose at most {min(inputs, outputs)}"
             )
     return rank
+
+
+def _check_blocks(model: ModelConfig) -> None:
+    """Raises UserError where 64 does not divide the inputs of a matrix of the layers."""
+    for path, spec in parameter_specs(model.base).items():
+        inputs = math.prod(spec.shape[1 : 1 + spec.contracted])
+        if path.startswith("layers.") and spec.contracted and inputs % BLOCK:
+            raise UserError(
+                f"lora.base_dtype nf4 has blocks of {BLOCK} inputs, which do not divide the "
+                f"{inputs} of {path}; use int8"
+            )
 
 
 def _targets(model: ModelConfig, pattern: str) -> list[str]:

@@ -31,9 +31,12 @@ class Parameter:
     trainable: bool
     contracted: int  # of a matrix: the number of its axes that a product sums over; else 0
     adapter: bool  # whether it is a part of an adapter
+    own_dtype: jnp.dtype | None  # of codes and their absmax, whatever the others have
 
     def dtype(self, common: jax.typing.DTypeLike) -> jnp.dtype:
         """Returns its dtype where that of the parameters is `common`; adapters are float32 then."""
+        if self.own_dtype is not None:
+            return self.own_dtype
         return jnp.promote_types(common, jnp.float32) if self.adapter else jnp.dtype(common)
 
 
@@ -51,6 +54,7 @@ def parameter_specs(config: ModelConfig) -> dict[str, Parameter]:
             and (config.adapter is None or param.get_metadata("adapter")),
             param.get_metadata("contracted"),
             param.get_metadata("adapter"),
+            param.dtype if param.get_metadata("keeps_dtype") else None,
         )
         for path, param in nnx.to_flat_state(state)
     }

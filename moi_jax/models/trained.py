@@ -80,7 +80,7 @@ class Trained:
 
     def counts(self, config: ModelConfig) -> tuple[int, int]:
         """Returns the number of trained values, and of all values of the model."""
-        every = abstract_parameters(config, jnp.float32)
+        every = abstract_parameters(config.unquantized, jnp.float32)  # values, not codes
         part = jax.eval_shape(lambda p: self.part(self.split(p)[0]), every)
         trained, values = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (part, every))
         return trained, values

@@ -51,6 +51,8 @@ CHIPS = (
     # docs.cloud.google.com/tpu/docs/tpu7x: 2,307 TFLOP/s, 192 GiB, 7.38 TB/s, 1.2 TB/s, 100 Gb/s
     # for two devices.
     Chip("tpu7x", "TPU7x", 1153.5e12, int(94.75 * GIB), 3.69e12, 300e9, 6.25e9, devices_per_chip=2),
+    # L4: NVIDIA's product page, 242 TFLOP/s with sparsity; PCIe 4.0 x16, 64 GB/s both ways.
+    Chip("l4", "NVIDIA L4", 121e12, int(24e9), 300e9, 32e9, None),
     # A100 80GB SXM: nvidia-a100-datasheet.
     Chip("a100", "NVIDIA A100-SXM4-80GB", 312e12, int(80e9), 2.039e12, 300e9, 25e9),
     # H100 SXM: the data sheet, 1,979 TFLOP/s with sparsity.

@@ -269,7 +269,9 @@ class Sampler:
             for path, p in parameter_specs(self._config).items()
             if path.startswith("layers.") or stored[path].dtype != self._dtype
         ]
-        return sum(self._elements(p.shape, p.axes) for p in copied) * self._dtype.itemsize
+        return sum(
+            self._elements(p.shape, p.axes) * (p.own_dtype or self._dtype).itemsize for p in copied
+        )
 
     def _elements(self, shape: tuple[int, ...], names: Sequence[str | None]) -> int:
         """Elements on each device of an array with these logical axes."""

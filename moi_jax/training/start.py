@@ -7,7 +7,6 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from moi_jax.checkpoints.base import tree_fingerprint
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.first_parameters import first_parameters
 from moi_jax.checkpoints.items import Base, find_step, read_base
@@ -21,7 +20,7 @@ from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind
 from moi_jax.models.flops import causal_pairs
 from moi_jax.models.lora import adapted
-from moi_jax.models.parameters import base_of, merge_trees
+from moi_jax.models.parameters import merge_trees
 from moi_jax.parallel import hosts
 from moi_jax.training.batches import placed_batches
 from moi_jax.training.device_figures import DeviceFigures
@@ -177,13 +176,19 @@ def _new_state(
         with hosts.one_first(config.data.cache_dir, "importing the weights"):
             checkpoint = start.checkpoint(config.data.cache_dir)
         verify = verify and start.source is None  # else it was verified now
-    parameters = first_parameters(checkpoint, model, config.train.seed, dtype, mesh, verify)
+    elif config.lora.quantization:
+        raise UserError(
+            f"lora.base_dtype {config.lora.base_dtype} quantises a base; name it in model.init_from"
+        )
+    parameters, fingerprint = first_parameters(
+        checkpoint, model, config.train.seed, dtype, mesh, verify
+    )
     base = None
     if start and checkpoint:
         base = start.items.base  # where the run goes on with adapters
-        if model.adapter and start.items.model.adapter is None:
+        if fingerprint:
             place = str(find_step(checkpoint).absolute())
-            base = Base(str(start.name), place, tree_fingerprint(base_of(model, parameters)))
+            base = Base(str(start.name), place, fingerprint)
     return new_state(model, optimizer, parameters, mesh), base
 
 
@@ -192,7 +197,8 @@ def _check_adapters(config: Config, begun: ModelConfig) -> None:
     if begun.adapter and begun != adapted(begun.base, config.lora):
         raise UserError(
             f"model.init_from {config.model.init_from} has adapters of rank {begun.adapter.rank} "
-            f"(alpha {begun.adapter.alpha:g}, {begun.adapter.scaling}, on "
+            f"(alpha {begun.adapter.alpha:g}, {begun.adapter.scaling}, base "
+            f"{begun.adapter.quantization or 'not quantised'}, on "
             f"{', '.join(begun.adapter.targets)}); set lora to go on with them, or merge them "
             f"first: python -m moi_jax.convert export, then import"
         )

@@ -147,7 +147,7 @@ def _untrained(
             )
             return None
         seed, dtype = began.train.seed, began.param_dtype
-        parameters = first_parameters(None, opened.config, seed, dtype, opened.mesh)
+        parameters, _ = first_parameters(None, opened.config, seed, dtype, opened.mesh)
         return f"random parameters, train.seed {seed}", jax.tree.map(
             lambda p: p.astype(opened.dtype), parameters
         )
@@ -164,7 +164,8 @@ def _untrained(
     if checkpoint is None:
         return None
     # New adapters change nothing, so their seed plays no part.
-    return str(source), first_parameters(checkpoint, opened.config, 0, opened.dtype, opened.mesh)
+    config, mesh = opened.config, opened.mesh
+    return str(source), first_parameters(checkpoint, config, 0, opened.dtype, mesh)[0]
 
 
 def _start_checkpoint(

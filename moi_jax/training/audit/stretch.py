@@ -167,11 +167,11 @@ def _first_parameters(run: SavedRun) -> Tree:
     config, model = run.config, run.experiment.model
     seed, dtype = config.train.seed, config.param_dtype
     if config.model.init_from is None:
-        return first_parameters(None, model, seed, dtype, run.mesh)
+        return first_parameters(None, model, seed, dtype, run.mesh)[0]
     try:
         start = open_start(config.model.init_from)
         if start.source is None:
-            return first_parameters(start.name, model, seed, dtype, run.mesh)
+            return first_parameters(start.name, model, seed, dtype, run.mesh)[0]
         reason = "they are published weights"
     except UserError as error:
         reason = str(error)
