@@ -110,7 +110,7 @@ class RunCheckpoints:
             best_fn=score,
             cleanup_tmp_directories=True,
         )
-        self._manager = self._open()
+        self._manager, self._has_failed = self._open(), False
         self._unraisable_hook, sys.unraisablehook = sys.unraisablehook, self._tell_unless_cut_off
 
     def save(
@@ -147,6 +147,8 @@ class RunCheckpoints:
         self.wait()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((parameters, optimizer)))
         self._last_save = step, size
+        if self._has_failed:
+            self._open_again()
         self._manager.begin()
         with self._writing():
             self._manager.save(step, args=items, metrics=scores, force=True)
@@ -252,25 +254,31 @@ class RunCheckpoints:
 
     def _cannot_save(self, told: Json) -> UserError:
         """The error of a failure, after which another save may begin."""
+        self._has_failed = True
         step, _ = self._last_save
-        if hosts.is_main():
-            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
         why, joined = told["why"], hosts.joined()
         if joined and "process" in told:
             why = f"{joined.names[told['process']]} {why}"
         failure = CannotSave(why, told["way_out"])
-        # What failed in this process alone, the others do not know. A step that is whole cannot be
-        # saved again: it is an older one that cannot be deleted.
+        # What failed in this process alone, the others do not know, and may still write.
         known = joined is None or "process" in told
+        if known and hosts.is_main():
+            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+        # A step that is whole cannot be saved again: it is an older one that cannot be deleted.
         if not (known and told["passes"]) or (self.directory / str(step)).exists():
             return UserError(str(failure))
-        # orbax's manager has forgotten the steps that it was about to delete, and would raise
-        # what else has failed in the next save.
+        return failure
+
+    def _open_again(self) -> None:
+        """Takes another manager of orbax after a failure; all processes do it together.
+
+        The old one has forgotten the steps that it was about to delete, and would raise what else
+        has failed in the next save.
+        """
         with suppress(Exception):
             self._manager.close()
-        self._manager = self._open()
-        return failure
+        self._manager, self._has_failed = self._open(), False
 
     def _tell_unless_cut_off(self, unraisable: "sys.UnraisableHookArgs") -> None:
         """Keeps quiet about the writes that orbax cuts off when one of them has failed.

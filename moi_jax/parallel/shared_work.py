@@ -63,16 +63,19 @@ class SharedWork:
           TimeoutError: the others take longer.
         """
         deadline = monotonic() + seconds
+        store, index, names = self._hosts.store, self._hosts.index, self._hosts.names
         self._waits[what] += 1
         key = f"{self._agreement.key}/{what}/{self._waits[what]}"
-        self._hosts.store.key_value_set(f"{key}/{self._hosts.index}", "")
-        for process in range(len(self._hosts.names)):
+        store.key_value_set(f"{key}/{index}", "")
+        # Process 0 waits for each, and the others for its word: each asks for few keys.
+        for process in range(len(names)) if index == 0 else ["all"]:
             while not self._is_there(f"{key}/{process}"):
                 if gives_up and self.failure():
                     raise FailedElsewhere
                 if monotonic() > deadline:
-                    name = self._hosts.names[process]
-                    raise TimeoutError(f"{name} has not written its part after {seconds:.0f} s")
+                    raise TimeoutError(f"another host has not written after {seconds:.0f} s")
+        if index == 0:
+            store.key_value_set(f"{key}/all", "")
 
     def _is_there(self, key: str) -> bool:
         with suppress_no_answer():
