@@ -7,6 +7,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
+
+# What the processes wait for before they write has no public name.
 from orbax.checkpoint._src.futures import future, synchronization
 from orbax.checkpoint.path import atomicity
 

@@ -16,9 +16,7 @@ T = TypeVar("T")
 # What may pass by itself while one waits for it. A full disk and a refused access do not.
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0  # seconds
-
-
-# What does not pass while a run goes on.
+# What does not pass while a run goes on, as the system and tensorstore say it.
 REFUSED = ("Permission denied", "Operation not permitted", "Read-only file system")
 
 

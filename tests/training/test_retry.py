@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
 
+import orbax.checkpoint as ocp
 import pytest
 
 from moi_jax.checkpoints import run_checkpoints
@@ -130,6 +131,29 @@ def test_a_save_that_its_store_fails_names_the_checkpoint_before(tmp_path, monke
         f"cannot save checkpoint 2 in {tmp_path / 'run'}: {error.strerror}; checkpoint 1 is whole. "
         f"Give the same command again"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), True),
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), True),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), False),
+        (ValueError("... [os_error_code='13'] Permission denied"), False),
+        (TimeoutError("Timed out while waiting"), False),  # it may still be written
+    ],
+)
+def test_a_save_is_tried_again_unless_it_is_refused_or_late(error, passes):
+    assert retry.may_pass(error) == passes
+
+
+def test_a_save_has_the_time_of_the_config(tmp_path, monkeypatch):
+    model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
+    given = Mock(wraps=ocp.AsyncOptions)
+    monkeypatch.setattr(ocp, "AsyncOptions", given)
+    config = make_config({"checkpoint": {"save_timeout": 77}}).checkpoint
+    RunCheckpoints(tmp_path, config, ModelItems(model, {}, {})).close()
+    assert given.call_args.kwargs["timeout_secs"] == 77
 
 
 ANSWER = {
