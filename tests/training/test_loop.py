@@ -92,7 +92,10 @@ class Stage:
             early_stopping=EarlyStopping(config, {}),
             profiler=StepProfiler(None, STEPS, directory),
             checkpoints=SimpleNamespace(
-                save=self.save, latest=lambda: max(self.saved, default=None), check=lambda: None
+                save=self.save,
+                latest=lambda: max(self.saved, default=None),
+                failure=lambda: None,
+                wait=lambda: None,
             ),
             log=MetricsLog(directory, [], -1, self.clock),
             clock=self.clock,
