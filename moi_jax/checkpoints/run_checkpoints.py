@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import orbax.checkpoint as ocp
@@ -224,7 +224,11 @@ class RunCheckpoints:
         try:
             yield
         except (OSError, ValueError, FailedElsewhere) as error:
-            told = self._manager.failure() or self._describe(error)
+            told = self._manager.failure()
+            # Where one process alone has failed, the others may still write.
+            if told or (hosts.joined() is None and _is_refused(error)):
+                self._remove_parts()  # before it is said how much is free
+            told = told or self._describe(error)
             if told is None:
                 raise
             failed = self._cannot_save(told)
@@ -237,9 +241,7 @@ class RunCheckpoints:
 
         It is None for any other error.
         """
-        # tensorstore raises ValueError, with the system's reason and number in its text.
-        tensorstore = isinstance(error, ValueError) and "os_error_code" in str(error)
-        if not isinstance(error, Exception) or not (isinstance(error, OSError) or tensorstore):
+        if not _is_refused(error):
             return None
         step, size = self._last_save
         kept = newest_step(self.directory)
@@ -260,15 +262,18 @@ class RunCheckpoints:
         if joined and "process" in told:
             why = f"{joined.names[told['process']]} {why}"
         failure = CannotSave(why, told["way_out"])
-        # What failed in this process alone, the others do not know, and may still write.
-        known = joined is None or "process" in told
-        if known and hosts.is_main():
-            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
+        known = joined is None or "process" in told  # in all processes
         # A step that is whole cannot be saved again: it is an older one that cannot be deleted.
         if not (known and told["passes"]) or (self.directory / str(step)).exists():
             return UserError(str(failure))
         return failure
+
+    def _remove_parts(self) -> None:
+        """Removes what was written of the last save."""
+        step, _ = self._last_save
+        if hosts.is_main():
+            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
 
     def _open_again(self) -> None:
         """Takes another manager of orbax after a failure; all processes do it together.
@@ -287,3 +292,9 @@ class RunCheckpoints:
         """
         if str(unraisable.exc_value) != "Event loop is closed":
             self._unraisable_hook(unraisable)
+
+
+def _is_refused(error: BaseException) -> TypeGuard[Exception]:
+    """Whether the system has refused a write; of tensorstore its number is in the text."""
+    tensorstore = isinstance(error, ValueError) and "os_error_code" in str(error)
+    return isinstance(error, OSError) or tensorstore
