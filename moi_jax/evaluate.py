@@ -50,9 +50,11 @@ def main() -> int:
     from moi_jax.evaluation.evaluate import describe_protocol, evaluate
     from moi_jax.evaluation.several import evaluate_several
     from moi_jax.parallel.hosts import process_index
+    from moi_jax.parallel.stuck import limit_batches
 
     show_logs(warnings_to_stderr=True, process_index=process_index)
     join_hosts(args, Cluster())
+    limit_batches(Cluster().stuck_seconds)
     check_same_command(args)
     requests = _requests(args)
     if args.print_protocol:

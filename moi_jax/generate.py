@@ -37,9 +37,11 @@ def main() -> int:
     from moi_jax.common.log import show_logs
     from moi_jax.config import Cluster
     from moi_jax.parallel import hosts
+    from moi_jax.parallel.stuck import limit_batches
 
     show_logs(stderr=True, process_index=hosts.process_index)  # standard output is for answers
     join_hosts(args, Cluster())
+    limit_batches(Cluster().stuck_seconds)
     check_same_command(args)
     chats = args.prompt is None and args.prompt_ids is None and args.conversations is None
     if chats:

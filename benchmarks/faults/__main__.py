@@ -30,6 +30,7 @@ from disks import disks
 from interruptions import interruptions
 from joined_cases import joined_cases
 from joined_place import HOSTS, JoinedPlace, Missed
+from stores import joined_stores, stores
 from surroundings import surroundings
 from table import report
 from verdicts import SKIPPED, WRONG, Verdict
@@ -38,8 +39,8 @@ from workplace import Lab, Skip, Workplace
 
 def all_cases(steps: int, hosts: int) -> list[Case]:
     if hosts > 1:
-        return list(joined_cases(steps))
-    return [*interruptions(steps), *damages(), *disks(steps), *surroundings(steps)]
+        return [*joined_cases(steps), *joined_stores()]
+    return [*interruptions(steps), *damages(), *disks(steps), *surroundings(steps), *stores()]
 
 
 def play(number: int, case: Case, lab: Lab, keep: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Faults on two hosts: one of two processes is killed or stopped, or both meet a damaged file."""
 
+import os
 import random
 import shutil
 import signal
@@ -13,7 +14,7 @@ from joined_place import HOSTS, JOIN_SECONDS, MARGIN, JoinedPlace, Moment
 from joined_verdicts import LOST, judge_joined
 from network import network
 from verdicts import EXACT, NAMED_STOP, WRONG, Verdict
-from workplace import Done, Skip, Trap, Workplace
+from workplace import ROOT, TRAP, Done, Skip, Trap, Workplace
 
 SEEDS = range(1, 11)
 STOP_SEEDS = (11, 12)
@@ -155,6 +156,7 @@ def _clock(place: JoinedPlace) -> Verdict:
     environment = {
         **{"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock)},
         **{"FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"},
+        "PYTHONPATH": f"{TRAP}{os.pathsep}{ROOT}",
     }
     processes = place.start_all(environments={0: environment})
     place.wait_for(Moment(place.lab.every, 0.2), processes)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from workplace import Done, Lab, Trap, Workplace
 
 HOSTS = 2
@@ -19,26 +20,13 @@ LOST_SECONDS = 10  # longer than a cable is pulled for, with the pauses of TCP a
 JOIN_SECONDS = 60
 MARGIN = 30  # seconds by which an end may be late where other programs use the machine, too
 
-# Shorter rows than on one host, and no answers: each step and each start is made by two processes.
-CONFIG = """\
-model: {{preset: tiny, remat: none}}
-tokenizer: {{path: samples/tokenizer}}
-data:
-  root: samples
-  cache_dir: cache
-  sequence_length: 128
-  max_repeats: 100
-  max_unplaceable: 1
-  domains:
-    - {{name: chat, sources: [{{path: chat.jsonl, max_rows: 40}}]}}
-    - {{name: maths, sources: [{{path: maths.jsonl, max_rows: 40}}]}}
-optimizer: {{learning_rate: 1.0e-3}}
-train: {{steps: {steps}, global_batch_rows: 4}}
-eval: {{every: {every}}}
-checkpoint: {{every: {every}, keep_last: 3}}
-logging: {{run_dir: run, every: 1}}
-cluster: {{lost_seconds: {lost_seconds}, join_seconds: {join_seconds}}}
-"""
+# The config of one host, with shorter rows and without answers: each step and each start is made by
+# two processes.
+OVERRIDES = {
+    "data": {"sequence_length": 128, "max_unplaceable": 1},
+    "train": {"global_batch_rows": 4, "sample_prompts": []},
+    "cluster": {"lost_seconds": LOST_SECONDS, "join_seconds": JOIN_SECONDS},
+}
 
 
 class Missed(Exception):
@@ -85,12 +73,10 @@ class JoinedPlace(Workplace):
         self.prefixes: list[list[str]] = [[]] * HOSTS
 
     def config(self) -> str:
-        return CONFIG.format(
-            steps=self.lab.steps,
-            every=self.lab.every,
-            lost_seconds=LOST_SECONDS,
-            join_seconds=JOIN_SECONDS,
-        )
+        values = yaml.safe_load(super().config())
+        for section, keys in OVERRIDES.items():
+            values[section] = {**values.get(section, {}), **keys}
+        return yaml.safe_dump(values)
 
     def start_all(
         self,

@@ -45,9 +45,10 @@ train:
   sample_prompts: [{{domain: maths, prompt: "¿Cuánto es 3 × 4? 十二?"}}]
   sample_max_new_tokens: 4
 eval: {{every: {every}}}
-checkpoint: {{every: {every}, keep_last: 3}}
+checkpoint: {{every: {every}, keep_last: 3, retry_seconds: {retry_seconds}}}
 logging: {{run_dir: run, every: 1}}
 """
+RETRY_SECONDS = 3  # two more tries of a save, where the default would wait for a minute
 # What the keys that depend on the time of things begin with.
 TIMINGS = (
     "tokens_per_second",
@@ -144,7 +145,11 @@ class Lab:
 
 
 class Workplace:
-    """The directory of one case."""
+    """The directory of one case.
+
+    Attributes:
+      more_arguments, more_variables: of every command of the case.
+    """
 
     XLA_FLAGS = "--xla_backend_optimization_level=0"
 
@@ -152,6 +157,8 @@ class Workplace:
         self.directory, self.lab = directory.absolute(), lab
         self.run, self.cache = self.directory / "run", self.directory / "cache"
         self.samples = self.directory / "samples"
+        self.more_arguments: list[str] = []
+        self.more_variables: dict[str, str] = {}
         self._sprung = self.directory / "sprung"
         self._trapped = False  # whether the last command has a trap
 
@@ -181,7 +188,9 @@ class Workplace:
             (self.run / "report.html").unlink()
 
     def config(self) -> str:
-        return CONFIG.format(steps=self.lab.steps, every=self.lab.every)
+        return CONFIG.format(
+            steps=self.lab.steps, every=self.lab.every, retry_seconds=RETRY_SECONDS
+        )
 
     def start(
         self,
@@ -193,7 +202,8 @@ class Workplace:
         stderr: int | IO[bytes] = subprocess.PIPE,
     ) -> "subprocess.Popen[bytes]":
         """Starts python -m moi_jax.train; a variable of `environment` that is None is unset."""
-        command = [sys.executable, "-m", "moi_jax.train", "--config", "config.yaml", *arguments]
+        command = [sys.executable, "-m", "moi_jax.train", "--config", "config.yaml"]
+        command += [*self.more_arguments, *arguments]
         variables = {**self._environment(trap), **(environment or {})}
         self._trapped = trap is not None
         return subprocess.Popen(
@@ -290,6 +300,7 @@ class Workplace:
             "JAX_PLATFORMS": "cpu",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": self.XLA_FLAGS,
+            **self.more_variables,
         }
         if trap:
             values["PYTHONPATH"] = f"{TRAP}{os.pathsep}{ROOT}"

@@ -5,9 +5,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,11 +20,14 @@ from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.damage import forget_cut_off, reading
 from moi_jax.checkpoints.finite import check_finite
 from moi_jax.checkpoints.items import Json, ModelItems, newest_step, read_base
+from moi_jax.checkpoints.joined_saves import Manager
 from moi_jax.checkpoints.parameter_files import save_args
 from moi_jax.common.errors import UserError, is_full, reason
+from moi_jax.common.retry import may_pass
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import adapters_of
 from moi_jax.parallel import hosts
+from moi_jax.parallel.shared_work import FailedElsewhere
 
 
 class ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
@@ -60,25 +63,16 @@ class ChecksummedPath(atomicity.AtomicRenameTemporaryPath):
         committed.rename(self._step)
 
 
-class _Manager(ocp.CheckpointManager):
-    """A manager that tells one of many processes at once if it cannot write its files.
+class CannotSave(UserError):
+    """A save has failed, on all hosts, in a way that may pass; it can be tried again.
 
-    orbax tells it when all are done, and the others wait for this one.
+    Attributes:
+      why: what has failed, where and why, without what to do.
     """
 
-    _failure: BaseException | None = None
-
-    def _wait_for_checkpointers(self) -> None:
-        try:
-            super()._wait_for_checkpointers()
-        except BaseException as error:
-            self._failure = error
-            raise
-
-    def raise_failure(self) -> None:
-        """Raises the error of the last save, where it has failed in this process."""
-        if self._failure:
-            raise self._failure
+    def __init__(self, why: str, way_out: str):
+        self.why = why
+        super().__init__(f"{why}. {way_out}")
 
 
 class RunCheckpoints:
@@ -105,17 +99,18 @@ class RunCheckpoints:
         self.items = items  # a run that begins beside a base adds it
         self._last_save = (0, 0)  # its step and its bytes
         self._best_metric = config.best_metric
-        self._manager = _Manager(
+        self._open = lambda: Manager(
             directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                # The policies decide what is kept. Without best_fn the manager would not save the
-                # metrics, and a continued run would not know its best checkpoints.
-                best_fn=score,
-                cleanup_tmp_directories=True,
-                temporary_path_class=ChecksummedPath,
-            ),
+            config.save_timeout,
+            self._describe,
+            ChecksummedPath,
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            # The policies decide what is kept. Without best_fn the manager would not save the
+            # metrics, and a continued run would not know its best checkpoints.
+            best_fn=score,
+            cleanup_tmp_directories=True,
         )
+        self._manager, self._has_failed = self._open(), False
         self._unraisable_hook, sys.unraisablehook = sys.unraisablehook, self._tell_unless_cut_off
 
     def save(
@@ -136,7 +131,8 @@ class RunCheckpoints:
             checkpoint does not compete for keep_best.
 
         Raises:
-          UserError: this save or the one before cannot be written.
+          UserError: this save or the one before cannot be written. If it is `CannotSave`, all
+            processes raise it.
         """
         parameters = self.items.held(parameters)
         score = evaluation.get(self._best_metric, math.nan)
@@ -151,6 +147,9 @@ class RunCheckpoints:
         self.wait()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves((parameters, optimizer)))
         self._last_save = step, size
+        if self._has_failed:
+            self._open_again()
+        self._manager.begin()
         with self._writing():
             self._manager.save(step, args=items, metrics=scores, force=True)
 
@@ -182,20 +181,33 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Waits until the last save is complete on disk; raises UserError if it cannot be."""
         with self._writing():
-            if hosts.joined():
-                while self._manager.is_saving_in_progress():
-                    self._manager.raise_failure()
-                    time.sleep(0.02)
-                self._manager.raise_failure()
+            while hosts.joined() and self._manager.is_saving_in_progress():
+                self._manager.raise_fault()
+                time.sleep(0.02)
+            self._manager.raise_fault()
             self._manager.wait_until_finished()
+            self._manager.end()
 
-    def check(self) -> None:
-        """Raises UserError if the last save has failed. It does not wait for one in progress."""
+    def failure(self) -> CannotSave | None:
+        """The failure of the last save, as soon as it is known; told once.
+
+        It does not wait for a save in progress. All processes call it at the same places, and get
+        an answer other than None at the same call.
+
+        Raises:
+          UserError: it has failed in a way that does not pass.
+        """
         if hosts.joined():
             with self._writing():
-                self._manager.raise_failure()
-        if not self._manager.is_saving_in_progress():
-            self.wait()
+                ended = self._manager.has_failed()
+        else:
+            ended = not self._manager.is_saving_in_progress()
+        try:
+            if ended:
+                self.wait()
+        except CannotSave as failure:
+            return failure
+        return None
 
     def close(self) -> None:
         """Waits for the last save, and ends the threads that save."""
@@ -207,32 +219,71 @@ class RunCheckpoints:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns a save that the system refuses into a UserError."""
+        """Turns a save that the system refuses, here or on another host, into a UserError."""
         failed = None
         try:
             yield
-        except (OSError, ValueError) as error:
-            # tensorstore raises ValueError, with the system's reason and number in its text.
-            if isinstance(error, ValueError) and "os_error_code" not in str(error):
+        except (OSError, ValueError, FailedElsewhere) as error:
+            told = self._manager.failure()
+            # Where one process alone has failed, the others may still write.
+            if told or (hosts.joined() is None and _is_refused(error)):
+                self._remove_parts()  # before it is said how much is free
+            told = told or self._describe(error)
+            if told is None:
                 raise
-            failed = self._cannot_save(error)
+            failed = self._cannot_save(told)
         if failed:
             forget_cut_off()
             raise failed from None
 
-    def _cannot_save(self, error: Exception) -> UserError:
+    def _describe(self, error: BaseException) -> Json | None:
+        """Why the system refuses a save, what to do, and whether it may pass, for all hosts.
+
+        It is None for any other error.
+        """
+        if not _is_refused(error):
+            return None
         step, size = self._last_save
-        if hosts.joined() is None:  # else another process may be writing there; removed later
-            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(part, ignore_errors=True)
         kept = newest_step(self.directory)
-        way_out = "Free some space, then give" if is_full(error) else "Give"
-        return UserError(
+        why = (
             f"cannot save checkpoint {step} in {self.directory}: "
             f"{reason(error, self.directory, size)}; "
-            f"{f'checkpoint {kept.name} is whole' if kept else 'there is none before it'}. "
-            f"{way_out} the same command again"
+            f"{f'checkpoint {kept.name} is whole' if kept else 'there is none before it'}"
         )
+        first = "Free some space, then give" if is_full(error) else "Give"
+        way_out = f"{first} the same command again"
+        return {"why": why, "way_out": way_out, "passes": may_pass(error)}
+
+    def _cannot_save(self, told: Json) -> UserError:
+        """The error of a failure, after which another save may begin."""
+        self._has_failed = True
+        step, _ = self._last_save
+        why, joined = told["why"], hosts.joined()
+        if joined and "process" in told:
+            why = f"{joined.names[told['process']]} {why}"
+        failure = CannotSave(why, told["way_out"])
+        known = joined is None or "process" in told  # in all processes
+        # A step that is whole cannot be saved again: it is an older one that cannot be deleted.
+        if not (known and told["passes"]) or (self.directory / str(step)).exists():
+            return UserError(str(failure))
+        return failure
+
+    def _remove_parts(self) -> None:
+        """Removes what was written of the last save."""
+        step, _ = self._last_save
+        if hosts.is_main():
+            for part in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+
+    def _open_again(self) -> None:
+        """Takes another manager of orbax after a failure; all processes do it together.
+
+        The old one has forgotten the steps that it was about to delete, and would raise what else
+        has failed in the next save.
+        """
+        with suppress(Exception):
+            self._manager.close()
+        self._manager, self._has_failed = self._open(), False
 
     def _tell_unless_cut_off(self, unraisable: "sys.UnraisableHookArgs") -> None:
         """Keeps quiet about the writes that orbax cuts off when one of them has failed.
@@ -241,3 +292,9 @@ class RunCheckpoints:
         """
         if str(unraisable.exc_value) != "Event loop is closed":
             self._unraisable_hook(unraisable)
+
+
+def _is_refused(error: BaseException) -> TypeGuard[Exception]:
+    """Whether the system has refused a write; of tensorstore its number is in the text."""
+    tensorstore = isinstance(error, ValueError) and "os_error_code" in str(error)
+    return isinstance(error, OSError) or tensorstore

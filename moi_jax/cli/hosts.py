@@ -77,7 +77,8 @@ def fail_together(status: int | str | None, line: str | None) -> None:
         else:
             shown, line = f"{line}\n" if line else "", line or "the reader of its output has left"
         _show(shown)
-        watch.tell(number, line.removeprefix("error: "))
+        watch.shown = line.removeprefix("error: ")
+        watch.tell(number, watch.shown)
     finally:
         os._exit(number)  # an ordinary end would wait for the others
 

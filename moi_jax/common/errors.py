@@ -1,6 +1,8 @@
 """Errors that a user can fix, each in one line, and the reasons that the system gives."""
 
 import errno
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -44,6 +46,8 @@ def reason(error: Exception, directory: Path | None = None, needed: int = 0) -> 
       needed: about how many bytes were to be written there, if that is known.
     """
     if not is_full(error):
+        if number := re.search(r"os_error_code='(\d+)'", str(error)):  # of tensorstore
+            return os.strerror(int(number[1]))
         return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
     sizes = [f"about {decimal(needed)} are needed"] * bool(needed)
     quota = "quota" in str(error)

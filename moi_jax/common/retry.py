@@ -2,7 +2,7 @@
 
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TypeVar
@@ -13,9 +13,32 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What may pass by itself. A full disk and a refused access do not.
+# What may pass by itself while one waits for it. A full disk and a refused access do not.
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0  # seconds
+# What does not pass while a run goes on, as the system and tensorstore say it.
+REFUSED = ("Permission denied", "Operation not permitted", "Read-only file system")
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a write in the background that the system, or a library, refuses may do better later.
+
+    A full disk may: somebody frees space while the run goes on.
+    """
+    late = isinstance(error, TimeoutError) and error.errno is None  # what was late may go on
+    return not late and not any(refusal in str(error) for refusal in REFUSED)
+
+
+def pauses(seconds: float) -> Iterator[float]:
+    """The pauses between tries, longer and longer, which together take no longer than `seconds`.
+
+    They are counted, not measured, so that all processes of a run give up at the same try.
+    """
+    pause, left = FIRST_PAUSE, seconds
+    while left >= pause:
+        yield pause
+        left -= pause
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def retried(path: Path, seconds: float, write: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ class Checkpoint(Section):
     best_metric: str = "eval/mean/loss"  # lower is better
     grace_seconds: Positive = 120
     retry_seconds: Count = 60  # for how long a write is tried again when the store fails
+    save_timeout: Positive = 1200  # seconds for a save in the background
     save_base: bool = False  # with lora: also save the frozen parameters
     verify: bool = True  # compares the arrays with their checksums before they are read
 

@@ -11,6 +11,7 @@ from moi_jax.data.loader import Batch
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import token_scores
 from moi_jax.parallel.placing import place_rows, replicated
+from moi_jax.parallel.stuck import limited_batch
 
 
 class RowSums(NamedTuple):
@@ -49,7 +50,7 @@ def make_row_sums(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
     step = row_sums_step(bind, mesh)
 
     def sums(parameters: Tree, batch: Batch) -> RowSums:
-        with jax.set_mesh(mesh):
+        with limited_batch(), jax.set_mesh(mesh):
             return jax.device_get(step(parameters, place_rows(batch, mesh)))
 
     return sums

@@ -46,7 +46,7 @@ class Agreement:
 
     def __init__(self, joined: hosts.Hosts, asked: Callable[[], int | None]):
         self._hosts, self._asked = joined, asked
-        self._key = joined.new_key("a stop")
+        self.key = joined.new_key("a stop")
         self._calls = 0
         self._last: int | None = None  # the call at which all stop
         self.signal = 0
@@ -61,9 +61,13 @@ class Agreement:
         with self._lock:
             self._calls += 1
             if number := self._asked():
-                with suppress(Exception):  # another process was asked before
-                    self._hosts.store.key_value_set(f"{self._key}/signal", str(int(number)))
+                self.ask(number)
             return self._last is not None and self._calls >= self._last
+
+    def ask(self, number: int) -> None:
+        """Asks all processes to stop; `number` is their signal unless another one asked before."""
+        with suppress(Exception):  # another process was asked before
+            self._hosts.store.key_value_set(f"{self.key}/signal", str(int(number)))
 
     def end(self) -> None:
         """No more calls will come."""
@@ -73,14 +77,14 @@ class Agreement:
         store = self._hosts.store
         while not self._ended.is_set():
             with hosts.suppress_no_answer():
-                number = store.blocking_key_value_get(f"{self._key}/signal", 1000)
+                number = store.blocking_key_value_get(f"{self.key}/signal", 1000)
                 break
         else:
             return
         with self._lock:
-            store.key_value_set(f"{self._key}/calls/{self._hosts.index}", str(self._calls))
+            store.key_value_set(f"{self.key}/calls/{self._hosts.index}", str(self._calls))
             calls = [
-                int(self._hosts.get(f"{self._key}/calls/{process}", process))
+                int(self._hosts.get(f"{self.key}/calls/{process}", process))
                 for process in range(len(self._hosts.names))
             ]
             self.signal, self._last = int(number), max(calls) + 1

@@ -44,10 +44,16 @@ class Hosts:
     names: list[str]
     watch: Watch
     _numbers: Iterator[int] = field(default_factory=count_from)
+    _exchanged: list[str] = field(default_factory=list)  # keys of exchanges that are in the store
 
     def new_key(self, what: str) -> str:
-        """A key for one more exchange; it is the same in all processes."""
+        """A key for something new that the processes share; it is the same in all of them."""
         return f"moi_jax/{next(self._numbers)}/{what}"
+
+    def exchange_key(self, what: str) -> str:
+        """A key for one more exchange, which a later `gather` deletes."""
+        self._exchanged.append(self.new_key(what))
+        return self._exchanged[-1]
 
     def get(self, key: str, process: int) -> bytes:
         """Waits for the value that a process sets."""
@@ -63,9 +69,16 @@ class Hosts:
 
     def gather(self, what: str, value: str) -> list[str]:
         """The values of all processes."""
-        key = self.new_key(what)
+        key = self.exchange_key(what)
         self.store.key_value_set(f"{key}/{self.index}", value)
-        return [self.get(f"{key}/{n}", n).decode() for n in range(len(self.names))]
+        values = [self.get(f"{key}/{n}", n).decode() for n in range(len(self.names))]
+        # A process that has given its value here has done with all exchanges before.
+        *done, _ = self._exchanged
+        self._exchanged = [key]
+        if self.index == 0:
+            for old in done:
+                self.store.key_value_delete(old)  # and what is below
+        return values
 
 
 @contextmanager
@@ -123,7 +136,7 @@ def from_main(what: str, make: Callable[[], T]) -> T:
     """
     if _hosts is None:
         return make()
-    key = _hosts.new_key(what)
+    key = _hosts.exchange_key(what)
     if is_main():
         text = json.dumps(make()).encode()
         _hosts.store.key_value_set_bytes(key, text)

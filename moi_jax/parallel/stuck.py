@@ -47,6 +47,25 @@ def ending_when_stuck(
         called.set()
 
 
+_batch_seconds = 0
+
+
+def limit_batches(seconds: int) -> None:
+    """Ends the process from now on if a `limited_batch` takes longer; 0 means no limit."""
+    global _batch_seconds
+    _batch_seconds = seconds
+
+
+@contextmanager
+def limited_batch() -> Iterator[None]:
+    """Watches over one batch on the devices, where a command has called `limit_batches`.
+
+    The loop of a run does not need it, since it watches over all that it does.
+    """
+    with ending_when_stuck(_batch_seconds, lambda: False):
+        yield
+
+
 def _end(seconds: int) -> None:
     line = f"stuck: no step, batch or save ended for {seconds} s (cluster.stuck_seconds){AGAIN}"
     try:

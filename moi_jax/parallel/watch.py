@@ -55,6 +55,8 @@ class Watch:
         # Why this process ends: its status, and a line that is not shown yet. Only the first reason
         # counts: a process that waits until the others know may lose its connection meanwhile.
         self._ending: tuple[int, str] | None = None
+        # What this process has shown of its own failure, in which all may agree, without its name.
+        self.shown = ""
         for work in (self._beat, self._judge):
             threading.Thread(target=work, daemon=True, name=f"watch{work.__name__}").start()
 
@@ -155,7 +157,8 @@ class Watch:
             return None
 
     def _end_with(self, failed: dict[str, Any]) -> NoReturn:
-        self._ending = failed["status"], f"{self._names[failed['process']]} {failed['line']}"
+        line = f"{self._names[failed['process']]} {failed['line']}"
+        self._ending = failed["status"], "" if failed["line"] == f"stopped: {self.shown}" else line
         self._note_told()
         if self._index == 0:  # the store ends with this process
             self._wait_until_told({0, failed["process"]})

@@ -16,6 +16,7 @@ from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.loss import token_scores
 from moi_jax.parallel.context import context_order, context_places, context_shards
 from moi_jax.parallel.placing import batch_shards, bucket, place_rows, replicated, round_up
+from moi_jax.parallel.stuck import limited_batch
 from moi_jax.sampling.prompt_batches import PREFILL_TOKENS
 
 # (context ids, continuation ids); neither is empty.
@@ -143,9 +144,9 @@ class LikelihoodScorer:
             tokens[row, : len(read)] = read
             lengths[row] = len(read)
         arrays = place_rows((tokens, lengths), self._mesh)
-        with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            scores = self._score_rows(parameters, *arrays, before)
-        return jax.device_get(scores)
+        on_mesh = nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        with limited_batch(), on_mesh:
+            return jax.device_get(self._score_rows(parameters, *arrays, before))
 
 
 def _likelihood(

@@ -23,6 +23,7 @@ from moi_jax.models.decoding import BoundPrograms, LayerPrograms, LayerViews, vi
 from moi_jax.models.kv_cache import KV_AXES, Cache, empty_cache, resize, value_shape
 from moi_jax.models.parameters import abstract_parameters, parameter_specs
 from moi_jax.parallel.placing import batch_shards, bucket, length_bucket, named_sharding, round_up
+from moi_jax.parallel.stuck import limited_batch
 from moi_jax.sampling.prompt_batches import RunningRequest, prefill_batches
 from moi_jax.sampling.requests import Completion, Finish, Request
 from moi_jax.sampling.slots import (
@@ -181,7 +182,7 @@ class Sampler:
             fresh = {slot: waiting.popleft() for slot in islice(free, len(waiting))}
             running |= fresh
             max_finished = count // 16 + 1 if waiting else count
-            with self._on_mesh():
+            with limited_batch(), self._on_mesh():
                 cache, slots = self._admit(views, cache, slots, running, fresh, steps, greedy)
                 live = np.isin(np.arange(count), list(running))
                 cache, slots, written = self._generate(

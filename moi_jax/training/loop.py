@@ -8,6 +8,7 @@ from typing import Any
 from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
 from moi_jax.training.run import Run, ShouldStop, is_due
+from moi_jax.training.saves import complete_save, save
 from moi_jax.training.step_reader import StepReader
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
         while not (run.at_end or run.missed):
             if run.profiler.starts_before(run.step + 1):
                 reader.read_previous()
-                run.checkpoints.wait()  # a save in the background is no part of a step
+                complete_save(run)  # a save in the background is no part of a step
                 run.profiler.start(run.step + 1)
             first_row = run.row
             with run.profiler.annotation(run.step + 1):
@@ -44,7 +45,6 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
             run.row = min(first_row + config.train.global_batch_rows, run.total_rows)
             reader.read_previous()
             reader.hold(run.step, first_row, run.row, metrics)
-            run.checkpoints.check()
             if run.profiler.ends_after(run.step):
                 reader.read_previous()
                 with reader.paused("profile"):
@@ -63,11 +63,13 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
                 with reader.paused("evaluation"):
                     losses = _evaluate(run, should_stop, due)
             stopping = should_stop()  # called once, so that a run that stops here has saved
-            if run.at_end or stopping or is_due(run.step, config.checkpoint.every):
+            failure = run.checkpoints.failure()
+            ending = run.at_end or stopping
+            if ending or failure or is_due(run.step, config.checkpoint.every):
                 reader.read_previous()
                 reader.write_window()
                 with reader.paused("checkpoint"):
-                    _save(run, losses)
+                    save(run, losses, failure, complete=ending)
             if stopping:
                 break
 
@@ -81,7 +83,7 @@ def _evaluate_first(run: Run, should_stop: ShouldStop) -> None:
     if due := run.missed or (set(EVALUATIONS) if run.step == 0 else set()):
         _evaluate(run, should_stop, due)
     if run.missed and run.checkpoints.latest() != run.step:
-        _save(run, {})
+        save(run, {}, complete=True)
 
 
 def _evaluate(run: Run, should_stop: ShouldStop, due: set[str]) -> dict[str, float]:
@@ -138,19 +140,3 @@ def _write_answers(run: Run, answers: list[dict[str, Any]]) -> None:
             file.write("".join(json.dumps(answer) + "\n" for answer in answers).encode())
 
     retried(path, run.config.checkpoint.retry_seconds, write)
-
-
-def _save(run: Run, losses: dict[str, float]) -> None:
-    """Saves a checkpoint; `losses` are the held-out losses of this step, or {}."""
-    position = {
-        "step": run.step,
-        "skipped_in_a_row": run.skipped_in_a_row,
-        "early_stopping": run.early_stopping.to_json(),
-        "missed": sorted(run.missed),
-        "unchanged_since": run.unchanged_since,
-        **({"losses": run.loss_limit.to_json()} if run.loss_limit.ratio else {}),
-        **run.position(run.row),
-    }
-    config = run.config.model_dump(mode="json")
-    run.checkpoints.save(run.step, *run.state.items(), position, config, losses)
-    run.log.write({"step": run.step})  # with the time that this took

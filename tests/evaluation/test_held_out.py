@@ -21,6 +21,7 @@ from moi_jax.text.instructions import label_mask
 from moi_jax.text.rendering import with_system_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
+from support.limits import SECONDS, watched_batches
 from support.runs import SAMPLES
 
 DEFAULT = "You are a helpful assistant."
@@ -49,14 +50,16 @@ def material(tmp_path_factory):
     return config, tokenizer, caches, selections, held_out
 
 
-def test_losses_equal_each_conversation_alone(material):
+def test_losses_equal_each_conversation_alone(material, monkeypatch):
     _, tokenizer, caches, selections, held_out = material
     model = PRESETS["tiny"]
     parameters = random_parameters(model, 0, jnp.float32)
     decoder = make_model(model)(parameters)
     mesh = make_mesh(config_lib.Mesh(fsdp=1), jax.devices())
     row_sums = make_row_sums(make_model(model), mesh)
+    limits = watched_batches(monkeypatch)
     losses = held_out.losses(lambda batch: row_sums(parameters, batch))
+    assert set(limits) == {SECONDS}
 
     log_softmax = jax.jit(lambda tokens: jax.nn.log_softmax(decoder(tokens)[0]))
 

@@ -5,33 +5,11 @@ import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.errors import JaxRuntimeError
 
 from moi_jax.parallel.agreed_stop import Agreement
 from moi_jax.parallel.hosts import Hosts
 
-
-class Store:
-    """The part of jax's store of keys and values that an agreement uses."""
-
-    def __init__(self):
-        self._values, self._changed = {}, threading.Condition()
-
-    def key_value_set(self, key, value):
-        with self._changed:
-            if key in self._values:
-                raise JaxRuntimeError("ALREADY_EXISTS")
-            self._values[key] = value
-            self._changed.notify_all()
-
-    def blocking_key_value_get(self, key, milliseconds):
-        with self._changed:
-            if not self._changed.wait_for(lambda: key in self._values, milliseconds / 1000):
-                raise JaxRuntimeError("DEADLINE_EXCEEDED")
-            return self._values[key]
-
-    def blocking_key_value_get_bytes(self, key, milliseconds):
-        return self.blocking_key_value_get(key, milliseconds).encode()
+from support.key_values import Store
 
 
 class Steps:

@@ -15,6 +15,8 @@ from moi_jax.parallel.mesh import make_mesh
 from moi_jax.sampling import likelihood
 from moi_jax.sampling.likelihood import LikelihoodScorer
 
+from support.limits import SECONDS, watched_batches
+
 
 def make_scorer(config, dtype="float32", **settings):
     return LikelihoodScorer(make_model(config, Compute(dtype)), config, **settings)
@@ -86,11 +88,14 @@ def check(likelihoods, truth):
     assert [likelihood.greedy for likelihood in likelihoods] == [greedy for _, greedy in truth]
 
 
-def test_likelihoods_equal_torch_together_and_one_by_one(llama, scorer):
+def test_likelihoods_equal_torch_together_and_one_by_one(llama, scorer, monkeypatch):
     _, parameters, pairs, truth = llama
+    limits = watched_batches(monkeypatch)
     assert [greedy for _, greedy in truth[-3:]] == [True, False, False]
     check(scored(scorer, parameters, pairs), truth)
     check([scored(scorer, parameters, [pair])[0] for pair in pairs], truth)
+    assert len(limits) > len(pairs)
+    assert set(limits) == {SECONDS}
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from moi_jax.sampling.sampler import Sampler
 from moi_jax.sampling.text_stream import TextStream
 from moi_jax.sampling.token_sampling import SamplingParams, sample_tokens
 
+from support.limits import SECONDS, watched_batches
+
 # Wide random weights: the likeliest token leads by far more than rounding moves a logit. The first
 # layer does not rotate its heads, the second one rotates half of each.
 MODEL = dataclasses.replace(
@@ -346,8 +348,10 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(parameters):
         assert [list(a.tokens) for a in answers] == [[], expected, expected, [], expected]
 
 
-def test_a_run_like_the_one_before_compiles_nothing(parameters):
-    traces = []
+def test_a_run_like_the_one_before_compiles_nothing_and_each_batch_is_limited(
+    parameters, monkeypatch
+):
+    traces, limits = [], watched_batches(monkeypatch)
 
     def bind(parameters):
         traces.append(1)
@@ -362,6 +366,8 @@ def test_a_run_like_the_one_before_compiles_nothing(parameters):
     assert tokens_of(sampler, doubled, requests) != first
     assert len(tokens_of(sampler, parameters, others)[0]) == 22
     assert len(traces) == count
+    assert len(limits) > 4
+    assert set(limits) == {SECONDS}
 
 
 def test_a_chat_that_grows_compiles_for_few_lengths_of_the_cache(parameters):

@@ -78,6 +78,11 @@ def together() -> None:
     hosts.check_same({"setting x": 1})
     big = hosts.from_main("something big", lambda: ["x" * 5_000_000, index])
     print("from main", len(big[0]), big[1])
+    for _ in range(20):
+        hosts.from_main("a number", lambda: 1)
+        hosts.wait_for_all("a number")
+    left = hosts.joined().store.key_value_dir_get("moi_jax/")
+    print("exchanges left", len({key.split("/")[1] for key, _ in left if key[8].isdigit()}))
 
 
 def in_turn(directory: str) -> None:
@@ -117,6 +122,13 @@ def train(config_path: str, steps: str) -> None:
     from moi_jax.training import train as training  # the other acts begin without it sooner
 
     training.train(load_config(config_path), stop=_stop_after(int(steps)))
+
+
+def save(directory: str, failing: str, passes: str) -> None:
+    """Saves two checkpoints; the process `failing` cannot write the second one at first."""
+    from tests.support.joined_saves import save_twice
+
+    save_twice(Path(directory), hosts.process_index() == int(failing), passes == "passes")
 
 
 def main() -> int:

@@ -41,6 +41,10 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
+    @property
+    def is_closed(self) -> bool:
+        return not self._passing
+
     @contextmanager
     def closed(self) -> Iterator[None]:
         """It is closed in the block."""

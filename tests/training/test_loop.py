@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from moi_jax.checkpoints.run_checkpoints import CannotSave
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
+from moi_jax.training import saves
 from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.goodput import Clock
 from moi_jax.training.loop import fit
@@ -53,6 +55,7 @@ class Stage:
         """
         self.events: list[str] = []
         self.saved: dict[int, dict] = {}
+        self.failures: dict[int, CannotSave] = {}  # told after a step
         self.scores: dict[int, dict] = {}
         self.stopping = False
         self.not_finite, self.stop_at, self.stop_in_look = not_finite, stop_at, stop_in_look
@@ -92,7 +95,10 @@ class Stage:
             early_stopping=EarlyStopping(config, {}),
             profiler=StepProfiler(None, STEPS, directory),
             checkpoints=SimpleNamespace(
-                save=self.save, latest=lambda: max(self.saved, default=None), check=lambda: None
+                save=self.save,
+                latest=lambda: max(self.saved, default=None),
+                failure=lambda: self.failures.pop(self.run.step, None),
+                wait=lambda: None,
             ),
             log=MetricsLog(directory, [], -1, self.clock),
             clock=self.clock,
@@ -184,6 +190,17 @@ def test_how_many_skipped_steps_in_a_row_stop_a_run_is_a_setting(tmp_path):
         stage = Stage(tmp_path / str(most), not_finite=range(1, most + 1), train=train)
         with pytest.raises(UserError, match=f"{most} steps in a row were not finite"):
             stage.fit()
+
+
+def test_a_save_that_failed_is_made_up_for_at_the_step_where_this_is_known(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(saves, "sleep", pauses.append)
+    stage = Stage(tmp_path, checkpoint={"every": 2})
+    stage.failures[3] = CannotSave("process 1 cannot save checkpoint 2", "Give the command again")
+    assert stage.fit()
+    assert list(stage.saved) == [2, 3, 4, 6]
+    assert stage.events.index("read 3") + 1 == stage.events.index("save 3")
+    assert pauses == [1]
 
 
 def test_a_run_that_must_stop_only_saves_a_checkpoint(tmp_path):

@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
+import orbax.checkpoint as ocp
 import pytest
 
 from moi_jax.checkpoints import run_checkpoints
@@ -18,6 +20,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import PRESETS
+from moi_jax.training import saves
 from moi_jax.training.goodput import Clock
 from moi_jax.training.metrics import MetricsLog
 from moi_jax.training.optimizer import make_optimizer
@@ -30,7 +33,8 @@ from support.runs import lasting, records, refusal, small_config, train_here
 def pauses(monkeypatch):
     """The pauses that were made; they take no time here."""
     made: list[float] = []
-    monkeypatch.setattr(retry, "sleep", made.append)
+    for module in (retry, saves):
+        monkeypatch.setattr(module, "sleep", made.append)
     monkeypatch.setattr(retry, "monotonic", lambda: sum(made))
     return made
 
@@ -129,17 +133,51 @@ def test_a_save_that_its_store_fails_names_the_checkpoint_before(tmp_path, monke
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), True),
+        (OSError(errno.ESTALE, os.strerror(errno.ESTALE)), True),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), False),
+        (ValueError("... [os_error_code='13'] Permission denied"), False),
+        (TimeoutError("Timed out while waiting"), False),  # it may still be written
+    ],
+)
+def test_a_save_is_tried_again_unless_it_is_refused_or_late(error, passes):
+    assert retry.may_pass(error) == passes
+
+
+def test_a_save_has_the_time_of_the_config(tmp_path, monkeypatch):
+    model = dataclasses.replace(PRESETS["tiny"], num_layers=1, hidden_size=8, vocab_size=16)
+    given = Mock(wraps=ocp.AsyncOptions)
+    monkeypatch.setattr(ocp, "AsyncOptions", given)
+    config = make_config({"checkpoint": {"save_timeout": 77}}).checkpoint
+    RunCheckpoints(tmp_path, config, ModelItems(model, {}, {})).close()
+    assert given.call_args.kwargs["timeout_secs"] == 77
+
+
 ANSWER = {
     "domain": "chat", "system": "own", "system_prompt": "", "prompt": "Well?", "answer": "Yes.",
 }  # fmt: skip
 
 
-def test_a_run_outlives_a_failing_store_and_stops_in_one_line_if_it_stays_away(tmp_path, store):
+def test_a_run_outlives_a_failing_store_and_stops_in_one_line_if_it_stays_away(
+    tmp_path, store, monkeypatch, pauses, log_text
+):
     config = small_config(tmp_path, train={"steps": 1})
     answers = SimpleNamespace(held_out=None, benchmarks=None, samples=lambda _: [ANSWER])
     store.names, store.times = {"samples.jsonl", "metrics.jsonl"}, 5
+    failures = (OSError(number, os.strerror(number)) for number in (errno.EIO, errno.ENOSPC))
+    late = Mock(
+        side_effect=itertools.chain(failures, itertools.repeat(DEFAULT)),
+        wraps=run_checkpoints.write_checksums,
+    )
+    monkeypatch.setattr(run_checkpoints, "write_checksums", late)
     done = train_here(config, make_evaluations=lambda *_: answers)
     assert store.times == 0
+    assert done.checkpoint.is_dir()
+    assert pauses[-2:] == [1, 2]
+    assert "there is none before it; saving step 1 in 2 s" in log_text.getvalue()
     assert [answer["step"] for answer in records(done.directory / "samples.jsonl")] == [0, 1]
     store.names, store.times = {"metrics.jsonl"}, 1000
     said = refusal(config, "train.steps=2", make_evaluations=None, allow_change=True)
