@@ -1,10 +1,10 @@
 """The same run on other meshes, with accumulation and remat.
 
-    python benchmarks/agreement.py [VARIANT ...]
+    python benchmarks/agreement.py [VARIANT ...] [KEY=VALUE ...]
 
 Trains twenty steps on the sample set with the training command, for each variant and precision.
 Prints how far the losses are from those on one device. Simulates eight devices on the CPU. Names of
-variants choose some of them.
+variants choose some of them. KEY=VALUE, such as lora.rank=8, is set in all of them.
 """
 
 import json
@@ -31,13 +31,15 @@ VARIANTS = {
 BARS = {"float64": (1e-9, 1e-9), "float32": (5e-6, 2e-5), "bfloat16": (1e-3, None)}
 
 
-def main(*names: str) -> None:
+def main(*arguments: str) -> None:
+    names = [one for one in arguments if one in VARIANTS]
+    common = [one for one in arguments if one not in VARIANTS]
     with tempfile.TemporaryDirectory() as directory:
         for dtype, (first_bar, bar) in BARS.items():
-            one = losses(Path(directory), dtype, ONE)
+            one = losses(Path(directory), dtype, [*ONE, *common])
             print(f"{dtype}: one device, loss {one[0]:.6f} -> {one[-1]:.6f}")
             for name in names or VARIANTS:
-                other = losses(Path(directory), dtype, VARIANTS[name])
+                other = losses(Path(directory), dtype, [*VARIANTS[name], *common])
                 differences = [abs(a - b) for a, b in zip(one, other, strict=True)]
                 print(
                     f"  {name}: first step {differences[0]:.1e} (bar {first_bar:.0e}), "
