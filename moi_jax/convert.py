@@ -7,6 +7,7 @@ import math
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeAlias
 
 from moi_jax.cli.arguments import COUNT, PROBABILITY, add_base, add_no_verify, local_path
 from moi_jax.cli.command import run_command
@@ -14,13 +15,30 @@ from moi_jax.common.errors import UserError
 from moi_jax.config.section import full_dtype
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
 DTYPES = ("float32", "bfloat16")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m moi_jax.convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_import(commands)
+    _add_export(commands)
+    _add_verify(commands)
+    _add_average(commands)
+    _add_merge(commands)
+    _add_ema(commands)
+    args = parser.parse_args()
 
+    from moi_jax.common.log import show_logs
+
+    show_logs(stderr=True)  # standard output is for reports
+    _return_freed_memory()
+    return args.run(args) or 0
+
+
+def _add_import(commands: Commands) -> None:
     importer = commands.add_parser(
         "import",
         help="published weights -> checkpoint",
@@ -57,6 +75,8 @@ def main() -> int:
     )
     importer.set_defaults(run=_import)
 
+
+def _add_export(commands: Commands) -> None:
     exporter = commands.add_parser(
         "export",
         help="checkpoint -> published layout",
@@ -107,6 +127,8 @@ def main() -> int:
     add_no_verify(exporter)
     exporter.set_defaults(run=_export)
 
+
+def _add_verify(commands: Commands) -> None:
     verifier = commands.add_parser(
         "verify",
         help="compare a checkpoint with published weights",
@@ -130,19 +152,8 @@ def main() -> int:
     )
     verifier.set_defaults(run=_verify)
 
-    _add_average(commands)
-    _add_merge(commands)
-    _add_ema(commands)
-    args = parser.parse_args()
 
-    from moi_jax.common.log import show_logs
-
-    show_logs(stderr=True)  # standard output is for reports
-    _return_freed_memory()
-    return args.run(args) or 0
-
-
-def _add_average(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_average(commands: Commands) -> None:
     average = commands.add_parser(
         "average",
         help="average the parameters of checkpoints",
@@ -161,7 +172,7 @@ def _add_average(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     average.set_defaults(run=_average)
 
 
-def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_merge(commands: Commands) -> None:
     merge = commands.add_parser(
         "merge",
         help="merge fine-tuned runs of one base",
@@ -185,7 +196,7 @@ def _add_merge(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     merge.set_defaults(run=_merge)
 
 
-def _add_ema(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_ema(commands: Commands) -> None:
     ema = commands.add_parser(
         "ema",
         help="the moving average that a run has kept (optimizer.ema_decay)",

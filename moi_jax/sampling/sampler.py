@@ -148,22 +148,10 @@ class Sampler:
         Raises:
           UserError: a prompt is empty, or the cache does not fit the device.
         """
-        waiting: deque[RunningRequest] = deque()
-        for index, request in enumerate(requests):
-            if not request.prompt:
-                raise UserError(f"request {index} has an empty prompt; it needs at least one token")
-            if not self._fits(request):
-                yield index, Completion((), "", "too_long")
-            elif request.max_new_tokens < 1:
-                yield index, Completion((), "", "length")
-            else:
-                show = partial(on_text, index) if on_text else None
-                stream = TextStream(request, self._decode, show)
-                waiting.append(RunningRequest(index, request, self._limit(request), stream))
+        empty, waiting = self._sorted(requests, on_text)
+        yield from empty
         if not waiting:
             return
-        # The longest first: prompts of one batch are then of similar length, which pads them least.
-        waiting = deque(sorted(waiting, key=lambda one: one.limit, reverse=True))
         count, longest = self._largest([one.request for one in waiting])
         greedy = all(one.request.temperature <= 0 for one in waiting)
         self._check_memory(count, longest, parameters)
@@ -196,6 +184,28 @@ class Sampler:
                     del running[slot]
                     reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
                     yield one.index, one.stream.complete(reason)
+
+    def _sorted(
+        self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None
+    ) -> tuple[list[tuple[int, Completion]], deque[RunningRequest]]:
+        """Returns the completions of requests that get no token, and the others, longest first.
+
+        Rows of similar length then run together, which a cache of one length for all suits best.
+        """
+        empty: list[tuple[int, Completion]] = []
+        waiting: list[RunningRequest] = []
+        for index, request in enumerate(requests):
+            if not request.prompt:
+                raise UserError(f"request {index} has an empty prompt; it needs at least one token")
+            if not self._fits(request):
+                empty.append((index, Completion((), "", "too_long")))
+            elif request.max_new_tokens < 1:
+                empty.append((index, Completion((), "", "length")))
+            else:
+                show = partial(on_text, index) if on_text else None
+                stream = TextStream(request, self._decode, show)
+                waiting.append(RunningRequest(index, request, self._limit(request), stream))
+        return empty, deque(sorted(waiting, key=lambda one: one.limit, reverse=True))
 
     def _admit(
         self,
