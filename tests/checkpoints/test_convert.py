@@ -382,5 +382,5 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line(published, tmp_pa
     (tmp_path / "ckpt" / "SHA256SUMS").unlink()  # the first format had none
     with pytest.raises(UserError) as error:
         moi_jax.load(tmp_path / "ckpt")
-    assert "is of format 1, this version reads formats 2 to 4; import" in str(error.value)
+    assert "is of format 1, this version reads formats 2 to 5; import" in str(error.value)
     assert "\n" not in str(error.value)
