@@ -52,10 +52,10 @@ def main(*arguments: str) -> None:
 def losses(directory: Path, dtype: str, overrides: list[str]) -> list[float]:
     """Returns the losses of a run of STEPS steps with the training command."""
     wide = "float64" if dtype == "float64" else "float32"
+    lora = any(one.startswith("lora.") for one in overrides)
+    stored = "lora.base_dtype" if lora else "model.param_dtype"
     config = {
-        "model": {
-            "preset": "tiny", "remat": "none", "param_dtype": wide, "compute_dtype": dtype
-        },
+        "model": {"preset": "tiny", "remat": "none", "compute_dtype": dtype},
         "tokenizer": {"path": str(SAMPLES / "tokenizer")},
         "data": {
             "root": str(SAMPLES),
@@ -81,7 +81,8 @@ def losses(directory: Path, dtype: str, overrides: list[str]) -> list[float]:
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
     subprocess.run(
-        [sys.executable, "-m", "moi_jax.train", "--config", str(path), "--fresh", *overrides],
+        [sys.executable, "-m", "moi_jax.train", "--config", str(path), "--fresh", *overrides,
+         f"{stored}={wide}"],
         check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment,
     )  # fmt: skip
     log = (directory / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
