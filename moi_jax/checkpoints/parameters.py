@@ -112,7 +112,8 @@ def read_parameters(
         return _read_held(step, wanted, verify)
     adapters = _read_held(step, adapters_of(config, wanted), verify)
     bases = {} if bases is None else bases
-    key = recorded.fingerprint, config.adapter and config.adapter.quantization
+    assert config.adapter is not None
+    key = recorded.fingerprint, config.adapter.quantization
     if key not in bases:
         bases[key] = read_beside(step, recorded, config, wanted, verify, base)
     return merge_trees(adapters, bases[key])
