@@ -92,7 +92,11 @@ def _wide(values: np.ndarray) -> np.ndarray:
 
 
 def _open(step: Path, items: ModelItems, verify: bool, base: Path) -> Parameters:
-    """The parameters of a run; OtherBase is raised where its adapters have another base."""
+    """The parameters of a run; OtherBase is raised where its adapters have another base.
+
+    What a run has added beside a quantised base is s A B, without the error of the codes.
+    """
+    items = dataclasses.replace(items, model=items.model.unquantized)
     return merged_parameters(step, items, verify, base if items.base else None)
 
 

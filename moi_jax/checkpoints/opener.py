@@ -17,7 +17,7 @@ from moi_jax.checkpoints.items import (
     parameters_fingerprint,
     read_items,
 )
-from moi_jax.checkpoints.parameters import read_parameters
+from moi_jax.checkpoints.parameters import Bases, read_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.data.sources.formats import Typing
 from moi_jax.models.attention import choose_attention
@@ -76,7 +76,7 @@ def open_checkpoint(
     verify: bool = True,
     base: Path | None = None,
     by_layer: bool = False,
-    bases: dict[str, Tree] | None = None,
+    bases: Bases | None = None,
 ) -> OpenCheckpoint:
     """Reads a step directory, or the newest step of a run.
 
@@ -196,7 +196,7 @@ def _read_model(
     mesh: Mesh | None,
     verify: bool,
     named: Path | None,
-    bases: dict[str, Tree] | None = None,
+    bases: Bases | None = None,
 ) -> tuple[Bind, Tree]:
     """A function parameters -> model for the device, and the parameters on the mesh.
 

@@ -31,8 +31,12 @@ from moi_jax.models.parameters import (
     parameter_shardings,
     parameter_specs,
 )
+from moi_jax.models.quantized import Scheme
 from moi_jax.models.quantized_base import quantized_base
 from moi_jax.parallel import hosts
+
+# (fingerprint, how it is quantised) -> the parameters of a base.
+Bases = dict[tuple[str, Scheme | None], Tree]
 
 
 def save_model(path: Path, stream: Stream, dtype: np.dtype, items: ModelItems) -> None:
@@ -84,7 +88,7 @@ def read_parameters(
     mesh: Mesh | None,
     verify: bool = True,
     base: Path | None = None,
-    bases: dict[str, Tree] | None = None,
+    bases: Bases | None = None,
 ) -> Tree:
     """Parameters of a checkpoint, cast to `dtype`, laid out on `mesh` (None: one device).
 
@@ -94,8 +98,8 @@ def read_parameters(
     Args:
       verify: compare the files with their checksums first.
       base: a checkpoint with the base; None for where it was when the adapters were trained.
-      bases: fingerprint -> parameters of bases that were read before with this dtype and mesh. A
-        base among them is taken from there, and another one is added.
+      bases: those that were read before with this dtype and mesh. A base among them is taken from
+        there, and another one is added.
 
     Raises:
       UserError: files are missing or damaged, the stored shapes are not those of `config`, a value
@@ -108,10 +112,11 @@ def read_parameters(
         return _read_held(step, wanted, verify)
     adapters = _read_held(step, adapters_of(config, wanted), verify)
     bases = {} if bases is None else bases
-    if recorded.fingerprint not in bases:
-        beside = read_beside(step, recorded, config, wanted, verify, base)
-        bases[recorded.fingerprint] = beside
-    return merge_trees(adapters, bases[recorded.fingerprint])
+    assert config.adapter is not None
+    key = recorded.fingerprint, config.adapter.quantization
+    if key not in bases:
+        bases[key] = read_beside(step, recorded, config, wanted, verify, base)
+    return merge_trees(adapters, bases[key])
 
 
 def read_beside(

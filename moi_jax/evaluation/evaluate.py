@@ -11,6 +11,7 @@ import jax
 
 from moi_jax.checkpoints.items import find_step, parameters_fingerprint, read_items
 from moi_jax.checkpoints.opener import OpenCheckpoint, open_checkpoint, open_tokenizer
+from moi_jax.checkpoints.parameters import Bases
 from moi_jax.common.atomic_files import check_writable
 from moi_jax.common.errors import UserError
 from moi_jax.common.home import expand_home
@@ -38,7 +39,6 @@ from moi_jax.evaluation.reports.report import write_report
 from moi_jax.evaluation.results import read_results
 from moi_jax.evaluation.tasks import open_task, task_names
 from moi_jax.models.compute import resolve_dtype
-from moi_jax.models.decoder import Tree
 from moi_jax.parallel import hosts
 from moi_jax.sampling.chat_model import ChatModel, make_chat_model
 from moi_jax.text.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class _Opened:
 def evaluate(
     request: EvaluationRequest,
     devices: Sequence[jax.Device],
-    bases: dict[str, Tree] | None = None,
+    bases: Bases | None = None,
 ) -> EvaluationResult:
     """Runs everything that the request asks for, and writes it into the directory of results.
 

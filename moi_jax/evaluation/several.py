@@ -10,12 +10,12 @@ from pathlib import Path
 
 import jax
 
+from moi_jax.checkpoints.parameters import Bases
 from moi_jax.common.atomic_files import atomic_write_text, check_writable
 from moi_jax.common.errors import UserError
 from moi_jax.evaluation.evaluate import EvaluationResult, checkpoint_name, evaluate
 from moi_jax.evaluation.options import EvaluationRequest
 from moi_jax.evaluation.prompt_matrix.prompts import OWN
-from moi_jax.models.decoder import Tree
 from moi_jax.parallel import hosts
 
 TABLE = "comparison.md"
@@ -50,7 +50,7 @@ def evaluate_several(
     Raises:
       UserError: as in `evaluate`. What was finished before is kept.
     """
-    bases: dict[str, Tree] = {}
+    bases: Bases = {}
     results = [evaluate(request, devices, bases) for request in requests]
     hosts.from_main("the comparison", partial(_write_table, results, out))
     return results

@@ -688,3 +688,16 @@ def test_the_price_list_has_both_methods_and_the_smallest_chips():
     assert table[2].split()[:3] == ["full", "7.09", "14.19"]  # 4 and 8 bytes a parameter of 4 chips
     assert "yes" in table[3]
     assert offers_json(offers)[1]["smallest"]["h100"] == "h100:1"
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("int8", 8), ("nf4", 4 + 32 / 64)])
+def test_the_price_list_of_a_quantised_base_has_a_row_more(scheme, bits):
+    config = with_values(model={"attention": "auto"}, lora={"rank": 16, "base_dtype": scheme})
+    model = adapted(MODEL, config.lora)
+    offers = price_list(config, model, parse_topology("l4:1", 1), WORK)
+    assert [offer.method for offer in offers] == [
+        "full", "LoRA, rank 16", f"QLoRA {scheme}, rank 16",
+    ]  # fmt: skip
+    plain, coded = (offer.plan.arguments.parameters for offer in offers[1:])
+    saved = MODEL.num_layers * WEIGHTS * (16 - bits) / 8
+    assert plain - coded == pytest.approx(saved, rel=2e-3)  # int8 has an absmax for each output

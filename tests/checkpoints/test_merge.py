@@ -186,6 +186,14 @@ def test_adapters_are_merged_as_changes_of_the_weights(place, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-6, err_msg=name)
 
 
+def test_the_error_of_a_quantised_base_is_no_change_of_the_weights(place, tmp_path):
+    coded = save_adapters(place / "base", tmp_path / "coded", base_dtype="int8")
+    plain = save_adapters(place / "base", tmp_path / "plain")
+    merge_runs([coded], place / "base", tmp_path / "out", MergeOptions("average"))
+    merge_runs([plain], place / "base", tmp_path / "wanted", MergeOptions("average"))
+    close(tmp_path / "out", values(tmp_path / "wanted"))
+
+
 def test_what_does_not_belong_together_is_refused_in_one_line(place, tmp_path, monkeypatch, caplog):
     tiny_published(tmp_path / "Other", np.float32, 0.03, num_layers=2)
     import_checkpoint(tmp_path / "Other", tmp_path / "other")

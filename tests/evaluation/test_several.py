@@ -77,6 +77,17 @@ def test_parameters_with_a_kept_base_are_those_of_the_checkpoint(place):
     assert len(bases) == 1
 
 
+def test_a_base_that_is_kept_plain_is_another_than_the_quantised_one(place, tmp_path):
+    coded = save_adapters(place / "base", tmp_path / "coded", rank=2, base_dtype="int8")
+    bases = {}
+    for step in (place / "one", coded, place / "one"):
+        kept, alone = (
+            open_checkpoint(step, devices=jax.devices()[:1], bases=given).stacked
+            for given in (bases, None)
+        )
+        jax.tree.map(np.testing.assert_array_equal, kept, alone)
+
+
 def test_two_of_one_name_are_refused(place, monkeypatch, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "one").symlink_to(place / "one")

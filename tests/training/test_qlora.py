@@ -78,9 +78,12 @@ def test_training_changes_adapters_alone_and_no_code():
     assert all(jax.tree.leaves(changed))
 
 
-def test_losses_do_not_depend_on_the_mesh():
+@pytest.mark.parametrize("width", [256, 192])  # a half of 192 is a block and a half
+def test_losses_do_not_depend_on_the_mesh(width):
+    model = dataclasses.replace(NF4, hidden_size=width)
+
     def losses(mesh, **settings):
-        trainer = Trainer(mesh, model=NF4, **settings)
+        trainer = Trainer(mesh, model=model, **settings)
         return np.array([trainer.step(random_batch(step % 2))["loss"] for step in range(5)])
 
     one = losses({"fsdp": 1})
