@@ -76,10 +76,12 @@ class Watch:
         if self._stopped.is_set():
             return
         line = f"stopped: {line}"
+        # Before the others hear of it: process 0 leaves as soon as it does, and jax then aborts
+        # this process.
+        self._ending = status, ""
         failed = self._publish(self._index, status, line)
         if failed is None or failed["process"] == self._index or failed["line"] == line:
             self._stopped.set()
-            self._ending = status, ""
             self._note_told()
             self._wait_until_told({0, self._index})
         else:
