@@ -8,7 +8,8 @@ The parts, in order of worth; each is a command of its own too:
     contract   the attention kernel against a float64 oracle, and no bit leaks between segments
     attention  its speed beside XLA's, and beside the card's rate of matrix products
     train      the train step of Qwen2.5-1.5B, full fine-tuning: tokens/s, MFU, memory
-    largest    the same for the largest model of LARGEST that fits
+    lora       the same for LoRA adapters of Qwen2.5-7B, rows of 4,096 tokens
+    largest    the train step of the largest model of LARGEST that fits, full fine-tuning
     greedy     greedy tokens in float32, equal to the CPU's
 
 Each part is a process, so that its peak memory is its own, and writes DIR/PART.json after each of
@@ -52,6 +53,7 @@ class Sizes:
     calls: int = 10
     model: str = "qwen2.5-1.5b"
     rows: int = 8
+    lora: tuple[str, int, int] = ("qwen2.5-7b", 16, 4)  # model, rank, rows
     steps: int = 6
     largest: tuple[tuple[str, int], ...] = LARGEST
     sampled: str = "qwen2.5-0.5b"
@@ -59,8 +61,8 @@ class Sizes:
 
 
 DRY = Sizes(
-    lengths=(128,), heads=((4, 2),), width=32, matmul=256, calls=2, model="tiny", rows=2, steps=2,
-    largest=(("tiny", 2),), sampled="tiny", new_tokens=4,
+    lengths=(128,), heads=((4, 2),), width=32, matmul=256, calls=2, model="tiny", rows=2,
+    lora=("tiny", 2, 2), steps=2, largest=(("tiny", 2),), sampled="tiny", new_tokens=4,
 )  # fmt: skip
 
 
@@ -156,7 +158,11 @@ def time_attention(
 
 
 def train(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
-    yield time_train_step(sizes.model, sizes.rows, args, sizes)
+    yield time_train_step(sizes.model, 0, sizes.rows, args, sizes)
+
+
+def lora(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
+    yield time_train_step(*sizes.lora, args, sizes)
 
 
 def largest(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
@@ -164,7 +170,7 @@ def largest(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
 
     for model, rows in sizes.largest:
         try:
-            result = time_train_step(model, rows, args, sizes)
+            result = time_train_step(model, 0, rows, args, sizes)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -176,13 +182,15 @@ def largest(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
             return
 
 
-def time_train_step(model: str, rows: int, args: argparse.Namespace, sizes: Sizes) -> Result:
+def time_train_step(
+    model: str, rank: int, rows: int, args: argparse.Namespace, sizes: Sizes
+) -> Result:
     """The figures of `gpu_train_step`, with the attention that it had."""
     from gpu_train_step import train_step
 
     attention, attend = kernel()
     batch = first_batch(args, rows, sizes.lengths[0])
-    return {"attention": attention} | train_step(model, batch, attend, sizes.steps, args.out)
+    return {"attention": attention} | train_step(model, rank, batch, attend, sizes.steps, args.out)
 
 
 def first_batch(args: argparse.Namespace, rows: int, length: int) -> Any:
@@ -257,7 +265,7 @@ def greedy(args: argparse.Namespace, sizes: Sizes) -> Iterator[Result]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Sizes], Iterator[Result]]] = {
-    "contract": contract, "attention": attention, "train": train, "largest": largest,
+    "contract": contract, "attention": attention, "train": train, "lora": lora, "largest": largest,
     "greedy": greedy,
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ from moi_jax.models.compute import Compute, resolve_dtype
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import make_model
 from moi_jax.models.flops import causal_pairs
+from moi_jax.models.lora import adapted
 from moi_jax.models.parameters import random_parameters
 from moi_jax.models.presets import preset
 from moi_jax.models.remat import remat_policy
@@ -36,10 +37,13 @@ REMAT = config_lib.Model().remat
 NO_LIMIT = np.float32(np.inf)  # of the loss
 
 
-def train_step(name: str, rows: Batch, attend: AttentionFn, steps: int, out: Path) -> Result:
+def train_step(
+    name: str, rank: int, rows: Batch, attend: AttentionFn, steps: int, out: Path
+) -> Result:
     """Compiles the train step of a preset, and runs it if the compiler's figure fits the device.
 
     Args:
+      rank: of LoRA adapters beside a base in the compute dtype; 0 trains all parameters.
       rows: a numpy batch [B, S].
       steps: how many are timed, after one that is not.
       out: the directory for the config that `moi_jax.plan` reads.
@@ -48,7 +52,8 @@ def train_step(name: str, rows: Batch, attend: AttentionFn, steps: int, out: Pat
       Sizes, the compiler's and the plan's bytes; if the step fits, also its time, tokens/s and the
       figures of `DeviceFigures`.
     """
-    device, model = jax.devices()[0], preset(name)
+    device, lora = jax.devices()[0], config_lib.LoRA(rank=rank)
+    model = adapted(preset(name), lora)
     mesh = make_mesh(config_lib.Mesh(), [device])
     settings = config_lib.Optimizer()
     optimizer, schedule = make_optimizer(settings, model), make_schedule(settings, 1000)
@@ -56,15 +61,17 @@ def train_step(name: str, rows: Batch, attend: AttentionFn, steps: int, out: Pat
     bind = make_model(model, Compute(dtype, remat_policy(REMAT, {}), attend))
     step = make_train_step(model, bind, optimizer, schedule, 4, mesh)
     batch = place_batch(rows, np.arange(len(rows.tokens)), len(rows.tokens), mesh)
-    abstract = abstract_state(model, optimizer, "float32", mesh)
+    stored = dtype if rank else "float32"
+    abstract = abstract_state(model, optimizer, stored, mesh)
     with jax.set_mesh(mesh):
         started = time.monotonic()
         compiled = step.lower(abstract, batch, NO_LIMIT).compile()  # type: ignore[attr-defined]
-        result = {"model": name, "remat": REMAT, "compile_seconds": time.monotonic() - started}
-        result |= memory_figures(compiled, device) | planned_bytes(name, rows, device, out)
+        result = {"model": name, "lora_rank": rank, "remat": REMAT}
+        result["compile_seconds"] = time.monotonic() - started
+        result |= memory_figures(compiled, device) | planned_bytes(name, rank, rows, device, out)
         if not result["fits"]:
             return result
-        state = new_state(model, optimizer, random_parameters(model, 0, "float32", mesh), mesh)
+        state = new_state(model, optimizer, random_parameters(model, 0, stored, mesh), mesh)
         took = []
         for _ in range(steps + 1):
             started = time.monotonic()
@@ -94,18 +101,20 @@ def speed_figures(model: ModelConfig, rows: Batch, mesh: Mesh, seconds: float) -
     }  # fmt: skip
 
 
-def planned_bytes(name: str, rows: Batch, device: jax.Device, out: Path) -> Result:
+def planned_bytes(name: str, rank: int, rows: Batch, device: jax.Device, out: Path) -> Result:
     """What `moi_jax.plan` says of the peak memory, which it knows by arithmetic for GPUs."""
     if (chip := chip_of(device.device_kind)) is None:
         return {}
     count, length = rows.tokens.shape
     source = {"name": "chat", "sources": [{"path": "chat.jsonl"}]}
-    sections = {
+    sections: dict[str, Any] = {
         "model": {"preset": name},
         "data": {"sequence_length": length, "domains": [source]},
         "train": {"steps": 100, "global_batch_rows": count},
     }
-    config = out / f"plan_{name}.json"  # JSON is YAML
+    if rank:
+        sections["lora"] = {"rank": rank}
+    config = out / f"plan_{name}_{rank}.json"  # JSON is YAML
     config.write_text(json.dumps(sections))
     command = ["-m", "moi_jax.plan", "--config", config, "--topology", f"{chip.name}:1", "--json"]
     done = subprocess.run(

@@ -58,6 +58,9 @@ def test_the_train_step_runs_on_packed_rows(gpu, results):
     assert result["tokens"] == 2 * 128
     assert 6 < result["loss"] < 9  # of random weights: log(2,048) is 7.6
     assert [row["fits"] for row in results("largest")] == [True]
+    [adapters] = results("lora")
+    assert (adapters["lora_rank"], adapters["tokens"]) == (2, 2 * 128)
+    assert adapters["compiler_bytes"] < result["compiler_bytes"] / 2
 
 
 def test_after_a_model_that_finds_no_memory_the_next_one_runs(gpu, results, monkeypatch):
