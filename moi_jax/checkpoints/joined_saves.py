@@ -7,9 +7,6 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
-
-# What the processes wait for before they write has no public name.
-from orbax.checkpoint._src.futures import future, synchronization
 from orbax.checkpoint.path import atomicity
 
 from moi_jax.parallel import hosts
@@ -103,6 +100,9 @@ class Manager(ocp.CheckpointManager):
 
 def _release_writers() -> None:
     """Lets the processes go on that wait until process 0 has made the folders; it has failed."""
+    # What they wait for has no public name. Another orbax may not have it: it is only needed here.
+    from orbax.checkpoint._src.futures import future, synchronization
+
     signals = synchronization.HandlerAwaitableSignal
     future.set_signals(
         [signals.STEP_DIRECTORY_CREATION, signals.ITEM_DIRECTORY_CREATION],
