@@ -7,11 +7,10 @@ from jax.sharding import Mesh
 
 from moi_jax.checkpoints.base import tree_fingerprint
 from moi_jax.checkpoints.items import read_items
-from moi_jax.checkpoints.parameters import read_parameters
+from moi_jax.checkpoints.parameters import read_parameters, read_quantized
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import add_new_adapters, random_parameters
-from moi_jax.models.quantized_base import quantized_base
 
 
 def first_parameters(
@@ -41,7 +40,9 @@ def first_parameters(
         return random_parameters(config, seed, dtype, mesh), None
     if config.adapter is None or read_items(checkpoint).model.adapter:
         return read_parameters(checkpoint, config, dtype, mesh, verify), None
-    base = read_parameters(checkpoint, config.base, dtype, mesh, verify)
-    fingerprint = tree_fingerprint(base)
-    base = quantized_base(config, base, mesh)
+    if config.adapter.quantization:
+        base, fingerprint = read_quantized(checkpoint, config, dtype, mesh, verify)
+    else:
+        base = read_parameters(checkpoint, config.base, dtype, mesh, verify)
+        fingerprint = tree_fingerprint(base)
     return add_new_adapters(config, base, seed, dtype, mesh), fingerprint

@@ -1,5 +1,6 @@
 """The parameters of a checkpoint: written alone, read onto a mesh, or read one by one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from moi_jax.checkpoints.arrays import read_arrays
-from moi_jax.checkpoints.base import check_base, find_base, tree_fingerprint
+from moi_jax.checkpoints.base import bits_sum, check_base, find_base, tree_fingerprint
 from moi_jax.checkpoints.checksums import verify_arrays, write_checksums
 from moi_jax.checkpoints.damage import reading
 from moi_jax.checkpoints.items import Base, ModelItems, find_step, read_base
@@ -22,6 +24,7 @@ from moi_jax.checkpoints.parameter_files import (
     save_parameters,
 )
 from moi_jax.common.errors import UserError
+from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Tree
 from moi_jax.models.parameters import (
@@ -136,13 +139,55 @@ def read_beside(
     place = find_base(step, recorded, given)
     table = wanted["embedding"]["table"]
     mesh = getattr(table.sharding, "mesh", None)
+    assert config.adapter is not None
+    if config.adapter.quantization:
+        parameters, fingerprint = read_quantized(place, config, table.dtype, mesh, verify)
+        check_base(step, recorded, place, fingerprint)
+        return parameters
     base = _wanted_parameters(config.base, table.dtype, mesh)
     # The fingerprint is that of bfloat16, whose values float16 does not hold.
     exact = jax.tree.map(lambda x: x.update(dtype=jnp.promote_types(x.dtype, jnp.bfloat16)), base)
     parameters = _read_held(place, exact, verify)
     check_base(step, recorded, place, tree_fingerprint(parameters))
-    as_asked = jax.tree.map(lambda x, asked: x.astype(asked.dtype), parameters, base)
-    return quantized_base(config, as_asked, mesh)
+    return jax.tree.map(lambda x, asked: x.astype(asked.dtype), parameters, base)
+
+
+def read_quantized(
+    path: Path,
+    config: ModelConfig,
+    dtype: jax.typing.DTypeLike,
+    mesh: Mesh | None,
+    verify: bool = True,
+) -> tuple[Tree, str]:
+    """Reads the base of `config` and quantises it; one matrix of it at a time is on the devices.
+
+    Args:
+      dtype: of the parameters that are not quantised.
+      verify: compare the files with their checksums first.
+
+    Returns:
+      The parameters but for the adapters, and the fingerprint of the base.
+
+    Raises:
+      UserError: see `read_parameters`.
+    """
+    step = find_step(path).absolute()
+    if verify:
+        hosts.from_main("the checksums", lambda: verify_arrays(step, ["parameters"]))
+    stored = stored_parameters(step, config.base, verify=False)
+    # The fingerprint is that of bfloat16, whose values float16 does not hold.
+    exact = _wanted_parameters(config.base, jnp.promote_types(dtype, jnp.bfloat16), mesh)
+    sums, summed = {}, jax.jit(bits_sum)
+
+    def arrays() -> Iterator[tuple[str, jax.Array]]:
+        for name, wanted in flatten_dict(exact, sep=".").items():
+            value = stored.get(name).astype(wanted.dtype)
+            array = jax.make_array_from_callback(value.shape, wanted.sharding, value.__getitem__)
+            sums[name] = int(summed(array))
+            yield name, array
+
+    parameters = quantized_base(config, arrays(), dtype, mesh)
+    return parameters, json_fingerprint(sums)
 
 
 def read_state(

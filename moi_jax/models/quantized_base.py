@@ -1,12 +1,14 @@
 """From the parameters of a base to those that a model with quantised matrices has."""
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 
 import jax
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from moi_jax.common.progress import count_bar
 from moi_jax.models.config import ModelConfig
@@ -17,38 +19,49 @@ from moi_jax.models.quantized import Scheme, dequantize, quantize, relative_erro
 log = logging.getLogger(__name__)
 
 
-def quantized_base(config: ModelConfig, base: Tree, mesh: Mesh | None) -> Tree:
+def quantized_base(
+    config: ModelConfig,
+    base: Iterable[tuple[str, jax.Array]],
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+) -> Tree:
     """Quantises the matrices of the layers, one stack after the other; each is then deleted.
 
     The values count as bfloat16, as they do in the fingerprint of a base, so every copy of a base
     has the same codes. The error of each stack is logged.
 
     Args:
-      base: the parameters of `config.base`.
+      config: with adapters beside a quantised base.
+      base: (dotted path, array) of every parameter of `config.base`. Where it makes them one at a
+        time, the base is never whole on the devices.
+      dtype: of the parameters that are not quantised.
 
     Returns:
-      The parameters of `config` but for its adapters; `base` itself if nothing is quantised.
+      The parameters of `config` but for its adapters.
     """
-    if config.adapter is None or config.adapter.quantization is None:
-        return base
-    specs, flat = parameter_specs(config.base), traverse_util.flatten_dict(base, sep=".")
+    assert config.adapter is not None
+    scheme = config.adapter.quantization
+    assert scheme is not None
+    specs = parameter_specs(config.base)
+    flat: dict[str, jax.Array] = {}
     shardings: dict = {}
     if mesh is not None:
         tree = base_of(config, parameter_shardings(config, mesh))
         shardings = traverse_util.flatten_dict(tree, sep=".")
-    kernels = [path for path in flat if path.startswith("layers.") and specs[path].contracted]
-    with count_bar("quantising the base", len(kernels)) as progress:
-        for path in kernels:
-            kernel, module = flat.pop(path), path.removesuffix("kernel")
+    with count_bar("reading and quantising the base", len(specs)) as progress:
+        for path, array in base:
+            progress(1)
+            if not (path.startswith("layers.") and specs[path].contracted):
+                flat[path] = array.astype(dtype)
+                continue
+            module = path.removesuffix("kernel")
             names = module + "codes", module + "absmax"
             split = tuple(shardings.get(name) for name in names)
             program = jax.jit(_quantized, static_argnums=(0, 1), out_shardings=(*split, None))
-            scheme = config.adapter.quantization
-            *quantized, errors = program(scheme, specs[path].contracted, kernel)
+            *quantized, errors = program(scheme, specs[path].contracted, array)
             flat |= zip(names, quantized, strict=True)
             _log(scheme, path, errors)
-            kernel.delete()
-            progress(1)
+            array.delete()
     return traverse_util.unflatten_dict(flat, sep=".")
 
 

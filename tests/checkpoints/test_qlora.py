@@ -12,8 +12,10 @@ from moi_jax.checkpoints.hf.importer import import_checkpoint
 from moi_jax.checkpoints.items import find_step, read_items
 from moi_jax.checkpoints.merged import stored_fingerprint
 from moi_jax.checkpoints.opener import open_checkpoint
+from moi_jax.checkpoints.parameter_files import StoredParameters
 from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.models.decoding import LayerViews
+from moi_jax.models.parameters import parameter_specs
 
 from support.published import tiny_published
 from support.runs import parameters, refusal, same_parameters, small_config, train_here
@@ -92,6 +94,23 @@ def test_layers_for_decoding_keep_their_codes(run):
     assert {name: up[name].dtype for name in ("codes", "absmax", "lora_a")} == {
         "codes": jnp.int8, "absmax": jnp.float32, "lora_a": jnp.bfloat16,
     }  # fmt: skip
+
+
+def test_matrices_of_the_base_are_on_the_device_one_at_a_time(run, monkeypatch):
+    """As many bytes as the base has in bfloat16 need not fit a device that trains beside codes."""
+    model = read_items(find_step(run)).model
+    specs = parameter_specs(model.base).items()
+    stacks = {p.shape for path, p in specs if path.startswith("layers.") and p.contracted}
+    get, alive = StoredParameters.get, []
+
+    def watched(stored, path, layer=None):
+        alive.append(sum(x.shape in stacks for x in jax.live_arrays() if x.dtype == jnp.bfloat16))
+        return get(stored, path, layer)
+
+    monkeypatch.setattr(StoredParameters, "get", watched)
+    moi_jax.load(run, dtype="bfloat16")
+    assert len(alive) == len(specs)
+    assert max(alive) <= alive[0]  # what other tests have left
 
 
 def test_random_parameters_are_not_quantised(tmp_path):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from moi_jax import config as config_lib
 from moi_jax.accounting.hlo import parse_module
@@ -110,7 +111,8 @@ def test_a_base_is_quantised_by_layer_and_has_the_same_codes_in_any_dtype():
     base = random_parameters(WIDE, 0, "bfloat16")
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), base)
     mesh = Trainer({"fsdp": 2, "tensor": 2}, model=NF4).mesh
-    own, other = (quantized_base(NF4, base, None), quantized_base(NF4, wide, mesh))
+    own = quantized_base(NF4, flatten_dict(base, sep=".").items(), "bfloat16", None)
+    other = quantized_base(NF4, flatten_dict(wide, sep=".").items(), "float32", mesh)
     for block in ("attention", "mlp"):
         for name, module in own["layers"][block].items():
             for part in ("codes", "absmax"):
