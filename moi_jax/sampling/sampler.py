@@ -292,8 +292,10 @@ class Sampler:
 
     def _check_memory(self, rows: int, length: int, parameters: Tree | LayerViews) -> None:
         """Raises UserError when cache and layers do not fit the free memory of a device."""
-        # While a cache grows, the one of at most three quarters of its length is still there.
-        cache = self._bytes(rows, length) + self._bytes(rows, 3 * length // 4)
+        # While a cache grows, the next shorter one is still there.
+        lengths = {self._cache_length(length * quarters // 4) for quarters in (1, 2, 3)}
+        shorter = max(lengths - {length}, default=0)
+        cache = self._bytes(rows, length) + self._bytes(rows, shorter)
         copy = self._copy_bytes(parameters)
         devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
         for device in devices:
