@@ -20,7 +20,7 @@ from moi_jax.models import decoding
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.decoding import BoundPrograms, LayerPrograms, LayerViews, view_layers
-from moi_jax.models.kv_cache import KV_AXES, Cache, empty_cache, resize, value_shape
+from moi_jax.models.kv_cache import KV_AXES, Cache, empty_cache, value_shape
 from moi_jax.models.parameters import abstract_parameters, parameter_specs
 from moi_jax.parallel.placing import batch_shards, bucket, length_bucket, named_sharding, round_up
 from moi_jax.parallel.stuck import limited_batch
@@ -28,8 +28,6 @@ from moi_jax.sampling.prompt_batches import RunningRequest, prefill_batches
 from moi_jax.sampling.requests import Completion, Finish, Request
 from moi_jax.sampling.slots import (
     FINISHES,
-    MAX_STEPS,
-    NO_TOKEN,
     RUNNING,
     Slots,
     Vocabulary,
@@ -37,12 +35,15 @@ from moi_jax.sampling.slots import (
     enter,
     generate_tokens,
     keep,
+    resize,
 )
 from moi_jax.sampling.text_stream import TextStream
 from moi_jax.text.tokenizer import Tokenizer
 
-# The same as MAX_STEPS, where the text is read while it is generated.
-STREAMING_STEPS = 4
+# Steps before the host looks at the tokens, and where the text is read while it is generated.
+STEPS, STREAMING_STEPS = 16, 4
+# Guesses at the next tokens that a step tries, see `sampling.drafts`.
+DRAFT_TOKENS = 3
 # The shortest cache; the others are as `length_bucket` says.
 SHORTEST_CACHE = 128
 
@@ -53,6 +54,7 @@ class Sampler:
     Attributes:
       slots: how many requests run at a time.
       context: tokens that a prompt and its completion may have together.
+      draft_tokens: guesses at the next tokens that a greedy step tries, see `sampling.drafts`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Sampler:
         decode: Callable[[Sequence[int]], str],
         slots: int = 16,
         context: int | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
         mesh: Mesh | None = None,
     ):
         """
@@ -81,6 +84,7 @@ class Sampler:
         self._shards = batch_shards(mesh)
         self.slots = round_up(slots, mesh)
         self.context = config.seq_length if context is None else context
+        self.draft_tokens = draft_tokens
         vocabulary = Vocabulary(vocab_size, tuple(stop_ids))
         self._dtype = jax.eval_shape(
             lambda parameters: jnp.zeros((), bind(parameters).compute.dtype),
@@ -88,11 +92,11 @@ class Sampler:
         ).dtype
 
         def new(rows: int, length: int, greedy: bool) -> tuple[Cache, Slots]:
-            return empty_cache(config, rows, length, self._dtype), empty_slots(rows, greedy)
+            return empty_cache(config, rows, length, self._dtype), empty_slots(rows, length, greedy)
 
         self._view_layers = jax.jit(lambda parameters: view_layers(config, parameters, self._dtype))
         self._new = jax.jit(new, static_argnums=(0, 1, 2))
-        self._resize = jax.jit(resize, static_argnums=1)
+        self._resize = jax.jit(resize, static_argnums=2)
         self._programs = LayerPrograms(bind, config)
         names = self._programs.names
         self._keep = jax.jit(keep)
@@ -102,7 +106,9 @@ class Sampler:
         )
 
         def generate(views: LayerViews, *given: Any) -> Any:
-            return generate_tokens(*views.bind(bind, names), vocabulary, *given)
+            greedy = given[1].sampling is None
+            drafts = draft_tokens if greedy else 0
+            return generate_tokens(*views.bind(bind, names), vocabulary, drafts, *given)
 
         self._generate = jax.jit(generate, donate_argnums=(1, 2))
 
@@ -113,7 +119,7 @@ class Sampler:
         A run takes only what its requests need at the time. While the cache grows, the shorter
         one takes memory too.
         """
-        return self._bytes(self.slots, self.context)
+        return self._bytes(self.slots, self._cache_length(self.context))
 
     def describe(self, parameters: Tree | LayerViews, requests: Sequence[Request] = ()) -> str:
         """The memory that a run allocates in words, for a message before that.
@@ -121,7 +127,14 @@ class Sampler:
         Args:
           requests: of the run; without them the figure is that of the largest possible cache.
         """
-        rows, length = self._largest(requests) if requests else (self.slots, self.context)
+        rows, length = (
+            self._largest(requests)
+            if requests
+            else (
+                self.slots,
+                self._cache_length(self.context),
+            )
+        )
         devices = 1 if self._mesh is None else self._mesh.size
         size = filesize.decimal(self._bytes(rows, length))
         most = "" if requests else "at most "
@@ -158,7 +171,7 @@ class Sampler:
         with self._on_mesh():
             views = self._views(parameters)
             cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
-        steps = STREAMING_STEPS if on_text else MAX_STEPS
+        steps = STREAMING_STEPS if on_text else STEPS
         running: dict[int, RunningRequest] = {}  # by their slots
         while waiting or running:
             if not waiting and (fewer := self._fewer(len(running), count)):
@@ -173,13 +186,12 @@ class Sampler:
             with limited_batch(), self._on_mesh():
                 cache, slots = self._admit(views, cache, slots, running, fresh, steps, greedy)
                 live = np.isin(np.arange(count), list(running))
-                cache, slots, written = self._generate(
+                cache, slots = self._generate(
                     views, cache, slots, live, np.int32(steps), np.int32(max_finished)
                 )
-                written, finish = jax.device_get((written, slots.finish))
+                tokens, lengths, finish = jax.device_get((slots.tokens, slots.length, slots.finish))
             for slot, one in list(running.items()):
-                tokens = written[0 if slot in fresh else 1 :, slot]
-                stopped = one.stream.add(tokens[tokens != NO_TOKEN].tolist())
+                stopped = one.stream.add(tokens[slot, one.length : lengths[slot]].tolist())
                 if stopped or finish[slot] != RUNNING:
                     del running[slot]
                     reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
@@ -218,13 +230,14 @@ class Sampler:
         greedy: bool,
     ) -> tuple[Cache, Slots]:
         """Makes room for `steps` more tokens of all running requests, and enters the fresh ones."""
-        reach = max(min(one.length + steps, one.limit) for one in running.values())
+        most = steps * (1 + self.draft_tokens)  # tokens, if all guesses are right
+        reach = max(min(one.length + most, one.limit) for one in running.values())
         if cache.length != self._cache_length(reach):
-            cache = self._resize(cache, self._cache_length(reach))
-        count = slots.token.shape[0]
-        for rows, tokens, new in prefill_batches(fresh, self._shards, count, greedy, self.context):
+            cache, slots = self._resize(cache, slots, self._cache_length(reach))
+        count = slots.length.shape[0]
+        for rows, new in prefill_batches(fresh, self._shards, count, greedy, self.context):
             bound = BoundPrograms(self._programs, views)
-            prompts = decoding.prefill(bound, tokens, new.length)
+            prompts = decoding.prefill(bound, new.tokens, new.length)
             cache, slots = self._enter(views.outer, cache, slots, rows, new, *prompts)
         return cache, slots
 
@@ -256,8 +269,12 @@ class Sampler:
         return rows, self._cache_length(max(limits, default=1))
 
     def _cache_length(self, tokens: int) -> int:
-        """The length of a cache for so many tokens: one of a few, so few shapes are compiled."""
-        return length_bucket(tokens, SHORTEST_CACHE, self.context)
+        """The length of a cache for so many tokens and the guesses at the next ones.
+
+        It is one of a few, so few shapes are compiled.
+        """
+        room = self.draft_tokens
+        return length_bucket(tokens + room, SHORTEST_CACHE, self.context + room)
 
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
@@ -305,9 +322,9 @@ class Sampler:
                 if cache + copy > free:
                     weights = f", and the weights once more {copy / 2**30:.1f} GiB" if copy else ""
                     raise UserError(
-                        f"{rows} answers of up to {length} tokens need a KV cache of "
-                        f"{cache / 2**30:.1f} GiB{weights}; {device} has {free / 2**30:.1f} GiB "
-                        f"free. Lower slots, context or max_new_tokens"
+                        f"a KV cache of {rows} x {length:,} tokens takes {cache / 2**30:.1f} GiB"
+                        f"{weights}; {device} has {free / 2**30:.1f} GiB free. Lower slots, "
+                        f"context or max_new_tokens"
                     )
 
 
