@@ -1,6 +1,5 @@
 """Completions of many requests: each runs in a slot, which is refilled as soon as one is done."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,19 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from rich import filesize
 
 from moi_jax.common.errors import UserError
 from moi_jax.models import decoding
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.decoding import BoundPrograms, LayerPrograms, LayerViews, view_layers
-from moi_jax.models.kv_cache import KV_AXES, Cache, empty_cache, value_shape
-from moi_jax.models.parameters import abstract_parameters, parameter_specs
-from moi_jax.parallel.placing import batch_shards, bucket, length_bucket, named_sharding, round_up
+from moi_jax.models.kv_cache import Cache, empty_cache
+from moi_jax.models.parameters import abstract_parameters
+from moi_jax.parallel.placing import batch_shards, round_up
 from moi_jax.parallel.stuck import limited_batch
+from moi_jax.sampling.memory import CacheMemory
 from moi_jax.sampling.prompt_batches import RunningRequest, prefill_batches
 from moi_jax.sampling.requests import Completion, Finish, Request
 from moi_jax.sampling.slots import (
@@ -44,8 +42,6 @@ from moi_jax.text.tokenizer import Tokenizer
 STEPS, STREAMING_STEPS = 16, 4
 # Guesses at the next tokens that a step tries, see `sampling.drafts`.
 DRAFT_TOKENS = 3
-# The shortest cache; the others are as `length_bucket` says.
-SHORTEST_CACHE = 128
 
 
 class Sampler:
@@ -80,7 +76,7 @@ class Sampler:
           context: None means the model's seq_length.
           mesh: where the parameters are laid out; None is one device.
         """
-        self._config, self._decode, self._mesh = config, decode, mesh
+        self._decode, self._mesh = decode, mesh
         self._shards = batch_shards(mesh)
         self.slots = round_up(slots, mesh)
         self.context = config.seq_length if context is None else context
@@ -90,6 +86,11 @@ class Sampler:
             lambda parameters: jnp.zeros((), bind(parameters).compute.dtype),
             abstract_parameters(config, jnp.float32),
         ).dtype
+
+        self._memory = CacheMemory(
+            config, self._dtype, mesh,
+            slots=self.slots, context=self.context, draft_tokens=draft_tokens,
+        )  # fmt: skip
 
         def new(rows: int, length: int, greedy: bool) -> tuple[Cache, Slots]:
             return empty_cache(config, rows, length, self._dtype), empty_slots(rows, length, greedy)
@@ -119,7 +120,7 @@ class Sampler:
         A run takes only what its requests need at the time. While the cache grows, the shorter
         one takes memory too.
         """
-        return self._bytes(self.slots, self._cache_length(self.context))
+        return self._memory.bytes(*self._memory.largest())
 
     def describe(self, parameters: Tree | LayerViews, requests: Sequence[Request] = ()) -> str:
         """The memory that a run allocates in words, for a message before that.
@@ -127,22 +128,8 @@ class Sampler:
         Args:
           requests: of the run; without them the figure is that of the largest possible cache.
         """
-        rows, length = (
-            self._largest(requests)
-            if requests
-            else (
-                self.slots,
-                self._cache_length(self.context),
-            )
-        )
-        devices = 1 if self._mesh is None else self._mesh.size
-        size = filesize.decimal(self._bytes(rows, length))
-        most = "" if requests else "at most "
-        each = f" on each of {devices} devices" if devices > 1 else ""
-        told = f"cache of {rows} x {length:,} tokens: {most}{size}{each}"
-        if more := self._copy_bytes(parameters):
-            told += f", and {filesize.decimal(more)} for the weights once more"
-        return told
+        limits = [self._limit(one) for one in requests if self._fits(one)] if requests else None
+        return self._memory.describe(parameters, limits)
 
     def run(
         self,
@@ -165,12 +152,12 @@ class Sampler:
         yield from empty
         if not waiting:
             return
-        count, longest = self._largest([one.request for one in waiting])
+        count, longest = self._memory.largest([one.limit for one in waiting])
         greedy = all(one.request.temperature <= 0 for one in waiting)
-        self._check_memory(count, longest, parameters)
+        self._memory.check(count, longest, parameters)
         with self._on_mesh():
             views = self._views(parameters)
-            cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
+            cache, slots = self._new(count, self._memory.length(1), greedy)
         steps = STREAMING_STEPS if on_text else STEPS
         running: dict[int, RunningRequest] = {}  # by their slots
         while waiting or running:
@@ -232,8 +219,8 @@ class Sampler:
         """Makes room for `steps` more tokens of all running requests, and enters the fresh ones."""
         most = steps * (1 + self.draft_tokens)  # tokens, if all guesses are right
         reach = max(min(one.length + most, one.limit) for one in running.values())
-        if cache.length != self._cache_length(reach):
-            cache, slots = self._resize(cache, slots, self._cache_length(reach))
+        if cache.length != (length := self._memory.length(reach)):
+            cache, slots = self._resize(cache, slots, length)
         count = slots.length.shape[0]
         for rows, new in prefill_batches(fresh, self._shards, count, greedy, self.context):
             bound = BoundPrograms(self._programs, views)
@@ -262,70 +249,8 @@ class Sampler:
         """The most tokens that prompt and completion may have together."""
         return min(len(request.prompt) + request.max_new_tokens, self.context)
 
-    def _largest(self, requests: Sequence[Request]) -> tuple[int, int]:
-        """Rows and length of the largest cache in a run of these requests."""
-        limits = [self._limit(request) for request in requests if self._fits(request)]
-        rows = bucket(len(limits), self._shards, self.slots)
-        return rows, self._cache_length(max(limits, default=1))
-
-    def _cache_length(self, tokens: int) -> int:
-        """The length of a cache for so many tokens and the guesses at the next ones.
-
-        It is one of a few, so few shapes are compiled.
-        """
-        room = self.draft_tokens
-        return length_bucket(tokens + room, SHORTEST_CACHE, self.context + room)
-
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
-
-    def _bytes(self, rows: int, length: int) -> int:
-        """Bytes of a cache of so many rows of this length, on each device."""
-        layer = self._elements(value_shape(self._config, rows, length), KV_AXES)
-        return 2 * self._config.num_layers * layer * self._dtype.itemsize
-
-    def _copy_bytes(self, parameters: Tree | LayerViews) -> int:
-        """Bytes of the second copy that `view_layers` makes on each device; 0 for `LayerViews`.
-
-        It copies all layers, and outside them what has another dtype than the computation.
-        """
-        if isinstance(parameters, LayerViews):
-            return 0
-        stored = flatten_dict(parameters, sep=".")
-        copied = [
-            p
-            for path, p in parameter_specs(self._config).items()
-            if path.startswith("layers.") or stored[path].dtype != self._dtype
-        ]
-        return sum(
-            self._elements(p.shape, p.axes) * (p.own_dtype or self._dtype).itemsize for p in copied
-        )
-
-    def _elements(self, shape: tuple[int, ...], names: Sequence[str | None]) -> int:
-        """Elements on each device of an array with these logical axes."""
-        if self._mesh is None:
-            return math.prod(shape)
-        return math.prod(named_sharding(names, shape, self._mesh).shard_shape(shape))
-
-    def _check_memory(self, rows: int, length: int, parameters: Tree | LayerViews) -> None:
-        """Raises UserError when cache and layers do not fit the free memory of a device."""
-        # While a cache grows, the next shorter one is still there.
-        lengths = {self._cache_length(length * quarters // 4) for quarters in (1, 2, 3)}
-        shorter = max(lengths - {length}, default=0)
-        cache = self._bytes(rows, length) + self._bytes(rows, shorter)
-        copy = self._copy_bytes(parameters)
-        devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
-        for device in devices:
-            memory = device.memory_stats() or {}
-            if {"bytes_limit", "bytes_in_use"} <= memory.keys():
-                free = memory["bytes_limit"] - memory["bytes_in_use"]
-                if cache + copy > free:
-                    weights = f", and the weights once more {copy / 2**30:.1f} GiB" if copy else ""
-                    raise UserError(
-                        f"a KV cache of {rows} x {length:,} tokens takes {cache / 2**30:.1f} GiB"
-                        f"{weights}; {device} has {free / 2**30:.1f} GiB free. Lower slots, "
-                        f"context or max_new_tokens"
-                    )
 
 
 def _padded(rows: Sequence[int], count: int) -> np.ndarray:

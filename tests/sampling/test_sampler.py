@@ -163,7 +163,7 @@ def test_refilled_slots_give_the_tokens_of_plain_recomputation(
     parameters, monkeypatch, slots, shortest
 ):
     """Through caches that grow and shrink: lengths from 2 to 117, answers from 1 to 80."""
-    monkeypatch.setattr("moi_jax.sampling.sampler.SHORTEST_CACHE", shortest)
+    monkeypatch.setattr("moi_jax.sampling.memory.SHORTEST_CACHE", shortest)
     asked = zip((37, 1, 90, 60, 20, 3, 64, 5), (80, 40, 20, 57, 1, 33, 17, 64), strict=True)
     prompts = [(length, count) for length, count in asked]
     texts = random_prompts([length for length, _ in prompts])
@@ -436,15 +436,15 @@ def test_a_prompt_is_never_wider_than_the_context(parameters, monkeypatch):
 
 def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(parameters, monkeypatch):
     # Keys and values x layers x slots x heads x tokens x width x bytes.
-    expected = 2 * 2 * 6 * 2 * 500 * MODEL.head_dim
-    settings = {"slots": 6, "context": 497, "draft_tokens": 3}
+    expected = 2 * 2 * 6 * 2 * 504 * MODEL.head_dim
+    settings = {"slots": 6, "context": 500, "draft_tokens": 3}
     assert sampler_of(MODEL, **settings).cache_bytes == 4 * expected
     bf16 = make_model(MODEL, Compute(jnp.bfloat16))
     assert sampler_of(MODEL, bf16, **settings).cache_bytes == 2 * expected
 
     layers = 4 * sum(x.size for x in jax.tree.leaves(parameters["layers"]))
     # The cache, and beside it the next shorter one while it grows: 384 is 3 x 128.
-    needed = layers + 4 * expected * (500 + 384) // 500
+    needed = layers + 4 * expected * (504 + 384) // 504
 
     class Device:
         def memory_stats(self):
@@ -456,7 +456,7 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     sampler = sampler_of(MODEL, **settings)
     assert len(tokens_of(sampler, parameters, [Request([1], max_new_tokens=40)])[0]) == 40
-    with pytest.raises(UserError, match=r"cache of 6 x 500 tokens .* device 0 has .* Lower"):
+    with pytest.raises(UserError, match=r"cache of 6 x 504 tokens .* device 0 has .* Lower"):
         list(sampler.run(parameters, [Request([1], max_new_tokens=600)] * 6))
 
 
