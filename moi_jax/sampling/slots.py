@@ -19,7 +19,7 @@ from moi_jax.sampling.token_sampling import SamplingParams, sample_tokens
 FINISHES: tuple[Finish, ...] = ("stop", "length", "not_finite")
 STOP, LENGTH, NOT_FINITE, RUNNING = range(4)
 
-State = tuple[jax.Array, Cache, "Slots"]  # step, cache, slots
+State = tuple[jax.Array, Cache, "Slots", "Guesses"]  # the first is the step
 T = TypeVar("T")
 
 
@@ -32,6 +32,13 @@ class Slots(NamedTuple):
     limit: jax.Array  # the length at which the completion ends
     finish: jax.Array  # index into FINISHES, or RUNNING
     sampling: SamplingParams | None  # None: all slots are greedy
+
+
+class Guesses(NamedTuple):
+    """How often the first guess of a row at its next token was right."""
+
+    right: jax.Array  # int32[]
+    made: jax.Array  # int32[]
 
 
 class Vocabulary(NamedTuple):
@@ -77,7 +84,8 @@ def enter(
       last, kept: of the prompts, as `decoding.prefill` returns them.
     """
     new = new._replace(tokens=fit_length(new.tokens, slots.tokens.shape[1], 1))
-    new = _extend(new, model.logits(last), jnp.zeros((len(rows), 0), jnp.int32), vocabulary)
+    no_guess = jnp.zeros((len(rows), 1), jnp.int32)
+    new, _ = _extend(new, model.logits(last), no_guess, vocabulary)
     cache = insert(cache, rows, kept, new.prompt)
     slots = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), slots, new)
     return cache, _replicated(slots)
@@ -87,22 +95,23 @@ def generate_tokens(
     model: Decoder,
     layers: Sequence[DecoderLayer],
     vocabulary: Vocabulary,
-    drafts: int,
     cache: Cache,
     slots: Slots,
     live: jax.Array,
     steps: jax.Array,
     max_finished: jax.Array,
-) -> tuple[Cache, Slots]:
+    drafts: int,
+) -> tuple[Cache, Slots, Guesses]:
     """Generates some more tokens in every slot.
 
     Args:
       model, layers: see `models.decoding.LayerViews`.
-      drafts: guesses at tokens that a step tries (`sampling.drafts`). A step adds 1 to 1 + drafts
-        tokens; `drafts` places more are written in the cache.
       live: bool[B]; slots that are not live generate nothing.
       steps: int32[].
       max_finished: int32[], stop earlier when this many slots have finished.
+      drafts: guesses at tokens that a step tries (`sampling.drafts`). A step adds 1 to 1 + drafts
+        tokens; `drafts` places more are written in the cache. Without drafts, guesses are only
+        counted.
     """
     slots = slots._replace(finish=jnp.where(live, slots.finish, STOP))
     begun = jnp.sum(slots.finish == RUNNING)
@@ -110,35 +119,42 @@ def generate_tokens(
     alpha = model.rope_alpha(slots.prompt)
 
     def keep_going(state: State) -> jax.Array:
-        step, _, slots = state
+        step, _, slots, _ = state
         running = jnp.sum(slots.finish == RUNNING)
         return (step < steps) & (running > 0) & (begun - running < max_finished)
 
     def one_step(state: State) -> State:
-        step, cache, slots = state
-        guesses = look_up(slots.tokens, slots.length, drafts)
+        step, cache, slots, counts = state
+        guesses = look_up(slots.tokens, slots.length, max(1, drafts))
         newest = jnp.take_along_axis(slots.tokens, slots.length[:, None] - 1, axis=1)
-        tokens = jnp.concatenate([newest, guesses], axis=1)
+        tokens = jnp.concatenate([newest, guesses[:, :drafts]], axis=1)
         logits, cache = decoding.decode(model, layers, tokens, slots.length, alpha, cache)
-        return step + 1, cache, _extend(slots, logits, guesses, vocabulary)
+        slots, more = _extend(slots, logits, guesses, vocabulary)
+        return step + 1, cache, slots, jax.tree.map(jnp.add, counts, more)
 
-    start = (jnp.zeros((), jnp.int32), cache, slots)
-    _, cache, slots = jax.lax.while_loop(keep_going, one_step, start)
-    return cache, _replicated(slots)
+    none = jnp.zeros((), jnp.int32)
+    start = (none, cache, slots, Guesses(none, none))
+    _, cache, slots, counts = jax.lax.while_loop(keep_going, one_step, start)
+    return cache, _replicated(slots), _replicated(counts)
 
 
-def _extend(slots: Slots, logits: jax.Array, guesses: jax.Array, vocabulary: Vocabulary) -> Slots:
+def _extend(
+    slots: Slots, logits: jax.Array, guesses: jax.Array, vocabulary: Vocabulary
+) -> tuple[Slots, Guesses]:
     """The slots with the next tokens of those that run, up to the first that was guessed wrong.
 
     Args:
-      logits: [B, W, V], after the newest token and after each of the guesses, int32[B, W - 1].
+      logits: [B, W, V], after the newest token and after each of W - 1 guesses.
+      guesses: int32[B, n], at the first n tokens; n is at least 1.
     """
     active = slots.finish == RUNNING
+    made, right = jnp.sum(active), []
     for number in range(logits.shape[1]):
         slots, token = _accept(slots, logits[:, number], active, vocabulary)
         if number < guesses.shape[1]:
             active &= (slots.finish == RUNNING) & (token == guesses[:, number])
-    return slots
+            right.append(jnp.sum(active))
+    return slots, Guesses(right[0], made)
 
 
 def _accept(

@@ -23,6 +23,7 @@ from moi_jax.models.decoder import make_model
 from moi_jax.models.parameters import map_parameters, parameter_shardings, random_parameters
 from moi_jax.models.presets import PRESETS
 from moi_jax.parallel.mesh import make_mesh
+from moi_jax.sampling.drafts import look_up
 from moi_jax.sampling.requests import Completion, Request
 from moi_jax.sampling.sampler import Sampler
 from moi_jax.sampling.text_stream import TextStream
@@ -196,6 +197,48 @@ def test_drafts_change_no_answer_and_save_steps(parameters, monkeypatch, drafts)
         expected, _ = answer(0, (stop,))
         assert {one.finish for one in expected} == {"stop", "length"}
         assert answer(drafts, (stop,))[0] == expected
+
+
+@pytest.mark.parametrize(("worthwhile", "tried"), [(0, {3}), (1.1, {3, 0})])
+def test_drafts_are_tried_while_the_guesses_are_often_right(
+    parameters, monkeypatch, worthwhile, tried
+):
+    monkeypatch.setattr("moi_jax.sampling.sampler.WORTHWHILE", worthwhile)
+    sampler, drafts = sampler_of(MODEL, draft_tokens=3), []
+    generate = sampler._generate
+    monkeypatch.setattr(sampler, "_generate", lambda *a: drafts.append(a[-1]) or generate(*a))
+    requests = [Request([1, 2, 3], max_new_tokens=90)]
+    assert tokens_of(sampler, parameters, requests) == plain_greedy(MODEL, parameters, requests)
+    assert drafts[0] == 3
+    assert set(drafts) == tried
+    assert drafts == sorted(drafts, reverse=True)  # with 1.1 only the first step has them
+    drafts.clear()
+    tokens_of(sampler, parameters, [dataclasses.replace(requests[0], temperature=1.0)])
+    assert set(drafts) == {0}
+
+
+def test_the_first_guess_is_counted_with_and_without_drafts(parameters, monkeypatch):
+    prompt = random_prompts((30,))[0]
+    for drafts in (0, 2):
+        sampler, counts = sampler_of(MODEL, slots=1, draft_tokens=drafts), []
+        generate = sampler._generate
+
+        def watched(*given, generate=generate, counts=counts):
+            cache, slots, guesses = generate(*given)
+            counts.append((int(guesses.right), int(guesses.made), int(slots.length[0])))
+            return cache, slots, guesses
+
+        monkeypatch.setattr("moi_jax.sampling.sampler.STEPS", 1)
+        monkeypatch.setattr(sampler, "_generate", watched)
+        (answer,) = tokens_of(sampler, parameters, [Request(prompt, max_new_tokens=60)])
+        text, length = [*prompt, *answer], len(prompt) + 1
+        for right, made, after in counts:
+            guess = look_up(jnp.asarray([text[:length]]), jnp.asarray([length]), 1)
+            # The last token ends the answer, so nothing is made of a right guess at it.
+            assert right == (int(guess[0, 0]) == text[length] and length + 1 < len(text))
+            assert made == 1
+            length = after
+        assert length == len(text)
 
 
 def test_a_long_answer_does_not_hold_up_the_others(parameters):
@@ -402,7 +445,8 @@ def test_a_chat_that_grows_compiles_for_few_lengths_of_the_cache(parameters):
         traces.append(1)
         return make_model(MODEL)(parameters)
 
-    sampler = sampler_of(MODEL, bind, context=2048)
+    # With drafts there would be two programs for each length.
+    sampler = sampler_of(MODEL, bind, context=2048, draft_tokens=0)
     for length in (70, 110, 120):  # a prompt of 128, in a cache of 128 or 256
         tokens_of(
             sampler, parameters, [Request(p, max_new_tokens=60) for p in random_prompts((length,))]
