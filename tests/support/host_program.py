@@ -124,6 +124,20 @@ def train(config_path: str, steps: str) -> None:
     training.train(load_config(config_path), stop=_stop_after(int(steps)))
 
 
+def train_on(config_path: str, place: str) -> None:
+    """Trains to the end of a run; the disk of each host is a folder of `place`."""
+    from tests.support import local_copies
+
+    local_copies.train_on(Path(config_path), Path(place))
+
+
+def train_until_killed(config_path: str, place: str) -> None:
+    """Trains until the first local copy is written; then all processes are killed."""
+    from tests.support import local_copies
+
+    local_copies.train_until_killed(Path(config_path), Path(place))
+
+
 def save(directory: str, failing: str, passes: str) -> None:
     """Saves two checkpoints; the process `failing` cannot write the second one at first."""
     from tests.support.joined_saves import save_twice
