@@ -9,16 +9,18 @@ docs/reliability.md says why training has local copies of its own.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HOSTS, DEVICES, STEPS, PERSISTENT_EVERY = 2, 2, 8, 5
-TIMEOUT = 120  # seconds
+TIMEOUT = 60  # seconds
 
 
 def work(act: str, index: int, port: int, place: Path) -> None:
@@ -97,15 +99,21 @@ def run(act: str, place: Path) -> str:
         )
         for index in range(HOSTS)
     ]  # fmt: skip
-    said = []
+    deadline = time.monotonic() + TIMEOUT
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    hanging = [process.poll() is None for process in processes]
     for process in processes:
-        try:
-            out, error = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, error = process.communicate()
+        process.kill()
+    said = []
+    for index, (process, hangs) in enumerate(zip(processes, hanging, strict=True)):
+        out, error = process.communicate()
         lines = [line for line in out.splitlines() if line.startswith("process ")]
-        said += lines or [f"status {process.returncode}", *error.splitlines()[-2:]]
+        errors = [
+            line for line in error.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)
+        ]
+        end = f"still there after {TIMEOUT} s" if hangs else f"status {process.returncode}"
+        said += lines or [f"process {index}: {end} {errors[-1][:200] if errors else ''}"]
     return "\n".join(said)
 
 

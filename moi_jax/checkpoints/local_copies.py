@@ -30,7 +30,7 @@ UNFINISHED = ".unfinished"  # how a folder ends that is half written or half rem
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-Part = Mapping[str, np.ndarray]  # name of a leaf -> the bytes of its shard, uint8[n]
+Part = dict[str, np.ndarray]  # name of a leaf -> the bytes of its shard, uint8[n]
 
 
 @dataclass
@@ -76,7 +76,7 @@ class LocalCopies:
             unfinished.mkdir(parents=True)
             (unfinished / RECORD).write_text(json.dumps(record), encoding="utf-8")
             for number, arrays in parts.items():
-                np.savez(unfinished / f"{number}.npz", **arrays)
+                np.savez(unfinished / f"{number}.npz", **arrays)  # type: ignore[arg-type]
             write_sums(unfinished, [RECORD, *(f"{number}.npz" for number in parts)])
             unfinished.rename(whole)
         except OSError:

@@ -161,7 +161,7 @@ class LocalSaves:
         copies = self.copies.sound(after)
         held = {name: copy for name, copy in copies.items() if copy.record["mesh"] == mesh}
         needed = sorted(set(self._parts.values()))
-        mine = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
+        mine: Json = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
         reports = hosts.gather("the local copies", mine)
         name = newest_whole(reports)
         self.copies.keep_only(name)
@@ -193,7 +193,7 @@ class LocalSaves:
         return jax.tree.unflatten(jax.tree.structure(abstract), restored)
 
     def _restore_leaf(
-        self, found: LocalStep, files: Mapping[int, Part], name: str, leaf: Any
+        self, found: LocalStep, files: Mapping[int, Mapping[str, np.ndarray]], name: str, leaf: Any
     ) -> jax.Array:
         shape = leaf.sharding.shard_shape(leaf.shape)
         dtype = jnp.dtype(found.record["dtypes"][name])
@@ -212,7 +212,7 @@ class LocalSaves:
     def _copy_parts(self, leaves: Mapping[str, jax.Array]) -> dict[int, Part]:
         """The bytes of the parts of this process, copied: a step donates what it is given."""
         devices = {part: device for device, part in self._parts.items()}
-        parts: dict[int, dict[str, np.ndarray]] = {part: {} for part in devices}
+        parts: dict[int, Part] = {part: {} for part in devices}
         shards = {
             name: {shard.device: shard.data for shard in leaf.addressable_shards}
             for name, leaf in leaves.items()

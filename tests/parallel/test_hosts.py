@@ -45,6 +45,13 @@ def test_processes_end_together_and_name_the_one_that_failed(acts, statuses, sho
         assert text.replace("*", platform.node()) in error
 
 
+def test_no_thread_waits_for_the_others_when_all_have_left():
+    """At the end of Python it would abort the process, which is done, with status 134."""
+    outputs, statuses = run_program("leave")
+    assert statuses == [0, 0], outputs
+    assert all("listening 0\n" in out for out, _ in outputs)
+
+
 def test_a_process_that_does_not_come_is_not_waited_for():
     command = [sys.executable, "-m", "tests.support.host_program", "wait"]
     for index, told in (("0", "not all the others came"), ("1", "could not join the others")):
@@ -118,7 +125,12 @@ def hosts_config(directory: Path, **checkpoint) -> Path:
     directory.mkdir(exist_ok=True)
     return small_config(
         directory,
-        data={"cache_dir": str(directory.parent / "cache"), "held_out": {"fraction": 0, "min": 0}},
+        data={
+            "cache_dir": str(directory.parent / "cache"),
+            "held_out": {"fraction": 0, "min": 0},
+            "sequence_length": 128,
+            "max_unplaceable": 1,
+        },
         mesh={"data": 2},
         train={"steps": 4, "global_batch_rows": 8},
         checkpoint={"every": 2, **checkpoint},
@@ -127,9 +139,9 @@ def hosts_config(directory: Path, **checkpoint) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The run of one process with eight devices."""
+    """The run of one process with four devices."""
     directory = tmp_path_factory.mktemp("alone")
-    return train_here(hosts_config(directory / "run"), devices=8).directory
+    return train_here(hosts_config(directory / "run"), devices=4).directory
 
 
 def same_run(left: Path, right: Path) -> None:
@@ -150,7 +162,7 @@ def same_run(left: Path, right: Path) -> None:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
-    """Where the local launcher has trained the same run with two processes of four devices.
+    """Where the local launcher has trained the same run with two processes of two devices.
 
     It made local copies of odd steps.
     """
@@ -160,7 +172,7 @@ def launched(tmp_path_factory) -> Path:
     done = subprocess.run(
         [ROOT / "launch/local/run.sh", "2", "train", "--config", config],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "DEVICES": "4", "LOGS": directory / "logs", "PYTHON": sys.executable,
+        env={**os.environ, "DEVICES": "2", "LOGS": directory / "logs", "PYTHON": sys.executable,
              "XLA_FLAGS": QUICK_COMPILATION, "TMPDIR": directory / "tmp"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -201,7 +213,7 @@ def killed(launched, tmp_path_factory) -> tuple[Path, list[str]]:
     shutil.copytree(launched / "two" / "run", config.parent / "run")
     shutil.rmtree(config.parent / "run" / "checkpoints" / "4")
     act = f"train_until_killed:{config}:{place}"
-    outputs, statuses = run_hosts(2, 4, ["tests.support.host_program", act])
+    outputs, statuses = run_hosts(2, 2, ["tests.support.host_program", act])
     assert set(statuses) <= {-signal.SIGKILL, LOST}, outputs
     return config, [out for out, _ in outputs]
 
@@ -238,7 +250,7 @@ def test_processes_that_were_killed_go_on_from_their_local_copies(killed, launch
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     act = f"train_on:{config}:{place}"
-    outputs, statuses = run_hosts(2, 4, ["tests.support.host_program", act])
+    outputs, statuses = run_hosts(2, 2, ["tests.support.host_program", act])
     assert statuses == [0, 0], outputs
     assert "resuming from step 3" in outputs[0][0]
     named = f"{damaged.parent} on {platform.node()} is damaged and not used: 0.npz has changed"

@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from moi_jax.cli.signals import StopSignals
 from moi_jax.common.errors import UserError
 from moi_jax.common.log import show_logs
 from moi_jax.config.load import load_config
-from moi_jax.parallel import hosts
+from moi_jax.parallel import hosts, joining
+from moi_jax.parallel.agreed_stop import LISTENER, Agreement
 from moi_jax.parallel.stuck import ending_when_stuck
 
 
@@ -64,6 +66,15 @@ def stick() -> None:
 
 def differ() -> None:
     hosts.check_same_code({"x": hosts.process_index(), "y": 1})
+
+
+def leave() -> None:
+    """Leaves the others; prints which threads still wait for a message of theirs."""
+    agreement = Agreement(hosts.joined(), lambda: None)
+    time.sleep(0.1)
+    agreement.end()
+    joining.leave()
+    print("listening", sum(thread.name == LISTENER for thread in threading.enumerate()))
 
 
 def fail_after_another() -> None:
