@@ -162,7 +162,7 @@ def test_a_state_of_any_dtypes_comes_back_bit_by_bit(copies):
         assert mine.dtype == other.dtype
         assert np.asarray(mine).tobytes() == other.tobytes()
     saves.close()
-    assert LocalSaves(copies, "run", "a", mesh(1, 4, 2)).newest(after=6) is None
+    assert LocalSaves(copies, "run", "a", mesh(2, 4)).newest(after=6) is None
 
 
 def test_a_mesh_without_a_replica_on_another_host_is_refused(tmp_path):
