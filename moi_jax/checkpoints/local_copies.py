@@ -139,8 +139,6 @@ def _number(step: Path) -> int:
 def _remove(step: Path) -> None:
     """Removes a step, which is no step any more if a signal ends this process meanwhile."""
     gone = step.with_name(f"{step.name}{UNFINISHED}")
-    try:
+    with suppress(OSError):  # another process on this host removes it
         step.rename(gone)
-    except FileNotFoundError:  # another process on this host removes it
-        return
     shutil.rmtree(gone, ignore_errors=True)

@@ -38,6 +38,7 @@ from moi_jax.parallel import hosts
 
 # The file in the run directory that identifies the run in the hosts' own folders.
 RUN_ID = "run_id"
+FORMAT = 1  # goes up when other files or records are written
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class LocalSaves:
         self.wait()
         leaves = _by_name(state)
         record = {
+            "format": FORMAT,
             "position": position,
             "config": config,
             "base": dataclasses.asdict(base) if base else None,
@@ -157,9 +159,9 @@ class LocalSaves:
 
         Other steps are removed.
         """
-        mesh = dict(self._mesh.shape)
-        copies = self.copies.sound(after)
-        held = {name: copy for name, copy in copies.items() if copy.record["mesh"] == mesh}
+        readable = {"format": FORMAT, "mesh": dict(self._mesh.shape)}
+        copies = self.copies.sound(after).items()
+        held = {name: copy for name, copy in copies if copy.record.items() >= readable.items()}
         needed = sorted(set(self._parts.values()))
         mine: Json = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
         reports = hosts.gather("the local copies", mine)
@@ -169,14 +171,14 @@ class LocalSaves:
             return None
         lacking = [set(report["needed"]) - set(report["held"].get(name, ())) for report in reports]
         copy = held.get(name, Copy({}))
-        first = next(record for record in hosts.gather("the local copy", copy.record) if record)
+        record = next(record for record in hosts.gather("the local copy", copy.record) if record)
         step = int(name.partition(".")[0])
         path = self.copies.folder / name
         log.info(
             "step %d is taken from the hosts' own disks (%s); %d of %d processes had all of their "
             "parts", step, path, sum(not part for part in lacking), len(lacking),
         )  # fmt: skip
-        return LocalStep(step, path, copy, first, any(lacking))
+        return LocalStep(step, path, copy, record, any(lacking))
 
     def restore(self, found: LocalStep, abstract: Any) -> Any:
         """The state of a step, with the dtypes and shardings of the tree `abstract`.
