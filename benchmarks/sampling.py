@@ -33,7 +33,7 @@ from moi_jax.models.config import ModelConfig, to_hf_config
 from moi_jax.models.decoder import Tree, make_model
 from moi_jax.models.decoding import LayerViews, take_layers
 from moi_jax.sampling.requests import Request
-from moi_jax.sampling.sampler import Sampler
+from moi_jax.sampling.sampler import DRAFT_TOKENS, Sampler
 from moi_jax.text.conversations import Message
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import Tokenizer
@@ -195,6 +195,10 @@ def main() -> int:
     parser.add_argument("--humaneval", type=Path, metavar="DATA", help="a directory of benchmarks")
     parser.add_argument("--items", type=int, default=24, metavar="N", help="of HumanEval")
     parser.add_argument("--rows", type=int, default=16, metavar="N", help="answered at a time")
+    parser.add_argument(
+        "--draft-tokens", type=int, default=DRAFT_TOKENS, metavar="N",
+        help=f"guesses that a step of ours tries (default: {DRAFT_TOKENS})",
+    )  # fmt: skip
     args = parser.parse_args()
     import torch
 
@@ -210,7 +214,7 @@ def main() -> int:
     def sampler(stops: tuple[int, ...], rows: int) -> Sampler:
         return Sampler(
             bind, items.model, stop_ids=stops, vocab_size=items.model.vocab_size,
-            decode=tokenizer.decode, slots=rows,
+            decode=tokenizer.decode, slots=rows, draft_tokens=args.draft_tokens,
         )  # fmt: skip
 
     views = take_layers(items.model, parameters, jnp.float32)

@@ -1,4 +1,4 @@
-"""Inference with a cache: whole prompts first, then one token a step, layer by layer."""
+"""Inference with a cache: whole prompts first, then a few tokens a step, layer by layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from moi_jax.models.attention.cached import cached_attention
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Decoder, DecoderLayer, KeysAndValues, Tree
-from moi_jax.models.kv_cache import Cache, write_key, write_value
+from moi_jax.models.kv_cache import Cache, write_keys, write_values
 from moi_jax.models.parameters import Parameter, abstract_parameters, parameter_specs
 from moi_jax.models.rotary import Rotary, position_angles
 from moi_jax.parallel.axes import constrain
@@ -203,28 +203,26 @@ def decode(
     rope_alpha: jax.Array | None,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """Computes logits [B, V] after one more token of every row, and adds it to the cache.
+    """Computes logits [B, W, V] after W more tokens of every row, and adds them to the cache.
 
     Args:
       model, layers: see `LayerViews.bind`.
-      tokens: int32[B].
-      lengths: int32[B], the number of tokens of a row including this one; at most the length of
-        the cache.
+      tokens: int32[B, W].
+      lengths: int32[B], the number of tokens of a row with the first of these; the cache has room
+        for W - 1 more.
       rope_alpha: int32[B], `Decoder.rope_alpha` of the prompt of each row.
     """
-    positions = lengths[:, None] - 1
+    positions = lengths[:, None] - 1 + jnp.arange(tokens.shape[1])
     alpha = None if rope_alpha is None else rope_alpha[:, None]
     angles = position_angles(model.config, positions, alpha, model.compute.dtype, log_n=True)
-    cache = cache._replace(newest=(cache.newest + 1) % cache.length)
-    visible = cache.ages() < lengths[:, None]
+    visible = jnp.arange(cache.length) <= positions[..., None]
 
-    x = model.embedding(tokens[:, None], model.compute.dtype)
+    x = model.embedding(tokens, model.compute.dtype)
     keys, values = [], []
     each = zip(layers, cache.keys, cache.values, strict=True)
     for number, (layer, old_keys, old_values) in enumerate(each):
         query, key, value = layer.before_attention(x, angles.of_layer(number))
-        keys.append(write_key(old_keys, key, cache.newest))
-        values.append(write_value(old_values, value, cache.newest))
+        keys.append(write_keys(old_keys, key, positions))
+        values.append(write_values(old_values, value, positions))
         x = layer.after_attention(x, cached_attention(query, keys[-1], values[-1], visible))
-    cache = cache._replace(keys=tuple(keys), values=tuple(values))
-    return model.logits(model.final_norm(x))[:, 0], cache
+    return model.logits(model.final_norm(x)), Cache(tuple(keys), tuple(values))

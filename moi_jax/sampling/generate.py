@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from moi_jax.checkpoints.opener import OpenCheckpoint
 from moi_jax.common.errors import UserError
+from moi_jax.sampling.memory import SHORTEST_CACHE
 from moi_jax.sampling.requests import Completion, GenerationConfig, Request
-from moi_jax.sampling.sampler import SHORTEST_CACHE, Sampler, make_sampler
+from moi_jax.sampling.sampler import Sampler, make_sampler
 
 log = logging.getLogger(__name__)
 

@@ -41,8 +41,8 @@ class RunningRequest:
 
 def prefill_batches(
     requests: Mapping[int, RunningRequest], multiple: int, slots: int, greedy: bool, context: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, Slots]]:
-    """Yields (slots, prompts, new): what `slots.enter` needs, and the tokens of `decoding.prefill`.
+) -> Iterator[tuple[np.ndarray, Slots]]:
+    """Yields (slots, new), what `slots.enter` needs; new.tokens are those of `decoding.prefill`.
 
     Prompts of similar length are together. There are few widths, see `length_bucket`, and numbers
     of rows are a power of two times `multiple`, so few shapes are compiled.
@@ -64,8 +64,8 @@ def prefill_batches(
                 prompt = requests[slot].request.prompt
                 line[: len(prompt)] = prompt
             nowhere = [slots] * (count - len(group))
-            new = _slots([requests[slot] for slot in group], count, greedy)
-            yield np.array(group + nowhere, np.int32), tokens, new
+            new = _slots([requests[slot] for slot in group], tokens, greedy)
+            yield np.array(group + nowhere, np.int32), new
 
 
 def _groups(taken: list[int], multiple: int, most: int) -> Iterator[tuple[list[int], int]]:
@@ -83,8 +83,9 @@ def _groups(taken: list[int], multiple: int, most: int) -> Iterator[tuple[list[i
         taken = taken[count:]
 
 
-def _slots(running: Sequence[RunningRequest], count: int, greedy: bool) -> Slots:
-    """The slots of these requests, padded up to `count` with slots of a single token."""
+def _slots(running: Sequence[RunningRequest], tokens: Any, greedy: bool) -> Slots:
+    """The slots of these requests, padded to the rows of `tokens` with slots of a single token."""
+    count = len(tokens)
 
     def column(dtype: DTypeLike, values: Iterable[float], otherwise: float) -> Any:
         return np.fromiter(chain(values, repeat(otherwise)), dtype, count)
@@ -98,7 +99,7 @@ def _slots(running: Sequence[RunningRequest], count: int, greedy: bool) -> Slots
         seed=column(np.uint32, (r.seed % 2**32 for r in requests), 0),
     )
     return Slots(
-        token=column(np.int32, (), 0),
+        tokens=tokens,
         length=lengths,
         prompt=lengths,
         limit=column(np.int32, (one.limit for one in running), 1),

@@ -1,6 +1,5 @@
 """Completions of many requests: each runs in a slot, which is refilled as soon as one is done."""
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,25 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from rich import filesize
 
 from moi_jax.common.errors import UserError
 from moi_jax.models import decoding
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.decoding import BoundPrograms, LayerPrograms, LayerViews, view_layers
-from moi_jax.models.kv_cache import KV_AXES, Cache, empty_cache, resize, value_shape
-from moi_jax.models.parameters import abstract_parameters, parameter_specs
-from moi_jax.parallel.placing import batch_shards, bucket, length_bucket, named_sharding, round_up
+from moi_jax.models.kv_cache import Cache, empty_cache
+from moi_jax.models.parameters import abstract_parameters
+from moi_jax.parallel.placing import batch_shards, round_up
 from moi_jax.parallel.stuck import limited_batch
+from moi_jax.sampling.memory import CacheMemory
 from moi_jax.sampling.prompt_batches import RunningRequest, prefill_batches
 from moi_jax.sampling.requests import Completion, Finish, Request
 from moi_jax.sampling.slots import (
     FINISHES,
-    MAX_STEPS,
-    NO_TOKEN,
     RUNNING,
     Slots,
     Vocabulary,
@@ -37,14 +33,15 @@ from moi_jax.sampling.slots import (
     enter,
     generate_tokens,
     keep,
+    resize,
 )
 from moi_jax.sampling.text_stream import TextStream
 from moi_jax.text.tokenizer import Tokenizer
 
-# The same as MAX_STEPS, where the text is read while it is generated.
-STREAMING_STEPS = 4
-# The shortest cache; the others are as `length_bucket` says.
-SHORTEST_CACHE = 128
+# Steps before the host looks at the tokens, and where the text is read while it is generated.
+STEPS, STREAMING_STEPS = 16, 4
+# Guesses at the next tokens that a step tries, see `sampling.drafts`.
+DRAFT_TOKENS = 3
 
 
 class Sampler:
@@ -53,6 +50,7 @@ class Sampler:
     Attributes:
       slots: how many requests run at a time.
       context: tokens that a prompt and its completion may have together.
+      draft_tokens: guesses at the next tokens that a greedy step tries, see `sampling.drafts`.
     """
 
     def __init__(
@@ -65,6 +63,7 @@ class Sampler:
         decode: Callable[[Sequence[int]], str],
         slots: int = 16,
         context: int | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
         mesh: Mesh | None = None,
     ):
         """
@@ -77,22 +76,28 @@ class Sampler:
           context: None means the model's seq_length.
           mesh: where the parameters are laid out; None is one device.
         """
-        self._config, self._decode, self._mesh = config, decode, mesh
+        self._decode, self._mesh = decode, mesh
         self._shards = batch_shards(mesh)
         self.slots = round_up(slots, mesh)
         self.context = config.seq_length if context is None else context
+        self.draft_tokens = draft_tokens
         vocabulary = Vocabulary(vocab_size, tuple(stop_ids))
         self._dtype = jax.eval_shape(
             lambda parameters: jnp.zeros((), bind(parameters).compute.dtype),
             abstract_parameters(config, jnp.float32),
         ).dtype
 
+        self._memory = CacheMemory(
+            config, self._dtype, mesh,
+            slots=self.slots, context=self.context, draft_tokens=draft_tokens,
+        )  # fmt: skip
+
         def new(rows: int, length: int, greedy: bool) -> tuple[Cache, Slots]:
-            return empty_cache(config, rows, length, self._dtype), empty_slots(rows, greedy)
+            return empty_cache(config, rows, length, self._dtype), empty_slots(rows, length, greedy)
 
         self._view_layers = jax.jit(lambda parameters: view_layers(config, parameters, self._dtype))
         self._new = jax.jit(new, static_argnums=(0, 1, 2))
-        self._resize = jax.jit(resize, static_argnums=1)
+        self._resize = jax.jit(resize, static_argnums=2)
         self._programs = LayerPrograms(bind, config)
         names = self._programs.names
         self._keep = jax.jit(keep)
@@ -102,7 +107,9 @@ class Sampler:
         )
 
         def generate(views: LayerViews, *given: Any) -> Any:
-            return generate_tokens(*views.bind(bind, names), vocabulary, *given)
+            greedy = given[1].sampling is None
+            drafts = draft_tokens if greedy else 0
+            return generate_tokens(*views.bind(bind, names), vocabulary, drafts, *given)
 
         self._generate = jax.jit(generate, donate_argnums=(1, 2))
 
@@ -113,7 +120,7 @@ class Sampler:
         A run takes only what its requests need at the time. While the cache grows, the shorter
         one takes memory too.
         """
-        return self._bytes(self.slots, self.context)
+        return self._memory.bytes(*self._memory.largest())
 
     def describe(self, parameters: Tree | LayerViews, requests: Sequence[Request] = ()) -> str:
         """The memory that a run allocates in words, for a message before that.
@@ -121,15 +128,8 @@ class Sampler:
         Args:
           requests: of the run; without them the figure is that of the largest possible cache.
         """
-        rows, length = self._largest(requests) if requests else (self.slots, self.context)
-        devices = 1 if self._mesh is None else self._mesh.size
-        size = filesize.decimal(self._bytes(rows, length))
-        most = "" if requests else "at most "
-        each = f" on each of {devices} devices" if devices > 1 else ""
-        told = f"cache of {rows} x {length:,} tokens: {most}{size}{each}"
-        if more := self._copy_bytes(parameters):
-            told += f", and {filesize.decimal(more)} for the weights once more"
-        return told
+        limits = [self._limit(one) for one in requests if self._fits(one)] if requests else None
+        return self._memory.describe(parameters, limits)
 
     def run(
         self,
@@ -152,13 +152,13 @@ class Sampler:
         yield from empty
         if not waiting:
             return
-        count, longest = self._largest([one.request for one in waiting])
+        count, longest = self._memory.largest([one.limit for one in waiting])
         greedy = all(one.request.temperature <= 0 for one in waiting)
-        self._check_memory(count, longest, parameters)
+        self._memory.check(count, longest, parameters)
         with self._on_mesh():
             views = self._views(parameters)
-            cache, slots = self._new(count, min(SHORTEST_CACHE, longest), greedy)
-        steps = STREAMING_STEPS if on_text else MAX_STEPS
+            cache, slots = self._new(count, self._memory.length(1), greedy)
+        steps = STREAMING_STEPS if on_text else STEPS
         running: dict[int, RunningRequest] = {}  # by their slots
         while waiting or running:
             if not waiting and (fewer := self._fewer(len(running), count)):
@@ -173,13 +173,12 @@ class Sampler:
             with limited_batch(), self._on_mesh():
                 cache, slots = self._admit(views, cache, slots, running, fresh, steps, greedy)
                 live = np.isin(np.arange(count), list(running))
-                cache, slots, written = self._generate(
+                cache, slots = self._generate(
                     views, cache, slots, live, np.int32(steps), np.int32(max_finished)
                 )
-                written, finish = jax.device_get((written, slots.finish))
+                tokens, lengths, finish = jax.device_get((slots.tokens, slots.length, slots.finish))
             for slot, one in list(running.items()):
-                tokens = written[0 if slot in fresh else 1 :, slot]
-                stopped = one.stream.add(tokens[tokens != NO_TOKEN].tolist())
+                stopped = one.stream.add(tokens[slot, one.length : lengths[slot]].tolist())
                 if stopped or finish[slot] != RUNNING:
                     del running[slot]
                     reason: Finish = "stop" if stopped else FINISHES[finish[slot]]
@@ -218,13 +217,14 @@ class Sampler:
         greedy: bool,
     ) -> tuple[Cache, Slots]:
         """Makes room for `steps` more tokens of all running requests, and enters the fresh ones."""
-        reach = max(min(one.length + steps, one.limit) for one in running.values())
-        if cache.length != self._cache_length(reach):
-            cache = self._resize(cache, self._cache_length(reach))
-        count = slots.token.shape[0]
-        for rows, tokens, new in prefill_batches(fresh, self._shards, count, greedy, self.context):
+        most = steps * (1 + self.draft_tokens)  # tokens, if all guesses are right
+        reach = max(min(one.length + most, one.limit) for one in running.values())
+        if cache.length != (length := self._memory.length(reach)):
+            cache, slots = self._resize(cache, slots, length)
+        count = slots.length.shape[0]
+        for rows, new in prefill_batches(fresh, self._shards, count, greedy, self.context):
             bound = BoundPrograms(self._programs, views)
-            prompts = decoding.prefill(bound, tokens, new.length)
+            prompts = decoding.prefill(bound, new.tokens, new.length)
             cache, slots = self._enter(views.outer, cache, slots, rows, new, *prompts)
         return cache, slots
 
@@ -249,66 +249,8 @@ class Sampler:
         """The most tokens that prompt and completion may have together."""
         return min(len(request.prompt) + request.max_new_tokens, self.context)
 
-    def _largest(self, requests: Sequence[Request]) -> tuple[int, int]:
-        """Rows and length of the largest cache in a run of these requests."""
-        limits = [self._limit(request) for request in requests if self._fits(request)]
-        rows = bucket(len(limits), self._shards, self.slots)
-        return rows, self._cache_length(max(limits, default=1))
-
-    def _cache_length(self, tokens: int) -> int:
-        """The length of a cache for so many tokens: one of a few, so few shapes are compiled."""
-        return length_bucket(tokens, SHORTEST_CACHE, self.context)
-
     def _on_mesh(self) -> AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh is not None else nullcontext()
-
-    def _bytes(self, rows: int, length: int) -> int:
-        """Bytes of a cache of so many rows of this length, on each device."""
-        layer = self._elements(value_shape(self._config, rows, length), KV_AXES)
-        return 2 * self._config.num_layers * layer * self._dtype.itemsize
-
-    def _copy_bytes(self, parameters: Tree | LayerViews) -> int:
-        """Bytes of the second copy that `view_layers` makes on each device; 0 for `LayerViews`.
-
-        It copies all layers, and outside them what has another dtype than the computation.
-        """
-        if isinstance(parameters, LayerViews):
-            return 0
-        stored = flatten_dict(parameters, sep=".")
-        copied = [
-            p
-            for path, p in parameter_specs(self._config).items()
-            if path.startswith("layers.") or stored[path].dtype != self._dtype
-        ]
-        return sum(
-            self._elements(p.shape, p.axes) * (p.own_dtype or self._dtype).itemsize for p in copied
-        )
-
-    def _elements(self, shape: tuple[int, ...], names: Sequence[str | None]) -> int:
-        """Elements on each device of an array with these logical axes."""
-        if self._mesh is None:
-            return math.prod(shape)
-        return math.prod(named_sharding(names, shape, self._mesh).shard_shape(shape))
-
-    def _check_memory(self, rows: int, length: int, parameters: Tree | LayerViews) -> None:
-        """Raises UserError when cache and layers do not fit the free memory of a device."""
-        # While a cache grows, the next shorter one is still there.
-        lengths = {self._cache_length(length * quarters // 4) for quarters in (1, 2, 3)}
-        shorter = max(lengths - {length}, default=0)
-        cache = self._bytes(rows, length) + self._bytes(rows, shorter)
-        copy = self._copy_bytes(parameters)
-        devices = self._mesh.local_devices if self._mesh is not None else jax.local_devices()[:1]
-        for device in devices:
-            memory = device.memory_stats() or {}
-            if {"bytes_limit", "bytes_in_use"} <= memory.keys():
-                free = memory["bytes_limit"] - memory["bytes_in_use"]
-                if cache + copy > free:
-                    weights = f", and the weights once more {copy / 2**30:.1f} GiB" if copy else ""
-                    raise UserError(
-                        f"{rows} answers of up to {length} tokens need a KV cache of "
-                        f"{cache / 2**30:.1f} GiB{weights}; {device} has {free / 2**30:.1f} GiB "
-                        f"free. Lower slots, context or max_new_tokens"
-                    )
 
 
 def _padded(rows: Sequence[int], count: int) -> np.ndarray:

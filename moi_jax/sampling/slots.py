@@ -8,27 +8,26 @@ import jax.numpy as jnp
 
 from moi_jax.models import decoding
 from moi_jax.models.decoder import Decoder, DecoderLayer, KeysAndValues
-from moi_jax.models.kv_cache import Cache, insert, take_rows
+from moi_jax.models.kv_cache import Cache, fit_length, insert, take_rows
+from moi_jax.models.kv_cache import resize as resize_cache
 from moi_jax.parallel.axes import constrain
+from moi_jax.sampling.drafts import look_up
 from moi_jax.sampling.requests import Finish
 from moi_jax.sampling.token_sampling import SamplingParams, sample_tokens
 
 # Why a slot does not run any more, by the number in Slots.finish.
 FINISHES: tuple[Finish, ...] = ("stop", "length", "not_finite")
 STOP, LENGTH, NOT_FINITE, RUNNING = range(4)
-NO_TOKEN = -1  # where a slot has no new token
-# Tokens that a slot generates at most before the host looks at them.
-MAX_STEPS = 16
 
-State = tuple[jax.Array, Cache, "Slots", jax.Array]  # step, cache, slots, tokens written
+State = tuple[jax.Array, Cache, "Slots"]  # step, cache, slots
 T = TypeVar("T")
 
 
 class Slots(NamedTuple):
-    """int32[B] each, except for the sampling parameters."""
+    """int32[B] each, except for the tokens and the sampling parameters."""
 
-    token: jax.Array  # the newest one, not in the cache yet; NO_TOKEN after the end
-    length: jax.Array  # of prompt and completion, with that token
+    tokens: jax.Array  # int32[B, T], prompt and completion
+    length: jax.Array  # of prompt and completion; the last token is not in the cache yet
     prompt: jax.Array  # length of the prompt alone
     limit: jax.Array  # the length at which the completion ends
     finish: jax.Array  # index into FINISHES, or RUNNING
@@ -42,11 +41,17 @@ class Vocabulary(NamedTuple):
     stops: tuple[int, ...]
 
 
-def empty_slots(rows: int, greedy: bool) -> Slots:
+def empty_slots(rows: int, length: int, greedy: bool) -> Slots:
     zeros, ones = jnp.zeros(rows, jnp.int32), jnp.ones(rows, jnp.int32)
     sampling = SamplingParams(jnp.zeros(rows), zeros, jnp.ones(rows), jnp.zeros(rows, jnp.uint32))
-    slots = Slots(zeros, ones, ones, ones, jnp.full(rows, STOP), None if greedy else sampling)
-    return _replicated(slots)
+    tokens, stopped = jnp.zeros((rows, length), jnp.int32), jnp.full(rows, STOP)
+    return _replicated(Slots(tokens, ones, ones, ones, stopped, None if greedy else sampling))
+
+
+def resize(cache: Cache, slots: Slots, length: int) -> tuple[Cache, Slots]:
+    """Makes room for `length` tokens in every slot; no running one may be longer."""
+    tokens = fit_length(slots.tokens, length, 1)
+    return resize_cache(cache, length), _replicated(slots._replace(tokens=tokens))
 
 
 def keep(cache: Cache, slots: Slots, rows: jax.Array) -> tuple[Cache, Slots]:
@@ -68,10 +73,11 @@ def enter(
 
     Args:
       rows: int32[m], the slots; a number that is no slot is left out.
-      new: [m], with the prompt's length as `length`; `token` is not used.
+      new: [m], with tokens [m, S] and the prompt's length as `length`.
       last, kept: of the prompts, as `decoding.prefill` returns them.
     """
-    new = _accept(new, model.logits(last)[:, 0], vocabulary)
+    new = new._replace(tokens=fit_length(new.tokens, slots.tokens.shape[1], 1))
+    new = _extend(new, model.logits(last), jnp.zeros((len(rows), 0), jnp.int32), vocabulary)
     cache = insert(cache, rows, kept, new.prompt)
     slots = jax.tree.map(lambda old, x: old.at[rows].set(x, mode="drop"), slots, new)
     return cache, _replicated(slots)
@@ -81,23 +87,22 @@ def generate_tokens(
     model: Decoder,
     layers: Sequence[DecoderLayer],
     vocabulary: Vocabulary,
+    drafts: int,
     cache: Cache,
     slots: Slots,
     live: jax.Array,
     steps: jax.Array,
     max_finished: jax.Array,
-) -> tuple[Cache, Slots, jax.Array]:
+) -> tuple[Cache, Slots]:
     """Generates some more tokens in every slot.
 
     Args:
       model, layers: see `models.decoding.LayerViews`.
+      drafts: guesses at tokens that a step tries (`sampling.drafts`). A step adds 1 to 1 + drafts
+        tokens; `drafts` places more are written in the cache.
       live: bool[B]; slots that are not live generate nothing.
-      steps: int32[], how many tokens, at most MAX_STEPS.
+      steps: int32[].
       max_finished: int32[], stop earlier when this many slots have finished.
-
-    Returns:
-      The cache, the slots, and int32[MAX_STEPS + 1, B] tokens or NO_TOKEN: first the token that
-      each slot came with, then the new ones.
     """
     slots = slots._replace(finish=jnp.where(live, slots.finish, STOP))
     begun = jnp.sum(slots.finish == RUNNING)
@@ -105,44 +110,60 @@ def generate_tokens(
     alpha = model.rope_alpha(slots.prompt)
 
     def keep_going(state: State) -> jax.Array:
-        step, _, slots, _ = state
+        step, _, slots = state
         running = jnp.sum(slots.finish == RUNNING)
         return (step < steps) & (running > 0) & (begun - running < max_finished)
 
     def one_step(state: State) -> State:
-        step, cache, slots, written = state
-        logits, cache = decoding.decode(
-            model, layers, jnp.maximum(slots.token, 0), slots.length, alpha, cache
-        )
-        slots = _accept(slots, logits, vocabulary)
-        return step + 1, cache, slots, written.at[step + 1].set(slots.token)
+        step, cache, slots = state
+        guesses = look_up(slots.tokens, slots.length, drafts)
+        newest = jnp.take_along_axis(slots.tokens, slots.length[:, None] - 1, axis=1)
+        tokens = jnp.concatenate([newest, guesses], axis=1)
+        logits, cache = decoding.decode(model, layers, tokens, slots.length, alpha, cache)
+        return step + 1, cache, _extend(slots, logits, guesses, vocabulary)
 
-    written = jnp.full((MAX_STEPS + 1, *slots.token.shape), NO_TOKEN).at[0].set(slots.token)
-    start = (jnp.zeros((), jnp.int32), cache, slots, written)
-    _, cache, slots, written = jax.lax.while_loop(keep_going, one_step, start)
-    return cache, _replicated(slots), _replicated(written)
+    start = (jnp.zeros((), jnp.int32), cache, slots)
+    _, cache, slots = jax.lax.while_loop(keep_going, one_step, start)
+    return cache, _replicated(slots)
 
 
-def _accept(slots: Slots, logits: jax.Array, vocabulary: Vocabulary) -> Slots:
-    """The slots with the next token of those that run, from logits [B, V]."""
+def _extend(slots: Slots, logits: jax.Array, guesses: jax.Array, vocabulary: Vocabulary) -> Slots:
+    """The slots with the next tokens of those that run, up to the first that was guessed wrong.
+
+    Args:
+      logits: [B, W, V], after the newest token and after each of the guesses, int32[B, W - 1].
+    """
+    active = slots.finish == RUNNING
+    for number in range(logits.shape[1]):
+        slots, token = _accept(slots, logits[:, number], active, vocabulary)
+        if number < guesses.shape[1]:
+            active &= (slots.finish == RUNNING) & (token == guesses[:, number])
+    return slots
+
+
+def _accept(
+    slots: Slots, logits: jax.Array, active: jax.Array, vocabulary: Vocabulary
+) -> tuple[Slots, jax.Array]:
+    """The slots with one more token where they are active, and that token, from logits [B, V]."""
     logits = logits[:, : vocabulary.size]
     if slots.sampling is not None:
         # Rows are not split: sampling goes over a row many times.
         logits = constrain(logits, "batch", None)
     token = sample_tokens(logits, slots.sampling, slots.length - slots.prompt)
-    running = slots.finish == RUNNING
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     stopped = jnp.isin(token, jnp.asarray(vocabulary.stops, jnp.int32))
-    written = running & finite & ~stopped
+    written = active & finite & ~stopped
+    here = jnp.arange(slots.tokens.shape[1]) == slots.length[:, None]
     length = slots.length + written
     finish = jnp.where(length >= slots.limit, LENGTH, RUNNING)
     finish = jnp.where(stopped, STOP, finish)
     finish = jnp.where(finite, finish, NOT_FINITE)
-    return slots._replace(
-        token=jnp.where(written, token, NO_TOKEN),
+    more = slots._replace(
+        tokens=jnp.where(here & written[:, None], token[:, None], slots.tokens),
         length=length,
-        finish=jnp.where(running, finish, slots.finish),
+        finish=jnp.where(active, finish, slots.finish),
     )
+    return more, token
 
 
 def _replicated(tree: T) -> T:

@@ -162,8 +162,8 @@ def test_greedy_tokens_equal_transformers_generate(family):
 def test_refilled_slots_give_the_tokens_of_plain_recomputation(
     parameters, monkeypatch, slots, shortest
 ):
-    """Through rings that wrap, grow and shrink: lengths from 2 to 117, answers from 1 to 80."""
-    monkeypatch.setattr("moi_jax.sampling.sampler.SHORTEST_CACHE", shortest)
+    """Through caches that grow and shrink: lengths from 2 to 117, answers from 1 to 80."""
+    monkeypatch.setattr("moi_jax.sampling.memory.SHORTEST_CACHE", shortest)
     asked = zip((37, 1, 90, 60, 20, 3, 64, 5), (80, 40, 20, 57, 1, 33, 17, 64), strict=True)
     prompts = [(length, count) for length, count in asked]
     texts = random_prompts([length for length, _ in prompts])
@@ -175,12 +175,36 @@ def test_refilled_slots_give_the_tokens_of_plain_recomputation(
     assert {answer.finish for answer in answers} == {"length"}
 
 
+@pytest.mark.parametrize("drafts", [1, 3, 6])
+def test_drafts_change_no_answer_and_save_steps(parameters, monkeypatch, drafts):
+    """Answers that end by a stop token, by their limit and by the context, in slots of few."""
+    asked = zip(random_prompts((12, 30, 3, 50, 7, 60)), (60, 1, 33, 80, 2, 80), strict=True)
+    requests = [Request(prompt, max_new_tokens=count) for prompt, count in asked]
+    monkeypatch.setattr("moi_jax.sampling.sampler.STEPS", 1)
+
+    def answer(drafts, stops):
+        sampler = sampler_of(MODEL, slots=3, context=100, stop_ids=stops, draft_tokens=drafts)
+        steps, generate = [], sampler._generate
+        monkeypatch.setattr(sampler, "_generate", lambda *a: steps.append(1) or generate(*a))
+        return completions(sampler, parameters, requests), len(steps)
+
+    expected, without = answer(0, ())
+    found, steps = answer(drafts, ())
+    assert found == expected
+    assert steps < without
+    for stop in {expected[0].tokens[20], expected[3].tokens[30]}:
+        expected, _ = answer(0, (stop,))
+        assert {one.finish for one in expected} == {"stop", "length"}
+        assert answer(drafts, (stop,))[0] == expected
+
+
 def test_a_long_answer_does_not_hold_up_the_others(parameters):
     requests = [
         Request([1], max_new_tokens=100),
         *(Request([2, n], max_new_tokens=9) for n in range(8)),
     ]
-    order = [index for index, _ in sampler_of(MODEL, slots=2).run(parameters, requests)]
+    sampler = sampler_of(MODEL, slots=2, draft_tokens=0)
+    order = [index for index, _ in sampler.run(parameters, requests)]
     assert order == [*range(1, 9), 0]
 
 
@@ -357,7 +381,8 @@ def test_a_run_like_the_one_before_compiles_nothing_and_each_batch_is_limited(
         traces.append(1)
         return make_model(MODEL)(parameters)
 
-    sampler = sampler_of(MODEL, bind, slots=4)
+    # Without drafts the slots become free together in both runs, and are refilled together.
+    sampler = sampler_of(MODEL, bind, slots=4, draft_tokens=0)
     requests = [Request(p, max_new_tokens=20) for p in random_prompts((5, 9, 30, 41, 3, 8))]
     first = tokens_of(sampler, parameters, requests)
     count = len(traces)
@@ -378,7 +403,7 @@ def test_a_chat_that_grows_compiles_for_few_lengths_of_the_cache(parameters):
         return make_model(MODEL)(parameters)
 
     sampler = sampler_of(MODEL, bind, context=2048)
-    for length in (70, 110, 120):  # a prompt of 128, in a ring of 128 or 256
+    for length in (70, 110, 120):  # a prompt of 128, in a cache of 128 or 256
         tokens_of(
             sampler, parameters, [Request(p, max_new_tokens=60) for p in random_prompts((length,))]
         )
@@ -411,14 +436,15 @@ def test_a_prompt_is_never_wider_than_the_context(parameters, monkeypatch):
 
 def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(parameters, monkeypatch):
     # Keys and values x layers x slots x heads x tokens x width x bytes.
-    expected = 2 * 2 * 6 * 2 * 500 * MODEL.head_dim
-    assert sampler_of(MODEL, slots=6, context=500).cache_bytes == 4 * expected
+    expected = 2 * 2 * 6 * 2 * 504 * MODEL.head_dim
+    settings = {"slots": 6, "context": 500, "draft_tokens": 3}
+    assert sampler_of(MODEL, **settings).cache_bytes == 4 * expected
     bf16 = make_model(MODEL, Compute(jnp.bfloat16))
-    assert sampler_of(MODEL, bf16, slots=6, context=500).cache_bytes == 2 * expected
+    assert sampler_of(MODEL, bf16, **settings).cache_bytes == 2 * expected
 
     layers = 4 * sum(x.size for x in jax.tree.leaves(parameters["layers"]))
     # The cache, and beside it the next shorter one while it grows: 384 is 3 x 128.
-    needed = layers + 4 * expected * (500 + 384) // 500
+    needed = layers + 4 * expected * (504 + 384) // 504
 
     class Device:
         def memory_stats(self):
@@ -428,9 +454,9 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
             return "device 0"
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    sampler = sampler_of(MODEL, slots=6, context=500)
+    sampler = sampler_of(MODEL, **settings)
     assert len(tokens_of(sampler, parameters, [Request([1], max_new_tokens=40)])[0]) == 40
-    with pytest.raises(UserError, match=r"6 answers of up to 500 tokens .* device 0 has .* Lower"):
+    with pytest.raises(UserError, match=r"cache of 6 x 504 tokens .* device 0 has .* Lower"):
         list(sampler.run(parameters, [Request([1], max_new_tokens=600)] * 6))
 
 
@@ -503,9 +529,9 @@ def test_the_cache_that_is_told_is_the_one_that_is_made(parameters, monkeypatch)
     made = []
     resize = sampler._resize
 
-    def watched(cache, length):
+    def watched(cache, slots, length):
         made.append((length, cache.keys[0].shape[0]))
-        return resize(cache, length)
+        return resize(cache, slots, length)
 
     monkeypatch.setattr(sampler, "_resize", watched)
     tokens_of(sampler, parameters, requests)

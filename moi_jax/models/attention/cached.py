@@ -1,4 +1,4 @@
-"""Attention of one new token for each row over its KV cache. Decoding uses it with any backend."""
+"""Attention of the new tokens of each row over its KV cache. Decoding uses it with any backend."""
 
 import math
 
@@ -9,24 +9,27 @@ import jax.numpy as jnp
 def cached_attention(
     query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """Computes grouped-query attention of one token in each row over its cache.
+    """Computes grouped-query attention of W tokens in each row over its cache.
 
     Args:
-      query: [B, 1, H, N]; keys: [B, K, N, T]; values: [B, K, T, N].
-      visible: bool[B, T], the places that the row owns.
+      query: [B, W, H, N]; keys: [B, K, N, T]; values: [B, K, T, N].
+      visible: bool[B, W, T], the places that each token sees.
 
     Returns:
-      [B, 1, H, N] in the query's dtype; scores and softmax in float32 or wider.
+      [B, W, H, N] in the query's dtype; scores and softmax in float32 or wider.
     """
-    b, _, h, n = query.shape
+    b, w, h, n = query.shape
     k = keys.shape[1]
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    query = query.reshape(b, k, h // k, n)
-    scores = jnp.einsum("bkgn,bknt->bkgt", query, keys, preferred_element_type=wide)
-    scores = jnp.where(visible[:, None, None], scores / math.sqrt(n), -jnp.inf)
+    # The tokens and heads that share keys are one axis, so both are plain batched products.
+    query = query.reshape(b, w, k, h // k, n).swapaxes(1, 2).reshape(b, k, -1, n)
+    seen = jnp.repeat(visible, h // k, axis=1)[:, None]
+    scores = jnp.einsum("bkqn,bknt->bkqt", query, keys, preferred_element_type=wide)
+    scores = jnp.where(seen, scores / math.sqrt(n), -jnp.inf)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     mixed = jnp.einsum(
-        "bkgt,bktn->bkgn", weights.astype(values.dtype), values, preferred_element_type=wide
+        "bkqt,bktn->bkqn", weights.astype(values.dtype), values, preferred_element_type=wide
     )
-    return (mixed / total).astype(values.dtype).reshape(b, 1, h, n)
+    mixed = (mixed / total).astype(values.dtype).reshape(b, k, w, h // k, n)
+    return mixed.swapaxes(1, 2).reshape(b, w, h, n)
