@@ -78,12 +78,11 @@ def local_saves(
       directory: of the run. It is not changed.
 
     Raises:
-      UserError: the mesh has no replica on another host, or the folder cannot be written.
+      UserError: the folder cannot be written.
     """
     if config.local_every is None:
         yield None
         return
-    _check_replicas(mesh)
     found = directory / RUN_ID
     run_id, start = hosts.from_main(
         "the id of the run",
@@ -304,8 +303,8 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def _check_replicas(mesh: Mesh) -> None:
-    """Raises UserError if a part of the state is on one host alone."""
+def check_replicas(mesh: Mesh) -> None:
+    """Raises UserError if a part of the state is on one host alone, so that it could be lost."""
     processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
     if (processes == processes[:1]).all(axis=0).any():
         raise UserError(

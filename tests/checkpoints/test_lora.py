@@ -15,7 +15,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import moi_jax
-from moi_jax.checkpoints import local_saves
 from moi_jax.checkpoints.base import tree_fingerprint
 from moi_jax.checkpoints.checksums import write_checksums
 from moi_jax.checkpoints.hf.exporter import export_checkpoint
@@ -27,6 +26,7 @@ from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.checkpoints.parameters import read_beside, stored_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.models.parameters import parameter_specs
+from moi_jax.training import train
 from moi_jax.training.audit import saved_run
 from moi_jax.training.audit.audit import AuditOptions, audit
 from moi_jax.training.audit.finding import FAILED, OK
@@ -122,7 +122,7 @@ def test_a_local_copy_holds_the_adapters_and_goes_on_beside_the_base(
     place, run, monkeypatch, tmp_path, log_text
 ):
     """Step 16 is in the run directory; the run fails after step 18, of which no copy is made."""
-    monkeypatch.setattr(local_saves, "_check_replicas", lambda mesh: None)
+    monkeypatch.setattr(train, "check_replicas", lambda mesh: None)
     config = lora_config(place / "failed", place / "base")
     shutil.copytree(run, config.parent / "run")
     shutil.rmtree(config.parent / "run" / "checkpoints" / "20")
