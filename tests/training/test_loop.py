@@ -193,7 +193,7 @@ def test_how_many_skipped_steps_in_a_row_stop_a_run_is_a_setting(tmp_path):
 
 
 def test_local_copies_are_made_between_checkpoints_of_steps_that_were_read(tmp_path):
-    stage = Stage(tmp_path, eval={"every": 2}, checkpoint={"every": 4, "local_every": 2})
+    stage = Stage(tmp_path, checkpoint={"every": 4, "local_every": 2})
     stage.run.checkpoints.items = SimpleNamespace(held=lambda parameters: parameters, base=None)
 
     def copy(step, state, position, config, base):
@@ -204,8 +204,8 @@ def test_local_copies_are_made_between_checkpoints_of_steps_that_were_read(tmp_p
     stage.run.local = SimpleNamespace(save=copy)
     assert stage.fit()
     assert [event for event in stage.events if not event.startswith("step")] == [
-        "look 0", "read 1", "read 2", "look 2", "copy 2", "read 3", "read 4", "look 4", "save 4",
-        "read 5", "read 6", "look 6", "save 6",
+        "look 0", "read 1", "read 2", "copy 2", "read 3", "read 4", "save 4", "read 5", "read 6",
+        "look 6", "save 6",
     ]  # fmt: skip
 
 
