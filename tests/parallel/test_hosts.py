@@ -132,7 +132,7 @@ def hosts_config(directory: Path, **checkpoint) -> Path:
             "max_unplaceable": 1,
         },
         mesh={"data": 2},
-        train={"steps": 4, "global_batch_rows": 8},
+        train={"steps": 4, "global_batch_rows": 4},
         checkpoint={"every": 2, **checkpoint},
     )
 
