@@ -2,22 +2,25 @@
 
 Two processes of two CPU devices each train nothing on a mesh (data=2, fsdp=2), so that each holds a
 whole copy of the state. Each saves every step in a folder of its own, and every fifth one in a
-folder that both share. After step 7 both are killed. Then both are started again: first with
-the folders as they are, then without the folder of a host. Prints the step and the values that each
-process restores. docs/reliability.md says why training does not use it yet.
+folder that both share. After step 7 both are killed. Then both are started again: with the
+folders as they are, with a bit flipped in a file of a host's own folder, and without this folder.
+Prints the step and the values that each process restores, and whether a saved -0.0 is one still.
+docs/reliability.md says why training has local copies of its own.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HOSTS, DEVICES, STEPS, PERSISTENT_EVERY = 2, 2, 8, 5
-TIMEOUT = 120  # seconds
+TIMEOUT = 60  # seconds
 
 
 def work(act: str, index: int, port: int, place: Path) -> None:
@@ -41,7 +44,11 @@ def work(act: str, index: int, port: int, place: Path) -> None:
 
     def state(step: int) -> dict[str, jax.Array]:
         part = np.full((4, 4), step, np.float32)
-        return {"kernel": jax.make_array_from_callback((8, 4), rows, lambda _: part)}
+        zero = np.full((4, 4), -0.0, np.float32)
+        return {
+            "kernel": jax.make_array_from_callback((8, 4), rows, lambda _: part),
+            "zero": jax.make_array_from_callback((8, 4), rows, lambda _: zero),
+        }
 
     own = place / f"host{index}"
     own.mkdir(exist_ok=True)
@@ -66,9 +73,14 @@ def work(act: str, index: int, port: int, place: Path) -> None:
             manager.wait_until_finished()
         os.kill(os.getpid(), signal.SIGKILL)
     step = manager.latest_step()
-    restored = manager.restore(step)["state"]["kernel"]
-    values = {float(np.ravel(shard.data)[0]) for shard in restored.addressable_shards}
-    print(f"process {index} restores step {step} with the values {values}")
+    restored = manager.restore(step)
+    restored = restored.get("state", restored)
+    values, zeros = (
+        sorted({float(value) for shard in restored[name].addressable_shards
+                for value in np.ravel(shard.data)}, key=str)
+        for name in ("kernel", "zero")
+    )  # fmt: skip
+    print(f"process {index} restores step {step} with the values {values}; -0.0 became {zeros}")
 
 
 def run(act: str, place: Path) -> str:
@@ -87,16 +99,28 @@ def run(act: str, place: Path) -> str:
         )
         for index in range(HOSTS)
     ]  # fmt: skip
-    said = []
+    deadline = time.monotonic() + TIMEOUT
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    hanging = [process.poll() is None for process in processes]
     for process in processes:
-        try:
-            out, error = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, error = process.communicate()
+        process.kill()
+    said = []
+    for index, (process, hangs) in enumerate(zip(processes, hanging, strict=True)):
+        out, error = process.communicate()
         lines = [line for line in out.splitlines() if line.startswith("process ")]
-        said += lines or [f"status {process.returncode}", *error.splitlines()[-2:]]
+        errors = [
+            line for line in error.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)
+        ]
+        end = f"still there after {TIMEOUT} s" if hangs else f"status {process.returncode}"
+        said += lines or [f"process {index}: {end} {errors[-1][:200] if errors else ''}"]
     return "\n".join(said)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def main() -> None:
@@ -108,7 +132,13 @@ def main() -> None:
             steps = sorted(path.name for path in (place / f"host{host}").iterdir())
             print(f"own folder of process {host}: {steps}")
         print(run("restore", place))
-        shutil.rmtree(place / f"host{HOSTS - 1}")
+        last = place / f"host{HOSTS - 1}"
+        files = [path for path in (last / f"{STEPS - 1}/state").rglob("d/*") if path.is_file()]
+        for file in files:
+            flip(file)
+        print(f"with a bit flipped in each of {len(files)} files of data of process {HOSTS - 1}")
+        print(run("restore", place))
+        shutil.rmtree(last)
         print(f"without the folder of process {HOSTS - 1}")
         print(run("restore", place))
 

@@ -3,13 +3,19 @@
 from pathlib import Path
 from typing import Literal
 
-from moi_jax.config.section import Count, Location, Positive, Section
+from pydantic import model_validator
+
+from moi_jax.config.section import Count, LocalPath, Location, Positive, Section
 
 
 class Checkpoint(Section):
     """When checkpoints are saved, and which of them are kept."""
 
     every: Positive = 500  # steps
+    # Steps between copies of the state on the hosts' own disks; null: none are made.
+    local_every: Positive | None = None
+    # On each host; null: a folder of the user in its directory for temporary files.
+    local_dir: LocalPath | None = None
     keep_last: Positive = 2
     keep_best: Count = 1
     best_metric: str = "eval/mean/loss"  # lower is better
@@ -18,6 +24,17 @@ class Checkpoint(Section):
     save_timeout: Positive = 1200  # seconds for a save in the background
     save_base: bool = False  # with lora: also save the frozen parameters
     verify: bool = True  # compares the arrays with their checksums before they are read
+
+    @model_validator(mode="after")
+    def check(self) -> "Checkpoint":
+        if self.local_every and self.local_every >= self.every:
+            raise ValueError(
+                f"local_every {self.local_every} has no effect beside every {self.every}: make it "
+                f"smaller, or null"
+            )
+        if self.local_dir and not self.local_every:
+            raise ValueError("local_dir has no effect without local_every; set both or none")
+        return self
 
 
 class Logging(Section):

@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 
 from moi_jax.parallel import hosts
 
+LISTENER = "agreed_stop"  # the name of a thread that waits until a stop is asked for
+LISTEN_SECONDS = 1.0  # how long it waits at a time
+
 
 @contextmanager
 def agreed_stop(
@@ -41,6 +44,16 @@ def agreed_stop(
         agreement.end()
 
 
+def end_listeners() -> None:
+    """Returns when no thread of an ended agreement waits for a message any more.
+
+    A thread that comes back from jax's store while Python is ending would abort the process.
+    """
+    for thread in threading.enumerate():
+        if thread.name == LISTENER:
+            thread.join(2 * LISTEN_SECONDS)
+
+
 class Agreement:
     """The count of the calls of one process, and the call at which all processes stop."""
 
@@ -54,7 +67,7 @@ class Agreement:
         # from this thread, since their main threads may be waiting for each other in a step.
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        threading.Thread(target=self._listen, daemon=True, name="agreed_stop").start()
+        threading.Thread(target=self._listen, daemon=True, name=LISTENER).start()
 
     def reached(self) -> bool:
         """Counts a call; returns whether it is the one at which all processes stop."""
@@ -77,7 +90,9 @@ class Agreement:
         store = self._hosts.store
         while not self._ended.is_set():
             with hosts.suppress_no_answer():
-                number = store.blocking_key_value_get(f"{self.key}/signal", 1000)
+                number = store.blocking_key_value_get(
+                    f"{self.key}/signal", int(1000 * LISTEN_SECONDS)
+                )
                 break
         else:
             return

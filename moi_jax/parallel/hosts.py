@@ -145,15 +145,24 @@ def from_main(what: str, make: Callable[[], T]) -> T:
     return json.loads(text)
 
 
+def gather(what: str, value: T) -> list[T]:
+    """The values of all processes, which must be JSON; all get the same list.
+
+    Args:
+      what: the values in a few words, for messages.
+    """
+    if _hosts is None:
+        return [value]
+    return list(map(json.loads, _hosts.gather(what, json.dumps(value))))
+
+
 def in_all(what: str, true_here: bool) -> bool:
     """Whether something is true in every process; all get the same answer.
 
     Args:
       what: what is asked in a few words, for messages.
     """
-    if _hosts is None:
-        return true_here
-    return all(map(json.loads, _hosts.gather(what, json.dumps(true_here))))
+    return all(gather(what, true_here))
 
 
 def check_same_code(settings: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from moi_jax import config
 from moi_jax.common.errors import LOST, UserError
 from moi_jax.common.log import EVERY_HOST
 from moi_jax.parallel import hosts
+from moi_jax.parallel.agreed_stop import end_listeners
 from moi_jax.parallel.cluster_environment import Place, find_place
 from moi_jax.parallel.watch import Watch
 
@@ -84,6 +85,7 @@ def leave() -> None:
 
         hosts.wait_for_all("the end")
         joined.watch.stop()
+        end_listeners()
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
         jax.distributed.shutdown()
         hosts.enter(None)

@@ -8,7 +8,7 @@ from typing import Any
 from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
 from moi_jax.training.run import Run, ShouldStop, is_due
-from moi_jax.training.saves import complete_save, save
+from moi_jax.training.saves import complete_save, save, save_locally
 from moi_jax.training.step_reader import StepReader
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,11 @@ def fit(run: Run, should_stop: ShouldStop) -> None:
                 reader.write_window()
                 with reader.paused("checkpoint"):
                     save(run, losses, failure, complete=ending)
+            elif run.local and is_due(run.step, config.checkpoint.local_every or 0):
+                reader.read_previous()
+                reader.write_window()
+                with reader.paused("checkpoint"):
+                    save_locally(run, run.local)
             if stopping:
                 break
 
@@ -82,7 +87,7 @@ def _evaluate_first(run: Run, should_stop: ShouldStop) -> None:
     """
     if due := run.missed or (set(EVALUATIONS) if run.step == 0 else set()):
         _evaluate(run, should_stop, due)
-    if run.missed and run.checkpoints.latest() != run.step:
+    if (run.missed or run.at_end) and run.checkpoints.latest() != run.step:
         save(run, {}, complete=True)
 
 

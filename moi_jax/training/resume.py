@@ -8,8 +8,6 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from moi_jax.checkpoints.experiment import Experiment
-from moi_jax.checkpoints.items import read_json_item
-from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.errors import UserError
 from moi_jax.common.fingerprint import json_fingerprint
 from moi_jax.config import Config
@@ -18,6 +16,7 @@ from moi_jax.config.load import load_config, make_config
 from moi_jax.data.dataset import Dataset
 from moi_jax.data.planning.epoch import PLANNER
 from moi_jax.data.planning.training_plan import TrainingPlan
+from moi_jax.training.saved import Saved
 from moi_jax.training.versions import versions
 
 log = logging.getLogger(__name__)
@@ -78,31 +77,31 @@ MAY_CHANGE_IF_ALLOWED = (
 
 
 def resume_position(
-    checkpoints: RunCheckpoints,
-    saved_step: int | None,
+    directory: Path,
+    saved: Saved | None,
     experiment: Experiment,
     dataset: Dataset,
     allow_change: bool,
 ) -> dict[str, Any]:
     """Checks that this is still the same run, and returns the position from which it resumes.
 
+    Args:
+      directory: of the run.
+
     Raises:
       UserError: the directory holds another run.
     """
-    directory = checkpoints.directory.parent
-    if saved_step is None:
+    if saved is None:
         if (directory / "config.yaml").exists():  # killed before its first checkpoint
             before = load_config(directory / "config.yaml").model_dump(mode="json")
             check_resume(directory, before, experiment.config, allow_change)
         return FIRST_POSITION
-    step = checkpoints.directory / str(saved_step)
-    position = read_json_item(step, "position")
+    position = saved.position
     _check_planner(position, directory)
-    before = read_json_item(step, "config")
     # The checkpoint holds everything that came from model.init_from.
     may_change = (*MAY_CHANGE, "model.init_from")
-    if check_resume(directory, before, experiment.config, allow_change, may_change):
-        position["unchanged_since"] = saved_step
+    if check_resume(directory, saved.config, experiment.config, allow_change, may_change):
+        position = {**position, "unchanged_since": saved.step}
     check_fingerprints(directory, position["fingerprints"], fingerprints(experiment, dataset))
     return position
 

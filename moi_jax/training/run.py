@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from moi_jax.checkpoints.local_saves import LocalSaves
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.config import Config
 from moi_jax.data.loader import Batch
@@ -77,6 +78,7 @@ class Run:
     clock: Clock
     unchanged_since: int | None  # the step; None if an older version has not recorded it
     missed: set[str] = field(default_factory=set)  # evaluations abandoned at this step
+    local: LocalSaves | None = None  # if the config asks for them
 
     @property
     def at_end(self) -> bool:

@@ -2,7 +2,9 @@
 
 import logging
 from time import sleep
+from typing import Any
 
+from moi_jax.checkpoints.local_saves import LocalSaves
 from moi_jax.checkpoints.run_checkpoints import CannotSave
 from moi_jax.common.retry import pauses
 from moi_jax.training.run import Run
@@ -39,6 +41,16 @@ def save(
     run.log.write({"step": run.step})  # with the time that this took
 
 
+def save_locally(run: Run, local: LocalSaves) -> None:
+    """Saves the run's step on the hosts' own disks, in the background."""
+    parameters, optimizer = run.state.items()
+    items = run.checkpoints.items
+    state = (items.held(parameters), optimizer)
+    config = run.config.model_dump(mode="json")
+    local.save(run.step, state, _position(run), config, items.base)
+    run.log.write({"step": run.step})  # with the time that this took
+
+
 def complete_save(run: Run) -> None:
     """Waits until the last save is complete on disk, or is made up for by one of this step."""
     try:
@@ -49,7 +61,19 @@ def complete_save(run: Run) -> None:
 
 def _try(run: Run, losses: dict[str, float], complete: bool) -> CannotSave | None:
     """Saves once; returns the failure of this save, or of the one before."""
-    position = {
+    config = run.config.model_dump(mode="json")
+    try:
+        run.checkpoints.save(run.step, *run.state.items(), _position(run), config, losses)
+        if complete:
+            run.checkpoints.wait()
+    except CannotSave as failure:
+        return failure
+    return None
+
+
+def _position(run: Run) -> dict[str, Any]:
+    """Where the run stands, beside its state."""
+    return {
         "step": run.step,
         "skipped_in_a_row": run.skipped_in_a_row,
         "early_stopping": run.early_stopping.to_json(),
@@ -58,11 +82,3 @@ def _try(run: Run, losses: dict[str, float], complete: bool) -> CannotSave | Non
         **({"losses": run.loss_limit.to_json()} if run.loss_limit.ratio else {}),
         **run.position(run.row),
     }
-    config = run.config.model_dump(mode="json")
-    try:
-        run.checkpoints.save(run.step, *run.state.items(), position, config, losses)
-        if complete:
-            run.checkpoints.wait()
-    except CannotSave as failure:
-        return failure
-    return None

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.first_parameters import first_parameters
-from moi_jax.checkpoints.items import Base, find_step, read_base
+from moi_jax.checkpoints.items import Base, find_step
+from moi_jax.checkpoints.local_saves import RUN_ID, LocalSaves
 from moi_jax.checkpoints.moved_base import read_base_again
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.atomic_files import atomic_write_text
@@ -36,6 +37,7 @@ from moi_jax.training.resume import (
     saved_position,
 )
 from moi_jax.training.run import Evaluations, Run
+from moi_jax.training.saved import Saved, newest_saved
 from moi_jax.training.spikes import LossLimit
 from moi_jax.training.state import TrainState, abstract_state, new_state
 from moi_jax.training.step import make_train_step
@@ -50,12 +52,14 @@ def start_run(
     mesh: Mesh,
     microbatch_rows: int,
     checkpoints: RunCheckpoints,
+    local: LocalSaves | None,
     evaluations: Evaluations,
     allow_change: bool,
     clock: Clock,
 ) -> Run:
     """Starts a new run in the directory of `checkpoints`, or resumes the run there from the newest.
 
+    A newer step of `local` is taken before the newest checkpoint.
     The directory does not change before it is certain that the run can start.
 
     Raises:
@@ -68,8 +72,8 @@ def start_run(
             "train.early_stopping_patience needs held-out losses; pass make_evaluations to train()"
         )
     directory = checkpoints.directory.parent
-    saved_step = hosts.from_main("the newest checkpoint", checkpoints.latest)
-    position = resume_position(checkpoints, saved_step, experiment, dataset, allow_change)
+    saved = newest_saved(checkpoints, local)
+    position = resume_position(directory, saved, experiment, dataset, allow_change)
     plan = resume_plan(dataset, position, directory)
     hosts.check_same({"data": dataset.fingerprint, "plan": plan_fingerprint(plan, position["row"])})
     mixture = dataset.log_mixture(plan)  # a plan that is refused is told before weights are read
@@ -78,18 +82,20 @@ def start_run(
         key = "optimizer.frozen" if config.optimizer.frozen else "lora"
         counts = map("{:,}".format, optimizer.trained.counts(model))
         log.info("%s: %s of %s parameters are trained", key, *counts)
-    if saved_step is None:
+    if saved is None:
         state, base = _new_state(experiment, optimizer, mesh)
     else:
-        state, base = _saved_state(experiment, checkpoints, saved_step, optimizer, mesh)
-        log.info("resuming from step %d in %s", saved_step, directory)
+        state, base = _saved_state(experiment, saved, optimizer, mesh)
+        log.info("resuming from step %d in %s", saved.step, directory)
     if not config.checkpoint.save_base:
         checkpoints.items = dataclasses.replace(checkpoints.items, base=base)
 
     # Records past the checkpoint are dropped and logged again; without one, also those of step 0.
-    logged = -1 if saved_step is None else saved_step
+    logged = -1 if saved is None else saved.step
     if hosts.is_main():
         _write_description(directory, experiment, mixture)
+        if local:
+            atomic_write_text(directory / RUN_ID, local.run_id)
     answers = hosts.from_main(
         "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)[-1:]
     )
@@ -137,6 +143,7 @@ def start_run(
         log=metrics_log,
         clock=clock,
         missed=missed,
+        local=local,
         unchanged_since=position.get("unchanged_since"),
     )
 
@@ -205,19 +212,13 @@ def _check_adapters(config: Config, begun: ModelConfig) -> None:
 
 
 def _saved_state(
-    experiment: Experiment,
-    checkpoints: RunCheckpoints,
-    saved_step: int,
-    optimizer: Optimizer,
-    mesh: Mesh,
+    experiment: Experiment, saved: Saved, optimizer: Optimizer, mesh: Mesh
 ) -> tuple[TrainState, Base | None]:
-    """The state of a checkpoint, and the base of its adapters with the place where it is now."""
-    config, model = experiment.config, experiment.model
+    """The state of a saved step, and the base of its adapters with the place where it is now."""
+    config, model, base = experiment.config, experiment.model, saved.base
     abstract = abstract_state(model, optimizer, config.param_dtype, mesh).items()
-    parameters, rest = checkpoints.restore(saved_step, *abstract)
-    step = checkpoints.directory / str(saved_step)
-    base = read_base(step)
+    parameters, rest = saved.restore(*abstract)
     if base:
-        beside, base = read_base_again(step, base, config, model, abstract[0])
+        beside, base = read_base_again(saved.path, base, config, model, abstract[0])
         parameters = merge_trees(parameters, beside)
     return TrainState.from_items(optimizer.trained, parameters, rest), base

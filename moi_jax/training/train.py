@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from moi_jax.checkpoints.damaged_steps import set_aside_damaged_steps
 from moi_jax.checkpoints.experiment import Experiment, open_experiment
+from moi_jax.checkpoints.local_saves import check_replicas, local_saves
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common import deterministic
 from moi_jax.common.errors import UserError
@@ -132,6 +133,8 @@ def train(
         devices = jax.devices() if devices is None else devices
         experiment = experiment.on_platform(devices[0].platform)
         mesh, bind, microbatch_rows = model_on_mesh(experiment.config, experiment.model, devices)
+        if config.checkpoint.local_every:
+            check_replicas(mesh)
         with hosts.one_first(cache_dir, "preparing the data"):
             dataset = open_dataset(experiment.config, experiment.tokenizer)
         evaluations: Evaluations = NoEvaluations()
@@ -142,9 +145,13 @@ def train(
             hosts.from_main("the run directory", lambda: move_aside(directory))
         opened = RunCheckpoints(directory / "checkpoints", config.checkpoint, experiment.items)
         # Closed in any case, also after an error: this waits for a save that is in progress.
-        with closing(opened) as checkpoints, jax.set_mesh(mesh):
+        with (
+            closing(opened) as checkpoints,
+            local_saves(config.checkpoint, directory, mesh) as local,
+            jax.set_mesh(mesh),
+        ):
             run = start_run(
-                experiment, dataset, bind, mesh, microbatch_rows, checkpoints, evaluations,
+                experiment, dataset, bind, mesh, microbatch_rows, checkpoints, local, evaluations,
                 allow_change, clock,
             )  # fmt: skip
             if run.finished and run.step == run.steps:

@@ -1,5 +1,7 @@
 """Checkpoints of adapters: what they hold, how they find their base, resume and export."""
 
+import contextlib
+import itertools
 import json
 import shutil
 import signal
@@ -24,6 +26,7 @@ from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.checkpoints.parameters import read_beside, stored_parameters
 from moi_jax.common.errors import UserError
 from moi_jax.models.parameters import parameter_specs
+from moi_jax.training import train
 from moi_jax.training.audit import saved_run
 from moi_jax.training.audit.audit import AuditOptions, audit
 from moi_jax.training.audit.finding import FAILED, OK
@@ -113,6 +116,34 @@ def test_a_run_that_is_killed_resumes_bit_for_bit_and_may_save_its_base(place, r
     same_parameters(parameters(again), parameters(run))
     assert read_items(again).base is None
     assert read_items(run).base is not None
+
+
+def test_a_local_copy_holds_the_adapters_and_goes_on_beside_the_base(
+    place, run, monkeypatch, tmp_path, log_text
+):
+    """Step 16 is in the run directory; the run fails after step 18, of which no copy is made."""
+    monkeypatch.setattr(train, "check_replicas", lambda mesh: None)
+    config = lora_config(place / "failed", place / "base")
+    shutil.copytree(run, config.parent / "run")
+    shutil.rmtree(config.parent / "run" / "checkpoints" / "20")
+    overrides = ("checkpoint.local_every=1", f"checkpoint.local_dir={tmp_path}")
+
+    calls = itertools.count(17)
+
+    def fail_after_18() -> bool:
+        return next(calls) == 18 and 1 / 0
+
+    stop = contextlib.nullcontext(fail_after_18)
+    with pytest.raises(ZeroDivisionError):
+        train_here(config, *overrides, make_evaluations=None, stop=stop)
+    (copy,) = tmp_path.glob("*/17.*/0/0.npz")
+    with np.load(copy) as arrays:
+        held = [name for name in arrays.files if name.startswith("[0]")]  # the parameters
+    assert held
+    assert all("lora" in name for name in held)
+    train_quickly(config, *overrides)
+    assert "resuming from step 17" in log_text.getvalue()
+    same_parameters(parameters(config.parent / "run"), parameters(run))
 
 
 def test_a_copy_of_the_base_serves_in_any_dtype_and_another_model_does_not(place, run, tmp_path):

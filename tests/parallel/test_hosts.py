@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from support.hosts import end_hosts, run_hosts, start_hosts
-from support.runs import ROOT, records, small_config, train_here
+from support.runs import ROOT, parameters, records, same_parameters, small_config, train_here
 from support.xla import QUICK_COMPILATION
 
 LOST = 75
@@ -43,6 +43,13 @@ def test_processes_end_together_and_name_the_one_that_failed(acts, statuses, sho
     assert found == statuses, outputs
     for (_, error), text in zip(outputs, shown, strict=True):
         assert text.replace("*", platform.node()) in error
+
+
+def test_no_thread_waits_for_the_others_when_all_have_left():
+    """At the end of Python it would abort the process, which is done, with status 134."""
+    outputs, statuses = run_program("leave")
+    assert statuses == [0, 0], outputs
+    assert all("listening 0\n" in out for out, _ in outputs)
 
 
 def test_a_process_that_does_not_come_is_not_waited_for():
@@ -113,22 +120,28 @@ def test_processes_stop_at_the_same_call():
     assert len({out for out, _ in outputs}) == 1, outputs
 
 
-def hosts_config(directory: Path) -> Path:
-    """A run without held-out conversations, which test_hosts_evaluate has."""
+def hosts_config(directory: Path, **checkpoint) -> Path:
+    """A run without held-out conversations, and split by fsdp alone in test_hosts_evaluate."""
     directory.mkdir(exist_ok=True)
     return small_config(
         directory,
-        data={"cache_dir": str(directory.parent / "cache"), "held_out": {"fraction": 0, "min": 0}},
-        train={"steps": 4, "global_batch_rows": 8},
-        checkpoint={"every": 2},
+        data={
+            "cache_dir": str(directory.parent / "cache"),
+            "held_out": {"fraction": 0, "min": 0},
+            "sequence_length": 128,
+            "max_unplaceable": 1,
+        },
+        mesh={"data": 2},
+        train={"steps": 4, "global_batch_rows": 4},
+        checkpoint={"every": 2, **checkpoint},
     )
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The run of one process with eight devices."""
+    """The run of one process with four devices."""
     directory = tmp_path_factory.mktemp("alone")
-    return train_here(hosts_config(directory / "run"), devices=8).directory
+    return train_here(hosts_config(directory / "run"), devices=4).directory
 
 
 def same_run(left: Path, right: Path) -> None:
@@ -149,14 +162,18 @@ def same_run(left: Path, right: Path) -> None:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
-    """Where the local launcher has trained the same run with two processes of four devices."""
+    """Where the local launcher has trained the same run with two processes of two devices.
+
+    It made local copies of odd steps.
+    """
     directory = tmp_path_factory.mktemp("launched")
-    config = hosts_config(directory / "two")
+    (directory / "tmp").mkdir()
+    config = hosts_config(directory / "two", local_every=1)
     done = subprocess.run(
         [ROOT / "launch/local/run.sh", "2", "train", "--config", config],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "DEVICES": "4", "LOGS": directory / "logs", "PYTHON": sys.executable,
-             "XLA_FLAGS": QUICK_COMPILATION},
+        env={**os.environ, "DEVICES": "2", "LOGS": directory / "logs", "PYTHON": sys.executable,
+             "XLA_FLAGS": QUICK_COMPILATION, "TMPDIR": directory / "tmp"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return directory
@@ -183,3 +200,62 @@ def test_the_number_of_processes_may_change(alone, launched, tmp_path, log_text)
     assert train_here(config, devices=4, make_evaluations=None).step == 4
     assert "resuming from step 3" in log_text.getvalue()
     same_run(run, alone)
+
+
+@pytest.fixture(scope="module")
+def killed(launched, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The config of the same run, whose processes were killed after step 3, and what they said.
+
+    Step 2 is in the run directory. Step 3 is on the disk of each host alone: host0, host1.
+    """
+    place = tmp_path_factory.mktemp("killed")
+    config = hosts_config(place / "two", local_every=1)
+    shutil.copytree(launched / "two" / "run", config.parent / "run")
+    shutil.rmtree(config.parent / "run" / "checkpoints" / "4")
+    act = f"train_until_killed:{config}:{place}"
+    outputs, statuses = run_hosts(2, 2, ["tests.support.host_program", act])
+    assert set(statuses) <= {-signal.SIGKILL, LOST}, outputs
+    return config, [out for out, _ in outputs]
+
+
+def test_a_finished_run_leaves_no_local_copy(launched):
+    (folder,) = (launched / "tmp").glob("moi_jax_*")
+    assert not list(folder.iterdir())
+    assert (launched / "two" / "run" / "run_id").exists()
+
+
+def test_all_processes_agree_on_the_newest_local_step_that_is_whole(killed):
+    """As each of the processes found it before the end, with its copy hurt in different ways."""
+    for out in killed[1]:
+        found = [line for line in out.splitlines() if line.startswith("found ")]
+        assert found == [
+            "found 3 lacking False when all is there",
+            "found 3 lacking True when one is deleted",
+            "found 3 lacking True when one is damaged",
+            "found none when both are damaged",
+            "found none when they are of another mesh",
+        ]
+
+
+def test_processes_that_were_killed_go_on_from_their_local_copies(killed, launched):
+    """The copy of process 1 is damaged, and beside it lies a newer one of another run."""
+    config, _ = killed
+    place, run = config.parents[1], config.parent / "run"
+    (damaged,) = place.glob("host1/moi_jax_*/*/3.*/1/0.npz")
+    folder = damaged.parents[2]
+    shutil.copytree(folder, folder.with_name("another"))
+    another = folder.with_name("another")
+    (another / damaged.parents[1].name).rename(another / "9.x")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    act = f"train_on:{config}:{place}"
+    outputs, statuses = run_hosts(2, 2, ["tests.support.host_program", act])
+    assert statuses == [0, 0], outputs
+    assert "resuming from step 3" in outputs[0][0]
+    named = f"{damaged.parent} on {platform.node()} is damaged and not used: 0.npz has changed"
+    assert named in outputs[1][0]
+    assert "1 of 2 processes had all of their parts" in outputs[0][0]
+    same_parameters(parameters(run), parameters(launched / "two" / "run"))
+    assert not folder.exists()
+    assert (another / "9.x").exists()

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from moi_jax.parallel.hosts import Hosts
-from moi_jax.parallel.shared_work import FailedElsewhere, SharedWork
+from moi_jax.parallel.shared_work import PAUSE, FailedElsewhere, SharedWork
 
 from support.key_values import Store
 
@@ -39,8 +39,10 @@ def test_who_waits_for_a_process_that_fails_gives_up_and_knows_why(works, failin
     thread.join()
     other.fail({"why": "the consequence"})
     assert [work.failure() for work in works] == [{"why": "full", "process": failing}] * 2
-    # At the end of the failed work they still meet.
-    thread = later(works[0].wait_for_all, "ended", 60, False)
+    # At the end of the failed work they still meet, however late one comes.
+    thread = later(
+        lambda: (time.sleep(3 * PAUSE), works[0].wait_for_all("ended", 60, gives_up=False))
+    )
     works[1].wait_for_all("ended", 60, gives_up=False)
     thread.join()
 

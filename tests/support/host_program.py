@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from moi_jax.cli.signals import StopSignals
 from moi_jax.common.errors import UserError
 from moi_jax.common.log import show_logs
 from moi_jax.config.load import load_config
-from moi_jax.parallel import hosts
+from moi_jax.parallel import hosts, joining
+from moi_jax.parallel.agreed_stop import LISTENER, Agreement
 from moi_jax.parallel.stuck import ending_when_stuck
 
 
@@ -64,6 +66,15 @@ def stick() -> None:
 
 def differ() -> None:
     hosts.check_same_code({"x": hosts.process_index(), "y": 1})
+
+
+def leave() -> None:
+    """Leaves the others; prints which threads still wait for a message of theirs."""
+    agreement = Agreement(hosts.joined(), lambda: None)
+    time.sleep(0.1)
+    agreement.end()
+    joining.leave()
+    print("listening", sum(thread.name == LISTENER for thread in threading.enumerate()))
 
 
 def fail_after_another() -> None:
@@ -122,6 +133,20 @@ def train(config_path: str, steps: str) -> None:
     from moi_jax.training import train as training  # the other acts begin without it sooner
 
     training.train(load_config(config_path), stop=_stop_after(int(steps)))
+
+
+def train_on(config_path: str, place: str) -> None:
+    """Trains to the end of a run; the disk of each host is a folder of `place`."""
+    from tests.support import local_copies
+
+    local_copies.train_on(Path(config_path), Path(place))
+
+
+def train_until_killed(config_path: str, place: str) -> None:
+    """Trains until the first local copy is written; then all processes are killed."""
+    from tests.support import local_copies
+
+    local_copies.train_until_killed(Path(config_path), Path(place))
 
 
 def save(directory: str, failing: str, passes: str) -> None:

@@ -192,6 +192,31 @@ def test_how_many_skipped_steps_in_a_row_stop_a_run_is_a_setting(tmp_path):
             stage.fit()
 
 
+def test_local_copies_are_made_between_checkpoints_of_steps_that_were_read(tmp_path):
+    stage = Stage(tmp_path, checkpoint={"every": 4, "local_every": 2})
+    stage.run.checkpoints.items = SimpleNamespace(held=lambda parameters: parameters, base=None)
+
+    def copy(step, state, position, config, base):
+        assert state == (step, None)
+        assert position["row"] == 2 * step
+        stage.events.append(f"copy {step}")
+
+    stage.run.local = SimpleNamespace(save=copy)
+    assert stage.fit()
+    assert [event for event in stage.events if not event.startswith("step")] == [
+        "look 0", "read 1", "read 2", "copy 2", "read 3", "read 4", "save 4", "read 5", "read 6",
+        "look 6", "save 6",
+    ]  # fmt: skip
+
+
+def test_a_run_that_begins_at_its_last_step_without_a_checkpoint_of_it_saves_one(tmp_path):
+    """It goes on from a local copy, and the config has made it shorter."""
+    stage = Stage(tmp_path)
+    stage.run.step, stage.run.row, stage.run.state = STEPS, 2 * STEPS, State(STEPS)
+    assert stage.fit()
+    assert stage.events == [f"save {STEPS}"]
+
+
 def test_a_save_that_failed_is_made_up_for_at_the_step_where_this_is_known(tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(saves, "sleep", pauses.append)

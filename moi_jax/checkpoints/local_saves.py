@@ -1,0 +1,314 @@
+"""Saves on the hosts' own disks, every few steps: a run that was killed repeats less.
+
+Each process writes the parts of the state that its devices hold, and waits for no other one. At the
+start of the run all agree on the newest step that is whole, which is one each part of which some
+process still has. Who lacks a part gets it over the mesh from a replica, bit by bit: the axis
+`data` has a copy of each part on another host.
+
+orbax's emergency checkpoints have this purpose; docs/reliability.md says why they are not used.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+import platform
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moi_jax import config as config_lib
+from moi_jax.checkpoints.items import Base
+from moi_jax.checkpoints.local_copies import Copy, Json, LocalCopies, Part
+from moi_jax.common.errors import UserError, reason
+from moi_jax.common.home import expand_home
+from moi_jax.common.log import EVERY_HOST
+from moi_jax.parallel import hosts
+
+# The file in the run directory that identifies the run in the hosts' own folders.
+RUN_ID = "run_id"
+FORMAT = 1  # goes up when other files or records are written
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalStep:
+    """A step that the processes together have whole.
+
+    Attributes:
+      path: its folder on this host, which may lack it.
+      copy: what is there.
+      record: "position", "config" and more, see `LocalSaves.save`.
+      lacking: whether some process needs a part that it does not have.
+    """
+
+    step: int
+    path: Path
+    copy: Copy
+    record: Json
+    lacking: bool
+
+    @property
+    def base(self) -> Base | None:
+        """See `ModelItems.base`."""
+        return Base(**self.record["base"]) if self.record["base"] else None
+
+
+@contextmanager
+def local_saves(
+    config: config_lib.Checkpoint, directory: Path, mesh: Mesh
+) -> Iterator["LocalSaves | None"]:
+    """Yields the local saves of a run, None if it makes none; removes them at the end of the block.
+
+    An error in the block leaves them for the next start.
+
+    Args:
+      directory: of the run. It is not changed.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    if config.local_every is None:
+        yield None
+        return
+    found = directory / RUN_ID
+    run_id, start = hosts.from_main(
+        "the id of the run",
+        lambda: [found.read_text() if found.is_file() else uuid.uuid4().hex, uuid.uuid4().hex[:8]],
+    )
+    root = config.local_dir or Path(tempfile.gettempdir()) / f"moi_jax_{os.getuid()}"
+    saves = LocalSaves(LocalCopies(expand_home(root) / run_id), run_id, start, mesh)
+    try:
+        yield saves
+        saves.wait()
+        hosts.wait_for_all("the last step")
+        saves.copies.remove()
+    finally:
+        saves.close()
+
+
+class LocalSaves:
+    """Saves and restores a run's state on the disks of its hosts.
+
+    A part is numbered by its place on the mesh without the axis `data`, in whose direction the
+    state is replicated.
+    """
+
+    def __init__(self, copies: LocalCopies, run_id: str, start: str, mesh: Mesh):
+        """
+        Args:
+          start: identifies this start of the run.
+        """
+        self.copies, self.run_id = copies, run_id
+        self._start, self._mesh = start, mesh
+        self._parts = {  # of the devices of this process
+            device: int(np.ravel_multi_index(place[1:], mesh.devices.shape[1:]))
+            for place, device in np.ndenumerate(mesh.devices)
+            if device.process_index == jax.process_index()
+        }
+        self._thread = ThreadPoolExecutor(1, "local save")
+        self._writing: Future[None] | None = None
+        self._failed = False
+
+    def save(self, step: int, state: Any, position: Json, config: Json, base: Base | None) -> None:
+        """Starts a save; returns when the values are copied from the devices.
+
+        One that the system refuses is a warning: the run, and the other hosts, do not need it.
+
+        Args:
+          state: a pytree of arrays on the mesh.
+          position, config: as in a checkpoint.
+          base: of adapters, whose other parameters are not in `state`.
+        """
+        self.wait()
+        leaves = _by_name(state)
+        record = {
+            "format": FORMAT,
+            "position": position,
+            "config": config,
+            "base": dataclasses.asdict(base) if base else None,
+            "mesh": dict(self._mesh.shape),
+            "dtypes": {name: str(leaf.dtype) for name, leaf in leaves.items()},
+        }
+        self._writing = self._thread.submit(self._write, step, record, self._copy_parts(leaves))
+
+    def wait(self) -> None:
+        """Waits until the last save is written, or has failed."""
+        if self._writing:
+            self._writing.result()
+
+    def close(self) -> None:
+        """Waits for the last save, and ends the thread."""
+        self._thread.shutdown()
+
+    def newest(self, after: int) -> LocalStep | None:
+        """The newest step after `after` that is whole; all processes call it, and get the same.
+
+        Other steps are removed.
+        """
+        readable = {"format": FORMAT, "mesh": dict(self._mesh.shape)}
+        copies = self.copies.sound(after).items()
+        held = {name: copy for name, copy in copies if copy.record.items() >= readable.items()}
+        needed = sorted(set(self._parts.values()))
+        mine: Json = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
+        reports = hosts.gather("the local copies", mine)
+        name = newest_whole(reports)
+        self.copies.keep_only(name)
+        if name is None:
+            return None
+        lacking = [set(report["needed"]) - set(report["held"].get(name, ())) for report in reports]
+        copy = held.get(name, Copy({}))
+        record = next(record for record in hosts.gather("the local copy", copy.record) if record)
+        step = int(name.partition(".")[0])
+        path = self.copies.folder / name
+        log.info(
+            "step %d is taken from the hosts' own disks (%s); %d of %d processes had all of their "
+            "parts", step, path, sum(not part for part in lacking), len(lacking),
+        )  # fmt: skip
+        return LocalStep(step, path, copy, record, any(lacking))
+
+    def restore(self, found: LocalStep, abstract: Any) -> Any:
+        """The state of a step, with the dtypes and shardings of the tree `abstract`.
+
+        All processes call it.
+        """
+        files = {part: np.load(path) for part, path in found.copy.parts.items()}
+        restored = [
+            self._restore_leaf(found, files, name, leaf)
+            for name, leaf in _by_name(abstract).items()
+        ]
+        for file in files.values():
+            file.close()
+        return jax.tree.unflatten(jax.tree.structure(abstract), restored)
+
+    def _restore_leaf(
+        self, found: LocalStep, files: Mapping[int, Mapping[str, np.ndarray]], name: str, leaf: Any
+    ) -> jax.Array:
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        dtype = jnp.dtype(found.record["dtypes"][name])
+        # Two devices may hold the same part: it is read once.
+        read = {part: files[part][name] for part in set(self._parts.values()) & files.keys()}
+        shards = {device: read[part] for device, part in self._parts.items() if part in read}
+        if found.lacking:
+            size = math.prod(shape) * dtype.itemsize
+            shards = from_replicas(shards, list(self._parts), size, self._mesh)
+        arrays = [
+            jax.device_put(shard.view(dtype).reshape(shape).astype(leaf.dtype, copy=False), device)
+            for device, shard in shards.items()
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+
+    def _copy_parts(self, leaves: Mapping[str, jax.Array]) -> dict[int, Part]:
+        """The bytes of the parts of this process, copied: a step donates what it is given."""
+        devices = {part: device for device, part in self._parts.items()}
+        parts: dict[int, Part] = {part: {} for part in devices}
+        shards = {
+            name: {shard.device: shard.data for shard in leaf.addressable_shards}
+            for name, leaf in leaves.items()
+        }
+        for of_leaf in shards.values():
+            for device in devices.values():
+                of_leaf[device].copy_to_host_async()
+        for name, of_leaf in shards.items():
+            for part, device in devices.items():
+                parts[part][name] = np.array(of_leaf[device]).reshape(-1).view(np.uint8)
+        return parts
+
+    def _write(self, step: int, record: Json, parts: Mapping[int, Part]) -> None:
+        """Writes a save, in the thread."""
+        try:
+            self.copies.write(f"{step}.{self._start}", hosts.process_index(), record, parts)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:  # told once
+                log.warning(
+                    f"cannot write the local copy of step {step} in {self.copies.folder} on "
+                    f"{platform.node()}: {reason(error, self.copies.folder)}; the run goes on",
+                    extra={EVERY_HOST: True},
+                )
+            self._failed = True
+
+
+def newest_whole(reports: Sequence[Json]) -> str | None:
+    """The name of the newest step each part of which is held by a process that needs it.
+
+    Args:
+      reports: of each process, the parts that are "needed" there, and those that are "held" of
+        each step.
+    """
+    needed = {part for report in reports for part in report["needed"]}
+    names = {name for report in reports for name in report["held"]}
+    for name in sorted(names, key=lambda name: int(name.partition(".")[0]), reverse=True):
+        there = {
+            part
+            for report in reports
+            for part in set(report["needed"]) & set(report["held"].get(name, ()))
+        }
+        if there == needed:
+            return name
+    return None
+
+
+def from_replicas(
+    shards: Mapping[jax.Device, np.ndarray], devices: Sequence[jax.Device], size: int, mesh: Mesh
+) -> dict[jax.Device, np.ndarray]:
+    """Adds the shards that devices lack: those of other devices along the axis `data`.
+
+    They travel as integers, since a sum of floats would make 0.0 of -0.0. All processes call it.
+
+    Args:
+      shards: uint8[size] of the devices of this process that have theirs.
+      devices: all devices of this process on the mesh.
+    """
+
+    def padded(device: jax.Device) -> np.ndarray:
+        words = np.zeros(-(-size // 4), np.uint32)
+        if device in shards:
+            words.view(np.uint8)[:size] = shards[device]
+        return words.reshape(*(1 for _ in mesh.axis_names), -1)
+
+    given = [jax.device_put(padded(device), device) for device in devices]
+    split = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+    shape = (*mesh.devices.shape, -(-size // 4))
+    stacked = jax.make_array_from_single_device_arrays(shape, split, given)
+    filled = _over_data(mesh)(stacked)
+    return {
+        shard.device: np.array(shard.data).reshape(-1).view(np.uint8)[:size]
+        for shard in filled.addressable_shards
+    }
+
+
+@cache
+def _over_data(mesh: Mesh) -> Any:
+    """Words of all devices -> their maximum along `data`: each has zeros, or the same words."""
+    split = NamedSharding(mesh, PartitionSpec(*mesh.axis_names[1:]))
+    return jax.jit(lambda words: words.max(axis=0), out_shardings=split)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def check_replicas(mesh: Mesh) -> None:
+    """Raises UserError if a part of the state is on one host alone, so that it could be lost."""
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    if (processes == processes[:1]).all(axis=0).any():
+        raise UserError(
+            "checkpoint.local_every: mesh.data must be at least 2 across hosts, so that every part "
+            "of the state is held by two hosts; set mesh.data to a multiple of the number of "
+            "hosts, or checkpoint.local_every to null"
+        )

@@ -1,0 +1,183 @@
+"""Copies on the disk of one host: whole or not there, the newest ones, and named where damaged."""
+
+import errno
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moi_jax.checkpoints.local_copies import LocalCopies
+from moi_jax.checkpoints.local_saves import LocalSaves, from_replicas, newest_whole
+from moi_jax.common.errors import UserError
+from moi_jax.config.load import make_config
+from moi_jax.parallel.axes import MESH_AXES
+
+from support.runs import refusal, small_config
+
+PARTS = {0: {"kernel": np.arange(8, dtype=np.uint8)}}
+
+
+@pytest.fixture
+def copies(tmp_path):
+    return LocalCopies(tmp_path / "run")
+
+
+def write(copies, *names, process=0):
+    for name in names:
+        copies.write(name, process, {"of": name}, PARTS)
+
+
+def test_the_two_newest_are_kept_beside_the_one_that_is_written(copies):
+    write(copies, "8.a", "9.a", "10.b")
+    write(copies, "10.b", process=1)  # a slower process on the same host: nobody else may have 10
+    assert sorted(copies.sound(after=0)) == ["10.b", "8.a", "9.a"]
+    write(copies, "11.b")
+    assert sorted(copies.sound(after=0)) == ["10.b", "11.b", "9.a"]
+    assert sorted(copies.sound(after=10)) == ["11.b"]
+    assert copies.sound(0)["10.b"].record == {"of": "10.b"}
+    copies.keep_only("10.b")
+    assert [path.name for path in copies.folder.iterdir()] == ["10.b"]
+
+
+def test_the_copies_of_all_processes_of_a_host_are_found(copies):
+    write(copies, "8.a")
+    copies.write("8.a", 3, {}, {5: PARTS[0]})
+    assert sorted(copies.sound(0)["8.a"].parts) == [0, 5]
+
+
+@pytest.mark.parametrize("name", ["record.json", "0.npz", "SHA256SUMS"])
+@pytest.mark.parametrize("hurt", ["changed", "deleted"])
+def test_a_damaged_copy_is_named_and_not_used(copies, name, hurt, log_text):
+    write(copies, "8.a", "9.a")
+    file = copies.folder / "9.a" / "0" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content) if hurt == "changed" else file.unlink()
+    assert sorted(copies.sound(0)) == ["8.a"]
+    (line,) = log_text.getvalue().splitlines()
+    assert line.startswith(f"the local copy {file.parent} on ")
+    assert "is damaged and not used" in line
+
+
+def test_what_is_half_written_or_half_removed_is_no_copy(copies, monkeypatch):
+    write(copies, "8.a")
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed meanwhile
+    (copies.folder / "9.a" / "0.unfinished").mkdir(parents=True)
+    copies.keep_only(None)
+    assert copies.sound(0) == {}
+    monkeypatch.undo()
+    assert LocalCopies(copies.folder).sound(0) == {}
+    assert not list(copies.folder.glob("**/*.unfinished"))
+
+
+def test_a_full_disk_costs_that_save_alone(copies, monkeypatch, log_text):
+    saves = LocalSaves(copies, "run", "a", mesh(1))
+    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    saves.save(1, state, {}, {}, None)
+    saves.wait()
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr(np, "savez", lambda *_, **__: (_ for _ in ()).throw(full))
+        for step in (2, 3, 4):
+            saves.save(step, state, {}, {}, None)
+            saves.wait()
+    assert [path.name for path in copies.folder.iterdir()] == ["1.a"]
+    (line,) = log_text.getvalue().splitlines()
+    assert line.startswith(f"cannot write the local copy of step 2 in {copies.folder} on ")
+    assert "no space left" in line
+    saves.save(5, state, {}, {}, None)
+    saves.close()
+    assert sorted(copies.sound(0)) == ["1.a", "5.a"]
+
+
+def mesh(*shape):
+    sizes = (*shape, *(1,) * (4 - len(shape)))
+    devices = np.array(jax.devices()[: int(np.prod(sizes))])
+    return Mesh(devices.reshape(sizes), MESH_AXES)
+
+
+def replicated(on):
+    return NamedSharding(on, PartitionSpec())
+
+
+@pytest.mark.parametrize(
+    ("held", "newest"),
+    [
+        ([{"9.a": [0, 1]}, {"9.a": [0, 1]}], "9.a"),
+        ([{"9.a": [0, 1], "10.a": [0, 1]}, {"9.a": [0, 1]}], "10.a"),  # one replica is enough
+        ([{"9.a": [0, 1]}, {}], "9.a"),
+        ([{"9.a": [0]}, {"9.a": [1]}], "9.a"),
+        ([{"9.a": [0], "8.a": [0, 1]}, {"9.b": [1]}], "8.a"),  # of two starts
+        ([{"9.a": [0]}, {"9.a": [0]}], None),
+        ([{}, {}], None),
+    ],
+)
+def test_the_newest_step_of_which_some_process_has_each_part_is_taken(held, newest):
+    assert newest_whole([{"needed": [0, 1], "held": each} for each in held]) == newest
+
+
+def test_a_part_that_no_process_has_where_it_is_needed_cannot_be_sent():
+    """The hosts came back in another order, so that each has what the other one needs."""
+    reports = [{"needed": [0], "held": {"9.a": [1]}}, {"needed": [1], "held": {"9.a": [0]}}]
+    assert newest_whole(reports) is None
+
+
+def test_what_travels_from_a_replica_keeps_its_bits():
+    """-0.0 and the payload of a NaN are lost where floats are added."""
+    on = mesh(2, 2)
+    values = np.array([-0.0, 1.5, np.nan, -np.inf, 1e-42, 3.0, 7.0], np.float32)
+    values.view(np.uint32)[2] |= 0x1234
+    content = values.view(np.uint8)[:27]  # no whole number of words
+    devices = list(on.devices.flat)
+    there = {devices[0]: content, devices[3]: content[::-1].copy()}
+    filled = from_replicas(there, devices, content.size, on)
+    for device, expected in zip(devices, [content, content[::-1]] * 2, strict=True):
+        np.testing.assert_array_equal(filled[device], expected)
+
+
+def test_a_state_of_any_dtypes_comes_back_bit_by_bit(copies):
+    on = mesh(2, 2, 2)
+    rows = NamedSharding(on, PartitionSpec("fsdp", "tensor"))
+    state = {
+        "kernel": jax.device_put(np.random.default_rng(0).normal(size=(4, 6)), rows),
+        "moment": (jax.device_put(jnp.full((2, 2), -0.0, jnp.bfloat16), rows),),
+        "codes": jax.device_put(jnp.arange(8, dtype=jnp.int4), replicated(on)),
+        "step": jax.device_put(jnp.int32(7), replicated(on)),
+    }
+    before = jax.tree.map(np.asarray, jax.device_get(state))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    saves = LocalSaves(copies, "run", "a", on)
+    saves.save(7, state, {"row": 3}, {}, None)
+    jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x), donate_argnums=0)(state)
+    saves.wait()
+    found = saves.newest(after=6)
+    assert (found.step, found.record["position"], found.lacking) == (7, {"row": 3}, False)
+    restored = saves.restore(found, abstract)
+    for mine, other in zip(jax.tree.leaves(restored), jax.tree.leaves(before), strict=True):
+        assert mine.dtype == other.dtype
+        assert np.asarray(mine).tobytes() == other.tobytes()
+    saves.close()
+    assert LocalSaves(copies, "run", "a", mesh(2, 4)).newest(after=6) is None
+
+
+def test_a_mesh_without_a_replica_on_another_host_is_refused(tmp_path):
+    said = refusal(small_config(tmp_path), "checkpoint.local_every=1")
+    assert "mesh.data must be at least 2 across hosts" in said
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"local_every": 500}, "local_every 500 has no effect beside every 500"),
+        ({"local_dir": "/dev/shm/copies"}, "local_dir has no effect without local_every"),
+        ({"local_every": 5, "local_dir": "gs://bucket/copies"}, "is a URL"),
+    ],
+)
+def test_settings_that_have_no_effect_are_refused(checkpoint, message):
+    with pytest.raises(UserError, match=message):
+        make_config({"checkpoint": checkpoint})
