@@ -208,8 +208,8 @@ def decode(
     Args:
       model, layers: see `LayerViews.bind`.
       tokens: int32[B, W].
-      lengths: int32[B], the number of tokens of a row with the first of these; the cache has room
-        for W - 1 more.
+      lengths: int32[B], the number of tokens of a row with the first of these. The logits after
+        tokens that the cache has no room for mean nothing.
       rope_alpha: int32[B], `Decoder.rope_alpha` of the prompt of each row.
     """
     positions = lengths[:, None] - 1 + jnp.arange(tokens.shape[1])

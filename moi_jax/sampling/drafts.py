@@ -2,9 +2,10 @@
 
 A model reads several tokens in about the time that it takes for one, because its weights and the
 cache are read once for all of them. So a step gets the newest token and some guesses at the next
-ones, and keeps those guesses that are what the model itself says. The answer stays what it is, and
-takes fewer steps. The guesses are free here: answers repeat their prompts and themselves. The
-method is prompt lookup decoding (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding).
+ones, and keeps those guesses that are what the model itself says. But for rounding the answer
+stays what it is, and takes fewer steps. The guesses are free here: answers repeat their prompts and
+themselves. The method is prompt lookup decoding (Saxena 2023,
+https://github.com/apoorvumang/prompt-lookup-decoding).
 """
 
 import jax

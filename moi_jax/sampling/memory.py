@@ -18,8 +18,6 @@ from moi_jax.parallel.placing import batch_shards, bucket, length_bucket, named_
 
 # The shortest cache; the others are as `length_bucket` says.
 SHORTEST_CACHE = 128
-# The longest cache is a multiple of this, the second-smallest tile of a TPU.
-_TILE = 8
 
 
 class CacheMemory:
@@ -33,23 +31,18 @@ class CacheMemory:
         *,
         slots: int,
         context: int,
-        draft_tokens: int,
     ):
         """
         Args:
           dtype: of the computation.
-          slots, context, draft_tokens: as in `Sampler`.
+          slots, context: as in `Sampler`.
         """
         self._config, self._dtype, self._mesh = config, jax.numpy.dtype(dtype), mesh
-        self._slots, self._drafts = slots, draft_tokens
-        self._longest = math.ceil((context + draft_tokens) / _TILE) * _TILE
+        self._slots, self._context = slots, context
 
     def length(self, tokens: int) -> int:
-        """The length of a cache for so many tokens and the guesses at the next ones.
-
-        It is one of a few, so few shapes are compiled.
-        """
-        return length_bucket(tokens + self._drafts, SHORTEST_CACHE, self._longest)
+        """The length of a cache for so many tokens: one of a few, so few shapes are compiled."""
+        return length_bucket(tokens, SHORTEST_CACHE, self._context)
 
     def largest(self, limits: Sequence[int] | None = None) -> tuple[int, int]:
         """Rows and length of the largest cache.
@@ -58,7 +51,7 @@ class CacheMemory:
           limits: the most tokens of each request of a run; None is any run.
         """
         if limits is None:
-            return self._slots, self._longest
+            return self._slots, self._context
         rows = bucket(len(limits), batch_shards(self._mesh), self._slots)
         return rows, self.length(max(limits, default=1))
 
@@ -94,9 +87,9 @@ class CacheMemory:
                 if cache + copy > free:
                     weights = f", and the weights once more {copy / 2**30:.1f} GiB" if copy else ""
                     raise UserError(
-                        f"a KV cache of {rows} x {length:,} tokens takes {cache / 2**30:.1f} GiB"
-                        f"{weights}; {device} has {free / 2**30:.1f} GiB free. Lower slots, "
-                        f"context or max_new_tokens"
+                        f"a KV cache of {rows} x {length:,} tokens takes up to "
+                        f"{cache / 2**30:.1f} GiB while it grows{weights}; {device} has "
+                        f"{free / 2**30:.1f} GiB free. Lower slots, context or max_new_tokens"
                     )
 
     def _copy_bytes(self, parameters: Tree | LayerViews) -> int:

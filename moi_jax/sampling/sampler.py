@@ -91,9 +91,8 @@ class Sampler:
         ).dtype
 
         self._memory = CacheMemory(
-            config, self._dtype, mesh,
-            slots=self.slots, context=self.context, draft_tokens=draft_tokens,
-        )  # fmt: skip
+            config, self._dtype, mesh, slots=self.slots, context=self.context
+        )
 
         def new(rows: int, length: int, greedy: bool) -> tuple[Cache, Slots]:
             return empty_cache(config, rows, length, self._dtype), empty_slots(rows, length, greedy)
@@ -223,8 +222,9 @@ class Sampler:
         steps: int,
         greedy: bool,
     ) -> tuple[Cache, Slots]:
-        """Makes room for `steps` more tokens of all running requests, and enters the fresh ones."""
-        most = steps * (1 + self.draft_tokens)  # tokens, if all guesses are right
+        """Makes room for `steps` more steps of all running requests, and enters the fresh ones."""
+        # Tokens if all guesses are right, and the first one of a fresh request.
+        most = 1 + steps * (1 + self.draft_tokens)
         reach = max(min(one.length + most, one.limit) for one in running.values())
         if cache.length != (length := self._memory.length(reach)):
             cache, slots = self._resize(cache, slots, length)

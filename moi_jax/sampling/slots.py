@@ -110,8 +110,8 @@ def generate_tokens(
       steps: int32[].
       max_finished: int32[], stop earlier when this many slots have finished.
       drafts: guesses at tokens that a step tries (`sampling.drafts`). A step adds 1 to 1 + drafts
-        tokens; `drafts` places more are written in the cache. Without drafts, guesses are only
-        counted.
+        tokens; those that are past a slot's limit or the cache are not used. Without drafts,
+        guesses are only counted.
     """
     slots = slots._replace(finish=jnp.where(live, slots.finish, STOP))
     begun = jnp.sum(slots.finish == RUNNING)

@@ -217,6 +217,25 @@ def test_drafts_are_tried_while_the_guesses_are_often_right(
     assert set(drafts) == {0}
 
 
+@pytest.mark.parametrize(("drafts", "length"), [(0, 16), (1, 32)])
+def test_a_cache_that_is_full_after_some_steps_holds_their_last_token(
+    parameters, monkeypatch, drafts, length
+):
+    """A fresh request gets one token of its prompt, and then those of 16 steps."""
+    monkeypatch.setattr("moi_jax.sampling.memory.SHORTEST_CACHE", 32)
+    # Every guess is right: they are looked up in the answer itself.
+    request = Request(random_prompts((length,))[0], max_new_tokens=60)
+    (expected,) = plain_greedy(MODEL, parameters, [request])
+    text = jnp.asarray([*request.prompt, *expected, 0, 0])
+
+    def told(tokens, lengths, count):
+        return text[lengths[:, None] + jnp.arange(count)]
+
+    monkeypatch.setattr("moi_jax.sampling.slots.look_up", told)
+    sampler = sampler_of(MODEL, slots=1, draft_tokens=drafts)
+    assert tokens_of(sampler, parameters, [request]) == [expected]
+
+
 def test_the_first_guess_is_counted_with_and_without_drafts(parameters, monkeypatch):
     prompt = random_prompts((30,))[0]
     for drafts in (0, 2):
@@ -480,15 +499,15 @@ def test_a_prompt_is_never_wider_than_the_context(parameters, monkeypatch):
 
 def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(parameters, monkeypatch):
     # Keys and values x layers x slots x heads x tokens x width x bytes.
-    expected = 2 * 2 * 6 * 2 * 504 * MODEL.head_dim
-    settings = {"slots": 6, "context": 500, "draft_tokens": 3}
+    expected = 2 * 2 * 6 * 2 * 500 * MODEL.head_dim
+    settings = {"slots": 6, "context": 500}
     assert sampler_of(MODEL, **settings).cache_bytes == 4 * expected
     bf16 = make_model(MODEL, Compute(jnp.bfloat16))
     assert sampler_of(MODEL, bf16, **settings).cache_bytes == 2 * expected
 
     layers = 4 * sum(x.size for x in jax.tree.leaves(parameters["layers"]))
     # The cache, and beside it the next shorter one while it grows: 384 is 3 x 128.
-    needed = layers + 4 * expected * (504 + 384) // 504
+    needed = layers + 4 * expected * (500 + 384) // 500
 
     class Device:
         def memory_stats(self):
@@ -500,7 +519,7 @@ def test_the_size_of_the_cache_is_known_and_one_that_cannot_fit_is_refused(param
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     sampler = sampler_of(MODEL, **settings)
     assert len(tokens_of(sampler, parameters, [Request([1], max_new_tokens=40)])[0]) == 40
-    with pytest.raises(UserError, match=r"cache of 6 x 504 tokens .* device 0 has .* Lower"):
+    with pytest.raises(UserError, match=r"cache of 6 x 500 tokens .* device 0 has .* Lower"):
         list(sampler.run(parameters, [Request([1], max_new_tokens=600)] * 6))
 
 
