@@ -13,11 +13,12 @@ import logging
 import math
 import os
 import platform
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -83,13 +84,15 @@ def local_saves(
     if config.local_every is None:
         yield None
         return
-    found = directory / RUN_ID
     run_id, start = hosts.from_main(
         "the id of the run",
-        lambda: [found.read_text() if found.is_file() else uuid.uuid4().hex, uuid.uuid4().hex[:8]],
+        lambda: [_read_id(directory / RUN_ID) or uuid.uuid4().hex, uuid.uuid4().hex[:8]],
     )
-    root = config.local_dir or Path(tempfile.gettempdir()) / f"moi_jax_{os.getuid()}"
-    saves = LocalSaves(LocalCopies(expand_home(root) / run_id), run_id, start, mesh)
+    if config.local_dir:
+        root = expand_home(config.local_dir)
+    else:
+        root = _private(Path(tempfile.gettempdir()) / f"moi_jax_{os.getuid()}")
+    saves = LocalSaves(LocalCopies(root / run_id), run_id, start, mesh)
     try:
         yield saves
         saves.wait()
@@ -97,6 +100,28 @@ def local_saves(
         saves.copies.remove()
     finally:
         saves.close()
+
+
+def _read_id(file: Path) -> str:
+    """The id of a run; "" if there is none, or no id.
+
+    It names a folder that is removed, so anything else must not be taken for one.
+    """
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    return text if re.fullmatch("[0-9a-f]{32}", text) else ""
+
+
+def _private(folder: Path) -> Path:
+    """Makes a folder that no other user can read; raises UserError if another user has made it."""
+    with suppress(OSError):  # that it cannot be written is told later
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise UserError(
+                f"{folder} can be written by other users, who could change the local copies; "
+                f"remove it, or name another folder in checkpoint.local_dir"
+            )
+    return folder
 
 
 class LocalSaves:

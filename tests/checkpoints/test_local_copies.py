@@ -10,7 +10,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moi_jax.checkpoints.local_copies import LocalCopies
-from moi_jax.checkpoints.local_saves import LocalSaves, from_replicas, newest_whole
+from moi_jax.checkpoints.local_saves import (
+    LocalSaves,
+    from_replicas,
+    local_saves,
+    newest_whole,
+)
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.parallel.axes import MESH_AXES
@@ -181,3 +186,32 @@ def test_a_mesh_without_a_replica_on_another_host_is_refused(tmp_path):
 def test_settings_that_have_no_effect_are_refused(checkpoint, message):
     with pytest.raises(UserError, match=message):
         make_config({"checkpoint": checkpoint})
+
+
+@pytest.mark.parametrize("content", ["", "../../others", "/tmp", "ab"])
+def test_what_is_no_id_names_no_folder_that_is_removed(tmp_path, content):
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    (disk / "another").mkdir(parents=True)
+    (tmp_path / "others").mkdir()
+    run.mkdir()
+    (run / "run_id").write_text(content)
+    config = make_config({"checkpoint": {"local_every": 1, "local_dir": str(disk)}}).checkpoint
+    with local_saves(config, run, mesh(1)) as saves:
+        assert saves.copies.folder.parent == disk
+        assert len(saves.copies.folder.name) == 32
+    assert [path.name for path in disk.iterdir()] == ["another"]
+
+
+def test_other_users_cannot_read_or_replace_the_copies(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = make_config({"checkpoint": {"local_every": 1}}).checkpoint
+    with local_saves(config, tmp_path / "run", mesh(1)):
+        pass
+    (folder,) = tmp_path.glob("moi_jax_*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with (
+        pytest.raises(UserError, match="can be written by other users"),
+        local_saves(config, tmp_path / "run", mesh(1)),
+    ):
+        pass
