@@ -9,6 +9,7 @@ orbax's emergency checkpoints have this purpose; docs/reliability.md says why th
 """
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -84,15 +85,21 @@ def local_saves(
     if config.local_every is None:
         yield None
         return
-    run_id, start = hosts.from_main(
+    run_id, start, place = hosts.from_main(
         "the id of the run",
-        lambda: [_read_id(directory / RUN_ID) or uuid.uuid4().hex, uuid.uuid4().hex[:8]],
+        lambda: [
+            _read_id(directory / RUN_ID) or uuid.uuid4().hex,
+            uuid.uuid4().hex[:8],
+            str(directory.resolve()),
+        ],
     )
+    # A copy of the run directory has the same id, but is another run.
+    folder = hashlib.sha256(f"{run_id} {place}".encode()).hexdigest()[:32]
     if config.local_dir:
         root = expand_home(config.local_dir)
     else:
         root = _private(Path(tempfile.gettempdir()) / f"moi_jax_{os.getuid()}")
-    saves = LocalSaves(LocalCopies(root / run_id), run_id, start, mesh)
+    saves = LocalSaves(LocalCopies(root / folder), run_id, start, mesh)
     try:
         yield saves
         saves.wait()

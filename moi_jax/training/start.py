@@ -96,6 +96,8 @@ def start_run(
         _write_description(directory, experiment, mixture)
         if local:
             atomic_write_text(directory / RUN_ID, local.run_id)
+        else:  # copies that are there fall behind the run, and must not be taken later
+            (directory / RUN_ID).unlink(missing_ok=True)
     answers = hosts.from_main(
         "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)[-1:]
     )

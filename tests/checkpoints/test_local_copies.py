@@ -202,6 +202,17 @@ def test_what_is_no_id_names_no_folder_that_is_removed(tmp_path, content):
     assert [path.name for path in disk.iterdir()] == ["another"]
 
 
+def test_a_copied_run_directory_has_copies_of_its_own(tmp_path):
+    disk, folders = tmp_path / "disk", []
+    config = make_config({"checkpoint": {"local_every": 1, "local_dir": str(disk)}}).checkpoint
+    for name in ("run", "run", "copied"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "run_id").write_text("0" * 32)
+        with local_saves(config, tmp_path / name, mesh(1)) as saves:
+            folders.append(saves.copies.folder)
+    assert folders[0] == folders[1] != folders[2]
+
+
 def test_other_users_cannot_read_or_replace_the_copies(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     config = make_config({"checkpoint": {"local_every": 1}}).checkpoint

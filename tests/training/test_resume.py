@@ -192,8 +192,11 @@ def test_changed_data_is_refused_though_its_path_is_the_same(uninterrupted, tmp_
 
 def test_a_longer_run_and_another_batch_size_resume_when_allowed(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "run_id").write_text("0" * 32)
     changes = ["train.steps=12", "train.global_batch_rows=4"]
     train_here(small_config(tmp_path), *changes, allow_change=True)
+    # Local copies of an earlier start are behind the run now, so nothing knows them any more.
+    assert not (tmp_path / "run" / "run_id").exists()
     last = records(tmp_path / "run" / "metrics.jsonl")[-2:]
     # Ten batches of two rows, then two of four.
     assert [r["row"] for r in last if "row" in r][-1] == 10 * 2 + 2 * 4
