@@ -11,7 +11,7 @@ from moi_jax.parallel.axes import constrain
 
 # The logical axes of a layer's keys [B, K, N, T], and of its values [B, K, T, N].
 KV_AXES = ("batch", "kv_heads", None, None)
-# Of places that rise and differ. XLA then writes them in one go, also on a TPU.
+# Of places that rise and differ. A TPU's compiler then makes one scatter, and no loop over rows.
 _IN_ORDER: Any = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
 
 

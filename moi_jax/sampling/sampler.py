@@ -42,8 +42,8 @@ from moi_jax.text.tokenizer import Tokenizer
 STEPS, STREAMING_STEPS = 16, 4
 # Guesses at the next tokens that a step tries, see `sampling.drafts`.
 DRAFT_TOKENS = 3
-# It tries them while at least this share of the first guesses is right. On a CPU a step for four
-# tokens takes 1.6 times as long as one for a single token (benchmarks/sampling.py).
+# It tries them while at least this share of the first guesses is right. With fewer, steps that take
+# longer cost more than they save, on a CPU at least.
 WORTHWHILE = 1 / 3
 
 
@@ -161,6 +161,8 @@ class Sampler:
         steps = STREAMING_STEPS if on_text else STEPS
         running: dict[int, RunningRequest] = {}  # by their slots
         drafts = self.draft_tokens if greedy else 0
+        # Tokens if all guesses are right, and the first one of a fresh request.
+        most = 1 + steps * (1 + drafts)
         while waiting or running:
             if not waiting and (fewer := self._fewer(len(running), count)):
                 count, kept = fewer, _padded(list(running), fewer)
@@ -172,7 +174,7 @@ class Sampler:
             running |= fresh
             max_finished = count // 16 + 1 if waiting else count
             with limited_batch(), self._on_mesh():
-                cache, slots = self._admit(views, cache, slots, running, fresh, steps, greedy)
+                cache, slots = self._admit(views, cache, slots, running, fresh, most, greedy)
                 live = np.isin(np.arange(count), list(running))
                 cache, slots, guesses = self._generate(
                     views, cache, slots, live, np.int32(steps), np.int32(max_finished), drafts
@@ -219,12 +221,10 @@ class Sampler:
         slots: Slots,
         running: Mapping[int, RunningRequest],
         fresh: Mapping[int, RunningRequest],
-        steps: int,
+        most: int,
         greedy: bool,
     ) -> tuple[Cache, Slots]:
-        """Makes room for `steps` more steps of all running requests, and enters the fresh ones."""
-        # Tokens if all guesses are right, and the first one of a fresh request.
-        most = 1 + steps * (1 + self.draft_tokens)
+        """Makes room for `most` more tokens of all running requests, and enters the fresh ones."""
         reach = max(min(one.length + most, one.limit) for one in running.values())
         if cache.length != (length := self._memory.length(reach)):
             cache, slots = self._resize(cache, slots, length)

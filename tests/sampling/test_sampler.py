@@ -250,9 +250,9 @@ def test_the_first_guess_is_counted_with_and_without_drafts(parameters, monkeypa
         monkeypatch.setattr("moi_jax.sampling.sampler.STEPS", 1)
         monkeypatch.setattr(sampler, "_generate", watched)
         (answer,) = tokens_of(sampler, parameters, [Request(prompt, max_new_tokens=60)])
-        text, length = [*prompt, *answer], len(prompt) + 1
+        text, length = jnp.asarray([*prompt, *answer]), len(prompt) + 1
         for right, made, after in counts:
-            guess = look_up(jnp.asarray([text[:length]]), jnp.asarray([length]), 1)
+            guess = look_up(text[None], jnp.asarray([length]), 1)
             # The last token ends the answer, so nothing is made of a right guess at it.
             assert right == (int(guess[0, 0]) == text[length] and length + 1 < len(text))
             assert made == 1
