@@ -94,7 +94,8 @@ def speed_figures(model: ModelConfig, rows: Batch, mesh: Mesh, seconds: float) -
     real = rows.segment_ids > 0
     tokens, (count, length) = int(real.sum()), real.shape
     segments = [np.bincount(ids)[1:] for ids in rows.segment_ids]
-    work = Work(count, tokens, causal_pairs(np.concatenate(segments)), seconds)
+    pairs, loss_tokens = causal_pairs(np.concatenate(segments)), int((rows.loss_weights > 0).sum())
+    work = Work(count, tokens, pairs, loss_tokens, seconds)
     return {
         "rows": count, "S": length, "tokens": tokens, "step_seconds": seconds,
         "tokens_per_second": tokens / seconds, **DeviceFigures(model, length, mesh).record(work),

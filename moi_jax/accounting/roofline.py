@@ -66,8 +66,9 @@ class Executed:
 
     Attributes:
       useful, usual: see models/flops.py.
-      executed: of the usual count, with what rematerialisation repeats. The kernels skip what is
-        masked only in whole blocks, so that this is nearer to what runs than the useful count.
+      executed: what runs, with what rematerialisation repeats: padding, too, but not the pairs that
+        are masked, nor the logits of tokens without loss. Both are skipped only in whole blocks,
+        so that this is the least that runs.
     """
 
     useful: int
@@ -79,10 +80,10 @@ def flops_of(config: Config, model: ModelConfig, work: Work) -> Executed:
     """Counts the operations of a step of this config, whose batch has this work."""
     rows, length = config.train.global_batch_rows, config.data.sequence_length
     usual = usual_flops(model, rows, length)
-    useful = step_flops(model, work.tokens, work.pairs)
+    loss_tokens = work.tokens if work.loss_tokens is None else work.loss_tokens
+    useful = step_flops(model, work.tokens, work.pairs, loss_tokens)
     repeated = repeated_flops(model, config.model, rows * length, work.pairs)
-    # Attention of other segments is skipped; padding is computed.
-    run = step_flops(model, rows * length, work.pairs)
+    run = step_flops(model, rows * length, work.pairs, loss_tokens)
     return Executed(useful.total, usual.total, run.total + repeated)
 
 

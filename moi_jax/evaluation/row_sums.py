@@ -30,12 +30,12 @@ def row_sums_step(bind: Bind, mesh: Mesh) -> Callable[[Tree, Batch], RowSums]:
         hidden = model.hidden_states(
             batch.tokens, batch.positions, batch.segment_ids, extend_context=False
         )
-        nll, correct = token_scores(hidden, model.head_kernel(), batch.targets)
         counts = batch.loss_weights > 0
+        nll, correct = token_scores(hidden, model.head_kernel(), batch.targets, counts)
         return RowSums(
-            nll=jnp.sum(jnp.where(counts, nll, 0), axis=1),
+            nll=jnp.sum(nll, axis=1),
             loss_tokens=jnp.sum(counts, axis=1, dtype=jnp.int32),
-            correct=jnp.sum(counts & correct, axis=1, dtype=jnp.int32),
+            correct=jnp.sum(correct, axis=1, dtype=jnp.int32),
         )
 
     return jax.jit(step, out_shardings=replicated(mesh))

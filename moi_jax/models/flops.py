@@ -4,12 +4,14 @@ A multiplication with its addition is two operations. Only matrix products count
 embeddings, softmax and the optimizer are left out, as in every published figure. Two counts are in
 use here, and both leave out what rematerialisation computes again:
 
-* useful: the tokens of segments, and the (query, key) pairs that attention uses in them. Padding
-  and masked pairs are no use. `step_flops(config, tokens, causal_pairs(segment_lengths))`.
-* usual: every position of every row, and causal attention over whole rows, whatever is packed in
-  them. That is the count of MaxText (`calculate_tflops_training_per_device` in maxtext_utils.py),
-  which halves the attention of PaLM (Chowdhery et al. 2022, appendix B: 6 N + 12 L H N S a token)
-  because the mask is causal. `usual_flops(config, rows, sequence_length)`.
+* useful: the tokens of segments, the (query, key) pairs that attention uses in them, and the logits
+  of the tokens with loss. Padding, masked pairs and the logits of prompts are no use.
+  `step_flops(config, tokens, causal_pairs(segment_lengths), loss_tokens)`.
+* usual: every position of every row with its logits, and causal attention over whole rows, whatever
+  is packed in them. That is the count of MaxText (`calculate_tflops_training_per_device` in
+  maxtext_utils.py), which halves the attention of PaLM (Chowdhery et al. 2022, appendix B:
+  6 N + 12 L H N S a token) because the mask is causal.
+  `usual_flops(config, rows, sequence_length)`.
 """
 
 import dataclasses
@@ -57,7 +59,7 @@ def layer_adapter_size(config: ModelConfig) -> int:
     return int(sum(sizes)) // config.num_layers
 
 
-def step_flops(config: ModelConfig, tokens: int, pairs: int) -> Flops:
+def step_flops(config: ModelConfig, tokens: int, pairs: int, loss_tokens: int) -> Flops:
     """Counts the operations of one train step, forward and backward.
 
     All parameters count as trained; where there are adapters, they alone do.
@@ -65,6 +67,7 @@ def step_flops(config: ModelConfig, tokens: int, pairs: int) -> Flops:
     Args:
       tokens: tokens of the whole batch that go through the model.
       pairs: (query, key) pairs that attention uses in the whole batch, see `causal_pairs`.
+      loss_tokens: tokens of the whole batch whose logits are computed.
     """
     own = FROZEN_PASSES if config.adapter else PASSES
     matrices = own * layer_matrix_size(config) + PASSES * layer_adapter_size(config)
@@ -73,7 +76,7 @@ def step_flops(config: ModelConfig, tokens: int, pairs: int) -> Flops:
     return Flops(
         matmuls=2 * tokens * config.num_layers * matrices,
         attention=pair * config.num_layers,
-        head=2 * own * tokens * config.hidden_size * config.vocab_size,
+        head=2 * own * loss_tokens * config.hidden_size * config.vocab_size,
     )
 
 
@@ -83,7 +86,8 @@ def usual_flops(config: ModelConfig, rows: int, sequence_length: int) -> Flops:
     Args:
       rows: rows of the global batch, of `sequence_length` tokens each.
     """
-    return step_flops(config, rows * sequence_length, rows * sequence_length**2 // 2)
+    tokens = rows * sequence_length
+    return step_flops(config, tokens, tokens * sequence_length // 2, tokens)
 
 
 def causal_pairs(segment_lengths: np.ndarray) -> int:

@@ -5,6 +5,7 @@ devices that share the logits (the logical axis head_vocab), padded to a multipl
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -35,38 +36,39 @@ def weighted_nll(
 
     Returns:
       The sum, which has a gradient in `hidden` and `head`; and the nll of each target in nats,
-      [B, S], which has none. Both are float32 or wider.
+      [B, S], 0 where the weight is, which has none. Both are float32 or wider.
     """
-    nll, _ = token_scores(hidden, head, targets)
+    nll, _ = token_scores(hidden, head, targets, weights > 0)
     return _weighted_sum(nll, weights), nll
 
 
 def token_scores(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, counts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the nll of each target, [B, S], and whether it is the most likely token, bool[B, S].
 
-    The arguments are those of `weighted_nll`.
+    Args:
+      hidden, head, targets: see `weighted_nll`.
+      counts: bool[B, S], the positions that are asked for. The others get 0 and False.
     """
-    chunks, vocabulary = _Chunks.of(hidden), head.shape[1]
+    chunks, vocabulary = _Chunks.of(counts), head.shape[1]
     head = _split_by_vocabulary(head.astype(hidden.dtype))
 
-    def step(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
-        hidden, targets = map(chunks.gather, chunk)
+    def step(_: None, chunk: tuple[jax.Array, ...]) -> tuple[None, Any]:
+        hidden, targets, counts = map(chunks.gather, chunk)
         logits = _logits(hidden, head, vocabulary)
         nll = jax.nn.logsumexp(logits, axis=-1) - _at_targets(logits, targets)
-        likeliest = jnp.argmax(logits, axis=-1) == targets
-        return None, (chunks.scatter(nll), chunks.scatter(likeliest))
+        likeliest = counts & (jnp.argmax(logits, axis=-1) == targets)
+        return None, (chunks.scatter(jnp.where(counts, nll, 0)), chunks.scatter(likeliest))
 
-    _, scores = jax.lax.scan(step, None, (chunks.split(hidden), chunks.split(targets)))
-    return jax.tree.map(chunks.join, scores)
+    return chunks.scan(step, None, (hidden, targets, counts))[1]
 
 
 def _forward(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Returns the result of `weighted_nll` and its gradients in hidden and head."""
-    chunks, vocabulary = _Chunks.of(hidden), head.shape[1]
+    chunks, vocabulary = _Chunks.of(weights > 0), head.shape[1]
     split = _split_by_vocabulary(head.astype(hidden.dtype))
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
 
@@ -74,7 +76,7 @@ def _forward(
         hidden, targets, weights = map(chunks.gather, chunk)
         logits = _logits(hidden, split, vocabulary)
         log_sum = jax.nn.logsumexp(logits, axis=-1)
-        nll = log_sum - _at_targets(logits, targets)
+        nll = jnp.where(weights > 0, log_sum - _at_targets(logits, targets), 0)
         slope = jnp.exp(logits - log_sum[..., None]) - _is_target(logits, targets)
         weights = weights.astype(wide)[..., None]
         slope = jnp.where(weights > 0, weights * slope, 0).astype(hidden.dtype)
@@ -86,12 +88,8 @@ def _forward(
         return head_gradient, (chunks.scatter(nll), chunks.scatter(hidden_gradient))
 
     zeros = jnp.zeros((chunks.groups, *split.shape), wide)
-    head_gradient, (nll, hidden_gradient) = jax.lax.scan(
-        step,
-        constrain(zeros, "logits_batch", None, "head_vocab"),
-        tuple(map(chunks.split, (hidden, targets, weights))),
-    )
-    nll, hidden_gradient = chunks.join(nll), chunks.join(hidden_gradient)
+    zeros = constrain(zeros, "logits_batch", None, "head_vocab")
+    head_gradient, (nll, hidden_gradient) = chunks.scan(step, zeros, (hidden, targets, weights))
     head_gradient = constrain(jnp.sum(head_gradient, axis=0), "embed", "vocab")[:, :vocabulary]
     results = _weighted_sum(nll, weights), nll
     return results, (hidden_gradient, head_gradient.astype(head.dtype))
@@ -109,51 +107,107 @@ weighted_nll.defvjp(_forward, _backward)
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """How tokens [B, S, ...] are cut into chunks along the sequence.
+    """How tokens [B, S, ...] are cut into chunks, those that count first.
 
-    A chunk takes `width` tokens from each of the parts into which the mesh splits a row, so that
-    every device holds a share of each chunk.
+    Each device has the same share of a chunk, `width` of its own tokens. So no token has to travel
+    for the new order. The chunks in which no token counts are skipped.
 
     Attributes:
+      shape: (B, S).
+      parts: into how many parts the mesh splits B and S.
       groups: the groups of rows, G, which different devices compute the logits of.
+      width: the tokens of a chunk in each part.
+      order: int32[*parts, chunks * width], the tokens of each part in the order of the chunks.
+        The part is padded at its end.
+      needed: bool[chunks], whether a token of the chunk counts.
     """
 
-    rows: int
-    length: int
-    parts: int
-    width: int
+    shape: tuple[int, int]
+    parts: tuple[int, int]
     groups: int
+    width: int
+    order: jax.Array
+    needed: jax.Array
 
     @classmethod
-    def of(cls, hidden: jax.Array) -> "_Chunks":
-        """Chooses the chunks for final states [B, S, D]: at most CHUNK_TOKENS on a device."""
-        rows, length, _ = hidden.shape
-        parts, groups = shard_count("sequence", length), shard_count("logits_batch", rows)
+    def of(cls, counts: jax.Array) -> "_Chunks":
+        """Makes chunks of at most CHUNK_TOKENS on a device; counts bool[B, S]."""
+        rows, length = counts.shape
+        parts = shard_count("batch", rows), shard_count("sequence", length)
         mesh = jax.sharding.get_abstract_mesh()
-        devices = 1 if mesh.empty else mesh.size
-        limit = max(CHUNK_TOKENS * devices // (rows * parts), 1)
-        share = length // parts
-        width = max(w for w in range(1, share + 1) if share % w == 0 and w <= limit)
-        return cls(rows, length, parts, width, groups)
+        limit = CHUNK_TOKENS * (1 if mesh.empty else mesh.size) // math.prod(parts)
+        share = counts.size // math.prod(parts)
+        chunks = math.ceil(share / limit)
+        width = math.ceil(share / chunks)
+        counts = _pad(_cut(counts, parts), chunks * width)
+        return cls(
+            shape=(rows, length),
+            parts=parts,
+            groups=shard_count("logits_batch", parts[0]),
+            width=width,
+            order=jnp.argsort(~counts, axis=-1, stable=True).astype(jnp.int32),
+            needed=jnp.max(jnp.sum(counts, axis=-1)) > width * jnp.arange(chunks),
+        )
 
-    def split(self, x: jax.Array) -> jax.Array:
-        """[B, S, ...] -> [chunks, B, parts, width, ...]."""
-        x = x.reshape(self.rows, self.parts, -1, self.width, *x.shape[2:])
-        return jnp.moveaxis(x, 2, 0)
+    def scan(self, step: Any, carry: Any, arrays: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        """Runs `step` as `jax.lax.scan` does, over the chunks of arrays [B, S, ...].
 
-    def join(self, x: jax.Array) -> jax.Array:
-        """The inverse of `split`."""
-        return jnp.moveaxis(x, 0, 2).reshape(self.rows, self.length, *x.shape[4:])
+        Returns:
+          The last carry, and the results [B, S, ...], 0 in the chunks that are skipped.
+        """
+
+        def skip(carry: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+            results = jax.eval_shape(step, carry, chunk)[1]
+            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+
+        def one(carry: Any, inputs: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[Any, Any]:
+            needed, chunk = inputs
+            return jax.lax.cond(needed, step, skip, carry, chunk)
+
+        carry, results = jax.lax.scan(one, carry, (self.needed, tuple(map(self._split, arrays))))
+        return carry, jax.tree.map(self._join, results)
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """[B, parts, width, ...] -> [G, T, ...], on all devices that share the vocabulary."""
+        """[*parts, width, ...] -> [G, T, ...], on all devices that share the vocabulary."""
         x = constrain(x, "logits_batch", *[None] * (x.ndim - 1))
         return x.reshape(self.groups, -1, *x.shape[3:])
 
     def scatter(self, x: jax.Array) -> jax.Array:
-        """[G, T, ...] -> [B, parts, width, ...], each token on the device of its row."""
-        x = x.reshape(self.rows, self.parts, self.width, *x.shape[2:])
+        """[G, T, ...] -> [*parts, width, ...], each token on its own device."""
+        x = x.reshape(*self.parts, self.width, *x.shape[2:])
         return constrain(x, "batch", "sequence", *[None] * (x.ndim - 2))
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """[B, S, ...] -> [chunks, *parts, width, ...]."""
+        x = _take(_pad(_cut(x, self.parts), self.order.shape[2]), self.order)
+        return jnp.moveaxis(x.reshape(*self.parts, -1, self.width, *x.shape[3:]), 2, 0)
+
+    def _join(self, x: jax.Array) -> jax.Array:
+        """The inverse of `_split`."""
+        x = jnp.moveaxis(x, 0, 2).reshape(*self.order.shape, *x.shape[4:])
+        rows, parts = self.shape[0] // self.parts[0], self.parts[1]
+        places = jnp.argsort(self.order, axis=-1)[..., : rows * self.shape[1] // parts]
+        x = _take(x, places).reshape(self.parts[0], parts, rows, -1, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 2).reshape(*self.shape, *x.shape[4:])
+
+
+def _cut(x: jax.Array, parts: tuple[int, int]) -> jax.Array:
+    """[B, S, ...] -> [*parts, tokens of a part, ...]; each part stays on its device."""
+    rows, length = x.shape[0] // parts[0], x.shape[1] // parts[1]
+    x = jnp.moveaxis(x.reshape(parts[0], rows, parts[1], length, *x.shape[2:]), 2, 1)
+    x = x.reshape(*parts, -1, *x.shape[4:])
+    return constrain(x, "batch", "sequence", *[None] * (x.ndim - 2))
+
+
+def _pad(x: jax.Array, size: int) -> jax.Array:
+    """Pads the third axis with zeros."""
+    return jnp.pad(x, [(0, size - x.shape[2] if axis == 2 else 0) for axis in range(x.ndim)])
+
+
+def _take(x: jax.Array, places: jax.Array) -> jax.Array:
+    """Takes these places [*parts, n] of the third axis."""
+    places = places.reshape(*places.shape, *[1] * (x.ndim - 3))
+    return jnp.take_along_axis(x, places, axis=2)
 
 
 def _split_by_vocabulary(head: jax.Array) -> jax.Array:

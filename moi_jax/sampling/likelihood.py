@@ -81,12 +81,13 @@ class LikelihoodScorer:
             last = jnp.take_along_axis(hidden, place_of[lengths - 1][:, None, None], axis=1)
             log_probs = jax.nn.log_softmax(model.logits(last)[:, 0])
             likeliest = jnp.argmax(log_probs, axis=-1)
-            # The `before` tokens before the last one. If a row has fewer, the first columns are
-            # meaningless, and no continuation uses them.
-            scored = jnp.maximum(lengths[:, None] - 1 - before + jnp.arange(before), 0)
+            # The `before` tokens before the last one. A row may have fewer.
+            scored = lengths[:, None] - 1 - before + jnp.arange(before)
+            counts, scored = scored >= 0, jnp.maximum(scored, 0)
             states = jnp.take_along_axis(hidden, place_of[scored][..., None], axis=1)
             targets = jnp.take_along_axis(tokens, place_of[scored + 1], axis=1)
-            return log_probs, likeliest, *token_scores(states, model.head_kernel(), targets)
+            scores = token_scores(states, model.head_kernel(), targets, counts)
+            return log_probs, likeliest, *scores
 
         self._score_rows = jax.jit(
             score,

@@ -18,12 +18,14 @@ class Work:
       rows: batch rows with tokens.
       tokens: tokens in these rows.
       pairs: (query, key) pairs that attention uses among them.
+      loss_tokens: those of the tokens that carry loss.
       seconds: how long the steps took.
     """
 
     rows: int
     tokens: int
     pairs: int
+    loss_tokens: int
     seconds: float
 
 
@@ -39,8 +41,8 @@ class DeviceFigures:
     def record(self, work: Work) -> dict[str, float]:
         """The keys for a record of metrics.jsonl.
 
-        mfu: the operations of the tokens and of the pairs that attention uses, over what the chips
-          could do in that time, by their published bfloat16 peak. See `models/flops.py`.
+        mfu: the useful operations of `models/flops.py` over what the chips could do in that time,
+          by their published bfloat16 peak.
         mfu_full_causal: the same for full rows, and causal attention over whole rows, which is how
           others publish it.
         peak_device_memory_bytes: the most that a device of this process has had in use so far.
@@ -49,7 +51,8 @@ class DeviceFigures:
         if self._peak:
             most = self._peak * work.seconds
             full = usual_flops(self._model, work.rows, self._sequence_length).total
-            record["mfu"] = step_flops(self._model, work.tokens, work.pairs).total / most
+            useful = step_flops(self._model, work.tokens, work.pairs, work.loss_tokens).total
+            record["mfu"] = useful / most
             record["mfu_full_causal"] = full / most
         if peak := max(map(_peak_memory, self._local), default=0):
             record["peak_device_memory_bytes"] = peak

@@ -216,6 +216,11 @@ class StepWindow:
         return int(self._sums["tokens"])
 
     @property
+    def loss_tokens(self) -> int:
+        """The number of those that carry loss."""
+        return int(self._sums["loss_tokens"])
+
+    @property
     def seconds(self) -> float:
         """Seconds since the window started, without the pauses."""
         return max(time.monotonic() - self._started - self._paused, 1e-9)

@@ -104,7 +104,6 @@ def microbatch_sums(
     )
     weighted, nll = weighted_nll(hidden, model.head_kernel(), batch.targets, batch.loss_weights)
     counts = batch.loss_weights > 0
-    nll = jnp.where(counts, nll, 0)
     in_domain = batch.domain_ids[..., None] == jnp.arange(domains)
     return weighted, {
         "weights": jnp.sum(batch.loss_weights.astype(nll.dtype)),

@@ -134,7 +134,9 @@ class StepReader:
             "learning_rate": float(metrics["learning_rate"]),
             "grad_norm": float(metrics["grad_norm"]),
             **window.record(),
-            **run.devices.record(Work(window.rows, window.tokens, self._pairs, seconds)),
+            **run.devices.record(
+                Work(window.rows, window.tokens, self._pairs, window.loss_tokens, seconds)
+            ),
         }
         run.log.write(record)
         spent = dict(run.clock.seconds)

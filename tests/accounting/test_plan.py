@@ -154,10 +154,13 @@ def test_work_is_that_of_the_batches(tmp_path, mask):
 
 
 def test_useful_operations_are_those_of_the_work():
-    work = dataclasses.replace(WORK, tokens=1000, pairs=5000)
+    work = dataclasses.replace(WORK, tokens=1000, pairs=5000, loss_tokens=600)
     flops = flops_of(CONFIG, MODEL, work)
-    assert flops.useful == step_flops(MODEL, 1000, 5000).total
+    assert flops.useful == step_flops(MODEL, 1000, 5000, 600).total
     assert flops.useful < flops.usual < flops.executed
+    # Without the data, all tokens count as tokens with loss.
+    unknown = flops_of(CONFIG, MODEL, dataclasses.replace(work, loss_tokens=None))
+    assert unknown.useful == step_flops(MODEL, 1000, 5000, 1000).total
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])

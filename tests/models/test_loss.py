@@ -1,4 +1,7 @@
-"""The chunked vocabulary loss: it equals the unchunked loss and never materialises the logits."""
+"""The chunked vocabulary loss: it equals the unchunked loss and never materialises the logits.
+
+Nor does it compute those of a chunk in which no position counts.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +39,7 @@ def test_chunks_give_the_whole_loss_and_gradients(monkeypatch, chunk_tokens):
         return weighted_nll(hidden, head, targets, weights)
 
     def plain(hidden, head):
-        nll = whole_nll(hidden, head, targets)
+        nll = jnp.where(weights > 0, whole_nll(hidden, head, targets), 0)
         return jnp.sum(weights * nll), nll
 
     ours, whole = (
@@ -46,9 +49,14 @@ def test_chunks_give_the_whole_loss_and_gradients(monkeypatch, chunk_tokens):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, whole)
 
 
-@pytest.mark.parametrize(
-    "axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["fsdp", "data, fsdp, tensor"]
+MESHES = pytest.mark.parametrize(
+    "axes",
+    [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}],
+    ids=", ".join,
 )
+
+
+@MESHES
 def test_a_vocabulary_that_does_not_divide_over_the_mesh_gives_the_same(axes):
     """V = 50 is padded to 56 or 52 where the logits are split, and only there."""
     hidden, head, targets = (np.repeat(x, 2, axis=0) if x.ndim > 1 else x for x in inputs())
@@ -60,7 +68,7 @@ def test_a_vocabulary_that_does_not_divide_over_the_mesh_gives_the_same(axes):
 
     with jax.set_mesh(mesh):
         ours = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
-    nll = whole_nll(hidden, head, targets)
+    nll = np.where(weights > 0, whole_nll(hidden, head, targets), 0)
     np.testing.assert_allclose(ours[0][1], nll, rtol=1e-5, atol=1e-5)
     whole = jax.grad(lambda h, w: jnp.sum(weights * whole_nll(h, w, targets)), argnums=(0, 1))(
         hidden, head
@@ -68,6 +76,64 @@ def test_a_vocabulary_that_does_not_divide_over_the_mesh_gives_the_same(axes):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours[1], whole
     )
+
+
+def sparse_weights(seed: int, rows: int) -> np.ndarray:
+    """float32[rows, S]; the share of positions with a weight differs from row to row, down to 0."""
+    rng = np.random.default_rng(seed)
+    counts = rng.random((rows, S)) < np.linspace(0, 0.7, rows)[:, None]
+    return np.where(counts, rng.random((rows, S)), 0).astype(np.float32)
+
+
+@MESHES
+@pytest.mark.parametrize("chunk_tokens", [1, 5])
+def test_scattered_weights_give_the_whole_loss_on_a_mesh(monkeypatch, axes, chunk_tokens):
+    monkeypatch.setattr(loss_lib, "CHUNK_TOKENS", chunk_tokens)
+    hidden, head, targets = (np.repeat(x, 2, axis=0) if x.ndim > 1 else x for x in inputs())
+    head, weights = head[:D], sparse_weights(1, 2 * B)
+
+    def loss(hidden, head):
+        return weighted_nll(hidden, head, targets, weights)
+
+    with jax.set_mesh(make_mesh(config_lib.Mesh(**axes), jax.devices())):
+        (_, nll), ours = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+            hidden, head
+        )
+    whole = np.where(weights > 0, whole_nll(hidden, head, targets), 0)
+    np.testing.assert_allclose(nll, whole, rtol=1e-5, atol=1e-5)
+    gradients = jax.grad(lambda h, w: jnp.sum(weights * whole_nll(h, w, targets)), argnums=(0, 1))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        ours,
+        gradients(hidden, head),
+    )
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_only_chunks_with_a_position_that_counts_are_computed(monkeypatch, share):
+    """Chunks of 8 of 96 positions. jax calls back for each chunk whose logits it computes."""
+    monkeypatch.setattr(loss_lib, "CHUNK_TOKENS", 8)
+    computed = []
+
+    def counted(*args):
+        logits = logits_of(*args)
+        jax.debug.callback(lambda: computed.append(1))
+        return logits
+
+    logits_of = loss_lib._logits
+    monkeypatch.setattr(loss_lib, "_logits", counted)
+    hidden, head, targets = inputs()
+    weights = (np.random.default_rng(0).random((B, S)) < share).astype(np.float32)
+    nll, likeliest = loss_lib.token_scores(hidden, head, targets, weights > 0)
+    gradients = jax.grad(lambda h: weighted_nll(h, head, targets, weights)[0])(hidden)
+    jax.effects_barrier()
+    assert len(computed) == 2 * np.ceil(weights.sum() / 8)  # once for each of the two functions
+    for result in (nll, likeliest, gradients):
+        assert not np.asarray(result)[weights == 0].any()
+    whole = whole_nll(hidden, head, targets)
+    np.testing.assert_allclose(nll, np.where(weights > 0, whole, 0), rtol=1e-5, atol=1e-5)
+    right = (hidden @ head).argmax(axis=-1) == targets
+    np.testing.assert_array_equal(likeliest, right & (weights > 0))
 
 
 def test_a_position_without_weight_counts_nothing_even_if_it_is_not_finite():

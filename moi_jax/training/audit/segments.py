@@ -122,7 +122,8 @@ def _token_losses(run: SavedRun) -> TokenLosses:
         hidden = model.hidden_states(
             batch.tokens, batch.positions, batch.segment_ids, extend_context=False
         )
-        return token_scores(hidden, model.head_kernel(), batch.targets)[0]
+        counts = batch.segment_ids > 0
+        return token_scores(hidden, model.head_kernel(), batch.targets, counts)[0]
 
     jitted = jax.jit(step, out_shardings=replicated(run.mesh))
 
