@@ -96,10 +96,11 @@ def local_saves(
     # A copy of the run directory has the same id, but is another run.
     folder = hashlib.sha256(f"{run_id} {place}".encode()).hexdigest()[:32]
     if config.local_dir:
-        root = expand_home(config.local_dir)
+        copies = LocalCopies(expand_home(config.local_dir) / folder)
     else:
-        root = _private(Path(tempfile.gettempdir()) / f"moi_jax_{os.getuid()}")
-    saves = LocalSaves(LocalCopies(root / folder), run_id, start, mesh)
+        own = Path(tempfile.gettempdir()) / f"moi_jax_{os.getuid()}"
+        copies = LocalCopies(own / folder, private=True)
+    saves = LocalSaves(copies, run_id, start, mesh)
     try:
         yield saves
         saves.wait()
@@ -116,19 +117,6 @@ def _read_id(file: Path) -> str:
     """
     text = file.read_text(errors="replace") if file.is_file() else ""
     return text if re.fullmatch("[0-9a-f]{32}", text) else ""
-
-
-def _private(folder: Path) -> Path:
-    """Makes a folder that no other user can read; raises UserError if another user has made it."""
-    with suppress(OSError):  # that it cannot be written is told later
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise UserError(
-                f"{folder} can be written by other users, who could change the local copies; "
-                f"remove it, or name another folder in checkpoint.local_dir"
-            )
-    return folder
 
 
 class LocalSaves:
@@ -263,7 +251,7 @@ class LocalSaves:
         try:
             self.copies.write(f"{step}.{self._start}", hosts.process_index(), record, parts)
             self._failed = False
-        except OSError as error:
+        except (OSError, UserError) as error:
             if not self._failed:  # told once
                 log.warning(
                     f"cannot write the local copy of step {step} in {self.copies.folder} on "

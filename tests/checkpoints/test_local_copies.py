@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -226,3 +227,28 @@ def test_other_users_cannot_read_or_replace_the_copies(tmp_path, monkeypatch):
         local_saves(config, tmp_path / "run", mesh(1)),
     ):
         pass
+
+
+def test_a_folder_that_is_cleaned_up_in_the_run_is_made_anew(tmp_path, monkeypatch, log_text):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = make_config({"checkpoint": {"local_every": 1}}).checkpoint
+    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    with local_saves(config, tmp_path / "run", mesh(1)) as saves:
+        own = saves.copies.folder.parent
+        for step in (1, 2):
+            saves.save(step, state, {}, {}, None)
+            saves.wait()
+            assert len(saves.copies.sound(after=step - 1)) == 1
+            shutil.rmtree(own)
+        own.mkdir()
+        own.chmod(0o777)  # by another user
+        saves.save(3, state, {}, {}, None)
+        saves.wait()
+        assert not list(own.iterdir())
+        own.rmdir()
+        saves.save(4, state, {}, {}, None)
+        saves.wait()
+        assert own.stat().st_mode & 0o777 == 0o700
+    (line,) = log_text.getvalue().splitlines()
+    assert line.startswith("cannot write the local copy of step 3 in ")
+    assert "can be written by other users" in line
