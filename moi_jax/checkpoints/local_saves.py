@@ -87,12 +87,12 @@ def local_saves(
     if config.local_every is None:
         yield None
         return
-    (run_id, *history), start, place = hosts.from_main(
+    start, place, run_id, *history = hosts.from_main(
         "the id of the run",
         lambda: [
-            _read_id(directory / RUN_ID) or [uuid.uuid4().hex],
             uuid.uuid4().hex[:8],
             str(directory.resolve()),
+            *(_read_id(directory / RUN_ID) or [uuid.uuid4().hex]),
         ],
     )
     # A copy of the run directory has the same id, but is another run.
@@ -200,14 +200,16 @@ class LocalSaves:
         needed = sorted(set(self._parts.values()))
         mine: Json = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
         reports = hosts.gather("the local copies", mine)
-        name = newest_whole(reports)
-        if name is None:
+        newest = newest_whole(reports)
+        if newest is None:
             return None
-        lacking = [set(report["needed"]) - set(report["held"].get(name, ())) for report in reports]
-        copy = held.get(name, Copy({}))
+        lacking = [
+            set(report["needed"]) - set(report["held"].get(newest, ())) for report in reports
+        ]
+        copy = held.get(newest, Copy({}))
         record = next(record for record in hosts.gather("the local copy", copy.record) if record)
-        step = int(name.partition(".")[0])
-        path = self.copies.folder / name
+        step = int(newest.partition(".")[0])
+        path = self.copies.folder / newest
         log.info(
             "step %d is taken from the hosts' own disks (%s); %d of %d processes had all of their "
             "parts", step, path, sum(not part for part in lacking), len(lacking),
