@@ -129,8 +129,13 @@ def test_the_verdict_of_two_processes_of_which_one_is_killed(
 
 def test_the_faults_of_two_hosts_are_the_same_in_every_campaign(modules):
     from joined_cases import joined_cases
+    from joined_copies import joined_copies
 
     names, again = ([case.name for case in joined_cases(20)] for _ in range(2))
     assert names == again
     assert len(names) == len(set(names)) == 48
     assert sum(name.startswith("killed") for name in names) == 20
+    copies = [case.name for case in joined_copies(20)]
+    assert len(copies) == len(set(copies)) == 7
+    # The newest copy lies between the checkpoints of steps 10 and 15.
+    assert {name.rpartition(" ")[2] for name in copies} == {"10", "12"}

@@ -29,6 +29,7 @@ from damages import damages
 from disks import disks
 from interruptions import interruptions
 from joined_cases import joined_cases
+from joined_copies import joined_copies
 from joined_place import HOSTS, JoinedPlace, Missed
 from stores import joined_stores, stores
 from surroundings import surroundings
@@ -39,7 +40,7 @@ from workplace import Lab, Skip, Workplace
 
 def all_cases(steps: int, hosts: int) -> list[Case]:
     if hosts > 1:
-        return [*joined_cases(steps), *joined_stores()]
+        return [*joined_cases(steps), *joined_stores(), *joined_copies(steps)]
     return [*interruptions(steps), *damages(), *disks(steps), *surroundings(steps), *stores()]
 
 

@@ -8,6 +8,7 @@ tells what each start of the run has written: only parts of one start belong tog
 
 import json
 import logging
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ import numpy as np
 
 from moi_jax.common.atomic_files import check_writable
 from moi_jax.common.checksums import check_sums, read_sums, write_sums
-from moi_jax.common.errors import reason
+from moi_jax.common.errors import UserError, reason
 from moi_jax.common.log import EVERY_HOST
 
 RECORD = "record.json"
@@ -49,14 +50,19 @@ class Copy:
 class LocalCopies:
     """The copies of one run in a folder of this host, which several processes may share."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, private: bool = False):
         """Makes the folder.
 
+        Args:
+          private: whether no other user may reach the folder above it, which is made, too.
+
         Raises:
-          UserError: it cannot be written.
+          UserError: it cannot be written, or others can write there.
         """
+        self.folder, self._private = folder, private
+        if private:
+            _make_private(folder.parent)
         check_writable(folder)
-        self.folder = folder
         for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")):
             shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
 
@@ -68,7 +74,11 @@ class LocalCopies:
 
         Raises:
           OSError: the system refuses, as where the disk is full. Nothing is left then.
+          UserError: other users can write there.
         """
+        if self._private:  # again: something may clean up the host's temporary files
+            _make_private(self.folder.parent)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_old(_number(Path(name)))
         whole = self.folder / name / str(process)
         unfinished = whole.with_name(f"{process}{UNFINISHED}")
@@ -105,7 +115,7 @@ class LocalCopies:
                 parts |= {int(Path(file).stem): path / file for file in files if file != RECORD}
         return copies
 
-    def keep_only(self, name: str | None) -> None:
+    def keep_only(self, name: str) -> None:
         """Removes all steps but that one."""
         for step in self._steps():
             if step.name != name:
@@ -130,6 +140,18 @@ class LocalCopies:
         for path in list(self.folder.iterdir()):
             if path.name.partition(".")[0].isdigit() and path.suffix != UNFINISHED:
                 yield path
+
+
+def _make_private(folder: Path) -> None:
+    """Makes a folder that no other user can read; raises UserError if another user has made it."""
+    with suppress(OSError):  # that it cannot be written is told later
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise UserError(
+                f"{folder} can be written by other users, who could change the local copies; "
+                f"remove it, or name another folder in checkpoint.local_dir"
+            )
 
 
 def _number(step: Path) -> int:

@@ -17,30 +17,32 @@ import platform
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from moi_jax import config as config_lib
 from moi_jax.checkpoints.items import Base
 from moi_jax.checkpoints.local_copies import Copy, Json, LocalCopies, Part
+from moi_jax.checkpoints.local_replicas import from_replicas
+from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, reason
 from moi_jax.common.home import expand_home
 from moi_jax.common.log import EVERY_HOST
 from moi_jax.parallel import hosts
 
-# The file in the run directory that identifies the run in the hosts' own folders.
+# The file in the run directory that identifies the run in the hosts' own folders. It also names
+# what belongs to the history of the run: the last start, and the copy from which that one went on.
 RUN_ID = "run_id"
-FORMAT = 1  # goes up when other files or records are written
+FORMAT = 2  # goes up when other files or records are written
 
 log = logging.getLogger(__name__)
 
@@ -85,21 +87,22 @@ def local_saves(
     if config.local_every is None:
         yield None
         return
-    run_id, start, place = hosts.from_main(
+    start, place, run_id, *history = hosts.from_main(
         "the id of the run",
         lambda: [
-            _read_id(directory / RUN_ID) or uuid.uuid4().hex,
             uuid.uuid4().hex[:8],
             str(directory.resolve()),
+            *(_read_id(directory / RUN_ID) or [uuid.uuid4().hex]),
         ],
     )
     # A copy of the run directory has the same id, but is another run.
     folder = hashlib.sha256(f"{run_id} {place}".encode()).hexdigest()[:32]
     if config.local_dir:
-        root = expand_home(config.local_dir)
+        copies = LocalCopies(expand_home(config.local_dir) / folder)
     else:
-        root = _private(Path(tempfile.gettempdir()) / f"moi_jax_{os.getuid()}")
-    saves = LocalSaves(LocalCopies(root / folder), run_id, start, mesh)
+        own = Path(tempfile.gettempdir()) / f"moi_jax_{os.getuid()}"
+        copies = LocalCopies(own / folder, private=True)
+    saves = LocalSaves(copies, run_id, history, start, mesh)
     try:
         yield saves
         saves.wait()
@@ -109,26 +112,13 @@ def local_saves(
         saves.close()
 
 
-def _read_id(file: Path) -> str:
-    """The id of a run; "" if there is none, or no id.
+def _read_id(file: Path) -> list[str]:
+    """The id of a run and its history; [] if there is none, or no id.
 
-    It names a folder that is removed, so anything else must not be taken for one.
+    The id names a folder that is removed, so anything else must not be taken for one.
     """
-    text = file.read_text(errors="replace") if file.is_file() else ""
-    return text if re.fullmatch("[0-9a-f]{32}", text) else ""
-
-
-def _private(folder: Path) -> Path:
-    """Makes a folder that no other user can read; raises UserError if another user has made it."""
-    with suppress(OSError):  # that it cannot be written is told later
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise UserError(
-                f"{folder} can be written by other users, who could change the local copies; "
-                f"remove it, or name another folder in checkpoint.local_dir"
-            )
-    return folder
+    words = file.read_text(errors="replace").split() if file.is_file() else []
+    return words if words and re.fullmatch("[0-9a-f]{32}", words[0]) else []
 
 
 class LocalSaves:
@@ -138,13 +128,16 @@ class LocalSaves:
     state is replicated.
     """
 
-    def __init__(self, copies: LocalCopies, run_id: str, start: str, mesh: Mesh):
+    def __init__(
+        self, copies: LocalCopies, run_id: str, history: Sequence[str], start: str, mesh: Mesh
+    ):
         """
         Args:
+          history: the last start of the run, and the copy from which it went on, if from one.
           start: identifies this start of the run.
         """
-        self.copies, self.run_id = copies, run_id
-        self._start, self._mesh = start, mesh
+        self.copies, self._run_id = copies, run_id
+        self._history, self._start, self._mesh = history, start, mesh
         self._parts = {  # of the devices of this process
             device: int(np.ravel_multi_index(place[1:], mesh.devices.shape[1:]))
             for place, device in np.ndenumerate(mesh.devices)
@@ -173,6 +166,7 @@ class LocalSaves:
             "base": dataclasses.asdict(base) if base else None,
             "mesh": dict(self._mesh.shape),
             "dtypes": {name: str(leaf.dtype) for name, leaf in leaves.items()},
+            "layout": _layout(leaves),
         }
         self._writing = self._thread.submit(self._write, step, record, self._copy_parts(leaves))
 
@@ -185,31 +179,77 @@ class LocalSaves:
         """Waits for the last save, and ends the thread."""
         self._thread.shutdown()
 
-    def newest(self, after: int) -> LocalStep | None:
-        """The newest step after `after` that is whole; all processes call it, and get the same.
+    def newest(self, after: int, logged: int, abstract: Callable[[bool], Any]) -> LocalStep | None:
+        """The newest step after `after` that is whole and goes on with the run.
 
-        Other steps are removed.
+        All processes call it, and get the same. A warning names each copy that is not used.
+
+        Args:
+          logged: the last step of the metrics that are there.
+          abstract: whether a copy is beside a base -> the state that it must hold.
         """
-        readable = {"format": FORMAT, "mesh": dict(self._mesh.shape)}
-        copies = self.copies.sound(after).items()
-        held = {name: copy for name, copy in copies if copy.record.items() >= readable.items()}
+        held = {}
+        for name, copy in self.copies.sound(after).items():
+            if unfit := self._unfit(name, copy.record, logged, abstract):
+                log.warning(
+                    f"the local copy {self.copies.folder / name} on {platform.node()} is not used: "
+                    f"{unfit}", extra={EVERY_HOST: True},
+                )  # fmt: skip
+            else:
+                held[name] = copy
         needed = sorted(set(self._parts.values()))
         mine: Json = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
         reports = hosts.gather("the local copies", mine)
-        name = newest_whole(reports)
-        self.copies.keep_only(name)
-        if name is None:
+        newest = newest_whole(reports)
+        if newest is None:
             return None
-        lacking = [set(report["needed"]) - set(report["held"].get(name, ())) for report in reports]
-        copy = held.get(name, Copy({}))
+        lacking = [
+            set(report["needed"]) - set(report["held"].get(newest, ())) for report in reports
+        ]
+        copy = held.get(newest, Copy({}))
         record = next(record for record in hosts.gather("the local copy", copy.record) if record)
-        step = int(name.partition(".")[0])
-        path = self.copies.folder / name
+        step = int(newest.partition(".")[0])
+        path = self.copies.folder / newest
         log.info(
             "step %d is taken from the hosts' own disks (%s); %d of %d processes had all of their "
             "parts", step, path, sum(not part for part in lacking), len(lacking),
         )  # fmt: skip
         return LocalStep(step, path, copy, record, any(lacking))
+
+    def _unfit(
+        self, name: str, record: Json, logged: int, abstract: Callable[[bool], Any]
+    ) -> str | None:
+        """Why the run cannot go on from a copy; None if it can."""
+        step, _, start = name.partition(".")
+        if record["format"] != FORMAT:
+            return f"it has format {record['format']}, and this version reads {FORMAT}"
+        if not {name, start} & set(self._history):
+            # Other hosts, perhaps with other settings, have taken other steps since, and the
+            # metrics are theirs.
+            return "it belongs to another history of the run"
+        if int(step) > logged:
+            # The directory of the run was lost, or came from a store that did not have them yet.
+            return f"the metrics of the run end at step {logged}"
+        if record["mesh"] != dict(self._mesh.shape):
+            return f"it has the mesh {record['mesh']}, and the run {dict(self._mesh.shape)}"
+        had, needed = record["layout"], _layout(_by_name(abstract(record["base"] is not None)))
+        for leaf in sorted(had.keys() | needed.keys()):
+            if had.get(leaf) != needed.get(leaf):
+                return f"of {leaf} it has {had.get(leaf)}, and the run needs {needed.get(leaf)}"
+        return None
+
+    def begin(self, directory: Path, name: str) -> None:
+        """Makes the steps of this start the history of the run, and removes other copies.
+
+        All processes call it when the run is certain to start.
+
+        Args:
+          directory: of the run.
+          name: of the step from which it starts, a copy or not.
+        """
+        if hosts.is_main():
+            atomic_write_text(directory / RUN_ID, f"{self._run_id} {self._start} {name}".strip())
+        self.copies.keep_only(name)
 
     def restore(self, found: LocalStep, abstract: Any) -> Any:
         """The state of a step, with the dtypes and shardings of the tree `abstract`.
@@ -263,7 +303,7 @@ class LocalSaves:
         try:
             self.copies.write(f"{step}.{self._start}", hosts.process_index(), record, parts)
             self._failed = False
-        except OSError as error:
+        except (OSError, UserError) as error:
             if not self._failed:  # told once
                 log.warning(
                     f"cannot write the local copy of step {step} in {self.copies.folder} on "
@@ -293,54 +333,12 @@ def newest_whole(reports: Sequence[Json]) -> str | None:
     return None
 
 
-def from_replicas(
-    shards: Mapping[jax.Device, np.ndarray], devices: Sequence[jax.Device], size: int, mesh: Mesh
-) -> dict[jax.Device, np.ndarray]:
-    """Adds the shards that devices lack: those of other devices along the axis `data`.
-
-    They travel as integers, since a sum of floats would make 0.0 of -0.0. All processes call it.
-
-    Args:
-      shards: uint8[size] of the devices of this process that have theirs.
-      devices: all devices of this process on the mesh.
-    """
-
-    def padded(device: jax.Device) -> np.ndarray:
-        words = np.zeros(-(-size // 4), np.uint32)
-        if device in shards:
-            words.view(np.uint8)[:size] = shards[device]
-        return words.reshape(*(1 for _ in mesh.axis_names), -1)
-
-    given = [jax.device_put(padded(device), device) for device in devices]
-    split = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
-    shape = (*mesh.devices.shape, -(-size // 4))
-    stacked = jax.make_array_from_single_device_arrays(shape, split, given)
-    filled = _over_data(mesh)(stacked)
-    return {
-        shard.device: np.array(shard.data).reshape(-1).view(np.uint8)[:size]
-        for shard in filled.addressable_shards
-    }
-
-
-@cache
-def _over_data(mesh: Mesh) -> Any:
-    """Words of all devices -> their maximum along `data`: each has zeros, or the same words."""
-    split = NamedSharding(mesh, PartitionSpec(*mesh.axis_names[1:]))
-    return jax.jit(lambda words: words.max(axis=0), out_shardings=split)
-
-
 def _by_name(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
-def check_replicas(mesh: Mesh) -> None:
-    """Raises UserError if a part of the state is on one host alone, so that it could be lost."""
-    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    if (processes == processes[:1]).all(axis=0).any():
-        raise UserError(
-            "checkpoint.local_every: mesh.data must be at least 2 across hosts, so that every part "
-            "of the state is held by two hosts; set mesh.data to a multiple of the number of "
-            "hosts, or checkpoint.local_every to null"
-        )
+def _layout(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """The shape of each leaf, and the axes of the mesh over which it is split."""
+    return {name: f"{leaf.shape} over {tuple(leaf.sharding.spec)}" for name, leaf in leaves.items()}

@@ -104,6 +104,12 @@ def truncate_after(path: Path, step: int) -> list[str]:
     return kept
 
 
+def last_step(path: Path) -> int:
+    """The last step of a JSONL file; -1 if it has none."""
+    lines = complete_lines(path)
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
 def complete_lines(path: Path, step: float = math.inf) -> list[str]:
     """Returns the complete lines of a JSONL file whose "step" is at most `step`."""
     lines = []

@@ -18,7 +18,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config import Config
 from moi_jax.data.dataset import Dataset
 from moi_jax.models.config import ModelConfig
-from moi_jax.models.decoder import Bind
+from moi_jax.models.decoder import Bind, Tree
 from moi_jax.models.flops import causal_pairs
 from moi_jax.models.lora import adapted
 from moi_jax.models.parameters import merge_trees
@@ -72,12 +72,13 @@ def start_run(
             "train.early_stopping_patience needs held-out losses; pass make_evaluations to train()"
         )
     directory = checkpoints.directory.parent
-    saved = newest_saved(checkpoints, local)
+    optimizer = make_optimizer(config.optimizer, model)
+    abstract = abstract_state(model, optimizer, config.param_dtype, mesh).items()
+    saved = newest_saved(checkpoints, local, abstract)
     position = resume_position(directory, saved, experiment, dataset, allow_change)
     plan = resume_plan(dataset, position, directory)
     hosts.check_same({"data": dataset.fingerprint, "plan": plan_fingerprint(plan, position["row"])})
     mixture = dataset.log_mixture(plan)  # a plan that is refused is told before weights are read
-    optimizer = make_optimizer(config.optimizer, model)
     if config.optimizer.frozen or config.lora.rank:
         key = "optimizer.frozen" if config.optimizer.frozen else "lora"
         counts = map("{:,}".format, optimizer.trained.counts(model))
@@ -85,7 +86,7 @@ def start_run(
     if saved is None:
         state, base = _new_state(experiment, optimizer, mesh)
     else:
-        state, base = _saved_state(experiment, saved, optimizer, mesh)
+        state, base = _saved_state(experiment, saved, optimizer, abstract[0])
         log.info("resuming from step %d in %s", saved.step, directory)
     if not config.checkpoint.save_base:
         checkpoints.items = dataclasses.replace(checkpoints.items, base=base)
@@ -94,10 +95,10 @@ def start_run(
     logged = -1 if saved is None else saved.step
     if hosts.is_main():
         _write_description(directory, experiment, mixture)
-        if local:
-            atomic_write_text(directory / RUN_ID, local.run_id)
-        else:  # copies that are there fall behind the run, and must not be taken later
+        if local is None:  # copies that are there fall behind the run, and must not be taken later
             (directory / RUN_ID).unlink(missing_ok=True)
+    if local:
+        local.begin(directory, saved.path.name if saved else "")
     answers = hosts.from_main(
         "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)[-1:]
     )
@@ -214,13 +215,16 @@ def _check_adapters(config: Config, begun: ModelConfig) -> None:
 
 
 def _saved_state(
-    experiment: Experiment, saved: Saved, optimizer: Optimizer, mesh: Mesh
+    experiment: Experiment, saved: Saved, optimizer: Optimizer, abstract: Tree
 ) -> tuple[TrainState, Base | None]:
-    """The state of a saved step, and the base of its adapters with the place where it is now."""
+    """The state of a saved step, and the base of its adapters with the place where it is now.
+
+    Args:
+      abstract: all parameters, with their shardings.
+    """
     config, model, base = experiment.config, experiment.model, saved.base
-    abstract = abstract_state(model, optimizer, config.param_dtype, mesh).items()
-    parameters, rest = saved.restore(*abstract)
+    parameters, rest = saved.restore()
     if base:
-        beside, base = read_base_again(saved.path, base, config, model, abstract[0])
+        beside, base = read_base_again(saved.path, base, config, model, abstract)
         parameters = merge_trees(parameters, beside)
     return TrainState.from_items(optimizer.trained, parameters, rest), base

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from moi_jax.checkpoints.damaged_steps import set_aside_damaged_steps
 from moi_jax.checkpoints.experiment import Experiment, open_experiment
-from moi_jax.checkpoints.local_saves import check_replicas, local_saves
+from moi_jax.checkpoints.local_replicas import check_replicas
+from moi_jax.checkpoints.local_saves import local_saves
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common import deterministic
 from moi_jax.common.errors import UserError

@@ -1,7 +1,9 @@
 """Copies on the disk of one host: whole or not there, the newest ones, and named where damaged."""
 
+import contextlib
 import errno
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moi_jax.checkpoints.local_copies import LocalCopies
-from moi_jax.checkpoints.local_saves import (
-    LocalSaves,
-    from_replicas,
-    local_saves,
-    newest_whole,
-)
+from moi_jax.checkpoints.local_replicas import from_replicas
+from moi_jax.checkpoints.local_saves import LocalSaves, local_saves, newest_whole
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.parallel.axes import MESH_AXES
@@ -79,7 +77,7 @@ def test_what_is_half_written_or_half_removed_is_no_copy(copies, monkeypatch):
 
 
 def test_a_full_disk_costs_that_save_alone(copies, monkeypatch, log_text):
-    saves = LocalSaves(copies, "run", "a", mesh(1))
+    saves = LocalSaves(copies, "run", [], "a", mesh(1))
     state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
     saves.save(1, state, {}, {}, None)
     saves.wait()
@@ -156,18 +154,86 @@ def test_a_state_of_any_dtypes_comes_back_bit_by_bit(copies):
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    saves = LocalSaves(copies, "run", "a", on)
+    saves = LocalSaves(copies, "run", ["a"], "a", on)
     saves.save(7, state, {"row": 3}, {}, None)
     jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x), donate_argnums=0)(state)
     saves.wait()
-    found = saves.newest(after=6)
+    found = saves.newest(6, 7, lambda beside_base: abstract)
     assert (found.step, found.record["position"], found.lacking) == (7, {"row": 3}, False)
     restored = saves.restore(found, abstract)
     for mine, other in zip(jax.tree.leaves(restored), jax.tree.leaves(before), strict=True):
         assert mine.dtype == other.dtype
         assert np.asarray(mine).tobytes() == other.tobytes()
     saves.close()
-    assert LocalSaves(copies, "run", "a", mesh(2, 4)).newest(after=6) is None
+
+
+def abstract_leaf(on, *shape, over=()):
+    sharding = NamedSharding(on, PartitionSpec(*over))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"history": ["9", "7.a"]}, None),
+        ({"history": ["b", "7.c"]}, "it belongs to another history of the run"),
+        ({"logged": 6}, "the metrics of the run end at step 6"),
+        ({"on": (1, 2, 2)}, "it has the mesh {'data': 2, 'fsdp': 2, 'tensor': 1, 'context': 1}, "),
+        ({"rank": 2}, "of ['down'] it has (4, 4) over ('fsdp',), and the run needs (4, 2) over "),
+        ({"over": (None, "fsdp")}, "of ['down'] it has (4, 4) over ('fsdp',), and the run needs "),
+        ({"name": "up"}, "of ['down'] it has (4, 4) over ('fsdp',), and the run needs None"),
+    ],
+)
+def test_a_copy_from_which_the_run_cannot_go_on_is_named(copies, log_text, changed, said):
+    on = mesh(2, 2)
+    rows = NamedSharding(on, PartitionSpec("fsdp"))
+    saves = LocalSaves(copies, "run", [], "a", on)
+    saves.save(7, {"down": jax.device_put(jnp.ones((4, 4)), rows)}, {}, {}, None)
+    saves.close()
+    on = mesh(*changed.get("on", (2, 2)))
+    leaf = abstract_leaf(on, 4, changed.get("rank", 4), over=changed.get("over", ("fsdp",)))
+    state = {changed.get("name", "down"): leaf}
+    again = LocalSaves(copies, "run", changed.get("history", ["a"]), "b", on)
+    found = again.newest(6, changed.get("logged", 7), lambda beside_base: state)
+    again.close()
+    (line,) = log_text.getvalue().splitlines()
+    if said is None:
+        assert found.step == 7
+    else:
+        assert found is None
+        assert line.startswith(f"the local copy {copies.folder / '7.a'} on ")
+        assert f" is not used: {said}" in line
+
+
+def test_hosts_that_come_back_have_no_copies_that_the_run_goes_on_from(tmp_path, log_text):
+    """The run went on with other hosts, from a checkpoint, while those of copy 7 were away."""
+    run, disk, away = (tmp_path / name for name in ("run", "disk", "away"))
+    run.mkdir()
+    config = make_config({"checkpoint": {"local_every": 1, "local_dir": str(disk)}}).checkpoint
+    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    found = []
+
+    def start(*steps):
+        with contextlib.suppress(ZeroDivisionError), local_saves(config, run, mesh(1)) as saves:
+            newest = saves.newest(5, 9, lambda beside_base: state)
+            found.append(newest and newest.step)
+            saves.begin(run, newest.path.name if newest else "5")
+            for step in steps:
+                saves.save(step, state, {}, {}, None)
+            1 / 0  # noqa: B018
+
+    start(7)
+    start()  # killed before its first copy
+    start()
+    disk.rename(away)
+    start(6)
+    shutil.rmtree(disk)
+    away.rename(disk)
+    start()
+    assert found == [None, 7, 7, None, None]
+    assert "it belongs to another history of the run" in log_text.getvalue()
+    assert not list(disk.glob("*/*"))
 
 
 def test_a_mesh_without_a_replica_on_another_host_is_refused(tmp_path):
@@ -226,3 +292,28 @@ def test_other_users_cannot_read_or_replace_the_copies(tmp_path, monkeypatch):
         local_saves(config, tmp_path / "run", mesh(1)),
     ):
         pass
+
+
+def test_a_folder_that_is_cleaned_up_in_the_run_is_made_anew(tmp_path, monkeypatch, log_text):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = make_config({"checkpoint": {"local_every": 1}}).checkpoint
+    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    with local_saves(config, tmp_path / "run", mesh(1)) as saves:
+        own = saves.copies.folder.parent
+        for step in (1, 2):
+            saves.save(step, state, {}, {}, None)
+            saves.wait()
+            assert len(saves.copies.sound(after=step - 1)) == 1
+            shutil.rmtree(own)
+        own.mkdir()
+        own.chmod(0o777)  # by another user
+        saves.save(3, state, {}, {}, None)
+        saves.wait()
+        assert not list(own.iterdir())
+        own.rmdir()
+        saves.save(4, state, {}, {}, None)
+        saves.wait()
+        assert own.stat().st_mode & 0o777 == 0o700
+    (line,) = log_text.getvalue().splitlines()
+    assert line.startswith("cannot write the local copy of step 3 in ")
+    assert "can be written by other users" in line

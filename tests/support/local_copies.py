@@ -12,12 +12,15 @@ from pathlib import Path
 
 import jax
 
+from moi_jax.checkpoints.experiment import open_experiment
 from moi_jax.checkpoints.local_copies import LocalCopies
 from moi_jax.checkpoints.local_saves import LocalSaves
-from moi_jax.config import Mesh
+from moi_jax.config import Config, Mesh
 from moi_jax.config.load import load_config
 from moi_jax.parallel import hosts
 from moi_jax.parallel.mesh import make_mesh
+from moi_jax.training.optimizer import make_optimizer
+from moi_jax.training.state import abstract_state
 from moi_jax.training.train import train
 
 
@@ -36,6 +39,7 @@ def train_on(config_path: Path, place: Path) -> None:
 
 def train_until_killed(config_path: Path, place: Path) -> None:
     disk, calls = own_disk(place), itertools.count()
+    config = load_config(config_path)
 
     def copy_is_written() -> bool:
         if next(calls) == 0:  # the first step is saved after this call
@@ -44,12 +48,12 @@ def train_until_killed(config_path: Path, place: Path) -> None:
         while not (written := list(copies.glob(f"*.*/{hosts.process_index()}"))):
             time.sleep(0.01)
         hosts.wait_for_all("the copies")
-        print_found(written[0].parents[1], disk)
+        print_found(written[0].parents[1], disk, config)
         hosts.wait_for_all("the ways")
         os.kill(os.getpid(), signal.SIGKILL)
         return True
 
-    train(load_config(config_path), stop=_calling(copy_is_written))
+    train(config, stop=_calling(copy_is_written))
 
 
 @contextmanager
@@ -57,9 +61,11 @@ def _calling(function: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     yield function
 
 
-def print_found(copies: Path, disk: Path) -> None:
+def print_found(copies: Path, disk: Path, config: Config) -> None:
     """Prints what a start would find if the copies were hurt in different ways."""
     mine = hosts.process_index()
+    model = open_experiment(config, None).model
+    optimizer = make_optimizer(config.optimizer, model)
 
     def look(when: str, hurt: Callable[[Path], None], data: int = 2) -> None:
         again = disk / "hurt"
@@ -67,8 +73,9 @@ def print_found(copies: Path, disk: Path) -> None:
         (step,) = again.iterdir()
         hurt(step)
         mesh = make_mesh(Mesh(data=data), jax.devices())
-        with closing(LocalSaves(LocalCopies(again), "", "", mesh)) as saves:
-            found = saves.newest(after=2)
+        state = abstract_state(model, optimizer, config.param_dtype, mesh).items()
+        with closing(LocalSaves(LocalCopies(again), "", [step.name], "", mesh)) as saves:
+            found = saves.newest(2, 3, lambda beside_base: state)
         what = f"{found.step} lacking {found.lacking}" if found else "none"
         print(f"found {what} {when}", flush=True)
         shutil.rmtree(again)

@@ -1,0 +1,25 @@
+"""What a run resumes from: a checkpoint, or a newer step of the local copies."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from moi_jax.training.saved import newest_saved
+
+
+@pytest.mark.parametrize(("steps", "logged"), [((5, 6, 7), 7), ((), -1)])
+def test_a_local_step_that_the_metrics_do_not_reach_is_not_asked_for(tmp_path, steps, logged):
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in steps)
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 8, "lo', encoding="utf-8")
+    checkpoints = SimpleNamespace(
+        directory=tmp_path / "checkpoints", latest=lambda: None, items=SimpleNamespace(model=None)
+    )
+    asked = []
+
+    def newest(after, logged, held):
+        asked.append((after, logged, held(False)))
+
+    local = SimpleNamespace(newest=newest)
+    assert newest_saved(checkpoints, local, ("parameters", "optimizer")) is None
+    assert asked == [(0, logged, ("parameters", "optimizer"))]
