@@ -2,19 +2,29 @@
 
     python benchmarks/loss_tokens.py            # Qwen's vocabulary
     python benchmarks/loss_tokens.py 8192
+    python benchmarks/loss_tokens.py --data DIR # data.root of configs/public_sets.yaml
 
 4 rows of 2,048 tokens, width 256, float32, on one device. The tokens with loss are runs of 100 at
 random places, as the answers of packed conversations are. The shares take turns; the fastest round
 counts. The fewer tokens carry loss, the fewer logits are computed.
+
+With --data: the share of the tokens of the public sets whose logits are computed, by the number of
+devices with one row each. The device with the most loss tokens decides for all.
 """
 
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 from torch_peer import take_turns
 
+import moi_jax
+from moi_jax.accounting.work import work_of
+from moi_jax.config.load import load_config
 from moi_jax.models.loss import weighted_nll
+
+PUBLIC_SETS = Path(__file__).parent.parent / "configs" / "public_sets.yaml"
 
 ROWS, LENGTH, WIDTH, ANSWER, ROUNDS = 4, 2048, 256, 100, 4
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -51,5 +61,19 @@ def loss_weights(rng: np.random.Generator, share: float) -> np.ndarray:
     return weights.reshape(ROWS, LENGTH)
 
 
+def shares(root: str) -> None:
+    for length in (2048, 4096):
+        overrides = [f"data.root={root}", f"data.sequence_length={length}"]
+        config = load_config(PUBLIC_SETS, overrides)
+        next(moi_jax.batches(config))  # prepares the data
+        work = work_of(config)
+        for devices in (1, 8, 64, 256):
+            computed = work.logit_tokens(devices, devices, devices) / (devices * length)
+            print(f"rows of {length:,}, {devices} devices: {computed:.0%}")
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 151936)
+    if sys.argv[1:2] == ["--data"]:
+        shares(sys.argv[2])
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 151936)

@@ -31,7 +31,9 @@ REFUSED = re.compile(r"required for HLO temporaries \(([\d.]+)G\) exceeds availa
 LISTED = 8  # largest buffers
 STEPS = 1000  # of the schedule; the program is the same for any number
 # Instructions that have no buffer of their own.
-NO_BUFFER = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant")
+NO_BUFFER = (
+    "parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "constant",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +142,13 @@ def largest_buffers(text: str) -> list[tuple[str, int]]:
 
 
 def _outside_fusions(module: Module) -> list[str]:
-    """The computations that the program runs by themselves: the entry and the bodies of loops."""
+    """The computations that run by themselves: the entry, bodies of loops, and branches."""
     names, todo = [], [module.entry]
     while todo:
         names.append(todo.pop())
         for instruction in module.computations[names[-1]].values():
             if instruction.opcode == "while":
                 todo.append(instruction.computation("body"))
+            elif instruction.opcode == "conditional":
+                todo += instruction.called
     return names

@@ -67,7 +67,7 @@ def plan_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
             "fits": plan.fits,
             "largest": [{"name": name, "bytes": size} for name, size in plan.largest],
         },
-        "work": dataclasses.asdict(plan.work),
+        "work": {k: v for k, v in vars(plan.work).items() if k != "row_loss_tokens"},
         "collectives": plan.collectives,
         "host_bytes": plan.host_bytes,
     }

@@ -157,7 +157,7 @@ def make_plan(
             arguments=Arguments(arguments.parameters, 0, microbatch),
             temporaries={name: temporaries[name] for name in FORWARD},
         )
-    flops = flops_of(config, model, work)
+    flops = flops_of(config, model, work, mesh)
     sent = sum(values["bytes"] or 0 for values in plan.collectives.values())
     return dataclasses.replace(
         plan,

@@ -18,6 +18,7 @@ from moi_jax.config import Config
 from moi_jax.models.config import ModelConfig
 from moi_jax.models.flops import FROZEN_PASSES, PASSES, layer_matrix_size, step_flops, usual_flops
 from moi_jax.parallel.chips import Chip
+from moi_jax.parallel.placing import batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,8 @@ class Executed:
 
     Attributes:
       useful, usual: see models/flops.py.
-      executed: what runs, with what rematerialisation repeats: padding, too, but not the pairs that
-        are masked, nor the logits of tokens without loss. Both are skipped only in whole blocks,
-        so that this is the least that runs.
+      executed: what at least runs. Padding and what rematerialisation repeats count, but not the
+        pairs and logits that are skipped.
     """
 
     useful: int
@@ -76,14 +76,15 @@ class Executed:
     executed: int
 
 
-def flops_of(config: Config, model: ModelConfig, work: Work) -> Executed:
+def flops_of(config: Config, model: ModelConfig, work: Work, mesh: Mesh) -> Executed:
     """Counts the operations of a step of this config, whose batch has this work."""
     rows, length = config.train.global_batch_rows, config.data.sequence_length
     usual = usual_flops(model, rows, length)
     loss_tokens = work.tokens if work.loss_tokens is None else work.loss_tokens
     useful = step_flops(model, work.tokens, work.pairs, loss_tokens)
     repeated = repeated_flops(model, config.model, rows * length, work.pairs)
-    run = step_flops(model, rows * length, work.pairs, loss_tokens)
+    logits = work.logit_tokens(rows, microbatch_rows(config), batch_shards(mesh))
+    run = step_flops(model, rows * length, work.pairs, logits)
     return Executed(useful.total, usual.total, run.total + repeated)
 
 

@@ -143,8 +143,8 @@ def _time(plan: Plan) -> list[str]:
     assert line is not None
     network = f", network {line.network_s:.3g}" if line.network_s else ""
     return [
-        f"FLOPs of a step: useful {flops.useful:.4g}, usual {flops.usual:.4g}, with "
-        f"rematerialisation {flops.executed:.4g}",
+        f"FLOPs of a step: useful {flops.useful:.4g}, usual {flops.usual:.4g}, "
+        f"executed {flops.executed:.4g}",
         f"  {plan.work.source}",
         f"{_bound(plan, 'at least ')}{line.step_s:.3g} s a step, bound by {line.bound}: "
         f"compute {line.compute_s:.3g}, memory {line.hbm_s:.3g}, links {line.ici_s:.3g}{network}",

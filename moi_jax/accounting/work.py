@@ -29,6 +29,7 @@ class Work:
       loss_tokens: tokens that carry loss; None if the data is not known.
       steps: of the whole run; None if it depends on the data, and that is not known.
       source: where the figures come from, as a sentence.
+      row_loss_tokens: int64[R], those of each row of an epoch; None if the data is not known.
     """
 
     tokens: int
@@ -36,6 +37,25 @@ class Work:
     loss_tokens: int | None
     steps: int | None
     source: str
+    row_loss_tokens: np.ndarray | None = dataclasses.field(default=None, compare=False)
+
+    def logit_tokens(self, rows: int, microbatch_rows: int, shards: int) -> int:
+        """Counts the tokens of a step whose logits are computed, at least; see models/loss.py.
+
+        In each microbatch the part of the mesh with the most loss tokens decides for all of them.
+        Without the data all tokens count.
+
+        Args:
+          rows: of the global batch.
+          microbatch_rows: a multiple of `shards`.
+          shards: the parts into which the mesh splits the rows of a microbatch.
+        """
+        if self.row_loss_tokens is None:
+            return self.tokens
+        microbatches = -(-len(self.row_loss_tokens) // microbatch_rows)
+        shape = microbatches, shards, microbatch_rows // shards
+        most = np.resize(self.row_loss_tokens, shape).sum(axis=2).max(axis=1)
+        return round(most.mean() * shards * rows / microbatch_rows)
 
 
 def open_model(config: Config) -> ModelConfig:
@@ -73,6 +93,7 @@ def work_of(config: Config) -> Work:
         loss_tokens=round(epoch.loss_tokens * share),
         steps=plan.total_steps,
         source="segments of the first epoch's plan",
+        row_loss_tokens=epoch.row_loss_tokens(),
     )
 
 

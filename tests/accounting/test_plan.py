@@ -155,12 +155,34 @@ def test_work_is_that_of_the_batches(tmp_path, mask):
 
 def test_useful_operations_are_those_of_the_work():
     work = dataclasses.replace(WORK, tokens=1000, pairs=5000, loss_tokens=600)
-    flops = flops_of(CONFIG, MODEL, work)
+    flops = flops_of(CONFIG, MODEL, work, mesh_of())
     assert flops.useful == step_flops(MODEL, 1000, 5000, 600).total
     assert flops.useful < flops.usual < flops.executed
     # Without the data, all tokens count as tokens with loss.
-    unknown = flops_of(CONFIG, MODEL, dataclasses.replace(work, loss_tokens=None))
+    unknown = flops_of(CONFIG, MODEL, dataclasses.replace(work, loss_tokens=None), mesh_of())
     assert unknown.useful == step_flops(MODEL, 1000, 5000, 1000).total
+
+
+@pytest.mark.parametrize(
+    ("microbatch_rows", "shards", "counted"),
+    [
+        (2, 1, 160 / 4 * 8),  # all of them
+        (2, 2, (2 * 60 + 2 * 50) / 4 * 8),
+        (4, 2, 2 * 90 / 4 * 8),  # 10 + 60 and 50 + 40 in the two parts
+        (8, 4, 4 * 90 / 8 * 8),  # the four rows twice
+    ],
+)
+def test_the_part_with_the_most_loss_tokens_decides_how_many_logits_run(
+    microbatch_rows, shards, counted
+):
+    work = dataclasses.replace(WORK, row_loss_tokens=np.array([10, 60, 50, 40]))
+    assert work.logit_tokens(8, microbatch_rows, shards) == counted
+    assert WORK.logit_tokens(8, microbatch_rows, shards) == WORK.tokens
+    config = with_values(train={"microbatch_rows": 64})
+    mesh = mesh_of(fsdp=64)  # 60 of each row of 4,096
+    fewer = step_flops(MODEL, 0, 0, WORK.tokens - 64 * 60).total
+    flops = [flops_of(config, MODEL, w, mesh).executed for w in (WORK, work)]
+    assert flops[0] - flops[1] == fewer
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])

@@ -51,8 +51,10 @@ def test_the_average_follows_applied_updates_and_is_sharded_like_its_parameters(
 
 
 def test_training_is_the_same_and_costs_the_average_alone():
-    plain = Trainer({"fsdp": 1}, optimizer=OPTIMIZER)
-    keeping = Trainer({"fsdp": 1}, optimizer=OPTIMIZER.model_copy(update={"ema_decay": DECAY}))
+    # With a small eps the first update of Adam depends on the rounding of gradients near 0.
+    without = OPTIMIZER.model_copy(update={"eps": 1e-3})
+    plain = Trainer({"fsdp": 1}, optimizer=without)
+    keeping = Trainer({"fsdp": 1}, optimizer=without.model_copy(update={"ema_decay": DECAY}))
     assert not isinstance(plain.state.opt_state, Averaged)
     for trainer in (plain, keeping):
         trainer.step(random_batch(0))
