@@ -119,6 +119,7 @@ class _Chunks:
       width: the tokens of a chunk in each part.
       order: int32[*parts, chunks * width], the tokens of each part in the order of the chunks.
         The part is padded at its end.
+      places: its inverse, the place of each token in the order of the chunks.
       needed: bool[chunks], whether a token of the chunk counts.
     """
 
@@ -127,6 +128,7 @@ class _Chunks:
     groups: int
     width: int
     order: jax.Array
+    places: jax.Array
     needed: jax.Array
 
     @classmethod
@@ -140,12 +142,14 @@ class _Chunks:
         chunks = math.ceil(share / limit)
         width = math.ceil(share / chunks)
         counts = _pad(_cut(counts, parts), chunks * width)
+        order = jnp.argsort(~counts, axis=-1, stable=True)
         return cls(
             shape=(rows, length),
             parts=parts,
             groups=shard_count("logits_batch", parts[0]),
             width=width,
-            order=jnp.argsort(~counts, axis=-1, stable=True).astype(jnp.int32),
+            order=order,
+            places=jnp.argsort(order, axis=-1),
             needed=jnp.max(jnp.sum(counts, axis=-1)) > width * jnp.arange(chunks),
         )
 
@@ -179,15 +183,16 @@ class _Chunks:
 
     def _split(self, x: jax.Array) -> jax.Array:
         """[B, S, ...] -> [chunks, *parts, width, ...]."""
-        x = _take(_pad(_cut(x, self.parts), self.order.shape[2]), self.order)
+        x = _pad(_cut(x, self.parts), self.order.shape[2])
+        x = _permute(x, self.order, self.places)
         return jnp.moveaxis(x.reshape(*self.parts, -1, self.width, *x.shape[3:]), 2, 0)
 
     def _join(self, x: jax.Array) -> jax.Array:
         """The inverse of `_split`."""
         x = jnp.moveaxis(x, 0, 2).reshape(*self.order.shape, *x.shape[4:])
         rows, parts = self.shape[0] // self.parts[0], self.parts[1]
-        places = jnp.argsort(self.order, axis=-1)[..., : rows * self.shape[1] // parts]
-        x = _take(x, places).reshape(self.parts[0], parts, rows, -1, *x.shape[3:])
+        x = _permute(x, self.places, self.order)[:, :, : rows * self.shape[1] // parts]
+        x = x.reshape(self.parts[0], parts, rows, -1, *x.shape[3:])
         return jnp.moveaxis(x, 1, 2).reshape(*self.shape, *x.shape[4:])
 
 
@@ -204,10 +209,16 @@ def _pad(x: jax.Array, size: int) -> jax.Array:
     return jnp.pad(x, [(0, size - x.shape[2] if axis == 2 else 0) for axis in range(x.ndim)])
 
 
-def _take(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Takes these places [*parts, n] of the third axis."""
-    places = places.reshape(*places.shape, *[1] * (x.ndim - 3))
-    return jnp.take_along_axis(x, places, axis=2)
+def _permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Takes [*parts, n, ...] in the order int[*parts, n] of its third axis.
+
+    Args:
+      inverse: of the order.
+    """
+    if x.ndim == 3:
+        # Of numbers, libtpu 0.0.52 makes a gather on another core that jaxlib 0.10.2 cannot read.
+        return jax.lax.sort((inverse, x), num_keys=1)[1]
+    return jnp.take_along_axis(x, order[..., None], axis=2)
 
 
 def _split_by_vocabulary(head: jax.Array) -> jax.Array:
