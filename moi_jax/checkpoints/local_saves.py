@@ -37,6 +37,7 @@ from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, reason
 from moi_jax.common.home import expand_home
 from moi_jax.common.log import EVERY_HOST
+from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
 
 # The file in the run directory that identifies the run in the hosts' own folders. It also names
@@ -119,6 +120,34 @@ def _read_id(file: Path) -> list[str]:
     """
     words = file.read_text(errors="replace").split() if file.is_file() else []
     return words if words and re.fullmatch("[0-9a-f]{32}", words[0]) else []
+
+
+def _write_id(directory: Path, words: Sequence[str], retry_seconds: int) -> None:
+    """Writes the id of a run and its history; raises UserError if it cannot."""
+    file, text = directory / RUN_ID, " ".join(words)
+    try:
+        retried(file, retry_seconds, lambda: atomic_write_text(file, text))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file}, which says what local copies belong to the run: "
+            f"{reason(error, directory)}; give the same command again when it can be written"
+        ) from None
+
+
+def forget_copies(directory: Path, retry_seconds: int = 0) -> None:
+    """Leaves no copy in the history of a run that goes on without local saves.
+
+    The file stays, without a history: an object store would keep the one that was removed here.
+
+    Args:
+      directory: of the run.
+      retry_seconds: for how long a write is tried again when the store fails.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if words := _read_id(directory / RUN_ID):
+        _write_id(directory, words[:1], retry_seconds)
 
 
 class LocalSaves:
@@ -238,17 +267,24 @@ class LocalSaves:
                 return f"of {leaf} it has {had.get(leaf)}, and the run needs {needed.get(leaf)}"
         return None
 
-    def begin(self, directory: Path, name: str) -> None:
+    def begin(self, directory: Path, name: str, retry_seconds: int = 0) -> None:
         """Makes the steps of this start the history of the run, and removes other copies.
 
-        All processes call it when the run is certain to start.
+        All processes call it when the run is certain to start. None removes a copy before the
+        history is written.
 
         Args:
           directory: of the run.
           name: of the step from which it starts, a copy or not.
+          retry_seconds: for how long a write is tried again when the store fails.
+
+        Raises:
+          UserError: the history cannot be written.
         """
-        if hosts.is_main():
-            atomic_write_text(directory / RUN_ID, f"{self._run_id} {self._start} {name}".strip())
+        words = [self._run_id, self._start, *([name] if name else [])]
+        hosts.from_main(
+            "the history of the run", lambda: _write_id(directory, words, retry_seconds)
+        )
         self.copies.keep_only(name)
 
     def restore(self, found: LocalStep, abstract: Any) -> Any:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moi_jax.checkpoints.local_copies import LocalCopies
 from moi_jax.checkpoints.local_replicas import from_replicas
-from moi_jax.checkpoints.local_saves import LocalSaves, local_saves, newest_whole
+from moi_jax.checkpoints.local_saves import LocalSaves, forget_copies, local_saves, newest_whole
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.parallel.axes import MESH_AXES
@@ -78,7 +78,7 @@ def test_what_is_half_written_or_half_removed_is_no_copy(copies, monkeypatch):
 
 def test_a_full_disk_costs_that_save_alone(copies, monkeypatch, log_text):
     saves = LocalSaves(copies, "run", [], "a", mesh(1))
-    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    state = kernel()
     saves.save(1, state, {}, {}, None)
     saves.wait()
     with monkeypatch.context() as patch:
@@ -104,6 +104,10 @@ def mesh(*shape):
 
 def replicated(on):
     return NamedSharding(on, PartitionSpec())
+
+
+def kernel():
+    return {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_hosts_that_come_back_have_no_copies_that_the_run_goes_on_from(tmp_path,
     run, disk, away = (tmp_path / name for name in ("run", "disk", "away"))
     run.mkdir()
     config = make_config({"checkpoint": {"local_every": 1, "local_dir": str(disk)}}).checkpoint
-    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    state = kernel()
     found = []
 
     def start(*steps):
@@ -234,6 +238,54 @@ def test_hosts_that_come_back_have_no_copies_that_the_run_goes_on_from(tmp_path,
     assert found == [None, 7, 7, None, None]
     assert "it belongs to another history of the run" in log_text.getvalue()
     assert not list(disk.glob("*/*"))
+
+
+@pytest.fixture
+def one_copy(tmp_path):
+    """The run directory and the settings of a run that failed after its local copy of step 7."""
+    (tmp_path / "run").mkdir()
+    place = {"local_every": 1, "local_dir": str(tmp_path / "disk")}
+    config = make_config({"checkpoint": place}).checkpoint
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        local_saves(config, tmp_path / "run", mesh(1)) as saves,
+    ):
+        saves.begin(tmp_path / "run", "")
+        saves.save(7, kernel(), {}, {}, None)
+        1 / 0  # noqa: B018
+    return tmp_path / "run", config
+
+
+def test_a_copy_behind_a_run_that_went_on_without_copies_is_not_used(one_copy, log_text):
+    """Its directory came from an object store, which keeps what was removed elsewhere."""
+    run, config = one_copy
+    store = {"run_id": (run / "run_id").read_text()}
+    forget_copies(run)
+    for file in run.iterdir():
+        store[file.name] = file.read_text()
+    (run / "run_id").write_text(store["run_id"])
+    with local_saves(config, run, mesh(1)) as saves:
+        assert saves.newest(5, 9, lambda beside_base: kernel()) is None
+        saves.begin(run, "5")
+        assert not list(saves.copies.folder.iterdir())
+    assert "it belongs to another history of the run" in log_text.getvalue()
+
+
+def test_no_copy_is_removed_before_the_history_is_written(one_copy):
+    run, config = one_copy
+    (run / "run_id.new").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*/run_id, .* belong to the run: "):
+        forget_copies(run)
+    with (
+        pytest.raises(
+            UserError, match=r"cannot write .*/run_id, .*: Is a directory; give the same"
+        ),
+        local_saves(config, run, mesh(1)) as saves,
+    ):
+        saves.begin(run, "5")
+    (run / "run_id.new").rmdir()
+    with local_saves(config, run, mesh(1)) as saves:
+        assert saves.newest(5, 9, lambda beside_base: kernel()).step == 7
 
 
 def test_a_mesh_without_a_replica_on_another_host_is_refused(tmp_path):
@@ -297,7 +349,7 @@ def test_other_users_cannot_read_or_replace_the_copies(tmp_path, monkeypatch):
 def test_a_folder_that_is_cleaned_up_in_the_run_is_made_anew(tmp_path, monkeypatch, log_text):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     config = make_config({"checkpoint": {"local_every": 1}}).checkpoint
-    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    state = kernel()
     with local_saves(config, tmp_path / "run", mesh(1)) as saves:
         own = saves.copies.folder.parent
         for step in (1, 2):
