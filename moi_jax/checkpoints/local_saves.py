@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,7 @@ class LocalSaves:
         mine: Json = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
         reports = hosts.gather("the local copies", mine)
         newest = newest_whole(reports)
+        _tell_not_whole(reports, newest)
         if newest is None:
             return None
         lacking = [
@@ -237,8 +239,7 @@ class LocalSaves:
         ]
         copy = held.get(newest, Copy({}))
         record = next(record for record in hosts.gather("the local copy", copy.record) if record)
-        step = int(newest.partition(".")[0])
-        path = self.copies.folder / newest
+        step, path = _step(newest), self.copies.folder / newest
         log.info(
             "step %d is taken from the hosts' own disks (%s); %d of %d processes had all of their "
             "parts", step, path, sum(not part for part in lacking), len(lacking),
@@ -291,8 +292,12 @@ class LocalSaves:
         """The state of a step, with the dtypes and shardings of the tree `abstract`.
 
         All processes call it.
+
+        Raises:
+          UserError: the copy cannot be read any more.
         """
-        files = {part: np.load(path) for part, path in found.copy.parts.items()}
+        with _reading(found):
+            files = {part: np.load(path) for part, path in found.copy.parts.items()}
         restored = [
             self._restore_leaf(found, files, name, leaf)
             for name, leaf in _by_name(abstract).items()
@@ -307,7 +312,8 @@ class LocalSaves:
         shape = leaf.sharding.shard_shape(leaf.shape)
         dtype = jnp.dtype(found.record["dtypes"][name])
         # Two devices may hold the same part: it is read once.
-        read = {part: files[part][name] for part in set(self._parts.values()) & files.keys()}
+        with _reading(found):
+            read = {part: files[part][name] for part in set(self._parts.values()) & files.keys()}
         shards = {device: read[part] for device, part in self._parts.items() if part in read}
         if found.lacking:
             size = math.prod(shape) * dtype.itemsize
@@ -349,6 +355,18 @@ class LocalSaves:
             self._failed = True
 
 
+@contextmanager
+def _reading(found: LocalStep) -> Iterator[None]:
+    """Makes one line of an error: the copy was sound when all agreed on it."""
+    try:
+        yield
+    except (OSError, BadZipFile) as error:
+        raise UserError(
+            f"the local copy {found.path} on {platform.node()} cannot be read any more: "
+            f"{reason(error)}; give the same command again, which goes on from what is there then"
+        ) from None
+
+
 def newest_whole(reports: Sequence[Json]) -> str | None:
     """The name of the newest step each part of which is held by a process that needs it.
 
@@ -356,17 +374,39 @@ def newest_whole(reports: Sequence[Json]) -> str | None:
       reports: of each process, the parts that are "needed" there, and those that are "held" of
         each step.
     """
+    return next((name for name, lost in _lost_parts(reports).items() if not lost), None)
+
+
+def _lost_parts(reports: Sequence[Json]) -> dict[str, set[int]]:
+    """Name of a step, from the newest on -> the parts that no process holds that needs them."""
     needed = {part for report in reports for part in report["needed"]}
     names = {name for report in reports for name in report["held"]}
-    for name in sorted(names, key=lambda name: int(name.partition(".")[0]), reverse=True):
-        there = {
-            part
-            for report in reports
-            for part in set(report["needed"]) & set(report["held"].get(name, ()))
-        }
-        if there == needed:
-            return name
-    return None
+    return {
+        name: needed.difference(
+            *(set(report["needed"]) & set(report["held"].get(name, ())) for report in reports)
+        )
+        for name in sorted(names, key=_step, reverse=True)
+    }
+
+
+def _tell_not_whole(reports: Sequence[Json], newest: str | None) -> None:
+    """Logs which step is newer than the one that is taken, but not whole, and where parts lack.
+
+    The copies of it are removed when the run begins: its history is then another one.
+    """
+    for name, lost in _lost_parts(reports).items():
+        if name == newest:
+            return
+        lacking = [str(n) for n, report in enumerate(reports) if lost & set(report["needed"])]
+        log.warning(
+            "step %d on the hosts' own disks is not used: process %s lack%s parts that no other "
+            "process has to give; hosts must come back with the numbers that they had",
+            _step(name), " and ".join(lacking), "s" * (len(lacking) == 1),
+        )  # fmt: skip
+
+
+def _step(name: str) -> int:
+    return int(name.partition(".")[0])
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from moi_jax.checkpoints.local_replicas import from_replicas
 from moi_jax.checkpoints.local_saves import LocalSaves, forget_copies, local_saves, newest_whole
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
+from moi_jax.parallel import hosts
 from moi_jax.parallel.axes import MESH_AXES
 
 from support.runs import refusal, small_config
@@ -63,6 +64,23 @@ def test_a_damaged_copy_is_named_and_not_used(copies, name, hurt, log_text):
     (line,) = log_text.getvalue().splitlines()
     assert line.startswith(f"the local copy {file.parent} on ")
     assert "is damaged and not used" in line
+
+
+def test_a_folder_that_is_gone_has_no_copies(copies, log_text):
+    write(copies, "8.a")
+    shutil.rmtree(copies.folder)
+    assert copies.sound(0) == {}
+    copies.keep_only("8.a")
+    assert not log_text.getvalue()
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_has_no_copies(copies, log_text):
+    write(copies, "8.a")
+    (copies.folder / "9.a").touch()
+    assert sorted(copies.sound(0)) == ["8.a"]
+    (line,) = log_text.getvalue().splitlines()
+    assert line.startswith(f"the local copies in {copies.folder / '9.a'} on ")
+    assert line.endswith("cannot be read, and are not used: Not a directory")
 
 
 def test_what_is_half_written_or_half_removed_is_no_copy(copies, monkeypatch):
@@ -132,6 +150,34 @@ def test_a_part_that_no_process_has_where_it_is_needed_cannot_be_sent():
     assert newest_whole(reports) is None
 
 
+@pytest.mark.parametrize(
+    ("others", "newest", "lacking"),
+    [
+        ({"9.a": [0], "8.a": [0]}, "8.a", "process 1 lacks parts"),  # not process 2, which has it
+        ({"9.a": [1]}, None, "process 0 and 2 lack parts"),
+    ],
+)
+def test_a_newer_step_that_is_not_whole_is_named(
+    copies, monkeypatch, log_text, others, newest, lacking
+):
+    """Of three processes, 0 and 2 need part 0."""
+    write(copies, *others)
+    saves = LocalSaves(copies, "run", ["a"], "b", mesh(1))
+    reports = [
+        {"needed": [0], "held": others},
+        {"needed": [1], "held": {"8.a": [1]} if newest else {"9.a": [1]}},
+        {"needed": [0], "held": {}},
+    ]
+    answers = {"the local copies": reports, "the local copy": [{"of": newest}]}
+    monkeypatch.setattr(hosts, "gather", lambda what, value: answers[what])
+    monkeypatch.setattr(saves, "_unfit", lambda *_: None)
+    found = saves.newest(7, 9, lambda beside_base: {})
+    saves.close()
+    assert (found and found.path.name) == newest
+    line = log_text.getvalue().splitlines()[0]
+    assert line.startswith(f"step 9 on the hosts' own disks is not used: {lacking} that no other ")
+
+
 def test_what_travels_from_a_replica_keeps_its_bits():
     """-0.0 and the payload of a NaN are lost where floats are added."""
     on = mesh(2, 2)
@@ -168,6 +214,22 @@ def test_a_state_of_any_dtypes_comes_back_bit_by_bit(copies):
     for mine, other in zip(jax.tree.leaves(restored), jax.tree.leaves(before), strict=True):
         assert mine.dtype == other.dtype
         assert np.asarray(mine).tobytes() == other.tobytes()
+    saves.close()
+
+
+@pytest.mark.parametrize("hurt", ["deleted", "changed"])
+def test_a_copy_that_is_hurt_before_it_is_read_ends_the_run_with_one_line(copies, hurt):
+    saves = LocalSaves(copies, "run", ["a"], "a", mesh(1))
+    saves.save(7, kernel(), {}, {}, None)
+    saves.wait()
+    found = saves.newest(6, 7, lambda beside_base: kernel())
+    (file,) = found.copy.parts.values()
+    content = file.read_bytes().replace(np.ones(8, np.float32).tobytes(), bytes(32))
+    file.write_bytes(content) if hurt == "changed" else file.unlink()
+    with pytest.raises(
+        UserError, match=r"cannot be read any more: .*; give the same command again"
+    ):
+        saves.restore(found, kernel())
     saves.close()
 
 
@@ -341,6 +403,18 @@ def test_other_users_cannot_read_or_replace_the_copies(tmp_path, monkeypatch):
     folder.chmod(0o777)
     with (
         pytest.raises(UserError, match="can be written by other users"),
+        local_saves(config, tmp_path / "run", mesh(1)),
+    ):
+        pass
+
+
+def test_a_link_in_the_place_of_the_default_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / f"moi_jax_{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    config = make_config({"checkpoint": {"local_every": 1}}).checkpoint
+    with (
+        pytest.raises(UserError, match=r"is a link, .* in checkpoint\.local_dir"),
         local_saves(config, tmp_path / "run", mesh(1)),
     ):
         pass
