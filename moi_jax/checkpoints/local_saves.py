@@ -397,11 +397,11 @@ def _tell_not_whole(reports: Sequence[Json], newest: str | None) -> None:
     for name, lost in _lost_parts(reports).items():
         if name == newest:
             return
-        lacking = [str(n) for n, report in enumerate(reports) if lost & set(report["needed"])]
+        lacking = [f"process {n}" for n, report in enumerate(reports) if lost & {*report["needed"]}]
         log.warning(
-            "step %d on the hosts' own disks is not used: process %s lack%s parts that no other "
-            "process has to give; hosts must come back with the numbers that they had",
-            _step(name), " and ".join(lacking), "s" * (len(lacking) == 1),
+            "step %d on the hosts' own disks is not used: not all of its parts are on the hosts "
+            "that need them (%s); hosts must come back with the numbers that they had",
+            _step(name), ", ".join(lacking),
         )  # fmt: skip
 
 

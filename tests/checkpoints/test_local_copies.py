@@ -153,8 +153,8 @@ def test_a_part_that_no_process_has_where_it_is_needed_cannot_be_sent():
 @pytest.mark.parametrize(
     ("others", "newest", "lacking"),
     [
-        ({"9.a": [0], "8.a": [0]}, "8.a", "process 1 lacks parts"),  # not process 2, which has it
-        ({"9.a": [1]}, None, "process 0 and 2 lack parts"),
+        ({"9.a": [0], "8.a": [0]}, "8.a", "(process 1)"),  # not process 2, which has it
+        ({"9.a": [1]}, None, "(process 0, process 2)"),
     ],
 )
 def test_a_newer_step_that_is_not_whole_is_named(
@@ -175,7 +175,8 @@ def test_a_newer_step_that_is_not_whole_is_named(
     saves.close()
     assert (found and found.path.name) == newest
     line = log_text.getvalue().splitlines()[0]
-    assert line.startswith(f"step 9 on the hosts' own disks is not used: {lacking} that no other ")
+    assert line.startswith("step 9 on the hosts' own disks is not used: ")
+    assert f" are on the hosts that need them {lacking}; " in line
 
 
 def test_what_travels_from_a_replica_keeps_its_bits():
