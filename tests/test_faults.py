@@ -139,3 +139,13 @@ def test_the_faults_of_two_hosts_are_the_same_in_every_campaign(modules):
     assert len(copies) == len(set(copies)) == 7
     # The newest copy lies between the checkpoints of steps 10 and 15.
     assert {name.rpartition(" ")[2] for name in copies} == {"10", "12"}
+
+
+@pytest.mark.parametrize("steps", range(4, 28, 4))
+def test_a_run_with_faults_of_local_copies_has_a_copy_that_is_newer_than_its_checkpoint(
+    modules, steps
+):
+    from joined_copies import joined_copies, newest_steps
+
+    copied, saved = newest_steps(steps)
+    assert bool(list(joined_copies(steps))) == (copied > saved)

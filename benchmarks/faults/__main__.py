@@ -90,7 +90,9 @@ def main() -> int:
     parser.add_argument(
         "--hosts", type=int, default=1, choices=(1, HOSTS), help="processes of a run"
     )
-    parser.add_argument("--steps", type=int, default=20, help="of a run, a multiple of 4")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of a run, a multiple of 4; local copies need 16"
+    )
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a command")
     parser.add_argument("--keep", action="store_true", help="keep the directories of the cases")
     args = parser.parse_args()

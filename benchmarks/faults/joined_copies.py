@@ -77,6 +77,8 @@ def newest_steps(steps: int) -> tuple[int, int]:
 
 
 def joined_copies(steps: int) -> Iterator[Case]:
+    if steps < 16:  # no copy is newer than the checkpoint
+        return
     copied, saved = newest_steps(steps)
     for what, step, play in (
         ("both are killed", copied, _nothing),

@@ -11,17 +11,24 @@ from moi_jax.models.decoder import Tree
 
 # The flags of a large tensor would take a quarter of its own memory.
 BLOCK = 1 << 22
+USE_ANOTHER = (
+    "use another checkpoint (a run resumes from the one before when this directory is moved "
+    "elsewhere)"
+)
 
 
-def check_finite(step: Path, tree: Tree, item: str) -> None:
+def check_finite(step: Path, tree: Tree, item: str, advice: str = USE_ANOTHER) -> None:
     """Raises UserError with the first array of a restored item that has NaN or infinity.
 
     Each device reads its own shards once.
+
+    Args:
+      advice: what the user can do.
     """
     for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_all_finite(tree))):
         if not finite:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise _not_finite(step, f"{item}/{name}")
+            raise _not_finite(step, f"{item}/{name}", advice)
 
 
 @jax.jit
@@ -44,8 +51,5 @@ def count_not_finite(array: np.ndarray) -> int:
     )
 
 
-def _not_finite(step: Path, name: str) -> UserError:
-    return UserError(
-        f"{step}: {name} has values that are NaN or infinite; use another checkpoint (a run "
-        f"resumes from the one before when this directory is moved elsewhere)"
-    )
+def _not_finite(step: Path, name: str, advice: str = USE_ANOTHER) -> UserError:
+    return UserError(f"{step}: {name} has values that are NaN or infinite; {advice}")

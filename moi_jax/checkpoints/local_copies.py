@@ -99,10 +99,11 @@ class LocalCopies:
         """The copies of steps after `after`, by name; a warning names each that is damaged."""
         copies: dict[str, Copy] = {}
         for step in self._steps():
-            for path in sorted(step.iterdir()) if _number(step) > after else ():
+            for path in _content(step) if _number(step) > after else ():
                 try:
                     files = read_sums(path)
                     check_sums(path, files)
+                    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
                     log.warning(
                         f"the local copy {path} on {platform.node()} is damaged and not used: "
@@ -110,7 +111,6 @@ class LocalCopies:
                         extra={EVERY_HOST: True},
                     )
                     continue
-                record = json.loads((path / RECORD).read_text(encoding="utf-8"))
                 parts = copies.setdefault(step.name, Copy(record)).parts
                 parts |= {int(Path(file).stem): path / file for file in files if file != RECORD}
         return copies
@@ -137,13 +137,33 @@ class LocalCopies:
                 _remove(step)
 
     def _steps(self) -> Iterator[Path]:
-        for path in list(self.folder.iterdir()):
+        for path in _content(self.folder):
             if path.name.partition(".")[0].isdigit() and path.suffix != UNFINISHED:
                 yield path
 
 
+def _content(folder: Path) -> list[Path]:
+    """What is in a folder; a warning names one that cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:  # something has cleaned it up
+        return []
+    except OSError as error:
+        log.warning(
+            f"the local copies in {folder} on {platform.node()} cannot be read, and are not used: "
+            f"{reason(error)}",
+            extra={EVERY_HOST: True},
+        )
+        return []
+
+
 def _make_private(folder: Path) -> None:
     """Makes a folder that no other user can read; raises UserError if another user has made it."""
+    if folder.is_symlink():  # perhaps of another user, who could let it point elsewhere
+        raise UserError(
+            f"{folder} is a link, and local copies need the folder itself; name that, or another "
+            f"one, in checkpoint.local_dir"
+        )
     with suppress(OSError):  # that it cannot be written is told later
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, reason
 from moi_jax.common.home import expand_home
 from moi_jax.common.log import EVERY_HOST
+from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
 
 # The file in the run directory that identifies the run in the hosts' own folders. It also names
@@ -121,6 +123,34 @@ def _read_id(file: Path) -> list[str]:
     return words if words and re.fullmatch("[0-9a-f]{32}", words[0]) else []
 
 
+def _write_id(directory: Path, words: Sequence[str], retry_seconds: int) -> None:
+    """Writes the id of a run and its history; raises UserError if it cannot."""
+    file, text = directory / RUN_ID, " ".join(words)
+    try:
+        retried(file, retry_seconds, lambda: atomic_write_text(file, text))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file}, which says what local copies belong to the run: "
+            f"{reason(error, directory)}; give the same command again when it can be written"
+        ) from None
+
+
+def forget_copies(directory: Path, retry_seconds: int = 0) -> None:
+    """Leaves no copy in the history of a run that goes on without local saves.
+
+    The file stays, without a history: an object store would keep the one that was removed here.
+
+    Args:
+      directory: of the run.
+      retry_seconds: for how long a write is tried again when the store fails.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if words := _read_id(directory / RUN_ID):
+        _write_id(directory, words[:1], retry_seconds)
+
+
 class LocalSaves:
     """Saves and restores a run's state on the disks of its hosts.
 
@@ -201,6 +231,7 @@ class LocalSaves:
         mine: Json = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
         reports = hosts.gather("the local copies", mine)
         newest = newest_whole(reports)
+        _tell_not_whole(reports, newest)
         if newest is None:
             return None
         lacking = [
@@ -208,8 +239,7 @@ class LocalSaves:
         ]
         copy = held.get(newest, Copy({}))
         record = next(record for record in hosts.gather("the local copy", copy.record) if record)
-        step = int(newest.partition(".")[0])
-        path = self.copies.folder / newest
+        step, path = _step(newest), self.copies.folder / newest
         log.info(
             "step %d is taken from the hosts' own disks (%s); %d of %d processes had all of their "
             "parts", step, path, sum(not part for part in lacking), len(lacking),
@@ -238,25 +268,36 @@ class LocalSaves:
                 return f"of {leaf} it has {had.get(leaf)}, and the run needs {needed.get(leaf)}"
         return None
 
-    def begin(self, directory: Path, name: str) -> None:
+    def begin(self, directory: Path, name: str, retry_seconds: int = 0) -> None:
         """Makes the steps of this start the history of the run, and removes other copies.
 
-        All processes call it when the run is certain to start.
+        All processes call it when the run is certain to start. None removes a copy before the
+        history is written.
 
         Args:
           directory: of the run.
           name: of the step from which it starts, a copy or not.
+          retry_seconds: for how long a write is tried again when the store fails.
+
+        Raises:
+          UserError: the history cannot be written.
         """
-        if hosts.is_main():
-            atomic_write_text(directory / RUN_ID, f"{self._run_id} {self._start} {name}".strip())
+        words = [self._run_id, self._start, *([name] if name else [])]
+        hosts.from_main(
+            "the history of the run", lambda: _write_id(directory, words, retry_seconds)
+        )
         self.copies.keep_only(name)
 
     def restore(self, found: LocalStep, abstract: Any) -> Any:
         """The state of a step, with the dtypes and shardings of the tree `abstract`.
 
         All processes call it.
+
+        Raises:
+          UserError: the copy cannot be read any more.
         """
-        files = {part: np.load(path) for part, path in found.copy.parts.items()}
+        with _reading(found):
+            files = {part: np.load(path) for part, path in found.copy.parts.items()}
         restored = [
             self._restore_leaf(found, files, name, leaf)
             for name, leaf in _by_name(abstract).items()
@@ -271,7 +312,8 @@ class LocalSaves:
         shape = leaf.sharding.shard_shape(leaf.shape)
         dtype = jnp.dtype(found.record["dtypes"][name])
         # Two devices may hold the same part: it is read once.
-        read = {part: files[part][name] for part in set(self._parts.values()) & files.keys()}
+        with _reading(found):
+            read = {part: files[part][name] for part in set(self._parts.values()) & files.keys()}
         shards = {device: read[part] for device, part in self._parts.items() if part in read}
         if found.lacking:
             size = math.prod(shape) * dtype.itemsize
@@ -313,6 +355,18 @@ class LocalSaves:
             self._failed = True
 
 
+@contextmanager
+def _reading(found: LocalStep) -> Iterator[None]:
+    """Makes one line of an error: the copy was sound when all agreed on it."""
+    try:
+        yield
+    except (OSError, BadZipFile) as error:
+        raise UserError(
+            f"the local copy {found.path} on {platform.node()} cannot be read any more: "
+            f"{reason(error)}; give the same command again, which goes on from what is there then"
+        ) from None
+
+
 def newest_whole(reports: Sequence[Json]) -> str | None:
     """The name of the newest step each part of which is held by a process that needs it.
 
@@ -320,17 +374,39 @@ def newest_whole(reports: Sequence[Json]) -> str | None:
       reports: of each process, the parts that are "needed" there, and those that are "held" of
         each step.
     """
+    return next((name for name, lost in _lost_parts(reports).items() if not lost), None)
+
+
+def _lost_parts(reports: Sequence[Json]) -> dict[str, set[int]]:
+    """Name of a step, from the newest on -> the parts that no process holds that needs them."""
     needed = {part for report in reports for part in report["needed"]}
     names = {name for report in reports for name in report["held"]}
-    for name in sorted(names, key=lambda name: int(name.partition(".")[0]), reverse=True):
-        there = {
-            part
-            for report in reports
-            for part in set(report["needed"]) & set(report["held"].get(name, ()))
-        }
-        if there == needed:
-            return name
-    return None
+    return {
+        name: needed.difference(
+            *(set(report["needed"]) & set(report["held"].get(name, ())) for report in reports)
+        )
+        for name in sorted(names, key=_step, reverse=True)
+    }
+
+
+def _tell_not_whole(reports: Sequence[Json], newest: str | None) -> None:
+    """Logs which step is newer than the one that is taken, but not whole, and where parts lack.
+
+    The copies of it are removed when the run begins: its history is then another one.
+    """
+    for name, lost in _lost_parts(reports).items():
+        if name == newest:
+            return
+        lacking = [f"process {n}" for n, report in enumerate(reports) if lost & {*report["needed"]}]
+        log.warning(
+            "step %d on the hosts' own disks is not used: not all of its parts are on the hosts "
+            "that need them (%s); hosts must come back with the numbers that they had",
+            _step(name), ", ".join(lacking),
+        )  # fmt: skip
+
+
+def _step(name: str) -> int:
+    return int(name.partition(".")[0])
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

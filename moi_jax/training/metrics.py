@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -84,6 +85,15 @@ class MetricsLog:
             retried(self._path, self._retry_seconds, self._write_line)
         for track in self._trackers:
             retried(self._path.parent, self._retry_seconds, partial(track, clean))
+
+    def sync(self) -> None:
+        """Returns when the records are on the disk, not only with the system."""
+        if hosts.is_main():
+            retried(self._path, self._retry_seconds, self._sync)
+
+    def _sync(self) -> None:
+        with self._path.open("r+b") as file:
+            os.fsync(file.fileno())
 
     def _write_line(self) -> None:
         # Opened each time: a file that was open when its server failed stays broken.

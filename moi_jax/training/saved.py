@@ -84,5 +84,9 @@ def _restore_local(
     local: LocalSaves, found: LocalStep, held: Callable[[bool], tuple[Tree, Any]]
 ) -> tuple[Tree, Any]:
     restored = local.restore(found, held(found.base is not None))
-    check_finite(found.path, restored, "state")
+    advice = (
+        f"the run resumes from its newest checkpoint when {found.path.parent}, the local copies, "
+        f"is removed on all hosts, or checkpoint.local_every is null"
+    )
+    check_finite(found.path, restored, "state", advice)
     return restored

@@ -42,7 +42,11 @@ def save(
 
 
 def save_locally(run: Run, local: LocalSaves) -> None:
-    """Saves the run's step on the hosts' own disks, in the background."""
+    """Saves the run's step on the hosts' own disks, in the background.
+
+    A copy that is newer than the metrics is not taken, so these must outlive the host of process 0.
+    """
+    run.log.sync()
     parameters, optimizer = run.state.items()
     items = run.checkpoints.items
     state = (items.held(parameters), optimizer)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.first_parameters import first_parameters
 from moi_jax.checkpoints.items import Base, find_step
-from moi_jax.checkpoints.local_saves import RUN_ID, LocalSaves
+from moi_jax.checkpoints.local_saves import LocalSaves, forget_copies
 from moi_jax.checkpoints.moved_base import read_base_again
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.atomic_files import atomic_write_text
@@ -95,16 +95,11 @@ def start_run(
     logged = -1 if saved is None else saved.step
     if hosts.is_main():
         _write_description(directory, experiment, mixture)
-        if local is None:  # copies that are there fall behind the run, and must not be taken later
-            (directory / RUN_ID).unlink(missing_ok=True)
-    if local:
-        local.begin(directory, saved.path.name if saved else "")
     answers = hosts.from_main(
         "the sample answers", lambda: truncate_after(directory / "samples.jsonl", logged)[-1:]
     )
-    metrics_log = MetricsLog(
-        directory, config.logging.trackers, logged, clock, config.checkpoint.retry_seconds
-    )
+    retry_seconds = config.checkpoint.retry_seconds
+    metrics_log = MetricsLog(directory, config.logging.trackers, logged, clock, retry_seconds)
     early_stopping = EarlyStopping(config, position["early_stopping"])
     missed = set(position["missed"])
     # An earlier process may have made up for some of them, and have saved no later checkpoint.
@@ -114,7 +109,7 @@ def start_run(
             early_stopping.count(metrics_log.last)
     schedule = make_schedule(config.optimizer, plan.total_steps)
     profiled = config.train.profile_steps if hosts.is_main() else None
-    return Run(
+    run = Run(
         config=config,
         directory=directory,
         domains=dataset.corpus.names,
@@ -149,6 +144,12 @@ def start_run(
         local=local,
         unchanged_since=position.get("unchanged_since"),
     )
+    # Last of all: a run that does not start leaves the local copies to the next start.
+    if local:
+        local.begin(directory, saved.path.name if saved else "", retry_seconds)
+    elif hosts.is_main():  # what is there falls behind the run, and must not be taken later
+        forget_copies(directory, retry_seconds)
+    return run
 
 
 def _write_description(directory: Path, experiment: Experiment, mixture: dict) -> None:

@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moi_jax.checkpoints.local_copies import LocalCopies
 from moi_jax.checkpoints.local_replicas import from_replicas
-from moi_jax.checkpoints.local_saves import LocalSaves, local_saves, newest_whole
+from moi_jax.checkpoints.local_saves import LocalSaves, forget_copies, local_saves, newest_whole
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
+from moi_jax.parallel import hosts
 from moi_jax.parallel.axes import MESH_AXES
 
 from support.runs import refusal, small_config
@@ -65,6 +66,23 @@ def test_a_damaged_copy_is_named_and_not_used(copies, name, hurt, log_text):
     assert "is damaged and not used" in line
 
 
+def test_a_folder_that_is_gone_has_no_copies(copies, log_text):
+    write(copies, "8.a")
+    shutil.rmtree(copies.folder)
+    assert copies.sound(0) == {}
+    copies.keep_only("8.a")
+    assert not log_text.getvalue()
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_has_no_copies(copies, log_text):
+    write(copies, "8.a")
+    (copies.folder / "9.a").touch()
+    assert sorted(copies.sound(0)) == ["8.a"]
+    (line,) = log_text.getvalue().splitlines()
+    assert line.startswith(f"the local copies in {copies.folder / '9.a'} on ")
+    assert line.endswith("cannot be read, and are not used: Not a directory")
+
+
 def test_what_is_half_written_or_half_removed_is_no_copy(copies, monkeypatch):
     write(copies, "8.a")
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed meanwhile
@@ -78,7 +96,7 @@ def test_what_is_half_written_or_half_removed_is_no_copy(copies, monkeypatch):
 
 def test_a_full_disk_costs_that_save_alone(copies, monkeypatch, log_text):
     saves = LocalSaves(copies, "run", [], "a", mesh(1))
-    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    state = kernel()
     saves.save(1, state, {}, {}, None)
     saves.wait()
     with monkeypatch.context() as patch:
@@ -106,6 +124,10 @@ def replicated(on):
     return NamedSharding(on, PartitionSpec())
 
 
+def kernel():
+    return {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+
+
 @pytest.mark.parametrize(
     ("held", "newest"),
     [
@@ -126,6 +148,35 @@ def test_a_part_that_no_process_has_where_it_is_needed_cannot_be_sent():
     """The hosts came back in another order, so that each has what the other one needs."""
     reports = [{"needed": [0], "held": {"9.a": [1]}}, {"needed": [1], "held": {"9.a": [0]}}]
     assert newest_whole(reports) is None
+
+
+@pytest.mark.parametrize(
+    ("others", "newest", "lacking"),
+    [
+        ({"9.a": [0], "8.a": [0]}, "8.a", "(process 1)"),  # not process 2, which has it
+        ({"9.a": [1]}, None, "(process 0, process 2)"),
+    ],
+)
+def test_a_newer_step_that_is_not_whole_is_named(
+    copies, monkeypatch, log_text, others, newest, lacking
+):
+    """Of three processes, 0 and 2 need part 0."""
+    write(copies, *others)
+    saves = LocalSaves(copies, "run", ["a"], "b", mesh(1))
+    reports = [
+        {"needed": [0], "held": others},
+        {"needed": [1], "held": {"8.a": [1]} if newest else {"9.a": [1]}},
+        {"needed": [0], "held": {}},
+    ]
+    answers = {"the local copies": reports, "the local copy": [{"of": newest}]}
+    monkeypatch.setattr(hosts, "gather", lambda what, value: answers[what])
+    monkeypatch.setattr(saves, "_unfit", lambda *_: None)
+    found = saves.newest(7, 9, lambda beside_base: {})
+    saves.close()
+    assert (found and found.path.name) == newest
+    line = log_text.getvalue().splitlines()[0]
+    assert line.startswith("step 9 on the hosts' own disks is not used: ")
+    assert f" are on the hosts that need them {lacking}; " in line
 
 
 def test_what_travels_from_a_replica_keeps_its_bits():
@@ -164,6 +215,22 @@ def test_a_state_of_any_dtypes_comes_back_bit_by_bit(copies):
     for mine, other in zip(jax.tree.leaves(restored), jax.tree.leaves(before), strict=True):
         assert mine.dtype == other.dtype
         assert np.asarray(mine).tobytes() == other.tobytes()
+    saves.close()
+
+
+@pytest.mark.parametrize("hurt", ["deleted", "changed"])
+def test_a_copy_that_is_hurt_before_it_is_read_ends_the_run_with_one_line(copies, hurt):
+    saves = LocalSaves(copies, "run", ["a"], "a", mesh(1))
+    saves.save(7, kernel(), {}, {}, None)
+    saves.wait()
+    found = saves.newest(6, 7, lambda beside_base: kernel())
+    (file,) = found.copy.parts.values()
+    content = file.read_bytes().replace(np.ones(8, np.float32).tobytes(), bytes(32))
+    file.write_bytes(content) if hurt == "changed" else file.unlink()
+    with pytest.raises(
+        UserError, match=r"cannot be read any more: .*; give the same command again"
+    ):
+        saves.restore(found, kernel())
     saves.close()
 
 
@@ -211,7 +278,7 @@ def test_hosts_that_come_back_have_no_copies_that_the_run_goes_on_from(tmp_path,
     run, disk, away = (tmp_path / name for name in ("run", "disk", "away"))
     run.mkdir()
     config = make_config({"checkpoint": {"local_every": 1, "local_dir": str(disk)}}).checkpoint
-    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    state = kernel()
     found = []
 
     def start(*steps):
@@ -234,6 +301,54 @@ def test_hosts_that_come_back_have_no_copies_that_the_run_goes_on_from(tmp_path,
     assert found == [None, 7, 7, None, None]
     assert "it belongs to another history of the run" in log_text.getvalue()
     assert not list(disk.glob("*/*"))
+
+
+@pytest.fixture
+def one_copy(tmp_path):
+    """The run directory and the settings of a run that failed after its local copy of step 7."""
+    (tmp_path / "run").mkdir()
+    place = {"local_every": 1, "local_dir": str(tmp_path / "disk")}
+    config = make_config({"checkpoint": place}).checkpoint
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        local_saves(config, tmp_path / "run", mesh(1)) as saves,
+    ):
+        saves.begin(tmp_path / "run", "")
+        saves.save(7, kernel(), {}, {}, None)
+        1 / 0  # noqa: B018
+    return tmp_path / "run", config
+
+
+def test_a_copy_behind_a_run_that_went_on_without_copies_is_not_used(one_copy, log_text):
+    """Its directory came from an object store, which keeps what was removed elsewhere."""
+    run, config = one_copy
+    store = {"run_id": (run / "run_id").read_text()}
+    forget_copies(run)
+    for file in run.iterdir():
+        store[file.name] = file.read_text()
+    (run / "run_id").write_text(store["run_id"])
+    with local_saves(config, run, mesh(1)) as saves:
+        assert saves.newest(5, 9, lambda beside_base: kernel()) is None
+        saves.begin(run, "5")
+        assert not list(saves.copies.folder.iterdir())
+    assert "it belongs to another history of the run" in log_text.getvalue()
+
+
+def test_no_copy_is_removed_before_the_history_is_written(one_copy):
+    run, config = one_copy
+    (run / "run_id.new").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*/run_id, .* belong to the run: "):
+        forget_copies(run)
+    with (
+        pytest.raises(
+            UserError, match=r"cannot write .*/run_id, .*: Is a directory; give the same"
+        ),
+        local_saves(config, run, mesh(1)) as saves,
+    ):
+        saves.begin(run, "5")
+    (run / "run_id.new").rmdir()
+    with local_saves(config, run, mesh(1)) as saves:
+        assert saves.newest(5, 9, lambda beside_base: kernel()).step == 7
 
 
 def test_a_mesh_without_a_replica_on_another_host_is_refused(tmp_path):
@@ -294,10 +409,22 @@ def test_other_users_cannot_read_or_replace_the_copies(tmp_path, monkeypatch):
         pass
 
 
+def test_a_link_in_the_place_of_the_default_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / f"moi_jax_{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    config = make_config({"checkpoint": {"local_every": 1}}).checkpoint
+    with (
+        pytest.raises(UserError, match=r"is a link, .* in checkpoint\.local_dir"),
+        local_saves(config, tmp_path / "run", mesh(1)),
+    ):
+        pass
+
+
 def test_a_folder_that_is_cleaned_up_in_the_run_is_made_anew(tmp_path, monkeypatch, log_text):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     config = make_config({"checkpoint": {"local_every": 1}}).checkpoint
-    state = {"kernel": jax.device_put(jnp.ones(8), replicated(mesh(1)))}
+    state = kernel()
     with local_saves(config, tmp_path / "run", mesh(1)) as saves:
         own = saves.copies.folder.parent
         for step in (1, 2):

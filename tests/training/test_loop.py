@@ -1,5 +1,6 @@
 """The order in which the loop dispatches, reads, evaluates and saves."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from moi_jax.training import saves
 from moi_jax.training.early_stopping import EarlyStopping
 from moi_jax.training.goodput import Clock
 from moi_jax.training.loop import fit
-from moi_jax.training.metrics import MetricsLog
+from moi_jax.training.metrics import MetricsLog, last_step
 from moi_jax.training.profiling import StepProfiler
 from moi_jax.training.run import Run
 from moi_jax.training.spikes import LossLimit
@@ -192,13 +193,22 @@ def test_how_many_skipped_steps_in_a_row_stop_a_run_is_a_setting(tmp_path):
             stage.fit()
 
 
-def test_local_copies_are_made_between_checkpoints_of_steps_that_were_read(tmp_path):
+def test_local_copies_are_made_between_checkpoints_of_steps_that_were_read(tmp_path, monkeypatch):
+    """Each is made when the metrics of its step are safe: one that is newer is not taken."""
+    safe: list[int] = []
+
+    def sync(number):
+        assert os.path.samestat(os.fstat(number), (tmp_path / "metrics.jsonl").stat())
+        safe.append(last_step(tmp_path / "metrics.jsonl"))
+
+    monkeypatch.setattr(os, "fsync", sync)
     stage = Stage(tmp_path, checkpoint={"every": 4, "local_every": 2})
     stage.run.checkpoints.items = SimpleNamespace(held=lambda parameters: parameters, base=None)
 
     def copy(step, state, position, config, base):
         assert state == (step, None)
         assert position["row"] == 2 * step
+        assert safe[-1] == step
         stage.events.append(f"copy {step}")
 
     stage.run.local = SimpleNamespace(save=copy)

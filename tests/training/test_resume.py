@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,14 +193,24 @@ def test_changed_data_is_refused_though_its_path_is_the_same(uninterrupted, tmp_
 
 def test_a_longer_run_and_another_batch_size_resume_when_allowed(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    (tmp_path / "run" / "run_id").write_text("0" * 32)
+    (tmp_path / "run" / "run_id").write_text("0" * 32 + " 1f 7.1f")
     changes = ["train.steps=12", "train.global_batch_rows=4"]
     train_here(small_config(tmp_path), *changes, allow_change=True)
-    # Local copies of an earlier start are behind the run now, so nothing knows them any more.
-    assert not (tmp_path / "run" / "run_id").exists()
+    # Local copies of an earlier start are behind the run now, so they are of its history no more.
+    assert (tmp_path / "run" / "run_id").read_text() == "0" * 32
     last = records(tmp_path / "run" / "metrics.jsonl")[-2:]
     # Ten batches of two rows, then two of four.
     assert [r["row"] for r in last if "row" in r][-1] == 10 * 2 + 2 * 4
+
+
+def test_a_run_that_cannot_start_leaves_the_history_of_its_local_copies(
+    uninterrupted, tmp_path, monkeypatch
+):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "run_id").write_text("0" * 32 + " 1f 7.1f")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "not installed" in refusal(small_config(tmp_path), "logging.trackers=[wandb]")
+    assert (tmp_path / "run" / "run_id").read_text() == "0" * 32 + " 1f 7.1f"
 
 
 def test_a_run_resumes_on_another_mesh_with_other_microbatches(uninterrupted, tmp_path, log_text):
