@@ -80,7 +80,8 @@ def _forward(
         slope = jnp.exp(logits - log_sum[..., None]) - _is_target(logits, targets)
         weights = weights.astype(wide)[..., None]
         slope = jnp.where(weights > 0, weights * slope, 0).astype(hidden.dtype)
-        hidden = jnp.where(weights > 0, hidden, 0)  # 0 times a state that is not finite is not 0
+        # 0 times a state that is not finite is not 0.
+        hidden = constrain(jnp.where(weights > 0, hidden, 0), "logits_batch", None, None)
         hidden_gradient = jnp.einsum("gtv,dv->gtd", slope, split)
         # A sum for each group of rows. They are added up once, at the end, not for each chunk.
         new = jnp.einsum("gtd,gtv->gdv", hidden, slope, preferred_element_type=wide)
@@ -190,10 +191,12 @@ class _Chunks:
     def _join(self, x: jax.Array) -> jax.Array:
         """The inverse of `_split`."""
         x = jnp.moveaxis(x, 0, 2).reshape(*self.order.shape, *x.shape[4:])
+        x = constrain(x, "batch", "sequence", *[None] * (x.ndim - 2))
         rows, parts = self.shape[0] // self.parts[0], self.parts[1]
         x = _permute(x, self.places, self.order)[:, :, : rows * self.shape[1] // parts]
         x = x.reshape(self.parts[0], parts, rows, -1, *x.shape[3:])
-        return jnp.moveaxis(x, 1, 2).reshape(*self.shape, *x.shape[4:])
+        x = jnp.moveaxis(x, 1, 2).reshape(*self.shape, *x.shape[4:])
+        return constrain(x, "batch", "sequence", *[None] * (x.ndim - 2))
 
 
 def _cut(x: jax.Array, parts: tuple[int, int]) -> jax.Array:
