@@ -9,13 +9,14 @@ import shlex
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
 from moi_jax import plan as command
 from moi_jax.accounting import compilation
-from moi_jax.accounting.compilation import Compiled, lower_step
+from moi_jax.accounting.compilation import Compiled, largest_buffers, lower_step
 from moi_jax.accounting.kept import kept_path, read_kept
 from moi_jax.accounting.layers import kept_width, repeated_flops
 from moi_jax.accounting.memory import Arguments, kv_cache_bytes
@@ -726,3 +727,16 @@ def test_the_price_list_of_a_quantised_base_has_a_row_more(scheme, bits):
     plain, coded = (offer.plan.arguments.parameters for offer in offers[1:])
     saved = MODEL.num_layers * WEIGHTS * (16 - bits) / 8
     assert plain - coded == pytest.approx(saved, rel=2e-3)  # int8 has an absmax for each output
+
+
+def test_the_largest_buffers_are_also_those_of_branches():
+    def loop(x, needed):
+        def branch(x):
+            return jnp.tanh(x @ x) @ x
+
+        return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.cond(needed, branch, lambda x: x, x), x)
+
+    text = jax.jit(loop).lower(jnp.ones((8, 8)), True).compile().as_text()
+    found = largest_buffers(text)
+    assert any("branch" in name and size == 4 * 8 * 8 for name, size in found), found
+    assert not any("conditional" in name for name, _ in found)

@@ -179,3 +179,17 @@ def test_logits_are_never_whole_forward_or_backward(monkeypatch):
     # The check does find whole logits where they exist.
     assert of(lambda h, w: jnp.sum(whole_nll(h, w, targets))) >= B * S * V
     assert of(lambda h, w: weighted_nll(h, w, targets, weights)[0]) <= max(16 * V, B * S * D)
+
+
+def test_a_frozen_head_has_no_gradient(monkeypatch):
+    monkeypatch.setattr(loss_lib, "CHUNK_TOKENS", 16)
+    hidden, head, targets = inputs()
+    weights = sparse_weights(1, B)
+
+    def compiled(argnums):
+        loss = jax.grad(lambda h, w: weighted_nll(h, w, targets, weights)[0], argnums)
+        return jax.jit(loss).lower(hidden, head).compile().as_text()
+
+    sum_of_chunks = f"f32[1,{D},{V}]"
+    assert sum_of_chunks in compiled((0, 1))
+    assert sum_of_chunks not in compiled(0)
