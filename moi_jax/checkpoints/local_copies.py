@@ -79,7 +79,7 @@ class LocalCopies:
         if self._private:  # again: something may clean up the host's temporary files
             _make_private(self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_old(_number(Path(name)))
+        self._remove_old(step_number(name))
         whole = self.folder / name / str(process)
         unfinished = whole.with_name(f"{process}{UNFINISHED}")
         try:
@@ -99,7 +99,7 @@ class LocalCopies:
         """The copies of steps after `after`, by name; a warning names each that is damaged."""
         copies: dict[str, Copy] = {}
         for step in self._steps():
-            for path in _content(step) if _number(step) > after else ():
+            for path in _content(step) if step_number(step.name) > after else ():
                 try:
                     files = read_sums(path)
                     check_sums(path, files)
@@ -131,9 +131,10 @@ class LocalCopies:
         All processes have then written the older of these: each waits for that before it begins
         the newer one, which it has begun, since it has taken part in the next step.
         """
-        before = sorted({number for number in map(_number, self._steps()) if number < next_step})
+        numbers = {step_number(step.name) for step in self._steps()}
+        before = sorted(number for number in numbers if number < next_step)
         for step in self._steps():
-            if _number(step) < min(before[-KEPT:], default=0):
+            if step_number(step.name) < min(before[-KEPT:], default=0):
                 _remove(step)
 
     def _steps(self) -> Iterator[Path]:
@@ -157,6 +158,11 @@ def _content(folder: Path) -> list[Path]:
         return []
 
 
+def step_number(name: str) -> int:
+    """The number of the step in the name of a copy, <step>.<start>."""
+    return int(name.partition(".")[0])
+
+
 def _make_private(folder: Path) -> None:
     """Makes a folder that no other user can read; raises UserError if another user has made it."""
     if folder.is_symlink():  # perhaps of another user, who could let it point elsewhere
@@ -172,10 +178,6 @@ def _make_private(folder: Path) -> None:
                 f"{folder} can be written by other users, who could change the local copies; "
                 f"remove it, or name another folder in checkpoint.local_dir"
             )
-
-
-def _number(step: Path) -> int:
-    return int(step.name.partition(".")[0])
 
 
 def _remove(step: Path) -> None:

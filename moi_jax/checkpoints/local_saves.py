@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,18 +31,15 @@ from jax.sharding import Mesh
 
 from moi_jax import config as config_lib
 from moi_jax.checkpoints.items import Base
-from moi_jax.checkpoints.local_copies import Copy, Json, LocalCopies, Part
+from moi_jax.checkpoints.local_agreement import newest_whole, tell_not_whole
+from moi_jax.checkpoints.local_copies import Copy, Json, LocalCopies, Part, step_number
+from moi_jax.checkpoints.local_history import read_history, write_history
 from moi_jax.checkpoints.local_replicas import from_replicas
-from moi_jax.common.atomic_files import atomic_write_text
 from moi_jax.common.errors import UserError, reason
 from moi_jax.common.home import expand_home
 from moi_jax.common.log import EVERY_HOST
-from moi_jax.common.retry import retried
 from moi_jax.parallel import hosts
 
-# The file in the run directory that identifies the run in the hosts' own folders. It also names
-# what belongs to the history of the run: the last start, and the copy from which that one went on.
-RUN_ID = "run_id"
 FORMAT = 2  # goes up when other files or records are written
 
 log = logging.getLogger(__name__)
@@ -94,7 +90,7 @@ def local_saves(
         lambda: [
             uuid.uuid4().hex[:8],
             str(directory.resolve()),
-            *(_read_id(directory / RUN_ID) or [uuid.uuid4().hex]),
+            *(read_history(directory) or [uuid.uuid4().hex]),
         ],
     )
     # A copy of the run directory has the same id, but is another run.
@@ -112,43 +108,6 @@ def local_saves(
         saves.copies.remove()
     finally:
         saves.close()
-
-
-def _read_id(file: Path) -> list[str]:
-    """The id of a run and its history; [] if there is none, or no id.
-
-    The id names a folder that is removed, so anything else must not be taken for one.
-    """
-    words = file.read_text(errors="replace").split() if file.is_file() else []
-    return words if words and re.fullmatch("[0-9a-f]{32}", words[0]) else []
-
-
-def _write_id(directory: Path, words: Sequence[str], retry_seconds: int) -> None:
-    """Writes the id of a run and its history; raises UserError if it cannot."""
-    file, text = directory / RUN_ID, " ".join(words)
-    try:
-        retried(file, retry_seconds, lambda: atomic_write_text(file, text))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {file}, which says what local copies belong to the run: "
-            f"{reason(error, directory)}; give the same command again when it can be written"
-        ) from None
-
-
-def forget_copies(directory: Path, retry_seconds: int = 0) -> None:
-    """Leaves no copy in the history of a run that goes on without local saves.
-
-    The file stays, without a history: an object store would keep the one that was removed here.
-
-    Args:
-      directory: of the run.
-      retry_seconds: for how long a write is tried again when the store fails.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    if words := _read_id(directory / RUN_ID):
-        _write_id(directory, words[:1], retry_seconds)
 
 
 class LocalSaves:
@@ -231,7 +190,7 @@ class LocalSaves:
         mine: Json = {"needed": needed, "held": {name: sorted(held[name].parts) for name in held}}
         reports = hosts.gather("the local copies", mine)
         newest = newest_whole(reports)
-        _tell_not_whole(reports, newest)
+        tell_not_whole(reports, newest)
         if newest is None:
             return None
         lacking = [
@@ -239,7 +198,7 @@ class LocalSaves:
         ]
         copy = held.get(newest, Copy({}))
         record = next(record for record in hosts.gather("the local copy", copy.record) if record)
-        step, path = _step(newest), self.copies.folder / newest
+        step, path = step_number(newest), self.copies.folder / newest
         log.info(
             "step %d is taken from the hosts' own disks (%s); %d of %d processes had all of their "
             "parts", step, path, sum(not part for part in lacking), len(lacking),
@@ -284,7 +243,7 @@ class LocalSaves:
         """
         words = [self._run_id, self._start, *([name] if name else [])]
         hosts.from_main(
-            "the history of the run", lambda: _write_id(directory, words, retry_seconds)
+            "the history of the run", lambda: write_history(directory, words, retry_seconds)
         )
         self.copies.keep_only(name)
 
@@ -365,48 +324,6 @@ def _reading(found: LocalStep) -> Iterator[None]:
             f"the local copy {found.path} on {platform.node()} cannot be read any more: "
             f"{reason(error)}; give the same command again, which goes on from what is there then"
         ) from None
-
-
-def newest_whole(reports: Sequence[Json]) -> str | None:
-    """The name of the newest step each part of which is held by a process that needs it.
-
-    Args:
-      reports: of each process, the parts that are "needed" there, and those that are "held" of
-        each step.
-    """
-    return next((name for name, lost in _lost_parts(reports).items() if not lost), None)
-
-
-def _lost_parts(reports: Sequence[Json]) -> dict[str, set[int]]:
-    """Name of a step, from the newest on -> the parts that no process holds that needs them."""
-    needed = {part for report in reports for part in report["needed"]}
-    names = {name for report in reports for name in report["held"]}
-    return {
-        name: needed.difference(
-            *(set(report["needed"]) & set(report["held"].get(name, ())) for report in reports)
-        )
-        for name in sorted(names, key=_step, reverse=True)
-    }
-
-
-def _tell_not_whole(reports: Sequence[Json], newest: str | None) -> None:
-    """Logs which step is newer than the one that is taken, but not whole, and where parts lack.
-
-    The copies of it are removed when the run begins: its history is then another one.
-    """
-    for name, lost in _lost_parts(reports).items():
-        if name == newest:
-            return
-        lacking = [f"process {n}" for n, report in enumerate(reports) if lost & {*report["needed"]}]
-        log.warning(
-            "step %d on the hosts' own disks is not used: not all of its parts are on the hosts "
-            "that need them (%s); hosts must come back with the numbers that they had",
-            _step(name), ", ".join(lacking),
-        )  # fmt: skip
-
-
-def _step(name: str) -> int:
-    return int(name.partition(".")[0])
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from moi_jax.checkpoints.experiment import Experiment
 from moi_jax.checkpoints.first_parameters import first_parameters
 from moi_jax.checkpoints.items import Base, find_step
-from moi_jax.checkpoints.local_saves import LocalSaves, forget_copies
+from moi_jax.checkpoints.local_history import forget_copies
+from moi_jax.checkpoints.local_saves import LocalSaves
 from moi_jax.checkpoints.moved_base import read_base_again
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.common.atomic_files import atomic_write_text

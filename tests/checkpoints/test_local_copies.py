@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moi_jax.checkpoints.local_agreement import newest_whole
 from moi_jax.checkpoints.local_copies import LocalCopies
+from moi_jax.checkpoints.local_history import forget_copies
 from moi_jax.checkpoints.local_replicas import from_replicas
-from moi_jax.checkpoints.local_saves import LocalSaves, forget_copies, local_saves, newest_whole
+from moi_jax.checkpoints.local_saves import LocalSaves, local_saves
 from moi_jax.common.errors import UserError
 from moi_jax.config.load import make_config
 from moi_jax.parallel import hosts
