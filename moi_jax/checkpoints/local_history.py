@@ -1,4 +1,4 @@
-"""What local copies belong to the history of a run: a file in its directory tells."""
+"""Which local copies belong to the history of a run: a file in its directory tells."""
 
 import re
 from collections.abc import Sequence

@@ -209,14 +209,14 @@ class LocalSaves:
         self, name: str, record: Json, logged: int, abstract: Callable[[bool], Any]
     ) -> str | None:
         """Why the run cannot go on from a copy; None if it can."""
-        step, _, start = name.partition(".")
+        start = name.partition(".")[2]
         if record["format"] != FORMAT:
             return f"it has format {record['format']}, and this version reads {FORMAT}"
         if not {name, start} & set(self._history):
             # Other hosts, perhaps with other settings, have taken other steps since, and the
             # metrics are theirs.
             return "it belongs to another history of the run"
-        if int(step) > logged:
+        if step_number(name) > logged:
             # The directory of the run was lost, or came from a store that did not have them yet.
             return f"the metrics of the run end at step {logged}"
         if record["mesh"] != dict(self._mesh.shape):
