@@ -43,6 +43,7 @@ SMALL = SplashBlocks(
 BACKENDS = {
     "xla": xla_attention,
     "blockwise": BlockwiseAttention(),
+    "blockwise, rows apart": BlockwiseAttention(rows_apart=True),
     "splash": SplashAttention(SMALL, interpret=True),
 }
 ROWS = ((1, 2, 63, 64, 65, 127), (383,), (192, 65, 1))
@@ -94,22 +95,27 @@ def test_whole_matrix_has_the_lengths_and_heads_where_kernels_go_wrong():
     assert all(any(sum(row) < case.length for row in case.rows) for case in cases())
 
 
-@pytest.mark.parametrize("name", ["blockwise", "splash"])
+@pytest.mark.parametrize("name", ["blockwise", "blockwise, rows apart", "splash"])
 def test_rows_that_are_no_multiple_of_a_block_are_padded(name):
     case = Case(2, 1, ((130,), (128,)), 130, width=16, dtype="float32")
     assert all(result.passed for result in run_contract(BACKENDS[name], [case]))
 
 
-def test_blockwise_does_not_compute_blocks_that_no_query_sees():
-    """What is not computed cannot show: zero times NaN would be NaN."""
-    case = Case(2, 1, ((2 * BLOCK, BLOCK, 2 * BLOCK),), 6 * BLOCK, width=8, dtype="float32")
+@pytest.mark.parametrize("apart", [False, True])
+def test_blockwise_does_not_compute_blocks_that_no_query_sees(apart):
+    """What is not computed cannot show: zero times NaN would be NaN.
+
+    Rows that are not apart go through the blocks that one of them sees.
+    """
+    rows = (2 * BLOCK, BLOCK, 2 * BLOCK), *(((5 * BLOCK,),) if apart else ())
+    case = Case(2, 1, rows, 6 * BLOCK, width=8, dtype="float32")
     inputs, segment_ids = make_inputs(case)
-    others = np.isin(segment_ids, (1, 3))
+    others, between = np.isin(segment_ids[0], (1, 3)), segment_ids[0] == 2
     for array in inputs:
-        array[others] = np.nan
-    for found in compiled(BlockwiseAttention(), segment_ids)(*inputs):
-        assert np.isfinite(found[segment_ids == 2]).all()
-        assert np.isnan(found[others]).any()
+        array[0, others] = np.nan
+    for found in compiled(BlockwiseAttention(rows_apart=apart), segment_ids)(*inputs):
+        assert np.isfinite(found[0, between]).all()
+        assert np.isnan(found[0, others]).any()
 
 
 @pytest.mark.parametrize(
@@ -138,6 +144,7 @@ def test_rows_and_heads_are_split_over_a_mesh(rows, heads, kv_heads):
 
 ON_MESH = {
     "blockwise": BlockwiseAttention,
+    "blockwise, rows apart": partial(BlockwiseAttention, rows_apart=True),
     "splash": lambda mesh: SplashAttention(SMALL, mesh, interpret=True),
 }
 
@@ -197,7 +204,12 @@ def square_arrays(text):
 
 
 @pytest.mark.parametrize(
-    ("backend", "square"), [(xla_attention, True), (BlockwiseAttention(), False)]
+    ("backend", "square"),
+    [
+        (xla_attention, True),
+        (BlockwiseAttention(), False),
+        (BlockwiseAttention(rows_apart=True), False),
+    ],
 )
 def test_only_xla_holds_all_scores(backend, square):
     traced = gradient_program(backend)
@@ -301,7 +313,9 @@ def test_mosaic_gpu_names_the_version_of_tokamax_that_it_needs(monkeypatch):
 
 @pytest.mark.usefixtures("tokamax")
 def test_auto_takes_the_kernel_of_the_device_or_says_why_not(log_text):
-    assert choose_attention(Model(), QWEN, CPU, None, "float32") == BlockwiseAttention()
+    assert choose_attention(Model(), QWEN, CPU, None, "float32") == BlockwiseAttention(
+        rows_apart=True
+    )
     chosen = choose_attention(Model(), QWEN, TPU, None, "bfloat16")
     assert chosen == SplashAttention(SplashBlocks())
     assert hash(chosen) == hash(choose_attention(Model(), QWEN, TPU, None, "bfloat16"))

@@ -88,4 +88,6 @@ def choose_attention(
         from moi_jax.models.attention.mosaic_gpu import MosaicGpuAttention
 
         return MosaicGpuAttention(mesh)
-    return BlockwiseAttention(mesh) if name == "blockwise" else xla_attention
+    if name == "blockwise":
+        return BlockwiseAttention(mesh, rows_apart=device.platform == "cpu")
+    return xla_attention

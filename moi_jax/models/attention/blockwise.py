@@ -35,9 +35,13 @@ class BlockwiseAttention:
 
     Attributes:
       mesh: the mesh over which rows, heads and queries are split; None means one device.
+      rows_apart: whether a device attends to one of its rows after the other, each through its own
+        blocks. Rows that go together all go through the blocks that one of them sees, but in fewer
+        and larger operations, of which a CPU has nothing.
     """
 
     mesh: Mesh | None = None
+    rows_apart: bool = False
 
     def __call__(
         self,
@@ -53,7 +57,17 @@ class BlockwiseAttention:
         """
         if query.shape[1] <= BLOCK:
             return xla_attention(query, key, value, segment_ids, positions)
-        return attend_on_mesh(_attend_rows, self.mesh, query, key, value, segment_ids)
+        attend = _attend_row_by_row if self.rows_apart else _attend_rows
+        return attend_on_mesh(attend, self.mesh, query, key, value, segment_ids)
+
+
+def _attend_row_by_row(*rows: jax.Array) -> jax.Array:
+    """As `_attend_rows`, where each row goes through its own blocks alone."""
+
+    def attend(row: Arrays) -> jax.Array:
+        return _attend_rows(*(x[None] for x in row))[0]
+
+    return jax.lax.map(attend, rows)
 
 
 def _attend_rows(
