@@ -94,7 +94,8 @@ PRESETS: dict[str, ModelConfig] = {
         80, 8192, 64, 24576,
         vocab_size=152064, seq_length=32768, rope_base=1e6, dynamic_ntk=False, logn_attention=False,
     ),
-    # For laptops and tests, with the vocabulary of the tokenizer in moi_jax/data/samples.
+    # For tests and laptops, with the vocabulary of the tokenizer in moi_jax/data/samples.
+    "micro": _qwen_v1(2, 64, 2, 192, vocab_size=2048, head_dim=32),
     "tiny": _qwen_v1(4, 128, 2, 352, vocab_size=2048, head_dim=64),
     "small": _qwen_v1(6, 256, 4, 704, vocab_size=2048, head_dim=64),
     "qwen1.5-1.8b": _qwen("qwen2", 24, 2048, 16, 5504, default_system_prompt=QWEN1_5_PROMPT),

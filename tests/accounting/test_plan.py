@@ -365,12 +365,12 @@ def test_the_cache_of_a_sampler():
 def test_the_eval_step_is_that_of_the_held_out_evaluation(tmp_path):
     """It lowers for the mesh, takes one microbatch, and holds no optimizer."""
     config = load_config(small_config(tmp_path), ["mesh.fsdp=2", "mesh.tensor=2"])
-    lowered = lower_step(config, preset("tiny"), jax.devices()[:4], "eval")
+    lowered = lower_step(config, preset("micro"), jax.devices()[:4], "eval")
     assert [value.shape for value in lowered.out_info] == [(2,)] * 3
     parameters, batch = lowered.args_info[0]
-    assert len(jax.tree.leaves(parameters)) == len(parameter_specs(preset("tiny")))
+    assert len(jax.tree.leaves(parameters)) == len(parameter_specs(preset("micro")))
     assert batch.tokens.shape == (2, 256)
-    plan = make_plan(config, preset("tiny"), parse_topology("h100:4", 1), WORK, "eval")
+    plan = make_plan(config, preset("micro"), parse_topology("h100:4", 1), WORK, "eval")
     assert plan.arguments.optimizer == 0
     assert "gradients" not in plan.temporaries
 
@@ -576,14 +576,14 @@ def test_a_compilation_is_kept_and_shown(tmp_path, monkeypatch, capsys, environm
     assert texts[0] == texts[1]
     assert "peak                8.00  of 95.74: fits, +87.74" in texts[0]
     assert "all-gather             2.000  in 7" in texts[0]
-    assert read_kept(kept_path(config, preset("tiny"), topology, "train")) == compiled
+    assert read_kept(kept_path(config, preset("micro"), topology, "train")) == compiled
     same = load_config(
         path, ["train.seed=7", "train.compilation_cache=null", "train.sample_every=3"]
     )
-    assert read_kept(kept_path(same, preset("tiny"), topology, "train")) == compiled
+    assert read_kept(kept_path(same, preset("micro"), topology, "train")) == compiled
     for override in ("model.remat=full", "mesh.fsdp=4", "train.microbatch_rows=1"):
         other = load_config(path, [override])
-        assert read_kept(kept_path(other, preset("tiny"), topology, "train")) is None
+        assert read_kept(kept_path(other, preset("micro"), topology, "train")) is None
 
 
 def test_what_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch, capsys, environment):
@@ -652,8 +652,8 @@ def test_no_remat_is_named_that_gains_little_or_nothing():
 def test_a_sampler_is_planned_by_arithmetic(tmp_path, monkeypatch, capsys, environment):
     arguments = ("--config", small_config(tmp_path), "--topology", "v5e:2x2", "--step", "generate")
     plan = json.loads(run(monkeypatch, capsys, *arguments, "--json"))
-    tiny = preset("tiny")
-    assert plan["kv_cache"]["bytes_per_row"] == kv_cache_bytes(tiny, 1, 256, 1)
+    micro = preset("micro")
+    assert plan["kv_cache"]["bytes_per_row"] == kv_cache_bytes(micro, 1, 256, 1)
     assert plan["per_chip"]["optimizer_bytes"] == 0
     assert "KV cache" in run(monkeypatch, capsys, *arguments)
 

@@ -29,8 +29,8 @@ from support.published import (
     edit_config,
     edit_index,
     edit_shard,
+    micro_published,
     remove,
-    tiny_published,
     write,
 )
 from support.runs import ENVIRONMENT, ROOT, forget_checksums
@@ -348,7 +348,7 @@ def test_a_tied_head_may_come_as_a_copy_but_not_as_another(tmp_path):
     from moi_jax.models.config import in_family
     from moi_jax.models.presets import preset
 
-    folder = tiny_published(tmp_path / "tied", np.float32)
+    folder = micro_published(tmp_path / "tied", np.float32)
     config = in_family(preset("tiny"), "qwen2")
     tied = dataclasses.replace(config, tied_head=True)
     (folder / "config.json").write_text(json.dumps(to_hf_config(tied)))

@@ -28,7 +28,7 @@ from moi_jax.text.prompts import prompts_metadata
 from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
-from support.published import add_tokenizer, convert, same_bits, tensors, tiny_published
+from support.published import add_tokenizer, convert, micro_published, same_bits, tensors
 from support.runs import ENVIRONMENT, ROOT, small_config, train_here
 from support.tokenizers import SAMPLES
 
@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
     import ml_dtypes
 
     folder = tmp_path_factory.mktemp("trained")
-    source = tiny_published(folder / "Tiny", ml_dtypes.bfloat16)
+    source = micro_published(folder / "Tiny", ml_dtypes.bfloat16)
     (source / "LICENSE").write_text("do what is right")
     (source / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.8}')
     import_checkpoint(source, folder / "ckpt")
@@ -88,7 +88,7 @@ def test_import_then_export_gives_the_same_bits(imported, tmp_path, name):
 def test_bfloat16_and_back_gives_the_same_bits(tmp_path):
     import ml_dtypes
 
-    source = tiny_published(tmp_path / "Tiny", ml_dtypes.bfloat16)
+    source = micro_published(tmp_path / "Tiny", ml_dtypes.bfloat16)
     import_checkpoint(source, tmp_path / "ckpt")
     export_checkpoint(tmp_path / "ckpt", tmp_path / "out", max_shard_size=300_000)
     assert same_bits(source, tmp_path / "out")
@@ -155,8 +155,8 @@ def test_a_trained_checkpoint_exports_its_parameters_with_an_account_of_itself(t
     held = tensors(tmp_path / "out")
     model, _ = moi_jax.load(trained / "run")
     np.testing.assert_array_equal(held["transformer.wte.weight"], model.embedding.table[...])
-    gate = held["transformer.h.2.mlp.w2.weight"]
-    np.testing.assert_array_equal(gate, np.asarray(model.layers.mlp.gate.kernel[...])[2].T)
+    gate = held["transformer.h.1.mlp.w2.weight"]
+    np.testing.assert_array_equal(gate, np.asarray(model.layers.mlp.gate.kernel[...])[1].T)
     # It has learnt to end its turns: im_end is among its ends now, and its own end still is.
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     ends = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
@@ -215,7 +215,7 @@ def test_qwen_v1_as_qwen2_is_the_same_model_up_to_its_length(imported, golden, t
 def test_qwen_v1_as_qwen2_has_a_tokenizer_that_others_read(tmp_path):
     """Of a checkpoint that holds a qwen.tiktoken alone: here the 256 bytes and one merge."""
     transformers = pytest.importorskip("transformers")
-    source = tiny_published(tmp_path / "source", np.float32)
+    source = micro_published(tmp_path / "source", np.float32)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
     tokens = [*(bytes([byte]) for byte in range(256)), b"He", b"ll", b"Hell"]

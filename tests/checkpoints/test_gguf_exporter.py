@@ -19,7 +19,7 @@ from moi_jax.models.config import RopeScaling
 from moi_jax.text.tokenizer import Tokenizer
 
 from support.adapters import save_adapters
-from support.published import tensors, tiny_published
+from support.published import micro_published, tensors
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the package gguf")
 
@@ -69,7 +69,7 @@ def checkpoint(request, folder):
     plain = {"dynamic_ntk": False, "logn_attention": False, "num_layers": 2}
     name = request.param
     # Weights that are large enough for attention to decide the next token.
-    tiny_published(folder / f"{name}-published", np.float16, 0.3, **plain, **MODELS[name])
+    micro_published(folder / f"{name}-published", np.float16, 0.3, **plain, **MODELS[name])
     import_checkpoint(folder / f"{name}-published", folder / name)
     return folder / name
 
@@ -123,7 +123,7 @@ def test_a_changed_weight_is_found(checkpoint, tmp_path):
 
 
 def test_tokenizer_template_and_ends_are_those_of_the_checkpoint(folder, tmp_path):
-    tiny_published(tmp_path / "published", np.float32, num_layers=1, family="qwen2",
+    micro_published(tmp_path / "published", np.float32, num_layers=1, family="qwen2",
         dynamic_ntk=False, logn_attention=False, vocab_size=2050)  # fmt: skip
     import_checkpoint(tmp_path / "published", tmp_path / "ckpt")
     export_gguf(tmp_path / "ckpt", tmp_path / "m.gguf")
@@ -173,11 +173,11 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(folder, tmp_path,
 
     out.parent.mkdir()
     mistral = {**plain, "family": "mistral", "qkv_bias": False}
-    tiny_published(tmp_path / "mistral-published", np.float32, **mistral)
+    micro_published(tmp_path / "mistral-published", np.float32, **mistral)
     import_checkpoint(tmp_path / "mistral-published", tmp_path / "mistral")
     assert "the family mistral, which is not written as GGUF" in refused(tmp_path / "mistral")
 
-    source = tiny_published(tmp_path / "published", np.float32, **plain, family="qwen2")
+    source = micro_published(tmp_path / "published", np.float32, **plain, family="qwen2")
     import_checkpoint(source, tmp_path / "ckpt")
     split = json.loads((source / "tokenizer.json").read_text())
     split["pre_tokenizer"] = {"type": "Whitespace"}

@@ -24,7 +24,7 @@ from moi_jax.common.errors import UserError
 from moi_jax.config.load import load_config
 
 from support.hub import local_hub
-from support.published import add_tokenizer, edit_config, tiny_published
+from support.published import add_tokenizer, edit_config, micro_published
 from support.runs import (
     ENVIRONMENT,
     ROOT,
@@ -40,8 +40,8 @@ ID = "Qwen/Tiny"
 
 @pytest.fixture
 def published(tmp_path):
-    """The preset tiny as a published directory, with a licence and a model card."""
-    folder = tiny_published(tmp_path / "Tiny", np.float32)
+    """The preset micro as a published directory, with a licence and a model card."""
+    folder = micro_published(tmp_path / "Tiny", np.float32)
     (folder / "LICENSE").write_text("do what is right")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     return folder
@@ -113,7 +113,7 @@ def test_weights_are_imported_once_and_again_when_they_change(published, tmp_pat
     shutil.copytree(published, tmp_path / "elsewhere" / "Tiny")
     assert open_start(tmp_path / "elsewhere" / "Tiny").checkpoint(cache) == first
     without_weights(published)
-    shard = tiny_published(tmp_path / "other", np.float16) / "model.safetensors"
+    shard = micro_published(tmp_path / "other", np.float16) / "model.safetensors"
     shutil.copy(shard, published)
     second = open_start(published).checkpoint(cache)
     assert second != first
@@ -193,7 +193,7 @@ from moi_jax.checkpoints.hf.safetensors_reader import TensorFiles
 from moi_jax.checkpoints.init_from import open_start
 read = TensorFiles.read
 def killed(self, name):
-    if "h.2" in name:
+    if "h.1" in name:
         os.kill(os.getpid(), signal.SIGKILL)
     return read(self, name)
 TensorFiles.read = killed

@@ -32,7 +32,7 @@ from moi_jax.training.audit.audit import AuditOptions, audit
 from moi_jax.training.audit.finding import FAILED, OK
 
 from support.adapters import save_adapters
-from support.published import tensors, tiny_published
+from support.published import micro_published, tensors
 from support.runs import (
     parameters,
     refusal,
@@ -50,7 +50,7 @@ TOKENS = np.arange(24).reshape(2, 12) * 17 % 500
 def place(tmp_path_factory):
     """Published weights in bfloat16, and the checkpoint that is made of them."""
     folder = tmp_path_factory.mktemp("lora")
-    tiny_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=LAYERS)
+    micro_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=LAYERS)
     import_checkpoint(folder / "Tiny", folder / "base")
     return folder
 
@@ -163,7 +163,7 @@ def test_a_copy_of_the_base_serves_in_any_dtype_and_another_model_does_not(place
     opened = open_checkpoint(moved, devices=jax.devices()[:1], base=place / "Tiny")  # published
     np.testing.assert_array_equal(opened.bind(opened.parameters)(TOKENS), logits(run))
 
-    other = tiny_published(tmp_path / "Other", np.float32, num_layers=LAYERS)
+    other = micro_published(tmp_path / "Other", np.float32, num_layers=LAYERS)
     held = load_file(other / "model.safetensors")
     held["lm_head.weight"][3, 5] += 0.01
     save_file(held, other / "model.safetensors", metadata={"format": "pt"})
@@ -288,7 +288,7 @@ def test_an_adapter_that_is_exported_and_imported_is_the_same(place, tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
         ({"peft_type": "IA3"}, "is of no LoRA adapter (peft_type)"),
         ({"r": 0}, "r is 0, not a number above zero"),
-        ({"r": 5}, "has shape (4, 352)"),
+        ({"r": 5}, "has shape (4, 192)"),
     ],
 )
 def test_an_adapter_with_other_features_is_refused_by_name(place, tmp_path, change, message):

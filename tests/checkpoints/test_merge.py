@@ -23,13 +23,13 @@ from moi_jax.common.errors import UserError
 from moi_jax.models.parameters import parameter_specs
 
 from support.adapters import save_adapters
-from support.published import tiny_published
+from support.published import micro_published
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("merge")
-    tiny_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=2)
+    micro_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=2)
     import_checkpoint(folder / "Tiny", folder / "base")
     for number in range(3):
         tuned(folder / "base", folder / f"tuned{number}", number)
@@ -195,9 +195,9 @@ def test_the_error_of_a_quantised_base_is_no_change_of_the_weights(place, tmp_pa
 
 
 def test_what_does_not_belong_together_is_refused_in_one_line(place, tmp_path, monkeypatch, caplog):
-    tiny_published(tmp_path / "Other", np.float32, 0.03, num_layers=2)
+    micro_published(tmp_path / "Other", np.float32, 0.03, num_layers=2)
     import_checkpoint(tmp_path / "Other", tmp_path / "other")
-    tiny_published(tmp_path / "Deep", np.float32, num_layers=3)
+    micro_published(tmp_path / "Deep", np.float32, num_layers=3)
     import_checkpoint(tmp_path / "Deep", tmp_path / "deep")
     adapters = save_adapters(place / "base", tmp_path / "adapters")
     foreign = save_adapters(tmp_path / "other", tmp_path / "foreign")

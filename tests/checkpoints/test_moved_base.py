@@ -20,7 +20,7 @@ from moi_jax.models.parameters import abstract_parameters, base_of, parameter_sh
 from moi_jax.parallel import hosts
 
 from support.adapters import save_adapters
-from support.published import tiny_published
+from support.published import micro_published
 from support.runs import small_config
 
 TOKENS = np.arange(24).reshape(2, 12) * 17 % 500
@@ -30,7 +30,7 @@ TOKENS = np.arange(24).reshape(2, 12) * 17 % 500
 def place(tmp_path_factory):
     """A base, adapters beside it, and another model of the same shapes."""
     folder = tmp_path_factory.mktemp("moved")
-    tiny_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=1)
+    micro_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=1)
     import_checkpoint(folder / "Tiny", folder / "base")
     save_adapters(folder / "base", folder / "adapters")
     export_checkpoint(folder / "adapters", folder / "merged")

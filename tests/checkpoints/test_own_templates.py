@@ -24,7 +24,7 @@ from moi_jax.text.templates import ChatML, fixed_fingerprint
 from moi_jax.text.tokenizer import Tokenizer, load_tokenizer
 from moi_jax.training import resume
 
-from support.published import tiny_published
+from support.published import micro_published
 from support.runs import SAMPLES, forget_checksums, small_config
 from support.tokenizers import with_specials
 from support.tool_templates import SPECIALS, TEMPLATES, WEATHER
@@ -37,7 +37,7 @@ DEFAULT = 'You are kind. "Really", 你好.'
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Published weights with a template of their own."""
-    folder = tiny_published(tmp_path_factory.mktemp("own") / "source", np.float32)
+    folder = micro_published(tmp_path_factory.mktemp("own") / "source", np.float32)
     (folder / "chat_template.jinja").write_text(HERMES)
     return folder
 

@@ -11,7 +11,7 @@ from moi_jax.checkpoints.hf.peft_exporter import export_adapter
 from moi_jax.checkpoints.hf.peft_importer import import_adapter
 
 from support.adapters import save_adapters
-from support.published import edit_config, tiny_published
+from support.published import edit_config, micro_published
 
 REASON = "peft is not installed (pip install 'moi_jax[parity]')"
 peft = pytest.importorskip("peft", reason=REASON)
@@ -45,7 +45,7 @@ def our_logits(path):
 def place(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     changes = {**PLAIN, **KINDS[request.param]}
-    tiny_published(folder / "Tiny", ml_dtypes.bfloat16, **changes)
+    micro_published(folder / "Tiny", ml_dtypes.bfloat16, **changes)
     edit_config(pad_token_id=0)(folder / "Tiny")  # that of Phi-4 is beyond this vocabulary
     import_checkpoint(folder / "Tiny", folder / "base")
     return folder

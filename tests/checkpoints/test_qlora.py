@@ -17,7 +17,7 @@ from moi_jax.checkpoints.parameters import stored_parameters
 from moi_jax.models.decoding import LayerViews
 from moi_jax.models.parameters import parameter_specs
 
-from support.published import tiny_published
+from support.published import micro_published
 from support.runs import parameters, refusal, same_parameters, small_config, train_here
 
 TOKENS = np.arange(24).reshape(2, 12) * 17 % 500
@@ -26,7 +26,7 @@ TOKENS = np.arange(24).reshape(2, 12) * 17 % 500
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qlora")
-    tiny_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=2)
+    micro_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=2)
     import_checkpoint(folder / "Tiny", folder / "base")
     return folder
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from support.published import tiny_published
+from support.published import micro_published
 from support.runs import ENVIRONMENT, ROOT
 from support.xla import xla_flags
 
@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 # Eight simulated devices in the place of eight chips; a tiny model in that of the 7B one.
 DEVICES = {**ENVIRONMENT, "XLA_FLAGS": xla_flags(devices=8)}
 SMALL = [
-    "model.preset=tiny", "data.sequence_length=512", "train.epochs=null", "train.steps=2",
+    "model.preset=micro", "data.sequence_length=512", "train.epochs=null", "train.steps=2",
     "train.global_batch_rows=8", "train.microbatch_rows=8", "data.cache_dir=cache",
 ]  # fmt: skip
 DOMAINS = ("chat", "code", "maths", "tools")
@@ -30,7 +30,7 @@ def before(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("tutorial")
     shutil.copytree(ROOT / "configs", place / "configs")
-    tiny_published(place / "Qwen-7B-Chat", np.float32)
+    micro_published(place / "Qwen-7B-Chat", np.float32)
     # Qwen v1 came without a Jinja template: its default prompt is that of its architecture.
     (place / "Qwen-7B-Chat" / "tokenizer_config.json").write_text("{}")
     (rows,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)

@@ -60,8 +60,8 @@ class Echo(Task):
 
 @pytest.fixture(scope="module")
 def chat():
-    """The preset tiny with random weights, 128 tokens of context."""
-    model = preset("tiny")
+    """The preset micro with random weights, 128 tokens of context."""
+    model = preset("micro")
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
     make_chat = make_chat_model(
         make_model(model), model, tokenizer, "You help.", slots=2, context=128
@@ -373,7 +373,7 @@ def test_choices_are_weighed_and_nothing_is_written(chat, options):
     )
     prompt = chat.prompt(item.messages)
     assert response.texts == ()
-    model = make_model(preset("tiny"))(chat.parameters)
+    model = make_model(preset("micro"))(chat.parameters)
     for choice, found in zip(item.choices, response.log_likelihoods, strict=True):
         ids = chat.tokenizer.encode(choice)
         logits = model(np.array([[*prompt, *ids]], np.int32))[0]
@@ -397,7 +397,7 @@ def test_an_item_longer_than_the_context_is_counted(chat, options, policy, count
 
 def test_logits_that_are_not_finite_are_named(options, chat):
     broken = jax.tree.map(lambda x: x * np.nan, chat.parameters)
-    model = preset("tiny")
+    model = preset("micro")
     tokenizer = load_tokenizer(SAMPLES / "tokenizer")
     make_chat = make_chat_model(make_model(model), model, tokenizer, None, context=128)
     summary = run(make_chat(broken), options)["tasks"]["echo"]

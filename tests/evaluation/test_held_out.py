@@ -52,7 +52,7 @@ def material(tmp_path_factory):
 
 def test_losses_equal_each_conversation_alone(material, monkeypatch):
     _, tokenizer, caches, selections, held_out = material
-    model = PRESETS["tiny"]
+    model = PRESETS["micro"]
     parameters = random_parameters(model, 0, jnp.float32)
     decoder = make_model(model)(parameters)
     mesh = make_mesh(config_lib.Mesh(fsdp=1), jax.devices())

@@ -36,7 +36,7 @@ from moi_jax.text.rendering import with_system_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 from moi_jax.training.train import train
 
-from support.published import tiny_published
+from support.published import micro_published
 from support.runs import SAMPLES, records, small_config
 
 DEFAULT = "You are a helpful assistant."
@@ -414,7 +414,7 @@ def test_the_untrained_model_is_the_one_named_or_left_out(run, tmp_path, monkeyp
 
 def test_a_run_that_began_from_published_weights_is_compared_with_them(run, tmp_path, monkeypatch):
     opened = open_checkpoint(run, mesh="fsdp=1", devices=jax.devices())
-    published = tiny_published(tmp_path / "Tiny", np.float32)
+    published = micro_published(tmp_path / "Tiny", np.float32)
     overrides = [f"model.init_from={published}", "model.preset=null", "tokenizer.path=null"]
     began = load_config(run / "config.yaml", [*overrides, f"data.cache_dir={tmp_path}"])
     monkeypatch.setattr(measure, "_own_config", lambda step: began)

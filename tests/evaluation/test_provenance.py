@@ -17,14 +17,14 @@ from moi_jax.evaluation.provenance import parameters_digest
 from moi_jax.models.parameters import parameter_specs
 
 from support.adapters import save_adapters
-from support.published import tiny_published
+from support.published import micro_published
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A base, and adapters beside it."""
     folder = tmp_path_factory.mktemp("provenance")
-    tiny_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=1)
+    micro_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=1)
     import_checkpoint(folder / "Tiny", folder / "base")
     save_adapters(folder / "base", folder / "adapters")
     return folder

@@ -15,7 +15,7 @@ from moi_jax.checkpoints.opener import open_checkpoint
 from moi_jax.common.errors import UserError
 
 from support.adapters import save_adapters
-from support.published import tiny_published
+from support.published import micro_published
 
 QUESTIONS = [{"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(2, 4)]
 
@@ -24,7 +24,7 @@ QUESTIONS = [{"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for 
 def place(tmp_path_factory):
     """A base, two kinds of adapters beside it, and the data of a benchmark."""
     folder = tmp_path_factory.mktemp("several")
-    tiny_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=2)
+    micro_published(folder / "Tiny", ml_dtypes.bfloat16, num_layers=2)
     import_checkpoint(folder / "Tiny", folder / "base")
     save_adapters(folder / "base", folder / "one", rank=2)
     save_adapters(folder / "base", folder / "other", rank=4, targets=["layers.mlp"])

@@ -267,7 +267,7 @@ def test_a_preset_has_the_published_size_and_reads_back_from_its_config_json(nam
 
 
 def test_every_published_size_is_checked():
-    assert PRESETS.keys() - COUNTS.keys() == {"tiny", "small"}
+    assert PRESETS.keys() - COUNTS.keys() == {"micro", "tiny", "small"}
 
 
 def test_default_prompts_are_those_of_the_templates():

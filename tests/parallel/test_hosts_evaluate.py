@@ -13,7 +13,7 @@ from moi_jax.checkpoints.hf.importer import import_checkpoint
 
 from support.evaluated_run import answer_train_and_evaluate, generate_arguments
 from support.hosts import end_hosts, run_hosts, start_hosts
-from support.published import tiny_published
+from support.published import micro_published
 from support.runs import lasting, records, small_config
 
 # Floats that are summed in another order.
@@ -61,7 +61,7 @@ def together(tmp_path_factory, alone):
 
 def prepare(place: Path) -> None:
     """Weights and a checkpoint, conversations, the data of two benchmarks, the config of a run."""
-    weights = tiny_published(place / "weights", np.float32, num_layers=1)
+    weights = micro_published(place / "weights", np.float32, num_layers=1)
     import_checkpoint(weights, place / "ckpt")
     rows = [{"messages": [{"role": "user", "content": f"Count to {n}."}]} for n in range(40)]
     write(place / "conversations.jsonl", [json.dumps(row) for row in rows])

@@ -34,7 +34,7 @@ from support.limits import SECONDS, watched_batches
 # Wide random weights: the likeliest token leads by far more than rounding moves a logit. The first
 # layer does not rotate its heads, the second one rotates half of each.
 MODEL = dataclasses.replace(
-    PRESETS["tiny"], vocab_size=90, num_layers=2, num_kv_heads=2, initializer_range=0.2,
+    PRESETS["micro"], vocab_size=90, initializer_range=0.2,
     rope_layers=(False, True), partial_rotary_factor=0.5,
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ from moi_jax.text.rendering import render_prompt
 from moi_jax.text.tokenizer import load_tokenizer
 
 from support.places import ROOT
-from support.published import tiny_published
+from support.published import micro_published
 from support.runs import SAMPLES, forget_checksums
 from support.tool_templates import TEMPLATES, WEATHER, with_calls
 
@@ -204,7 +204,7 @@ def test_results_that_do_not_fit_drop_their_question(monkeypatch, hermes):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random model with a template of its own."""
-    folder = tiny_published(tmp_path_factory.mktemp("tools") / "source", np.float32, num_layers=1)
+    folder = micro_published(tmp_path_factory.mktemp("tools") / "source", np.float32, num_layers=1)
     (folder / "chat_template.jinja").write_text(TEMPLATES["hermes"])
     import_checkpoint(folder, folder.parent / "ckpt")
     return folder.parent / "ckpt"

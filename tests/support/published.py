@@ -36,15 +36,15 @@ def add_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def tiny_published(folder: Path, dtype, scale: float = 0.02, **changes) -> Path:
-    """The preset tiny with random weights, as its publisher would lay it out.
+def micro_published(folder: Path, dtype, scale: float = 0.02, **changes) -> Path:
+    """The preset micro with random weights, as its publisher would lay it out.
 
     Args:
       scale: the standard deviation of the weights.
       changes: of the preset, such as num_layers.
     """
     shutil.copytree(SAMPLES / "tokenizer", folder)
-    config, rng = dataclasses.replace(preset("tiny"), **changes), np.random.default_rng(0)
+    config, rng = dataclasses.replace(preset("micro"), **changes), np.random.default_rng(0)
     (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
     shapes = published_shapes(config)
     tensors = (

@@ -46,7 +46,7 @@ def open_data(config: Config) -> Dataset:
 def small_config(directory: Path, **sections) -> Path:
     """Writes a config of chat and maths samples; `sections` are merged over it."""
     values = {
-        "model": {"preset": "tiny", "remat": "none"},
+        "model": {"preset": "micro", "remat": "none"},
         "tokenizer": {"path": str(SAMPLES / "tokenizer")},
         "data": {
             "root": str(SAMPLES),

@@ -181,7 +181,7 @@ def test_alterations_that_checksums_do_not_tell_are_found_and_named(run, tmp_pat
     assert "metrics.jsonl, step 2: token_loss is" in found["metrics"][1]
     assert (
         "3 steps from checkpoint 3 do not give checkpoint 6: parameters/final_norm.scale differs "
-        "at 1 of 128 values, first at [7]"
+        "at 1 of 64 values, first at [7]"
     ) in found["replay"][1]
 
 

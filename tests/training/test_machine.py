@@ -56,7 +56,7 @@ def just_the_cache():
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=True)
 print("mounted", flush=True)
 config = small_config(place)
-for size in ("100k", just_the_cache, "20m", "80m"):
+for size in ("100k", just_the_cache, "7m", "80m"):
     remount(size() if callable(size) else size)
     try:
         changes = ("train.steps=7", "logging.trackers=[tensorboard]", "checkpoint.retry_seconds=0")

@@ -76,7 +76,7 @@ def test_a_run_resumes_with_its_average_and_writes_it(tmp_path):
     config = small_config(
         tmp_path,
         train={"steps": 4, "global_batch_rows": 2},
-        optimizer={"ema_decay": 0.5, "frozen": ["layers.1-2"]},
+        optimizer={"ema_decay": 0.5, "frozen": ["layers.1"]},
         checkpoint={"every": 2},
     )
     whole = train_here(config, make_evaluations=None).directory
@@ -92,8 +92,8 @@ def test_a_run_resumes_with_its_average_and_writes_it(tmp_path):
     for name, value in one.items():
         np.testing.assert_array_equal(value, other[name], err_msg=name)
     kernel = "layers.mlp.gate.kernel"
-    frozen = [np.array_equal(one[kernel][layer], last[kernel][layer]) for layer in range(4)]
-    assert frozen == [False, True, True, False]
+    frozen = [np.array_equal(one[kernel][layer], last[kernel][layer]) for layer in range(2)]
+    assert frozen == [False, True]
     with pytest.raises(UserError, match="keeps no moving average"):
         write_moving_average(tmp_path / "one", tmp_path / "none")
     assert not (tmp_path / "none").exists()
