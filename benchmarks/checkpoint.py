@@ -1,9 +1,9 @@
-"""What checksums cost: python benchmarks/checkpoint.py [--dir DIR]
+"""What checkpoints, checksums and local copies cost: python benchmarks/checkpoint.py [--dir DIR]
 
 Saves and restores the state of a model with 119 million parameters: random float32 parameters and
 two random moments, 1.4 GB, on one device. Prints the time of the checksums and of the search for
-NaN beside the whole. The files are in the page cache, so no disk hides the cost. The figures are in
-docs/benchmarks.md.
+NaN beside the whole, then that of local copies (checkpoint.local_every). The files are in the page
+cache, so no disk hides the cost. The figures are in docs/benchmarks.md.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import numpy as np
 from moi_jax.checkpoints.checksums import verify_arrays, write_checksums
 from moi_jax.checkpoints.finite import check_finite
 from moi_jax.checkpoints.items import ModelItems
+from moi_jax.checkpoints.local_copies import LocalCopies
+from moi_jax.checkpoints.local_saves import LocalSaves
 from moi_jax.checkpoints.run_checkpoints import RunCheckpoints
 from moi_jax.config.load import make_config
 from moi_jax.models.presets import preset
@@ -72,9 +74,28 @@ def measure(
     }
 
 
+def measure_local(
+    saves: LocalSaves, number: int, state: TrainState, abstract: TrainState
+) -> dict[str, tuple[float, float]]:
+    """The seconds of a local copy; the run waits only until the values are copied."""
+    newest = []
+
+    def search() -> None:
+        newest.append(saves.newest(number - 1, number, lambda _: abstract))
+
+    return {
+        "local copy, until the run goes on": seconds(
+            lambda: saves.save(number, state, {}, {}, None)
+        ),
+        "local copy, the rest in the background": seconds(saves.wait),
+        "search for the newest local copy, with checksums": seconds(search),
+        "restore of the local copy": seconds(lambda: saves.restore(newest[0], abstract)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dir", type=Path, help="where there is room for 3 GB")
+    parser.add_argument("--dir", type=Path, help="where there is room for 8 GB")
     args = parser.parse_args()
     config = make_config({"checkpoint": {"keep_last": 1}})
     model = dataclasses.replace(preset("tiny"), mlp_width=2816, **SIZES)
@@ -86,8 +107,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         items = ModelItems(model, {}, {})
         opened = RunCheckpoints(Path(folder) / "checkpoints", config.checkpoint, items)
-        with closing(opened) as checkpoints:
-            rounds = [measure(checkpoints, n + 1, state, abstract) for n in range(ROUNDS)]
+        local = LocalSaves(LocalCopies(Path(folder) / "local"), "run", ["start"], "start", mesh)
+        with closing(opened) as checkpoints, closing(local):
+            rounds = [
+                measure(checkpoints, n + 1, state, abstract)
+                | measure_local(local, n + 1, state, abstract)
+                for n in range(ROUNDS)
+            ]
     print(f"{size / 1e9:.2f} GB, median of {ROUNDS}\n")
     print("| what | seconds | CPU seconds | GB/s |\n| --- | --- | --- | --- |")
     for what in rounds[0]:

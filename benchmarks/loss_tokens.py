@@ -13,18 +13,14 @@ devices with one row each. The device with the most loss tokens decides for all.
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
+from public_rows import public_batches, public_config
 from torch_peer import take_turns
 
-import moi_jax
 from moi_jax.accounting.work import work_of
-from moi_jax.config.load import load_config
 from moi_jax.models.loss import weighted_nll
-
-PUBLIC_SETS = Path(__file__).parent.parent / "configs" / "public_sets.yaml"
 
 ROWS, LENGTH, WIDTH, ANSWER, ROUNDS = 4, 2048, 256, 100, 4
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -63,9 +59,8 @@ def loss_weights(rng: np.random.Generator, share: float) -> np.ndarray:
 
 def shares(root: str) -> None:
     for length in (2048, 4096):
-        overrides = [f"data.root={root}", f"data.sequence_length={length}"]
-        config = load_config(PUBLIC_SETS, overrides)
-        next(moi_jax.batches(config))  # prepares the data
+        config = public_config(root, f"data.sequence_length={length}")
+        public_batches(config, 1)  # prepares the data
         work = work_of(config)
         for devices in (1, 8, 64, 256):
             computed = work.logit_tokens(devices, devices, devices) / (devices * length)
