@@ -6,7 +6,7 @@
 
 All train the model of torch_peer.py from the same weights, with a vocabulary of 8,192, on text in
 the tokens of the sample set. We take batches of 4 MoI rows of 2,048 tokens from the loader: whole,
-and in microbatches of one row (train.microbatch_rows), which fit the caches of a CPU better. The
+and in microbatches of one row (train.microbatch_rows). The
 peers get the instructions of the same rows, each by itself, in random order: 8 at a time, as
 SFTTrainer takes them by default, padded to the longest by TRL's collator, and not cut to the 1,024
 tokens that are its default. They are
@@ -15,8 +15,7 @@ tokens that are its default. They are
 * the same with per_device_train_batch_size 1 and gradient_accumulation_steps 8: nothing is padded;
 * transformers and torch without what else SFTTrainer does.
 
-Their losses of the first step are compared.
-A useful token is one that is no padding. Batches are made beforehand, and taken again where the
+The losses of their first step are compared. A useful token is one that is no padding. Batches are made beforehand, and taken again where the
 sets are small.
 
 The ratio is that of two trainers as they come, and has four causes: the places that padding wastes,
