@@ -15,8 +15,8 @@ tokens that are its default. They are
 * the same with per_device_train_batch_size 1 and gradient_accumulation_steps 8: nothing is padded;
 * transformers and torch without what else SFTTrainer does.
 
-The losses of their first step are compared. A useful token is one that is no padding. Batches are made beforehand, and taken again where the
-sets are small.
+The losses of their first step are compared. A useful token is one that is no padding. Batches are
+made beforehand, and taken again where the sets are small.
 
 The ratio is that of two trainers as they come, and has four causes: the places that padding wastes,
 the size of a batch (a step updates all weights once, for our places or for those of 8 examples),
